@@ -1,0 +1,228 @@
+"""`LooCVQModel`: diffusers' `VQModel` with a `LooCQuantizer` between encoder and decoder."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from diffusers import VQModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vq_model import VQEncoderOutput
+
+# Unused here, but needed: diffusers looks for `ModelMixin` in the module that defines a component when it loads one.
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+import looc_ldm.registration  # noqa: F401  (pipelines can then save and load this class)
+from looc_ldm.quantizer import LooCQuantizer
+
+
+@dataclass
+class LooCDecoderOutput(BaseOutput):
+    """Output of `LooCVQModel.decode` and `LooCVQModel.forward`.
+
+    Args:
+        sample (`torch.Tensor` of shape `(B, out_channels, H, W)`): The image, about [-1, 1].
+        commit_loss (`torch.Tensor`): The quantizer's loss, both terms, a float32 scalar; 0 where nothing was quantized.
+        indices (`torch.Tensor` of shape `(B, h, w, C)`, int64): The codes; None where nothing was quantized.
+        perplexity (`torch.Tensor`): exp of the entropy of the codes, between 1 and K; None where nothing was quantized.
+    """
+
+    sample: torch.Tensor
+    commit_loss: torch.Tensor | None = None
+    indices: torch.Tensor | None = None
+    perplexity: torch.Tensor | None = None
+
+
+class LooCVQModel(VQModel):
+    """A VQ autoencoder whose latents are quantized by LooC: the first stage of a latent diffusion model.
+
+    As in `VQModel`, `encode` returns the latents *before* quantization, which is what a diffusion model is trained on,
+    and `decode` quantizes and decodes. Images are float tensors in [-1, 1].
+
+    Args:
+        in_channels (`int`, defaults to 3): Channels of the input image.
+        out_channels (`int`, defaults to 3): Channels of the output image.
+        down_block_types (`tuple[str]`): Encoder blocks, for instance `"AttnDownEncoderBlock2D"` at low resolution.
+        up_block_types (`tuple[str]`): Decoder blocks.
+        block_out_channels (`tuple[int]`): Channels of each block. The downsampling factor f is
+            2 ** (number of blocks - 1).
+        layers_per_block (`int`, defaults to 1): Residual layers per encoder block (one more in the decoder).
+        act_fn (`str`, defaults to `"silu"`): Activation.
+        latent_channels (`int`, defaults to 3): Channels that the encoder ends with and the decoder starts from, as in
+            `VQModel`. *Not* the channels of the latents: those are `vq_embed_dim`.
+        sample_size (`int`, defaults to 32): Side of the images in pixels; a hint for pipelines, not a limit.
+        num_vq_embeddings (`int`, defaults to 256): K, codevectors in the codebook.
+        norm_num_groups (`int`, defaults to 32): Groups of the group norms.
+        vq_embed_dim (`int`, *optional*): n_q, channels of the latents; `latent_channels` if not given.
+        scaling_factor (`float`, *optional*): 1 / standard deviation of the latents over the training set. None until it
+            is measured (the trainer does it); a pipeline that needs it says so.
+        norm_type (`str`, defaults to `"group"`): `"spatial"` gives MoVQ's modulated decoder.
+        mid_block_add_attention (`bool`, defaults to True): Attention in the middle of encoder and decoder.
+        lookup_from_codebook (`bool`, defaults to False): Of `VQModel`, kept for its configs; use `decode_indices`.
+        force_upcast (`bool`, defaults to False): Of `VQModel`, kept for its configs.
+        codevector_dim (`int`, *optional*): d, channels of a codevector; `vq_embed_dim` if not given (m = 1).
+        interpolation_factor, segment_layout, distance, commitment_weight, anchor, usage_decay: See `LooCQuantizer`.
+
+    Raises:
+        ValueError: Sizes that do not fit together; see `LooCQuantizer`.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from looc_ldm import LooCVQModel
+    >>> model = LooCVQModel(block_out_channels=(32,), vq_embed_dim=4, codevector_dim=4, num_vq_embeddings=256)
+    >>> x = torch.rand(1, 3, 32, 32) * 2 - 1
+    >>> latents = model.encode(x).latents
+    >>> image = model.decode(latents).sample
+    >>> model.decode_indices(model.encode_indices(x)).sample.shape
+    torch.Size([1, 3, 32, 32])
+    ```
+    """
+
+    _keep_in_fp32_modules = ["quantize"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",),
+        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",),
+        block_out_channels: tuple[int, ...] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 3,
+        sample_size: int = 32,
+        num_vq_embeddings: int = 256,
+        norm_num_groups: int = 32,
+        vq_embed_dim: int | None = None,
+        scaling_factor: float | None = None,
+        norm_type: str = "group",
+        mid_block_add_attention: bool = True,
+        lookup_from_codebook: bool = False,
+        force_upcast: bool = False,
+        codevector_dim: int | None = None,
+        interpolation_factor: int = 2,
+        segment_layout: str = "channel",
+        distance: str = "cosine",
+        commitment_weight: float = 0.25,
+        anchor: str = "closest",
+        usage_decay: float = 0.99,
+    ):
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            act_fn=act_fn,
+            latent_channels=latent_channels,
+            sample_size=sample_size,
+            num_vq_embeddings=num_vq_embeddings,
+            norm_num_groups=norm_num_groups,
+            vq_embed_dim=vq_embed_dim,
+            scaling_factor=scaling_factor,
+            norm_type=norm_type,
+            mid_block_add_attention=mid_block_add_attention,
+            lookup_from_codebook=lookup_from_codebook,
+            force_upcast=force_upcast,
+        )
+        vq_embed_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
+        self.quantize = LooCQuantizer(
+            vq_embed_dim,
+            num_vq_embeddings,
+            codevector_dim if codevector_dim is not None else vq_embed_dim,
+            interpolation_factor=interpolation_factor,
+            segment_layout=segment_layout,
+            distance=distance,
+            commitment_weight=commitment_weight,
+            anchor=anchor,
+            usage_decay=usage_decay,
+        )
+
+    @property
+    def downsampling_factor(self) -> int:
+        """f, the ratio of the image's side to the latents' side."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    @apply_forward_hook
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[torch.Tensor]:
+        """Encode images to latents, *before* quantization.
+
+        Args:
+            x (`torch.Tensor` of shape `(B, in_channels, H, W)`): Images in [-1, 1]; f must divide H and W.
+            return_dict (`bool`, defaults to True): False for a plain tuple.
+
+        Returns:
+            `VQEncoderOutput`: `latents` of shape `(B, n_q, H / f, W / f)`.
+        """
+        f = self.downsampling_factor
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % f or x.shape[3] % f:
+            raise ValueError(
+                f"images must have the shape (batch, {self.config.in_channels}, height, width) with height and width "
+                f"divisible by {f}, got {tuple(x.shape)}."
+            )
+        return super().encode(x, return_dict=return_dict)
+
+    @apply_forward_hook
+    def decode(
+        self, h: torch.Tensor, force_not_quantize: bool = False, return_dict: bool = True, shape=None
+    ) -> LooCDecoderOutput | tuple[torch.Tensor, ...]:
+        """Quantize latents and decode them.
+
+        Args:
+            h (`torch.Tensor` of shape `(B, n_q, h, w)`): Latents, as `encode` returns them (not scaled).
+            force_not_quantize (`bool`, defaults to False): Decode `h` itself.
+            return_dict (`bool`, defaults to True): False for `(sample, commit_loss)`, as `VQModel` returns.
+            shape: Not used; of `VQModel`'s signature.
+
+        Returns:
+            `LooCDecoderOutput`: sample, commit_loss, indices, perplexity.
+        """
+        if force_not_quantize:
+            quantized, loss, perplexity, indices = h, torch.zeros((), device=h.device), None, None
+        else:
+            quantized, loss, (perplexity, _, indices) = self.quantize(h)
+        sample = self._decode_quantized(quantized)
+        if not return_dict:
+            return sample, loss
+        return LooCDecoderOutput(sample=sample, commit_loss=loss, indices=indices, perplexity=perplexity)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def encode_indices(self, x: torch.Tensor) -> torch.Tensor:
+        """Codes of images `(B, in_channels, H, W)` in [-1, 1], as int64 `(B, H / f, W / f, C)`."""
+        return self.quantize.encode_indices(self.encode(x).latents)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def decode_indices(self, indices: torch.Tensor) -> LooCDecoderOutput:
+        """The image of codes `(B, h, w, C)`. Raises ValueError for codes of another shape or out of range."""
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.config.num_vq_embeddings:
+            raise ValueError(
+                f"indices must be in [0, {self.config.num_vq_embeddings}), "
+                f"got values from {int(indices.min())} to {int(indices.max())}."
+            )
+        quantized = self.quantize.decode_indices(indices).to(self.dtype)
+        return LooCDecoderOutput(sample=self._decode_quantized(quantized), indices=indices)
+
+    def bits_per_image(self, height: int, width: int) -> float:
+        """The rate in bits, h * w * C * log2(K), of an image of `height` x `width` pixels."""
+        f = self.downsampling_factor
+        if height % f or width % f:
+            raise ValueError(f"height and width must be divisible by {f}, got {height}x{width}.")
+        positions = (height // f) * (width // f)
+        return positions * self.quantize.codes_per_position * math.log2(self.config.num_vq_embeddings)
+
+    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> LooCDecoderOutput | tuple[torch.Tensor, ...]:
+        """Encode, quantize and decode images `(B, in_channels, H, W)` in [-1, 1]; returns what `decode` returns."""
+        return self.decode(self.encode(sample).latents, return_dict=return_dict)
+
+    def _decode_quantized(self, quantized: torch.Tensor) -> torch.Tensor:
+        spatial = quantized if self.config.norm_type == "spatial" else None
+        return self.decoder(self.post_quant_conv(quantized), spatial)

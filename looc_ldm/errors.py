@@ -1,0 +1,37 @@
+"""Errors that the command line shows as one line: what was wrong, and what is allowed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line that names the value and what is allowed."""
+
+
+class ConfigError(UserError):
+    """A setting that is unknown, of the wrong type or out of range."""
+
+
+class DataError(UserError):
+    """Images that are missing or cannot be read."""
+
+
+class ModelError(UserError):
+    """A folder or id that is not a model of the kind that is needed."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Command lines run in this: bad input ends in one line and exit status 2, Ctrl-C in one line and status 130."""
+    try:
+        yield
+    except UserError as error:
+        # From a loader's worker process the message comes with the worker's traceback in front.
+        print(f"error: {str(error).strip().splitlines()[-1].split('Error: ')[-1]}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{interrupt or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,49 @@
+"""Many images from a pipeline, in batches, each with its own generator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from tqdm.auto import tqdm
+
+from looc_ldm.images import to_uint8
+from looc_ldm.pipelines.ldm import LooCLDMPipeline
+
+
+def sample_images(
+    pipe: LooCLDMPipeline,
+    labels: list[int | str | None],
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = True,
+    **arguments,
+) -> Iterator[torch.Tensor]:
+    """Images one by one, uint8 `(C, H, W)`, on the CPU.
+
+    Image i is drawn with a generator seeded by (seed, i), so that the set does not depend on `batch_size`.
+
+    Args:
+        labels (`list`): The class of each image; None for the null class, or for unconditional models.
+        seed (`int`): Of the whole set.
+        batch_size (`int`): Images drawn at a time.
+        progress (`bool`): Show a progress bar over images.
+        **arguments: Of the pipeline's call (`num_inference_steps`, `guidance_scale`, ...).
+    """
+    pipe.set_progress_bar_config(disable=True)
+    with tqdm(total=len(labels), desc="sampling", unit="img", disable=not progress) as bar:
+        for start in range(0, len(labels), batch_size):
+            chunk = labels[start : start + batch_size]
+            generators = [torch.Generator().manual_seed((seed << 32) + start + i) for i in range(len(chunk))]
+            named = pipe.num_class_embeds > 0
+            if named:
+                chunk = [pipe.config.null_class_label if label is None else label for label in chunk]
+            images = pipe(
+                batch_size=len(chunk),
+                class_labels=chunk if named else None,
+                generator=generators,
+                output_type="pt",
+                **arguments,
+            ).images
+            yield from to_uint8(images * 2 - 1).cpu()
+            bar.update(len(chunk))

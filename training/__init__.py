@@ -1,0 +1,1 @@
+"""The two trainers, and what only training needs: data, losses, checkpoints."""

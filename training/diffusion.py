@@ -1,0 +1,242 @@
+"""Stage 2: train a UNet on the latents of a `LooCVQModel`, unconditional or class-conditional.
+
+    looc-ldm train diffusion --config fashion_mnist/diffusion
+    looc-ldm train diffusion --config imagenette/diffusion --autoencoder runs/mine/model --data.path my_images
+    accelerate launch -m looc_ldm.training.diffusion --config imagenet/diffusion --data.path /data/imagenet
+
+The latents are encoded once, before training, and are those before quantization; the decoder quantizes. The same
+command again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from accelerate.utils import set_seed
+from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers.utils import make_image_grid
+from PIL import Image
+
+from looc_ldm.autoencoder import LooCVQModel
+from looc_ldm.class_embedding import ClassEmbedding
+from looc_ldm.errors import ConfigError, one_line_errors
+from looc_ldm.images import to_pil
+from looc_ldm.loading import load_autoencoder
+from looc_ldm.pipelines.ldm import LooCLDMPipeline
+from looc_ldm.pipelines.sampling import sample_images
+from looc_ldm.training.config import DiffusionConfig, construct, parse_config
+from looc_ldm.training.data import StreamBatches, load_image_sets, stream_loader
+from looc_ldm.training.ema import EMA
+from looc_ldm.training.latents import LatentStream, cache_latents
+from looc_ldm.training.run import Run, adamw, set_learning_rate
+
+logger = logging.getLogger(__name__)
+
+PROG = "looc-ldm train diffusion"
+UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+PREDICTIONS = ("epsilon", "v_prediction")
+PREVIEW_IMAGES = 40
+
+
+def train(config: DiffusionConfig) -> Path:
+    """Train, or go on with, the diffusion model of a config; returns the folder of the finished pipeline."""
+    # 1. Data and models, before anything is written
+    set_seed(config.seed)
+    vqvae = load_autoencoder(config.autoencoder).requires_grad_(False)
+    images, _ = load_image_sets(config.data, vqvae.config.in_channels)
+    classes = images.classes if config.class_conditional else []
+    if config.class_conditional and not classes:
+        raise ConfigError(f"class_conditional=true, but {config.data.path} has no classes.")
+    denoiser = Denoiser.from_config(config, vqvae, len(classes))
+    scheduler = make_scheduler(config.scheduler)
+
+    # 2. Devices, processes, precision; latents; the newest checkpoint
+    run = Run(config, result="pipeline")
+    accelerator = run.accelerator
+    vqvae = vqvae.to(accelerator.device)
+    cache = cache_latents(vqvae, images, Path(config.latents or run.folder / "latents"), accelerator)
+    if vqvae.config.scaling_factor is None:
+        vqvae.register_to_config(scaling_factor=1 / cache.standard_deviation)
+    if config.channels_last:
+        denoiser = denoiser.to(memory_format=torch.channels_last)
+    denoiser = denoiser.to(accelerator.device)
+    ema = EMA(denoiser, config.ema_halflife_images)
+    accelerator.register_for_checkpointing(ema)
+    optimizer = adamw(denoiser, config.optimizer)
+    denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
+    run.resume()
+    if run.finished:
+        logger.info("%s is finished", run.folder)
+        return run.result
+    live = accelerator.unwrap_model(denoiser)
+    null_label = live.null_label
+    noise_schedule = DDPMScheduler.from_config(scheduler.config)
+    num_timesteps = noise_schedule.config.num_train_timesteps
+    batches = StreamBatches(
+        run.images_seen,
+        config.total_images,
+        config.batch_size,
+        config.gradient_accumulation_steps,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    stream = LatentStream(cache, vqvae.config.scaling_factor, config.seed)
+    loader = stream_loader(stream, batches, config.data.num_workers, accelerator.device.type == "cuda")
+
+    def pipeline() -> LooCLDMPipeline:
+        """The averaged weights as a pipeline."""
+        id2label = dict(enumerate(classes)) if classes else None
+        unet, token = ema.model.unet, ema.model.class_embedding
+        return LooCLDMPipeline(vqvae, unet, scheduler, token, id2label, null_label)
+
+    # 3. Training
+    denoiser.train()
+    with run.stopping_cleanly(), run.progress_bar("diffusion") as bar:
+        for batch in loader:
+            latents, labels, noise, time, dropout = (part.to(accelerator.device, non_blocking=True) for part in batch)
+            with accelerator.accumulate(denoiser):
+                timesteps = (time * num_timesteps).long()
+                noisy = noise_schedule.add_noise(latents, noise, timesteps)
+                if scheduler.config.prediction_type == "epsilon":
+                    target = noise
+                else:
+                    target = noise_schedule.get_velocity(latents, noise, timesteps)
+                if null_label is not None:
+                    labels = torch.where(dropout < config.class_dropout, null_label, labels)
+                prediction = denoiser(noisy, timesteps, labels if classes else None).float()
+                distance = F.mse_loss if config.loss == "l2" else F.l1_loss
+                loss = distance(prediction, target)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and config.optimizer.max_grad_norm:
+                    accelerator.clip_grad_norm_(denoiser.parameters(), config.optimizer.max_grad_norm)
+                set_learning_rate(optimizer, run.learning_rate(config.optimizer))
+                optimizer.step()
+                optimizer.zero_grad()
+                run.record(loss=loss)
+            if not accelerator.sync_gradients:
+                continue
+
+            # After an optimizer step
+            run.images_seen += config.batch_size
+            ema.update(live, run.images_seen, config.batch_size)
+            bar.update(config.batch_size)
+            if run.due(config.log_every_images):
+                run.log(bar, learning_rate=run.learning_rate(config.optimizer))
+            if run.due(config.preview_every_images) and accelerator.is_main_process:
+                run.save_preview(preview(pipeline(), config))
+            if run.due(config.checkpoint_every_images):
+                run.save_checkpoint()
+            run.stop_if_asked()
+        run.save_checkpoint()
+
+    # 4. The result: averaged weights under the plain name, live ones as the variant `non_ema`
+    if accelerator.is_main_process:
+        with run.writing_result() as folder:
+            pipeline().save_pretrained(folder)
+            live.unet.save_pretrained(folder / "unet", variant="non_ema")
+            if live.class_embedding is not None:
+                live.class_embedding.save_pretrained(folder / "class_embedding", variant="non_ema")
+            description = {"data": asdict(config.data), "images_seen": run.images_seen}
+            (folder / "training.json").write_text(json.dumps(description, indent=2))
+        run.save_preview(preview(pipeline(), config))
+    accelerator.end_training()
+    return run.result
+
+
+class Denoiser(nn.Module):
+    """A UNet and, where it attends to one, its class token: what stage 2 trains.
+
+    Attributes:
+        null_label (`int`, *optional*): The label of the null class; None without classes or without dropout.
+    """
+
+    def __init__(self, unet: nn.Module, class_embedding: ClassEmbedding | None, null_label: int | None):
+        super().__init__()
+        self.unet = unet
+        self.class_embedding = class_embedding
+        self.null_label = null_label
+
+    @classmethod
+    def from_config(cls, config: DiffusionConfig, vqvae: LooCVQModel, num_classes: int) -> Denoiser:
+        """Build the networks for the latents of `vqvae` and the classes of the data (0: unconditional)."""
+        arguments = dict(config.unet)
+        kind = arguments.pop("type", "UNet2DModel")
+        if kind not in UNETS:
+            raise ConfigError(f"unet.type must be one of {', '.join(UNETS)}, got {kind!r}.")
+        channels = vqvae.quantize.vq_embed_dim
+        arguments["sample_size"] = config.data.resolution // vqvae.downsampling_factor
+        arguments["in_channels"] = arguments["out_channels"] = channels
+        null_label = num_classes if num_classes and config.class_dropout else None
+        num_class_embeds = num_classes + (null_label is not None)
+        class_embedding = None
+        if kind == "UNet2DConditionModel":
+            if not num_classes or config.class_embedding_dim is None:
+                raise ConfigError("unet.type=UNet2DConditionModel needs class_conditional and class_embedding_dim.")
+            class_embedding = ClassEmbedding(num_class_embeds, config.class_embedding_dim)
+            arguments["cross_attention_dim"] = config.class_embedding_dim
+        elif num_classes:
+            arguments["num_class_embeds"] = num_class_embeds
+        return cls(construct(UNETS[kind], arguments, "unet"), class_embedding, null_label)
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """The prediction `(B, c, h, w)` for noisy latents of that shape, timesteps `(B,)` and labels `(B,)`."""
+        if self.class_embedding is not None:
+            return self.unet(noisy, timesteps, encoder_hidden_states=self.class_embedding(labels)).sample
+        if labels is not None:
+            return self.unet(noisy, timesteps, class_labels=labels).sample
+        return self.unet(noisy, timesteps).sample
+
+
+def make_scheduler(settings: dict):
+    """The scheduler of a config. Latents are not images: nothing is clipped unless the config says so."""
+    arguments = dict(settings)
+    kind = arguments.pop("type", "DDIMScheduler")
+    scheduler_class = getattr(diffusers, kind, None)
+    if not kind.endswith("Scheduler") or scheduler_class is None:
+        raise ConfigError(f"scheduler.type must be the name of a diffusers scheduler, got {kind!r}.")
+    if kind in ("DDIMScheduler", "DDPMScheduler"):
+        arguments = {"clip_sample": False, **arguments}
+    scheduler = construct(scheduler_class, arguments, "scheduler")
+    if scheduler.config.prediction_type not in PREDICTIONS:
+        raise ConfigError(
+            f"scheduler.prediction_type must be one of {', '.join(PREDICTIONS)}, "
+            f"got {scheduler.config.prediction_type!r}."
+        )
+    return scheduler
+
+
+def preview(pipe: LooCLDMPipeline, config: DiffusionConfig) -> Image.Image:
+    """A grid of samples from fixed noise: a column a class, or as many unconditional ones."""
+    num_classes = len(pipe.config.id2label or {})
+    columns = min(num_classes, 10) or 8
+    rows = PREVIEW_IMAGES // columns
+    labels = [column if num_classes else None for column in range(columns)] * rows
+    guidance = config.preview_guidance_scale if pipe.config.null_class_label is not None else 1.0
+    images = sample_images(
+        pipe,
+        labels,
+        seed=config.seed,
+        progress=False,
+        num_inference_steps=config.preview_steps,
+        guidance_scale=guidance,
+    )
+    return make_image_grid([to_pil(image) for image in images], rows, columns)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    with one_line_errors():
+        config = parse_config(DiffusionConfig, sys.argv[1:] if arguments is None else arguments, PROG)
+        print(train(config))
+
+
+if __name__ == "__main__":
+    main()

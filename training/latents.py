@@ -1,0 +1,164 @@
+"""Latents of a data set, encoded once for stage 2, and their statistics."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from looc_ldm.autoencoder import LooCVQModel
+from looc_ldm.images import to_float
+from looc_ldm.training.data import FLIP, NOISE, ImageSet, Stream, random_at
+
+
+class LatentCache:
+    """Cached latents, memory-mapped.
+
+    Attributes:
+        latents (`np.ndarray` of shape `(n, c, h, w)`, float32): Latents before quantization, not scaled.
+        flipped (`np.ndarray`, *optional*): Those of the mirrored images, where the data is flipped.
+        labels (`np.ndarray` of shape `(n,)`, int64): -1 without classes.
+        classes (`list[str]`): Names of the classes.
+        standard_deviation (`float`): Of all latents about their mean.
+    """
+
+    def __init__(self, folder: Path):
+        description = json.loads((folder / "description.json").read_text())
+        self.latents = np.load(folder / "latents.npy", mmap_mode="r")
+        flipped = folder / "flipped.npy"
+        self.flipped = np.load(flipped, mmap_mode="r") if flipped.is_file() else None
+        self.labels = np.load(folder / "labels.npy")
+        self.classes = description["classes"]
+        self.standard_deviation = description["standard_deviation"]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+class LatentStream(Stream):
+    """Training examples of stage 2.
+
+    Item p is `(latents, label, noise, time, dropout)`: the scaled latents `(c, h, w)`, their class, noise of the same
+    shape, and two uniform numbers in [0, 1) that decide the timestep and whether the label is dropped. All that is
+    random belongs to the position p, so that no loop or process has randomness of its own.
+    """
+
+    def __init__(self, cache: LatentCache, scaling_factor: float, seed: int):
+        super().__init__(len(cache), seed)
+        self.cache = cache
+        self.scaling_factor = scaling_factor
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, int, torch.Tensor, float, float]:
+        index = self.index_at(position)
+        source = self.cache.latents
+        if self.cache.flipped is not None and random_at(self.seed, FLIP, position).random() < 0.5:
+            source = self.cache.flipped
+        latents = torch.from_numpy(source[index] * np.float32(self.scaling_factor))
+        random = random_at(self.seed, NOISE, position)
+        time, dropout = random.random(2).tolist()
+        noise = torch.from_numpy(random.standard_normal(latents.shape, dtype=np.float32))
+        return latents, int(self.cache.labels[index]), noise, time, dropout
+
+
+def cache_latents(model: LooCVQModel, images: ImageSet, folder: Path, accelerator: Accelerator) -> LatentCache:
+    """Encode a data set, or read the cache that an earlier call with the same model and data has left.
+
+    Every process encodes its share; the folder must be one that all of them see. Collective.
+    """
+    fingerprint = cache_fingerprint(model, images)
+    if not _is_current(folder, fingerprint):
+        partial = folder.with_name(folder.name + ".partial")
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            side = images.config.resolution // model.downsampling_factor
+            shape = (len(images), model.quantize.vq_embed_dim, side, side)
+            for name in ("latents", "flipped") if images.config.flip else ("latents",):
+                np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape).flush()
+        accelerator.wait_for_everyone()
+        count, total, squares = _encode_share(model, images, partial, accelerator)
+        sums = torch.tensor([count, total, squares], dtype=torch.float64, device=accelerator.device)
+        count, total, squares = accelerator.reduce(sums, reduction="sum").tolist()
+        if accelerator.is_main_process:
+            np.save(partial / "labels.npy", images.labels())
+            description = {
+                "fingerprint": fingerprint,
+                "classes": images.classes,
+                "standard_deviation": math.sqrt(squares / count - (total / count) ** 2),
+            }
+            (partial / "description.json").write_text(json.dumps(description))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
+        accelerator.wait_for_everyone()
+    return LatentCache(folder)
+
+
+@torch.no_grad()
+def measure_scaling_factor(model: LooCVQModel, batches: Iterable[torch.Tensor]) -> float:
+    """1 / standard deviation of the latents of images `(B, C, H, W)` in [-1, 1]."""
+    count, total, squares = 0, 0.0, 0.0
+    for batch in batches:
+        latents = model.encode(batch.to(model.device)).latents.double()
+        count += latents.numel()
+        total += float(latents.sum())
+        squares += float(latents.square().sum())
+    return 1 / math.sqrt(squares / count - (total / count) ** 2)
+
+
+def cache_fingerprint(model: LooCVQModel, images: ImageSet) -> str:
+    """Identifies latents by what made them: weights of the encoder, images and transform."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    data = asdict(images.config)
+    del data["num_workers"]
+    digest.update(json.dumps([data, len(images), images.classes], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _is_current(folder: Path, fingerprint: str) -> bool:
+    file = folder / "description.json"
+    return file.is_file() and json.loads(file.read_text())["fingerprint"] == fingerprint
+
+
+@torch.no_grad()
+def _encode_share(
+    model: LooCVQModel, images: ImageSet, folder: Path, accelerator: Accelerator
+) -> tuple[int, float, float]:
+    """Encode this process's contiguous share into the files; returns count, sum and sum of squares of its latents."""
+    first = len(images) * accelerator.process_index // accelerator.num_processes
+    last = len(images) * (accelerator.process_index + 1) // accelerator.num_processes
+    files = {
+        flip: np.lib.format.open_memmap(folder / f"{name}.npy", mode="r+")
+        for flip, name in ((False, "latents"), (True, "flipped"))
+        if images.config.flip or not flip
+    }
+    loader = DataLoader(Subset(images, range(first, last)), batch_size=64, num_workers=images.config.num_workers)
+    count, total, squares = 0, 0.0, 0.0
+    with tqdm(total=last - first, desc="encoding latents", unit="img", disable=not accelerator.is_main_process) as bar:
+        for pixels, _ in loader:
+            batch = to_float(pixels).to(accelerator.device)
+            for flip, file in files.items():
+                latents = model.encode(batch.flip(-1) if flip else batch).latents.float().cpu()
+                file[first : first + len(batch)] = latents.numpy()
+                count += latents.numel()
+                total += float(latents.double().sum())
+                squares += float(latents.double().square().sum())
+            first += len(batch)
+            bar.update(len(batch))
+    for file in files.values():
+        file.flush()
+    return count, total, squares
