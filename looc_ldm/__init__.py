@@ -15,6 +15,7 @@ _HOME_OF = {
     "LooCVQModel": "looc_ldm.autoencoder",
     "LooCDecoderOutput": "looc_ldm.autoencoder",
     "ClassEmbedding": "looc_ldm.class_embedding",
+    "FixedHeadsUNet2DModel": "looc_ldm.unet",
     "LooCLDMPipeline": "looc_ldm.pipelines.ldm",
 }
 __all__ = sorted(_HOME_OF)
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from looc_ldm.class_embedding import ClassEmbedding as ClassEmbedding
     from looc_ldm.pipelines.ldm import LooCLDMPipeline as LooCLDMPipeline
     from looc_ldm.quantizer import LooCQuantizer as LooCQuantizer
+    from looc_ldm.unet import FixedHeadsUNet2DModel as FixedHeadsUNet2DModel
 
 # `python -m looc_ldm.training...` started in the root of a checkout finds the checkout's folder `looc_ldm` before the
 # installed package. Its siblings `pipelines`, `training` and `configs` are then in the checkout's root.

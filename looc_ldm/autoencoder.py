@@ -9,9 +9,6 @@ import torch
 from diffusers import VQModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
-
-# Unused here, but needed: diffusers looks for `ModelMixin` in the module that defines a component when it loads one.
-from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
@@ -59,7 +56,8 @@ class LooCVQModel(VQModel):
         vq_embed_dim (`int`, *optional*): n_q, channels of the latents; `latent_channels` if not given.
         scaling_factor (`float`, *optional*): 1 / standard deviation of the latents over the training set. None until it
             is measured (the trainer does it); a pipeline that needs it says so.
-        norm_type (`str`, defaults to `"group"`): `"spatial"` gives MoVQ's modulated decoder.
+        norm_type (`str`, defaults to `"group"`): `"spatial"` gives MoVQ's modulated decoder, which needs `vq_embed_dim`
+            equal to `latent_channels`.
         mid_block_add_attention (`bool`, defaults to True): Attention in the middle of encoder and decoder.
         lookup_from_codebook (`bool`, defaults to False): Of `VQModel`, kept for its configs; use `decode_indices`.
         force_upcast (`bool`, defaults to False): Of `VQModel`, kept for its configs.
@@ -113,6 +111,16 @@ class LooCVQModel(VQModel):
         anchor: str = "closest",
         usage_decay: float = 0.99,
     ):
+        vq_embed_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
+        if not len(down_block_types) == len(up_block_types) == len(block_out_channels):
+            raise ValueError(
+                "down_block_types, up_block_types and block_out_channels must have one length, got "
+                f"{len(down_block_types)}, {len(up_block_types)} and {len(block_out_channels)}."
+            )
+        if norm_type == "spatial" and vq_embed_dim != latent_channels:
+            raise ValueError(
+                f'norm_type="spatial" needs vq_embed_dim={vq_embed_dim} to equal latent_channels={latent_channels}.'
+            )
         super().__init__(
             in_channels=in_channels,
             out_channels=out_channels,
@@ -132,7 +140,6 @@ class LooCVQModel(VQModel):
             lookup_from_codebook=lookup_from_codebook,
             force_upcast=force_upcast,
         )
-        vq_embed_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
         self.quantize = LooCQuantizer(
             vq_embed_dim,
             num_vq_embeddings,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 from PIL import Image
 
@@ -23,10 +20,3 @@ def to_pil(image: torch.Tensor) -> Image.Image:
     """A uint8 image `(C, H, W)`, C = 1 or 3, as a grey or RGB PIL image."""
     pixels = image.cpu().permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
-
-def write_image(image: Image.Image, file: Path) -> None:
-    """Write a PNG beside its place and rename it, so that a half-written one is never seen."""
-    partial = file.with_name(f".{file.name}.partial")
-    image.save(partial, format="PNG")
-    os.replace(partial, file)

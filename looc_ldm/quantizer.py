@@ -229,8 +229,7 @@ class LooCQuantizer(nn.Module):
         self.usage.lerp_(share.to(self.usage.dtype), 1 - self.usage_decay)
         if anchors is not None:
             weight = torch.exp(-10 * self.num_codevectors * self.usage / (1 - self.usage_decay) - 1e-3)
-            # .data: the published rule changes the codebook between forward and backward, which autograd would refuse.
-            self.embedding.weight.data.lerp_(anchors.vector, weight[:, None])
+            self.embedding.weight.lerp_(anchors.vector, weight[:, None])
 
     def _collect(self, counts: torch.Tensor, anchors: Anchors | None) -> None:
         if self._collected is not None:

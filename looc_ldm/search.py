@@ -52,9 +52,8 @@ def nearest_codevectors(
             one; `"none"` looks for no anchors.
     """
     if distance == "cosine":
-        keys, bias = F.normalize(codebook, dim=1), None
-        # The argmax along K does not need normalised vectors; the argmax along N, for anchors, does.
-        queries = vectors if anchor in ("none", "random") else F.normalize(vectors, dim=1)
+        # Only the anchors need normalised vectors, but with them always, training and evaluation choose alike.
+        keys, bias, queries = F.normalize(codebook, dim=1), None, F.normalize(vectors, dim=1)
     else:
         # argmin ||z - c||^2 over c is argmax of z.c - ||c||^2 / 2: no root, no ||z||^2.
         keys, bias, queries = codebook, -0.5 * codebook.square().sum(1), vectors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel, UNet2DModel
@@ -29,6 +30,9 @@ class LooCLDMPipeline(DiffusionPipeline):
         class_embedding (`ClassEmbedding`, *optional*): Class token of a `UNet2DConditionModel`.
         id2label (`dict[int, str]`, *optional*): Names of the classes; several names of one class with commas between.
         null_class_label (`int`, *optional*): The label that stands for no class, which guidance needs.
+
+    Raises:
+        ValueError: `null_class_label` is not a label of the model, or a `UNet2DConditionModel` without a class token.
 
     Example:
 
@@ -57,6 +61,8 @@ class LooCLDMPipeline(DiffusionPipeline):
         if id2label is not None:
             id2label = {int(label): name for label, name in id2label.items()}  # JSON turns keys into strings
         self.register_to_config(id2label=id2label, null_class_label=null_class_label)
+        if isinstance(unet, UNet2DConditionModel) and class_embedding is None:
+            raise ValueError("a UNet2DConditionModel needs a class_embedding to attend to.")
         if null_class_label is not None and not 0 <= null_class_label < self.num_class_embeds:
             raise ValueError(
                 f"null_class_label must be in [0, {self.num_class_embeds}), the labels of the UNet, "
@@ -72,13 +78,13 @@ class LooCLDMPipeline(DiffusionPipeline):
         return self.unet.config.num_class_embeds or 0
 
     @property
-    def labels(self) -> dict[str, int]:
-        """Class names, in small letters, and their labels."""
-        return {
-            name.strip().casefold(): int(label)
-            for label, names in (self.config.id2label or {}).items()
-            for name in names.split(",")
-        }
+    def labels(self) -> dict[str, list[int]]:
+        """Class names, in small letters, and the labels that have them (ImageNet has two classes named crane)."""
+        known = {}
+        for label, names in (self.config.id2label or {}).items():
+            for name in {name.strip().casefold() for name in (names, *names.split(","))}:
+                known.setdefault(name, []).append(label)
+        return known
 
     @property
     def guidance_scale(self) -> float:
@@ -99,7 +105,7 @@ class LooCLDMPipeline(DiffusionPipeline):
     def __call__(
         self,
         batch_size: int = 1,
-        class_labels: int | str | list[int | str] | torch.Tensor | None = None,
+        class_labels: int | str | list[int | str | None] | torch.Tensor | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         eta: float = 0.0,
@@ -118,7 +124,8 @@ class LooCLDMPipeline(DiffusionPipeline):
         Args:
             batch_size (`int`, defaults to 1): Number of images; with a list of labels, their number counts.
             class_labels (`int`, `str` or list of them, *optional*): The class of each image, by index or by name
-                (in any case). One label is for all images. None draws from the null class of a conditional model.
+                (in any case). One label is for all images. None, also in a list, is the null class of a conditional
+                model.
             num_inference_steps (`int`, defaults to 50): Denoising steps.
             guidance_scale (`float`, defaults to 1.0): w of classifier-free guidance, n + w (c - n) with the outputs c
                 for the class and n for the null class; 1 is no guidance.
@@ -134,14 +141,14 @@ class LooCLDMPipeline(DiffusionPipeline):
                 [0, 1], or `"latent"`, the scaled latents `(n, c, h, w)`.
             return_dict (`bool`, defaults to True): False for a plain tuple.
             callback_on_step_end (`Callable`, *optional*): Called as `f(pipe, step, timestep, tensors)` after each step;
-                returns tensors that replace those of the loop.
+                returns a dict, whose `"latents"` replace those of the loop, or None.
             callback_on_step_end_tensor_inputs (`list[str]`): What it gets: `"latents"`, `"model_output"`.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple with them.
 
         Raises:
-            ValueError: Before anything is computed, for inputs that do not fit the model.
+            ValueError: Before the UNet runs, for inputs that do not fit the model.
         """
         self.check_inputs(
             batch_size,
@@ -149,6 +156,7 @@ class LooCLDMPipeline(DiffusionPipeline):
             num_inference_steps,
             guidance_scale,
             guidance_interval,
+            guidance_rescale,
             num_images_per_label,
             output_type,
             callback_on_step_end_tensor_inputs,
@@ -156,12 +164,14 @@ class LooCLDMPipeline(DiffusionPipeline):
         labels = self.prepare_labels(class_labels, batch_size, num_images_per_label)
         count = batch_size * num_images_per_label if labels is None else len(labels)
         device, dtype = self._execution_device, self.unet.dtype
-        latents = self.prepare_latents(count, dtype, device, generator, latents)
         if labels is not None:
             labels = labels.to(device)
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = self.prepare_latents(count, dtype, device, generator, latents)  # their scale depends on the timesteps
         step_arguments = self.prepare_extra_step_kwargs(generator, eta)
+        # Read here, once: in the loop it would wait for the device.
+        shares = (self.scheduler.timesteps / self.scheduler.config.num_train_timesteps).tolist()
         self._guidance_scale = guidance_scale
         self._num_timesteps = len(self.scheduler.timesteps)
         self._interrupt = False
@@ -169,16 +179,15 @@ class LooCLDMPipeline(DiffusionPipeline):
             for i, t in enumerate(self.scheduler.timesteps):
                 if self._interrupt:
                     continue
-                share = float(t) / self.scheduler.config.num_train_timesteps
-                guided = guidance_scale != 1 and guidance_interval[0] <= share <= guidance_interval[1]
-                model_output = self._denoise(latents, t, labels, guidance_scale if guided else 1.0, guidance_rescale)
+                inside = guidance_interval[0] <= shares[i] <= guidance_interval[1]
+                model_output = self._denoise(latents, t, labels, guidance_scale if inside else 1.0, guidance_rescale)
                 latents = self.scheduler.step(model_output, t, latents, **step_arguments, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = {}
                     for name in callback_on_step_end_tensor_inputs:
                         tensors[name] = locals()[name]
                     changed = callback_on_step_end(self, i, t, tensors) or {}
-                    latents = changed.pop("latents", latents)
+                    latents = changed.get("latents", latents)
                 progress_bar.update()
 
         if output_type == "latent":
@@ -196,6 +205,7 @@ class LooCLDMPipeline(DiffusionPipeline):
         num_inference_steps,
         guidance_scale,
         guidance_interval,
+        guidance_rescale,
         num_images_per_label,
         output_type,
         callback_on_step_end_tensor_inputs,
@@ -206,7 +216,7 @@ class LooCLDMPipeline(DiffusionPipeline):
             ("num_inference_steps", num_inference_steps),
             ("num_images_per_label", num_images_per_label),
         ):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, got {value!r}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
@@ -219,11 +229,13 @@ class LooCLDMPipeline(DiffusionPipeline):
         low, high = guidance_interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"guidance_interval must be 0 <= low <= high <= 1, got {guidance_interval}.")
+        if not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale must be in [0, 1], got {guidance_rescale}.")
         conditional = self.num_class_embeds > 0
         if not conditional and (class_labels is not None or guidance_scale != 1):
             raise ValueError("this model is unconditional: it takes neither class_labels nor a guidance_scale.")
         if conditional and self.config.null_class_label is None and (class_labels is None or guidance_scale != 1):
-            raise ValueError("this model has no null class: give class_labels, and guidance_scale=1.")
+            raise ValueError("this model has no null class: it needs class_labels, and guidance_scale=1.")
         if self.vqvae.config.scaling_factor is None:
             raise ValueError(
                 "vqvae.config.scaling_factor is None: measure it on training images with "
@@ -231,42 +243,45 @@ class LooCLDMPipeline(DiffusionPipeline):
                 "vqvae.register_to_config(scaling_factor=...)."
             )
 
-    def get_label_ids(self, labels: list[int | str]) -> list[int]:
-        """Labels by index for labels by index or name.
+    def get_label_ids(self, labels: list[int | str | None]) -> list[int]:
+        """Labels by index for labels by index or name; None is the null class.
 
         Raises:
-            ValueError: An unknown name (with the nearest known ones) or an index out of range.
+            ValueError: An unknown name (with the nearest known ones), a name of two classes, an index out of range, or
+                None without a null class.
         """
         known, ids = self.labels, []
         for label in labels:
+            index = self.config.null_class_label if label is None else label
             if isinstance(label, str):
-                if label.strip().casefold() not in known:
-                    near = difflib.get_close_matches(label.casefold(), known, n=3, cutoff=0.4) or sorted(known)[:20]
+                name = label.strip().casefold()
+                if name not in known:
+                    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)[:20]
                     hint = f"did you mean {' or '.join(near)}?" if near else "the model has no class names."
                     raise ValueError(f"unknown class name {label!r}; {hint}")
-                label = known[label.strip().casefold()]
-            if not 0 <= label < self.num_class_embeds:
-                raise ValueError(f"class label must be in [0, {self.num_class_embeds}), got {label}.")
-            ids.append(int(label))
+                if len(known[name]) > 1:
+                    raise ValueError(f"{label!r} names the classes {' and '.join(map(str, known[name]))}; give one.")
+                index = known[name][0]
+            if not isinstance(index, Integral) or not 0 <= index < self.num_class_embeds:
+                raise ValueError(f"class label must be in [0, {self.num_class_embeds}) or a class name, got {label!r}.")
+            ids.append(int(index))
         return ids
 
     def prepare_labels(self, class_labels, batch_size: int, num_images_per_label: int) -> torch.Tensor | None:
         """int64 labels, one an image, or None for an unconditional model."""
         if self.num_class_embeds == 0:
             return None
-        if class_labels is None:
-            class_labels = self.config.null_class_label
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.tolist()
-        if isinstance(class_labels, int | str):
+        if class_labels is None or isinstance(class_labels, Integral | str):
             class_labels = [class_labels] * batch_size
-        elif batch_size not in (1, len(class_labels)):
+        if not len(class_labels) or batch_size not in (1, len(class_labels)):
             raise ValueError(f"batch_size={batch_size} does not fit {len(class_labels)} class_labels.")
         return torch.tensor(self.get_label_ids(class_labels)).repeat_interleave(num_images_per_label)
 
     def prepare_latents(self, count, dtype, device, generator, latents=None) -> torch.Tensor:
         """Initial noise `(count, c, h, w)`, scaled for the scheduler."""
-        side = self.unet.config.sample_size
+        side = self.unet.config.sample_size or self.vqvae.config.sample_size // self.vqvae.downsampling_factor
         height, width = (side, side) if isinstance(side, int) else side
         shape = (count, self.unet.config.in_channels, height, width)
         if isinstance(generator, list) and len(generator) != count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -25,25 +26,31 @@ def sample_images(
 
     Args:
         labels (`list`): The class of each image; None for the null class, or for unconditional models.
-        seed (`int`): Of the whole set.
+        seed (`int`): Of the whole set, in [0, 2**32).
         batch_size (`int`): Images drawn at a time.
         progress (`bool`): Show a progress bar over images.
         **arguments: Of the pipeline's call (`num_inference_steps`, `guidance_scale`, ...).
+
+    Raises:
+        ValueError: Before the first image, what the pipeline raises.
     """
+    pipe = copy.copy(pipe)  # with the same models, so that the caller's pipeline keeps its progress bar
     pipe.set_progress_bar_config(disable=True)
-    with tqdm(total=len(labels), desc="sampling", unit="img", disable=not progress) as bar:
+    with tqdm(total=len(labels), desc="sampling", unit="img", delay=1, disable=not progress) as bar:
         for start in range(0, len(labels), batch_size):
             chunk = labels[start : start + batch_size]
-            generators = [torch.Generator().manual_seed((seed << 32) + start + i) for i in range(len(chunk))]
-            named = pipe.num_class_embeds > 0
-            if named:
-                chunk = [pipe.config.null_class_label if label is None else label for label in chunk]
+            generators = [torch.Generator().manual_seed(_seed_of(seed, start + i)) for i in range(len(chunk))]
             images = pipe(
                 batch_size=len(chunk),
-                class_labels=chunk if named else None,
+                class_labels=None if set(chunk) == {None} else chunk,
                 generator=generators,
                 output_type="pt",
                 **arguments,
             ).images
             yield from to_uint8(images * 2 - 1).cpu()
             bar.update(len(chunk))
+
+
+def _seed_of(seed: int, image: int) -> int:
+    """Of the 32 bits that torch's CPU generator takes: images of a set differ, and sets of near seeds are far apart."""
+    return (seed * 0x9E3779B1 + image) % 2**32  # 2**32 divided by the golden ratio

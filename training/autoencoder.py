@@ -4,8 +4,8 @@
     looc-ldm train autoencoder --config imagenette/autoencoder --data.path my_images --output_dir runs/mine
     accelerate launch -m looc_ldm.training.autoencoder --config imagenet/autoencoder --data.path /data/imagenet
 
-The loss is reconstruction + LPIPS + lambda * PatchGAN + quantizer (VQGAN; paper.md 6), each term switchable. The same
-command again goes on where it stopped.
+The loss is reconstruction + LPIPS + lambda * PatchGAN + quantizer (VQGAN, taming-transformers), each term switchable.
+The same command again goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from looc_ldm.errors import one_line_errors
 from looc_ldm.images import to_float, to_pil, to_uint8
 from looc_ldm.metrics.reconstruction import evaluate_reconstruction
 from looc_ldm.training.config import AutoencoderConfig, construct, parse_config
-from looc_ldm.training.data import ImageSet, ImageStream, StreamBatches, load_image_sets, stream_loader
+from looc_ldm.training.data import ImageSet, ImageStream, StreamBatches, load_image_sets, spread, stream_loader
 from looc_ldm.training.ema import EMA
-from looc_ldm.training.latents import measure_scaling_factor
+from looc_ldm.training.latents import latent_side, measure_scaling_factor
 from looc_ldm.training.losses import (
     PatchDiscriminator,
     adaptive_adversarial_weight,
@@ -52,6 +52,7 @@ def train(config: AutoencoderConfig) -> Path:
     # 1. Data and models, before anything is written
     set_seed(config.seed)
     model = construct(LooCVQModel, {"sample_size": config.data.resolution, **config.model}, "model")
+    latent_side(model, config.data)  # refuses a resolution that does not divide
     images, validation = load_image_sets(config.data, model.config.in_channels)
     terms = config.loss
     lpips = load_lpips(terms.lpips_network, terms.lpips_weights) if terms.lpips_weight else None
@@ -63,6 +64,9 @@ def train(config: AutoencoderConfig) -> Path:
 
     # 2. Devices, processes, precision; the newest checkpoint
     run = Run(config, result="model")
+    if run.finished:
+        logger.info("%s is finished", run.folder)
+        return run.result
     accelerator = run.accelerator
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -77,9 +81,6 @@ def train(config: AutoencoderConfig) -> Path:
         discriminator_optimizer = adamw(discriminator, config.optimizer)
         discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
     run.resume()
-    if run.finished:
-        logger.info("%s is finished", run.folder)
-        return run.result
     live = accelerator.unwrap_model(model)
     live.quantize.revive()  # tells the quantizer that we call it, once per optimizer step
     batches = StreamBatches(
@@ -192,10 +193,10 @@ def float_batches(images: ImageSet | Subset, batch_size: int = 64) -> Iterator[t
 
 
 @torch.no_grad()
-def preview(model: LooCVQModel, validation: ImageSet) -> Image.Image:
-    """A grid of the first validation images above their reconstructions."""
-    chosen = range(0, len(validation), max(1, len(validation) // PREVIEW_IMAGES))[:PREVIEW_IMAGES]
-    originals = torch.stack([validation[i][0] for i in chosen])
+def preview(model: LooCVQModel, images: ImageSet, count: int = PREVIEW_IMAGES) -> Image.Image:
+    """A grid of images, taken at even distances from the set, above their reconstructions."""
+    chosen = spread(len(images), count)
+    originals = torch.stack([images[int(i)][0] for i in chosen])
     reconstructions = to_uint8(model(to_float(originals).to(model.device)).sample).cpu()
     return make_image_grid([to_pil(image) for image in [*originals, *reconstructions]], 2, len(chosen))
 

@@ -125,7 +125,7 @@ RESUMABLE = {
 
 @dataclass
 class LossConfig:
-    """Terms of the autoencoder's loss (VQGAN; paper.md 6).
+    """Terms of the autoencoder's loss (VQGAN, taming-transformers).
 
     Args:
         reconstruction: `l1` or `l2`, on images in [-1, 1].
@@ -242,6 +242,11 @@ def check_config(config: T) -> T:
     for name in (*positive, *intervals):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}.")
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed must be in [0, 2**32), got {config.seed}.")
+    for name, least in (("resolution", 1), ("validation_images", 1), ("num_workers", 0)):
+        if getattr(config.data, name) < least:
+            raise ConfigError(f"data.{name} must be at least {least}, got {getattr(config.data, name)}.")
     if config.batch_size % config.gradient_accumulation_steps:
         raise ConfigError(
             f"batch_size={config.batch_size} must be a multiple of "
@@ -254,14 +259,12 @@ def check_config(config: T) -> T:
 
 def to_dict(config) -> dict:
     """The config as plain values, as YAML and JSON hold them."""
-    plain = asdict(config)
-    plain["optimizer"]["betas"] = list(plain["optimizer"]["betas"])
-    return plain
+    return _plain(asdict(config))
 
 
-def save_config(config, path: Path) -> None:
-    """Write the resolved config as YAML."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+def config_text(config) -> str:
+    """The resolved config as YAML, which `--config` reads."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -323,11 +326,15 @@ def _with_config_files(arguments: list[str]) -> list[str]:
 
 def _one_line(error: Exception, config_class: type) -> str:
     """A parser's message on one line, with the nearest known name where a name is unknown."""
-    message = " ".join(str(error).split())
+    message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split()).replace("typing.", ""))
     unknown = re.search(r"Option '([\w.]+)' is not accepted|[Uu]nrecognized arguments: --([\w.]+)", message)
-    if unknown is None:
+    nested = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    if nested is not None:
+        name = f"{nested.group(1)}.{nested.group(2)}"
+    elif unknown is not None:
+        name = unknown.group(1) or unknown.group(2)
+    else:
         return message
-    name = unknown.group(1) or unknown.group(2)
     return f"unknown setting {name!r}{_nearest(name, _setting_names(config_class))}"
 
 
@@ -350,5 +357,12 @@ def _flatten(values: dict, prefix: str = "") -> dict:
         if isinstance(value, dict):
             flat.update(_flatten(value, f"{prefix}{name}."))
         else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+            flat[prefix + name] = value
     return flat
+
+
+def _plain(value):
+    """Tuples, at any depth, as lists."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

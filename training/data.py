@@ -7,7 +7,8 @@ or that is divided over another number of processes, sees the same images with t
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -22,6 +23,7 @@ from looc_ldm.images import to_float
 from looc_ldm.training.config import DataConfig
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+MODES = {1: "L", 3: "RGB"}
 BUNDLED = Path(looc_ldm.__file__).resolve().parent / "data"  # one folder of parquet files a data set
 
 # Streams of random numbers of one seed must not overlap: each use has its own number.
@@ -46,23 +48,26 @@ class ImageSet(Dataset):
 
     def __init__(self, rows: datasets.Dataset, config: DataConfig, channels: int):
         self.config = config
-        self.mode = {1: "L", 3: "RGB"}[channels]
+        if channels not in MODES:
+            raise ConfigError(f"images have 1 (grey) or 3 channels, the model asks for {channels}.")
+        self.mode = MODES[channels]
         feature = rows.features.get(config.label_column)
         self.classes = list(feature.names) if isinstance(feature, datasets.ClassLabel) else []
         # Undecoded, so that an image that cannot be read can be named.
         self.rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
         self.content_size = None
         if config.fit == "pad" and len(rows):
-            width, height = self._open(0).size
+            width, height = self._open(self.rows[0], 0).size
             self.content_size = (height, width)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image = self._square(self._open(index), index)
+        row = self.rows[index]
+        image = self._square(self._open(row, index), index)
         pixels = np.asarray(image).reshape(*image.size, -1)  # (side, side, channels)
-        label = self.rows[index][self.config.label_column] if self.classes else -1
+        label = row[self.config.label_column] if self.classes else -1
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1), label
 
     def labels(self) -> np.ndarray:
@@ -71,8 +76,12 @@ class ImageSet(Dataset):
             return np.full(len(self), -1)
         return np.asarray(self.rows.with_format(None)[self.config.label_column])
 
-    def _open(self, index: int) -> Image.Image:
-        stored = self.rows[index][self.config.image_column]
+    def pixels(self) -> Sequence[torch.Tensor]:
+        """The images alone, without labels, read when they are asked for."""
+        return _Pixels(self)
+
+    def _open(self, row: dict, index: int) -> Image.Image:
+        stored = row[self.config.image_column]
         name = stored["path"] or f"image {index} of {self.config.path}"
         try:
             with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]) as image:
@@ -94,6 +103,31 @@ class ImageSet(Dataset):
         return canvas
 
 
+class _Pixels(Sequence):
+    def __init__(self, images: ImageSet):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images[index][0]
+
+
+def load_image_set(config: DataConfig, channels: int) -> ImageSet:
+    """The images of `config.split`, or where that is empty, of the test, validation or only split there is.
+
+    Raises:
+        DataError: No such data, a folder without images, an unknown split or column.
+    """
+    splits = _load(config)
+    if not config.split:
+        held_out = [name for name in ("test", "validation") if name in splits]
+        config = replace(config, split=[*held_out, *splits][0])
+    _check_names(config, splits)
+    return ImageSet(splits[config.split], config, channels)
+
+
 def load_image_sets(config: DataConfig, channels: int) -> tuple[ImageSet, ImageSet]:
     """The training and the validation images that a config describes.
 
@@ -105,21 +139,21 @@ def load_image_sets(config: DataConfig, channels: int) -> tuple[ImageSet, ImageS
     rows = splits[config.split]
     if config.validation_split is not None:
         held_out = splits[config.validation_split]
-        held_out = held_out.select(_spread(len(held_out), config.validation_images))
+        held_out = held_out.select(spread(len(held_out), config.validation_images))
     else:
         if config.validation_images >= len(rows):
             raise DataError(
                 f"{config.path} has {len(rows)} images: validation_images={config.validation_images} leaves none to "
                 "train on."
             )
-        chosen = _spread(len(rows), config.validation_images)
+        chosen = spread(len(rows), config.validation_images)
         held_out = rows.select(chosen)
         rows = rows.select(np.setdiff1d(np.arange(len(rows)), chosen))
     return ImageSet(rows, config, channels), ImageSet(held_out, config, channels)
 
 
-def _spread(length: int, count: int) -> np.ndarray:
-    """`count` of `length` positions at even distances: of a set sorted by class, as many of each."""
+def spread(length: int, count: int) -> np.ndarray:
+    """Up to `count` of `length` positions at even distances: of a set sorted by class, as many of each."""
     return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(np.int64))
 
 
@@ -142,7 +176,7 @@ def _load(config: DataConfig) -> dict[str, datasets.Dataset]:
         )
     try:
         return datasets.load_dataset(config.path)
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
+    except (OSError, ValueError) as error:  # no such id, no network; a data set that has to be given a configuration
         raise DataError(f"data.path={config.path!r}: no such folder, and from the hub: {_first_line(error)}") from None
 
 
@@ -228,5 +262,6 @@ def stream_loader(stream: Stream, batches: StreamBatches, num_workers: int, pin_
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
+        # Its own: a loader that is made draws a number, which would part a resumed run from an uninterrupted one.
+        generator=torch.Generator(),
     )

@@ -35,13 +35,18 @@ from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.training.config import DiffusionConfig, construct, parse_config
 from looc_ldm.training.data import StreamBatches, load_image_sets, stream_loader
 from looc_ldm.training.ema import EMA
-from looc_ldm.training.latents import LatentStream, cache_latents
+from looc_ldm.training.latents import LatentStream, cache_latents, latent_side
 from looc_ldm.training.run import Run, adamw, set_learning_rate
+from looc_ldm.unet import FixedHeadsUNet2DModel
 
 logger = logging.getLogger(__name__)
 
 PROG = "looc-ldm train diffusion"
-UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+UNETS = {
+    "UNet2DModel": UNet2DModel,
+    "UNet2DConditionModel": UNet2DConditionModel,
+    "FixedHeadsUNet2DModel": FixedHeadsUNet2DModel,
+}
 PREDICTIONS = ("epsilon", "v_prediction")
 PREVIEW_IMAGES = 40
 
@@ -60,6 +65,9 @@ def train(config: DiffusionConfig) -> Path:
 
     # 2. Devices, processes, precision; latents; the newest checkpoint
     run = Run(config, result="pipeline")
+    if run.finished:
+        logger.info("%s is finished", run.folder)
+        return run.result
     accelerator = run.accelerator
     vqvae = vqvae.to(accelerator.device)
     cache = cache_latents(vqvae, images, Path(config.latents or run.folder / "latents"), accelerator)
@@ -73,9 +81,6 @@ def train(config: DiffusionConfig) -> Path:
     optimizer = adamw(denoiser, config.optimizer)
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     run.resume()
-    if run.finished:
-        logger.info("%s is finished", run.folder)
-        return run.result
     live = accelerator.unwrap_model(denoiser)
     null_label = live.null_label
     noise_schedule = DDPMScheduler.from_config(scheduler.config)
@@ -172,7 +177,7 @@ class Denoiser(nn.Module):
         if kind not in UNETS:
             raise ConfigError(f"unet.type must be one of {', '.join(UNETS)}, got {kind!r}.")
         channels = vqvae.quantize.vq_embed_dim
-        arguments["sample_size"] = config.data.resolution // vqvae.downsampling_factor
+        arguments["sample_size"] = latent_side(vqvae, config.data)
         arguments["in_channels"] = arguments["out_channels"] = channels
         null_label = num_classes if num_classes and config.class_dropout else None
         num_class_embeds = num_classes + (null_label is not None)
@@ -205,10 +210,10 @@ def make_scheduler(settings: dict):
     if kind in ("DDIMScheduler", "DDPMScheduler"):
         arguments = {"clip_sample": False, **arguments}
     scheduler = construct(scheduler_class, arguments, "scheduler")
-    if scheduler.config.prediction_type not in PREDICTIONS:
+    prediction_type = scheduler.config.get("prediction_type")
+    if prediction_type not in PREDICTIONS:
         raise ConfigError(
-            f"scheduler.prediction_type must be one of {', '.join(PREDICTIONS)}, "
-            f"got {scheduler.config.prediction_type!r}."
+            f"scheduler.prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r} ({kind})."
         )
     return scheduler
 

@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from looc_ldm.autoencoder import LooCVQModel
+from looc_ldm.errors import ConfigError
 from looc_ldm.images import to_float
+from looc_ldm.training.config import DataConfig
 from looc_ldm.training.data import FLIP, NOISE, ImageSet, Stream, random_at
 
 
@@ -34,6 +36,7 @@ class LatentCache:
     """
 
     def __init__(self, folder: Path):
+        self.folder = folder
         description = json.loads((folder / "description.json").read_text())
         self.latents = np.load(folder / "latents.npy", mmap_mode="r")
         flipped = folder / "flipped.npy"
@@ -44,6 +47,10 @@ class LatentCache:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def __reduce__(self):
+        # A loader's worker that is not forked opens the files itself, instead of getting a copy of all latents.
+        return LatentCache, (self.folder,)
 
 
 class LatentStream(Stream):
@@ -75,14 +82,19 @@ def cache_latents(model: LooCVQModel, images: ImageSet, folder: Path, accelerato
     """Encode a data set, or read the cache that an earlier call with the same model and data has left.
 
     Every process encodes its share; the folder must be one that all of them see. Collective.
+
+    Raises:
+        ConfigError: The folder holds something else than cached latents.
     """
     fingerprint = cache_fingerprint(model, images)
+    if folder.exists() and not (folder / "description.json").is_file():
+        raise ConfigError(f"latents={str(folder)!r} holds something else than cached latents; give a new folder.")
     if not _is_current(folder, fingerprint):
         partial = folder.with_name(folder.name + ".partial")
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            side = images.config.resolution // model.downsampling_factor
+            side = latent_side(model, images.config)
             shape = (len(images), model.quantize.vq_embed_dim, side, side)
             for name in ("latents", "flipped") if images.config.flip else ("latents",):
                 np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape).flush()
@@ -114,6 +126,16 @@ def measure_scaling_factor(model: LooCVQModel, batches: Iterable[torch.Tensor]) 
         total += float(latents.sum())
         squares += float(latents.square().sum())
     return 1 / math.sqrt(squares / count - (total / count) ** 2)
+
+
+def latent_side(model: LooCVQModel, data: DataConfig) -> int:
+    """Height and width of the latents of a data set. Raises ConfigError for a resolution that f does not divide."""
+    f = model.downsampling_factor
+    if data.resolution % f:
+        raise ConfigError(
+            f"data.resolution must be a multiple of {f}, as the autoencoder needs, got {data.resolution}."
+        )
+    return data.resolution // f
 
 
 def cache_fingerprint(model: LooCVQModel, images: ImageSet) -> str:

@@ -1,12 +1,15 @@
-"""Terms of the autoencoder's loss: LPIPS, the PatchGAN, and the weight between them (paper.md 6)."""
+"""Terms of the autoencoder's loss: LPIPS, the PatchGAN, and the weight between them (VQGAN, taming-transformers)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from looc_ldm.errors import ConfigError
 
@@ -69,12 +72,15 @@ def load_lpips(network: str, weights: str | None) -> nn.Module:
             (`features.0.weight`, ...), .safetensors or .pth. Without it, torchvision downloads them.
 
     Raises:
-        ConfigError: The file is missing, or is not of this network.
+        ConfigError: The file is missing or is not of this network; or there is none and no network to load it from.
     """
     import lpips
 
     if weights is None:
-        model = lpips.LPIPS(net=network, verbose=False)
+        try:
+            model = lpips.LPIPS(net=network, verbose=False)
+        except OSError as error:
+            raise ConfigError(f"cannot download LPIPS' {network} ({error}); give loss.lpips_weights, a file.") from None
     else:
         model = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
         _fill_convolutions(model.net, _read_weights(weights), weights)
@@ -84,11 +90,13 @@ def load_lpips(network: str, weights: str | None) -> nn.Module:
 def _read_weights(file: str) -> dict[str, torch.Tensor]:
     if not Path(file).is_file():
         raise ConfigError(f"loss.lpips_weights={file!r}: no such file.")
-    if file.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        if file.endswith(".safetensors"):
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"loss.lpips_weights={file!r} is not a file of weights: {reason}") from None
 
 
 def _fill_convolutions(network: nn.Module, stored: dict[str, torch.Tensor], file: str) -> None:

@@ -7,7 +7,7 @@ A run is resumed by repeating its command. It owns its output folder:
     metrics.jsonl         one line a log interval, cut back to the checkpoint on resuming
     previews/000123.png   image grids
     logs/                 the tracker's files
-    model/ or pipeline/   the result, written at the end; its presence means that the run is finished
+    model/ or pipeline/   the result, written at the end; its training.json says after how many images
 
 Methods marked *collective* must be called by every process.
 """
@@ -27,11 +27,12 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from looc_ldm.errors import ConfigError
-from looc_ldm.images import write_image
-from looc_ldm.training.config import OptimizerConfig, RunConfig, differences, save_config, to_dict
+from looc_ldm.files import replace_text, write_image
+from looc_ldm.training.config import OptimizerConfig, RunConfig, config_text, differences, to_dict
 
 
 class Run:
@@ -55,27 +56,33 @@ class Run:
         self.result = self.folder / result
         self.images_seen = 0
         self._make_folder()
+        self._check_same_config()
         self.accelerator = Accelerator(
             mixed_precision=resolve_precision(config.mixed_precision),
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=None if config.tracker == "none" else config.tracker,
             project_dir=str(self.folder),
         )
-        self._check_same_config()
         self._stop_signal: int | None = None
         self._sums: dict[str, torch.Tensor] = {}
-        self._steps_summed = 0
+        self._counts: dict[str, int] = {}
         self._logged_at = (0, time.monotonic())
 
     @property
     def finished(self) -> bool:
         """Whether the result is there and was trained on as many images as are asked for."""
-        return self.result.is_dir() and self.images_seen >= self.config.total_images
+        file = self.result / "training.json"
+        return file.is_file() and json.loads(file.read_text())["images_seen"] >= self.config.total_images
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
         """Load the newest checkpoint, if there is one. Collective; after `accelerator.prepare`."""
+        self.accelerator.wait_for_everyone()  # all have compared their config with the one that is replaced here
+        if self.accelerator.is_main_process:
+            replace_text(self.folder / "config.yaml", config_text(self.config))
+        # Models are made by now, equal on all processes; dropout and random anchors must not be.
+        set_seed(self.config.seed, device_specific=True)
         checkpoints = self._checkpoints()
         if checkpoints:
             newest = checkpoints[-1]
@@ -84,7 +91,8 @@ class Run:
         if self.accelerator.is_main_process:
             self._cut_log()
         if self.config.tracker != "none":
-            self.accelerator.init_trackers("logs")
+            # TensorBoard hides what was logged after the checkpoint.
+            self.accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.images_seen + 1}})
         self._logged_at = (self.images_seen, time.monotonic())
 
     def save_checkpoint(self) -> None:
@@ -103,7 +111,8 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _checkpoints(self) -> list[Path]:
-        return sorted(path for path in (self.folder / "checkpoints").glob("*") if path.name.isdigit())
+        complete = [path for path in (self.folder / "checkpoints").glob("*") if path.name.isdigit()]
+        return sorted(complete, key=lambda path: int(path.name))
 
     # The loop's questions --------------------------------------------------------------------------------------------
 
@@ -156,18 +165,18 @@ class Run:
     # Logs ------------------------------------------------------------------------------------------------------------
 
     def record(self, **values: torch.Tensor | float) -> None:
-        """Add scalars of one step to the next log line, without waiting for the device."""
+        """Add scalars of one forward pass to the next log line, without waiting for the device."""
         for name, value in values.items():
             value = value.detach().float() if isinstance(value, torch.Tensor) else torch.tensor(float(value))
             self._sums[name] = self._sums.get(name, 0) + value.to(self.accelerator.device)
-        self._steps_summed += 1
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def log(self, bar: tqdm, **extra: float) -> None:
         """Write the means since the last line, over all processes. Collective; waits for the device."""
         names = sorted(self._sums)
-        means = torch.stack([self._sums[name] for name in names]) / self._steps_summed
+        means = torch.stack([self._sums[name] / self._counts[name] for name in names])
         means = self.accelerator.reduce(means, reduction="mean").tolist()
-        self._sums, self._steps_summed = {}, 0
+        self._sums, self._counts = {}, {}
         images, now = self._logged_at
         self._logged_at = (self.images_seen, time.monotonic())
         values = dict(zip(names, means, strict=True))
@@ -205,22 +214,19 @@ class Run:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             probe = self.folder / f".write-test-{os.getpid()}"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot write to output_dir={str(self.folder)!r}: {error.strerror}.") from None
 
     def _check_same_config(self) -> None:
         file = self.folder / "config.yaml"
-        if file.is_file() and self._checkpoints():
+        if file.is_file() and (self._checkpoints() or self.result.is_dir()):
             changed = differences(yaml.safe_load(file.read_text()), to_dict(self.config))
             if changed:
                 raise ConfigError(
                     f"output_dir={str(self.folder)!r} holds a run with other settings ({'; '.join(changed)}); "
                     "give another output_dir, or delete this one."
                 )
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            save_config(self.config, file)
 
     @contextmanager
     def writing_result(self):
@@ -267,10 +273,3 @@ def resolve_precision(mixed_precision: str) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return "bf16" if has_amx() else "no"
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Replace a text file's content in one step."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, file)

@@ -1,0 +1,75 @@
+"""FID of a Fashion-MNIST pipeline against the whole test set, beside that of the same pipeline with an untrained UNet.
+
+    python benchmarks/fashion_mnist_fid.py PIPELINE FOLDER_WITH_THE_IDX_FILES --inception-weights FILE \
+        --feature-layer 768 --out benchmarks/results/fashion_mnist_fid.json
+
+The test set is used here only: training and every choice of a setting used the training set. Samples have the classes
+in equal shares, as the test set has. Images are padded to 32x32 on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from looc_ldm import LooCLDMPipeline
+from looc_ldm.metrics import InceptionFeatures, fid_and_kid
+from looc_ldm.pipelines.sampling import sample_images
+
+
+def test_images(folder: Path) -> torch.Tensor:
+    """All 10,000, uint8 `(N, 1, 32, 32)`."""
+    with gzip.open(folder / "t10k-images-idx3-ubyte.gz") as file:
+        pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    return F.pad(torch.from_numpy(pixels.copy()), (2, 2, 2, 2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipeline")
+    parser.add_argument("images", type=Path)
+    parser.add_argument("--inception-weights", type=Path)
+    parser.add_argument("--feature-layer", default="2048")
+    parser.add_argument("--samples", type=int, default=2000, help="drawn from each of the two models")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance-scale", type=float, default=2.0)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+
+    features = InceptionFeatures(options.feature_layer, options.inception_weights)
+    reference = test_images(options.images)
+    pipe = LooCLDMPipeline.from_pretrained(options.pipeline)
+    labels = [i % len(pipe.config.id2label) for i in range(options.samples)]
+    results = {
+        "command": " ".join(["python", *sys.argv]),
+        "reference": f"Fashion-MNIST test set, {len(reference)} images, padded to 32x32",
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "bits_per_pixel": pipe.vqvae.bits_per_image(32, 32) / 28**2,
+    }
+    for name in ("trained", "untrained"):
+        if name == "untrained":
+            torch.manual_seed(0)
+            pipe.unet = type(pipe.unet).from_config(pipe.unet.config)
+        samples = sample_images(
+            pipe,
+            labels,
+            batch_size=100,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance_scale,
+        )
+        results[name] = fid_and_kid(torch.stack(list(samples)), reference, features)
+        print(name, results[name], flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Write the README's tables and pictures from what they describe.
+
+    python benchmarks/readme.py costs                  the table of rates, parameters, memory and arithmetic
+    python benchmarks/readme.py quickstart FOLDER      pictures and figures of a finished `looc-ldm quickstart`
+
+Run `quickstart` with `--inception-weights` for its FID to appear.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from looc_ldm import LooCVQModel, configs
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, construct, load_config
+from looc_ldm.training.diffusion import Denoiser
+
+ROOT = Path(__file__).resolve().parent.parent
+BYTES_PER_PARAMETER = 20  # float32 weight, gradient, two moments of AdamW, average
+SUSTAINED_FLOPS = 1e14
+CLASSES = {"imagenet": 1000, "imagenette": 10, "fashion_mnist": 10}
+
+
+def costs() -> str:
+    """Markdown tables over all bundled configs."""
+    autoencoders, diffusions = [], []
+    for name in configs.names():
+        data_set, kind = name.split("/")
+        if kind.startswith("autoencoder"):
+            config = load_config(AutoencoderConfig, name)
+            model = autoencoder(config)
+            side, c = config.data.resolution, model.config
+            bits = model.bits_per_image(side, side)
+            autoencoders.append(
+                f"| `{name}` | {side} | {model.downsampling_factor} | {c.vq_embed_dim} | {c.num_vq_embeddings} × "
+                f"{c.codevector_dim} | {c.interpolation_factor} | {bits:,.0f} | {bits / side**2:.3g} | "
+                f"{training_cost(model, (image_of(config, model),), config)} |"
+            )
+        else:
+            config = load_config(DiffusionConfig, name)
+            first = load_config(AutoencoderConfig, configs_name_of(config.autoencoder))
+            vqvae = autoencoder(first)
+            classes = CLASSES[data_set] if config.class_conditional else 0
+            denoiser = Denoiser.from_config(config, vqvae, classes)
+            latents = torch.empty(
+                1, c_of(vqvae), *[config.data.resolution // vqvae.downsampling_factor] * 2, device="meta"
+            )
+            label = torch.zeros(1, dtype=torch.long, device="meta") if classes else None
+            step = torch.zeros(1, device="meta")
+            shape = " × ".join(map(str, latents.shape[1:]))
+            diffusions.append(f"| `{name}` | {shape} | {training_cost(denoiser, (latents, step, label), config)} |")
+    cost_columns = (
+        "parameters | weights and optimizer | kept for backward, an image | TFLOP an image | training | time |"
+    )
+    rules = "---:|---:|---:|---:|---:|---:|"
+    return "\n".join(
+        [
+            "Made by `python benchmarks/readme.py costs`. Bits per pixel count the image as the network sees it.",
+            "",
+            "| autoencoder | side | f | n_q | K × d | s | bits an image | bits per pixel | " + cost_columns,
+            "|---|---:|---:|---:|---:|---:|---:|---:|" + rules,
+            *autoencoders,
+            "",
+            "| diffusion | latents | " + cost_columns,
+            "|---|---:|" + rules,
+            *diffusions,
+        ]
+    )
+
+
+def autoencoder(config: AutoencoderConfig) -> LooCVQModel:
+    with torch.device("meta"):
+        return construct(LooCVQModel, {"sample_size": config.data.resolution, **config.model}, "model")
+
+
+def configs_name_of(folder: str) -> str:
+    """`runs/ffhq/autoencoder/model` is made by the config `ffhq/autoencoder`."""
+    return "/".join(Path(folder).parts[1:3])
+
+
+def c_of(model: LooCVQModel) -> int:
+    return model.quantize.vq_embed_dim
+
+
+def image_of(config: AutoencoderConfig, model: LooCVQModel) -> torch.Tensor:
+    return torch.empty(1, model.config.in_channels, config.data.resolution, config.data.resolution, device="meta")
+
+
+def training_cost(model: torch.nn.Module, inputs: tuple, config) -> str:
+    """Cells: parameters, bytes of state, bytes kept for backward, arithmetic, images, days."""
+    model = model.to("meta")
+    if isinstance(model, LooCVQModel):
+        model.quantize = torch.nn.Identity()  # its search has no meta kernel, and next to nothing to count
+        run = lambda x: model._decode_quantized(model.encode(x).latents)  # noqa: E731
+    else:
+        run = model
+    kept: dict[int, int] = {}
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t), FlopCounterMode(display=False) as counter:
+        run(*inputs)
+    activations = sum(size for key, size in kept.items() if key not in parameters)
+    count = sum(p.numel() for p in model.parameters())
+    flops = 3 * counter.get_total_flops()  # the backward pass costs about twice the forward pass
+    seconds = flops * config.total_images / SUSTAINED_FLOPS
+    return (
+        f"{count / 1e6:,.1f} M | {count * BYTES_PER_PARAMETER / 2**30:.2g} GiB | {activations / 2**30:.2g} GiB | "
+        f"{flops / 1e12:.2g} | {config.total_images / 1e6:,.3g} M images | {seconds / 86400:.2g} days"
+    )
+
+
+def quickstart(folder: Path) -> str:
+    """Pictures into docs/, and a table of the figures."""
+    figures = json.loads((folder / "figures.json").read_text())
+    (ROOT / "docs").mkdir(exist_ok=True)
+    for name in ("samples", "reconstructions"):
+        with Image.open(folder / f"{name}.png") as image:
+            image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(ROOT / f"docs/{name}.png")
+    first, second = figures["reconstruction"], figures["generation"]
+    rows = [
+        ("PSNR, held-out images", f"{first['psnr']:.2f} dB"),
+        ("SSIM", f"{first['ssim']:.4f}"),
+        ("bits per pixel (of 28x28)", f"{first['bits_per_pixel']:.2f}"),
+        ("codebook", f"{first['num_codevectors']} x {first['codevector_dim']}, {first['codebook_use']:.0%} in use"),
+        *[(name.replace("rfid", "rFID"), f"{v:.3f}") for name, v in first.items() if name.startswith("rfid")],
+        *[(f"{name.upper()} of samples", f"{v:.3f}") for name, v in second.items() if name.startswith("fid")],
+        ("time on two CPU cores", f"{figures['seconds'] / 60:.1f} minutes"),
+    ]
+    return "\n".join(
+        [
+            "Ten minutes of two CPU cores, `looc-ldm quickstart`: samples of each of the ten classes,",
+            "",
+            "![Samples, a row a class: t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot]"
+            "(docs/samples.png)",
+            "",
+            "and held-out images above their reconstructions.",
+            "",
+            "![Originals above, reconstructions below](docs/reconstructions.png)",
+            "",
+            "| | |",
+            "|---|---|",
+            *[f"| {name} | {value} |" for name, value in rows],
+            "",
+            f"Protocol `clean`, {first['images']} held-out images of the bundled subset of Fashion-MNIST"
+            + (f", {second['images_first']} samples" if second else "")
+            + ". Re-made by `looc-ldm quickstart` and `python benchmarks/readme.py quickstart quickstart`.",
+        ]
+    )
+
+
+def replace_section(name: str, text: str) -> None:
+    """Put text between the README's markers of that name."""
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(f"<!-- {name} -->")
+    _, after = rest.split(f"<!-- /{name} -->")
+    readme.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["costs"]:
+        replace_section("costs", costs())
+    elif len(sys.argv) == 3 and sys.argv[1] == "quickstart":
+        replace_section("quickstart", quickstart(Path(sys.argv[2])))
+    else:
+        sys.exit(__doc__)

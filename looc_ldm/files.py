@@ -1,0 +1,32 @@
+"""Writing files so that a half-written one is never seen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a UTF-8 text file beside its place and rename it."""
+    with _renamed_when_complete(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_image(image: Image.Image, file: Path) -> None:
+    """Write a PNG beside its place and rename it."""
+    with _renamed_when_complete(file) as partial:
+        image.save(partial, format="PNG")
+
+
+@contextmanager
+def _renamed_when_complete(file: Path) -> Iterator[Path]:
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)

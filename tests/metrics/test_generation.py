@@ -1,0 +1,155 @@
+"""FID and KID say which features they used, refuse what they cannot measure, and agree with the reference figure."""
+
+import io
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from looc_ldm.metrics import InceptionFeatures, fid_and_kid
+
+KEYS_AT_64 = {"protocol", "images_first", "images_second", "fid@64", "kid@64", "kid_std@64"}
+
+
+@pytest.fixture(scope="module")
+def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Inception network with random weights up to Mixed_6e and NaN beyond: nothing needs to be downloaded."""
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict):
+            pass
+
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save({}, folder / "nothing.pth")
+    torch.manual_seed(0)
+    state = Untrained("untrained", ["64"], feature_extractor_weights_path=str(folder / "nothing.pth")).state_dict()
+    for name, value in state.items():
+        if name.startswith(("Mixed_7", "fc")) and value.is_floating_point():
+            value.fill_(torch.nan)
+    torch.save(state, folder / "random.pth")
+    return folder / "random.pth"
+
+
+def noise(count: int, channels: int = 3, seed: int = 0, high: int = 256) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(high, (count, channels, 24, 24), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def photos(test_data: Path) -> list[torch.Tensor]:
+    """Of the sorted validation photos, every tenth from the first, then every tenth from the second."""
+    with tarfile.open(test_data / "imagenette128" / "val.tar") as tar:
+        names = sorted(member.name for member in tar if member.isfile())
+        files = [tar.extractfile(name).read() for name in names[0::10] + names[1::10]]
+    return [torch.from_numpy(np.array(Image.open(io.BytesIO(f)).convert("RGB"))).permute(2, 0, 1) for f in files]
+
+
+def test_two_halves_of_real_photos_have_the_reference_figure(photos, inception_weights):
+    report = fid_and_kid(photos[:100], photos[100:], InceptionFeatures("768", inception_weights))
+    assert report["fid@768"] == pytest.approx(0.998, abs=1e-3)
+    assert report["images_first"] == report["images_second"] == 100
+
+
+def test_the_layer_is_in_every_key_and_the_protocol_is_named(random_weights):
+    report = fid_and_kid(noise(4), noise(5, seed=1), InceptionFeatures("64", random_weights))
+    assert set(report) == KEYS_AT_64
+    assert (report["protocol"], report["images_first"], report["images_second"]) == ("clean", 4, 5)
+    assert "fid@192" in fid_and_kid(noise(2), noise(2), InceptionFeatures("192", random_weights))
+
+
+def test_equal_sets_are_at_distance_zero_and_different_ones_are_not(random_weights):
+    features = InceptionFeatures("64", random_weights)
+    different = fid_and_kid(noise(8), noise(8, seed=1, high=128), features)["fid@64"]
+    assert different > 0.01
+    assert abs(fid_and_kid(noise(8), noise(8), features)["fid@64"]) < 1e-4 * different
+
+
+def test_two_calls_give_the_same_figures(random_weights):
+    features = InceptionFeatures("64", random_weights)
+    first, second = (fid_and_kid(noise(6), noise(9, seed=1), features) for _ in range(2))
+    assert first == second
+    assert first["kid_std@64"] > 0  # else no subset was drawn, and nothing could have differed
+
+
+def test_a_grey_image_counts_as_its_rgb_copy(random_weights):
+    features = InceptionFeatures("64", random_weights)
+    grey, other = noise(4, channels=1), noise(4, seed=1)
+    assert fid_and_kid(grey, other, features) == fid_and_kid(grey.repeat(1, 3, 1, 1), other, features)
+
+
+def test_a_generator_of_images_will_do(random_weights):
+    features = InceptionFeatures("64", random_weights)
+    expected = fid_and_kid(noise(4), noise(4, seed=1), features)
+    assert fid_and_kid((x for x in noise(4)), list(noise(4, seed=1)), features) == expected
+
+
+def test_a_layer_that_the_weights_do_not_hold_is_refused(random_weights):
+    with pytest.raises(ValueError, match="does not hold layer 2048") as error:
+        fid_and_kid(noise(2), noise(2), InceptionFeatures(weights=random_weights))
+    assert "\n" not in str(error.value)
+
+
+def test_the_standard_features_are_the_default():
+    assert InceptionFeatures().layer == "2048"
+
+
+def test_without_weights_a_failed_download_is_one_line_and_with_weights_there_is_none(monkeypatch, random_weights):
+    def no_network(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", no_network)
+    with pytest.raises(ConnectionError, match=r"no network.*give a path"):
+        fid_and_kid(noise(2), noise(2), InceptionFeatures("64"))
+    assert set(fid_and_kid(noise(2), noise(2), InceptionFeatures("64", random_weights))) == KEYS_AT_64
+
+
+class Payload:
+    """Unpickling one of these touches the file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_file_that_is_not_the_network_is_refused_and_not_executed(tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    torch.save({"weight": Payload(tmp_path / "touched")}, tmp_path / "payload.pth")
+    (tmp_path / "text.pth").write_text("hello world, not a network")
+    for name in ("other.pth", "payload.pth", "text.pth"):
+        with pytest.raises(ValueError, match=f"{name} is not a state dict") as error:
+            InceptionFeatures("64", tmp_path / name).check()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_unknown_layers_and_missing_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match="64, 192, 768, 2048, got '512'"):
+        InceptionFeatures("512")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        InceptionFeatures("64", tmp_path / "nowhere.pth")
+
+
+def test_sets_that_cannot_be_compared_are_refused(random_weights):
+    features = InceptionFeatures("64", random_weights)
+    with pytest.raises(ValueError, match="at least 2 images in the second set, got 1"):
+        fid_and_kid(noise(2), noise(1), features)
+    with pytest.raises(ValueError, match=r"uint8.*float32.*first set"):
+        fid_and_kid(noise(2).float(), noise(2), features)
+    with pytest.raises(ValueError, match=r"\(1 or 3, height, width\).*\(4, 24, 24\)"):
+        fid_and_kid(noise(2), noise(2, channels=4), features)
+    with pytest.raises(ValueError, match=r"one shape, got \(3, 24, 24\) and \(3, 20, 24\)"):
+        fid_and_kid([noise(1)[0], noise(1)[0, :, :20]], noise(2), features)
+
+
+def test_importing_the_metrics_loads_no_feature_network():
+    code = "import sys, looc_ldm.metrics; sys.exit(bool({'torch_fidelity', 'torchvision'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -1,0 +1,236 @@
+"""Reconstruction figures agree with scikit-image, leave out padding, and carry the rate."""
+
+import json
+import math
+
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from looc_ldm import LooCVQModel
+from looc_ldm.metrics import InceptionFeatures, evaluate_reconstruction, fid_and_kid, psnr, ssim
+
+
+def tiny_model(kind: type[LooCVQModel] = LooCVQModel) -> LooCVQModel:
+    """K=16, f=2 and n_q=4, so that at s=1, d=2 there are C=2 codes at each position."""
+    torch.manual_seed(0)
+    return kind(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        num_vq_embeddings=16,
+        codevector_dim=2,
+        interpolation_factor=1,
+    )
+
+
+class Parrot(LooCVQModel):
+    """Gives back what `answer` makes of the image, and the codes `codes` where they are set."""
+
+    def encode(self, x):
+        self.seen = x
+        return super().encode(x)
+
+    def decode(self, h):
+        output = super().decode(h)
+        output.sample = self.answer(self.seen)
+        output.indices = getattr(self, "codes", output.indices)
+        return output
+
+
+def parrot(answer=lambda x: x) -> Parrot:
+    model = tiny_model(Parrot)
+    model.answer = answer
+    return model
+
+
+def photos(count: int = 3, size: tuple[int, int] = (32, 32), seed: int = 0) -> torch.Tensor:
+    """Smooth random images in [-1, 1], some of it saturated as skies are."""
+    coarse = torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, size, mode="bicubic").clamp(-1, 1)
+
+
+@pytest.fixture(params=[(3, (37, 52), 0.05), (1, (28, 28), 0.2), (3, (11, 40), 0.001)], ids=str)
+def pair(request) -> tuple[torch.Tensor, torch.Tensor]:
+    channels, size, error = request.param
+    x = (photos(4, size)[:, :channels] + 1) / 2
+    return x, (x + error * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+
+
+def test_psnr_and_ssim_of_each_image_equal_scikit_image(pair):
+    expected_psnr, expected_ssim = [], []
+    for x, y in zip(*(images.double().numpy() for images in pair), strict=True):
+        expected_psnr.append(peak_signal_noise_ratio(x, y, data_range=1))
+        window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+        expected_ssim.append(structural_similarity(x, y, data_range=1, channel_axis=0, **window))
+    assert psnr(*pair).tolist() == pytest.approx(expected_psnr, abs=1e-5)
+    assert ssim(*pair).tolist() == pytest.approx(expected_ssim, abs=1e-5)
+
+
+def test_identical_images_have_infinite_psnr_and_ssim_one():
+    x = torch.rand(2, 3, 16, 16)
+    assert psnr(x, x).tolist() == [math.inf] * 2
+    assert ssim(x, x).tolist() == pytest.approx([1, 1], abs=1e-12)
+
+
+def test_one_exact_reconstruction_does_not_make_the_mean_infinite():
+    images = photos(2)
+
+    def spoil_the_second(x):
+        return torch.stack([x[0], x[1] * 0.5])
+
+    second = psnr((images[1:] + 1) / 2, (images[1:] * 0.5 + 1) / 2).item()
+    assert evaluate_reconstruction(parrot(spoil_the_second), [images])["psnr"] == pytest.approx((100 + second) / 2)
+
+
+def test_images_that_cannot_be_measured_are_refused():
+    x = torch.rand(1, 3, 16, 10)
+    with pytest.raises(ValueError, match="at least 11x11, got 16x10"):
+        ssim(x, x)
+    for measure in (psnr, ssim):
+        with pytest.raises(ValueError, match=r"one shape.*\(1, 3, 16, 10\) and \(1, 1, 16, 10\)"):
+            measure(x, x[:, :1])
+        with pytest.raises(ValueError, match=r"reconstructions must be floats in \[0, 1\], got torch\.float32 from"):
+            measure(x, x - 1)
+        with pytest.raises(ValueError, match=r"torch\.uint8"):
+            measure(x.byte(), x.byte())
+
+
+def test_figures_are_means_over_images_however_they_are_batched():
+    model, images = tiny_model(), photos(5)
+    whole = evaluate_reconstruction(model, [images])
+    split = evaluate_reconstruction(model, (batch for batch in images.split(2)))
+    assert whole["images"] == split["images"] == 5
+    assert split.pop("protocol") == whole.pop("protocol") == "clean"
+    assert split == pytest.approx(whole, rel=1e-4)
+
+
+def test_the_figures_are_those_of_the_models_own_output():
+    model, images = tiny_model().eval(), photos()
+    with torch.no_grad():
+        x, y = (images + 1) / 2, (model(images).sample.clamp(-1, 1) + 1) / 2
+    report = evaluate_reconstruction(model, [images])
+    assert report["psnr"] == pytest.approx(psnr(x, y).mean().item())
+    assert report["ssim"] == pytest.approx(ssim(x, y).mean().item())
+    assert report["l1"] == pytest.approx((x - y).abs().mean().item())
+
+
+def test_l1_is_the_mean_absolute_error_of_images_in_0_to_1():
+    report = evaluate_reconstruction(parrot(lambda x: x + 0.5), [photos() * 0.5])
+    assert report["l1"] == pytest.approx(0.25)
+
+
+def test_an_output_beyond_the_range_of_images_is_clamped():
+    white = torch.ones(1, 3, 16, 16)
+    assert evaluate_reconstruction(parrot(lambda x: 7 * x), [white])["l1"] == 0
+
+
+def test_padding_does_not_change_the_measured_quality():
+    inner = photos(2, (28, 28))
+    padded = torch.nn.functional.pad(inner, (2, 2, 2, 2), value=-1.0)
+
+    def darken(x):
+        return x * 0.5 - 0.5  # leaves the padding exact
+
+    measured = evaluate_reconstruction(parrot(darken), [padded], measured_size=(28, 28))
+    alone = evaluate_reconstruction(parrot(darken), [inner])
+    flattered = evaluate_reconstruction(parrot(darken), [padded])
+    assert (measured["height"], measured["width"]) == (28, 28)
+    for name in ("psnr", "ssim", "l1"):
+        assert measured[name] == pytest.approx(alone[name])
+    assert flattered["psnr"] > alone["psnr"] + 0.5
+
+
+def test_bits_are_counted_with_the_padding_and_divided_by_the_measured_pixels():
+    report = evaluate_reconstruction(tiny_model(), [photos()], measured_size=(28, 24))
+    bits = 16 * 16 * 2 * 4  # positions, codes at each, log2(16)
+    assert report["bits_per_image"] == bits
+    assert report["bits_per_pixel"] == pytest.approx(bits / (28 * 24))
+    assert (report["num_codevectors"], report["codevector_dim"]) == (16, 2)
+
+
+def test_codebook_use_and_perplexity_are_those_of_all_images_together():
+    model = parrot()
+
+    def one_code_a_batch():  # alone, each would use 1/16 of the codebook, with perplexity 1
+        for code in (0, 3, 9, 15):
+            model.codes = torch.full((1, 16, 16, 2), code)
+            yield photos(1)
+
+    report = evaluate_reconstruction(model, one_code_a_batch())
+    assert report["codebook_use"] == 4 / 16
+    assert report["perplexity"] == pytest.approx(4)
+
+
+def test_perplexity_weighs_codes_by_how_often_they_are_used():
+    model = parrot()
+    model.codes = torch.tensor([0, 0, 0, 7]).repeat(128).view(1, 16, 16, 2)
+    report = evaluate_reconstruction(model, [photos(1)])
+    assert report["perplexity"] == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
+
+
+def test_the_model_is_measured_in_eval_mode_and_gets_its_modes_back():
+    seen = []
+    model = parrot(lambda x: seen.append(model.training) or x).train()
+    model.quantize.eval()
+    codebook = model.quantize.codebook.clone()
+    evaluate_reconstruction(model, [photos()])
+    assert seen == [False]
+    assert [module.training for module in (model, model.decoder, model.quantize)] == [True, True, False]
+    assert torch.equal(model.quantize.codebook, codebook)
+
+    with pytest.raises(ValueError, match="divisible by 2"):
+        evaluate_reconstruction(model, [photos(size=(31, 32))])
+    assert model.training
+
+
+def test_a_bfloat16_model_is_measured_against_the_images_themselves():
+    model = parrot().to(torch.bfloat16)
+    report = evaluate_reconstruction(model, [photos()])  # the parrot returns what it was given: rounded to 8 bits
+    assert 40 < report["psnr"] < 70
+
+
+def test_the_report_is_json():
+    assert json.loads(json.dumps(evaluate_reconstruction(tiny_model(), [photos()]), allow_nan=False))["images"] == 3
+
+
+def test_bad_batches_are_refused():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="batches is empty"):
+        evaluate_reconstruction(model, iter([]))
+    with pytest.raises(ValueError, match=r"in \[-1, 1\], got torch\.float32.* to 255"):
+        evaluate_reconstruction(model, [torch.full((1, 3, 32, 32), 255.0)])
+    with pytest.raises(ValueError, match=r"got torch\.uint8"):
+        evaluate_reconstruction(model, [torch.ones(1, 3, 32, 32, dtype=torch.uint8)])
+    with pytest.raises(ValueError, match=r"one size, got \(32, 32\) and \(16, 16\)"):
+        evaluate_reconstruction(model, [photos(), photos(size=(16, 16))])
+    with pytest.raises(ValueError, match="measured_size 64x28 does not lie inside images of 32x32"):
+        evaluate_reconstruction(model, [photos()], measured_size=(64, 28))
+
+
+def test_a_reconstruction_that_is_not_finite_gets_no_figure():
+    with pytest.raises(ValueError, match=r"reconstructions.*nan"):
+        evaluate_reconstruction(parrot(lambda x: x * math.nan), [photos()])
+
+
+def test_rfid_compares_what_is_measured_with_the_originals(inception_weights):
+    features, images = InceptionFeatures("64", inception_weights), photos(4)
+
+    def spoil(x):
+        return (x * 0.8).round(decimals=1)
+
+    report = evaluate_reconstruction(parrot(spoil), images.split(2), (28, 28), features)
+    sides = [((x + 1) / 2 * 255).round().byte()[..., 2:30, 2:30] for x in (images, spoil(images))]
+    assert report["rfid@64"] == pytest.approx(fid_and_kid(*sides, features)["fid@64"], rel=1e-6)
+    assert report["rfid@64"] > 0.01
+    assert abs(evaluate_reconstruction(parrot(), [images], features=features)["rfid@64"]) < 1e-3
+
+
+def test_weights_that_will_not_do_are_refused_before_anything_is_encoded(tmp_path):
+    (tmp_path / "text.pth").write_text("not a network")
+    batches = iter([photos()])
+    with pytest.raises(ValueError, match="not a state dict"):
+        evaluate_reconstruction(tiny_model(), batches, features=InceptionFeatures("64", tmp_path / "text.pth"))
+    assert len(list(batches)) == 1

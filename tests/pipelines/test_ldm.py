@@ -1,0 +1,461 @@
+"""`LooCLDMPipeline` as its users meet it: labels and guidance in, images out, a folder to keep it in."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.utils import logging as diffusers_logging
+
+from looc_ldm import LooCLDMPipeline
+from looc_ldm.training.latents import measure_scaling_factor
+
+KINDS = ["unconditional", "num_class_embeds", "cross_attention"]
+CONDITIONAL = KINDS[1:]
+STEPS = 4  # of DDIM's default 1000 timesteps: 750, 500, 250, 0
+
+LOAD_AND_DRAW = """
+import sys
+import torch
+from diffusers.utils import logging
+from looc_ldm import LooCLDMPipeline
+
+logging.disable_progress_bar()
+drawn = {}
+for folder in sys.argv[2:]:
+    pipe = LooCLDMPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    drawn[folder] = pipe(batch_size=2, num_inference_steps=2, generator=generator, output_type="pt").images
+torch.save(drawn, sys.argv[1])
+"""
+
+
+def draw(pipe, output_type="pt", seed=5, **arguments):
+    arguments = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(seed)} | arguments
+    return pipe(output_type=output_type, **arguments).images
+
+
+def noise(count: int) -> torch.Tensor:
+    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def unet_batches(pipe) -> list[int]:
+    """Fills with the batch size of each pass of the UNet from now on."""
+    sizes = []
+    pipe.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    return sizes
+
+
+def first_model_output(pipe, **arguments) -> torch.Tensor:
+    outputs = []
+    draw(
+        pipe,
+        latents=noise(2),
+        batch_size=2,
+        callback_on_step_end=lambda pipe, step, timestep, tensors: outputs.append(tensors["model_output"]),
+        callback_on_step_end_tensor_inputs=["model_output"],
+        **arguments,
+    )
+    return outputs[0]
+
+
+@pytest.fixture
+def diffusers_log(caplog: pytest.LogCaptureFixture):
+    """What diffusers logs, as text to look at after the fact."""
+    diffusers_logging.enable_propagation()
+    with caplog.at_level(logging.WARNING, logger="diffusers"):
+        yield caplog
+    diffusers_logging.disable_propagation()
+
+
+# Saving and loading ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_pipeline_draws_the_same_images_and_loads_without_a_warning(
+    kind, make_pipeline, tmp_path, diffusers_log
+):
+    pipe = make_pipeline(kind)
+    pipe.save_pretrained(tmp_path)
+    loaded = LooCLDMPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded), draw(pipe))
+    assert diffusers_log.text == ""
+
+
+def test_a_saved_pipeline_loads_in_a_process_that_only_imported_the_pipeline(make_pipeline, tmp_path):
+    expected = {}
+    for kind in KINDS:
+        pipe = make_pipeline(kind)
+        pipe.save_pretrained(tmp_path / kind)
+        expected[str(tmp_path / kind)] = draw(pipe, batch_size=2)
+    command = [sys.executable, "-c", LOAD_AND_DRAW, str(tmp_path / "drawn.pt"), *expected]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    drawn = torch.load(tmp_path / "drawn.pt")
+    for folder, images in expected.items():
+        assert torch.allclose(drawn[folder], images, atol=1e-5), folder
+    assert result.stderr == ""
+
+
+def test_a_saved_pipeline_names_the_library_of_its_components(make_pipeline, tmp_path):
+    make_pipeline("cross_attention").save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["vqvae"] == ["looc_ldm", "LooCVQModel"]
+    assert index["class_embedding"] == ["looc_ldm", "ClassEmbedding"]
+
+
+def test_labels_are_whole_numbers_again_after_loading(make_pipeline, tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path)
+    loaded = LooCLDMPipeline.from_pretrained(tmp_path)
+    assert loaded.config.id2label == {0: "T-shirt", 1: "sandal, flip-flop", 2: "ankle boot"}
+    assert loaded.config.null_class_label == 3
+
+
+@pytest.mark.parametrize("null_class_label", [-1, 4])
+def test_a_null_class_that_is_no_label_of_the_model_is_refused(null_class_label, make_pipeline):
+    with pytest.raises(ValueError, match=rf"null_class_label must be in \[0, 4\).*got {null_class_label}"):
+        make_pipeline(null_class_label=null_class_label)
+
+
+def test_a_cross_attention_unet_without_a_class_token_is_refused(make_pipeline):
+    pipe = make_pipeline("cross_attention")
+    with pytest.raises(ValueError, match="class_embedding"):
+        LooCLDMPipeline(pipe.vqvae, pipe.unet, pipe.scheduler)
+
+
+# Labels ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CONDITIONAL)
+def test_a_class_is_given_by_index_or_by_any_of_its_names_in_any_case(kind, make_pipeline):
+    pipe = make_pipeline(kind)
+    by_index = draw(pipe, class_labels=[1, 1, 1, 0, 2], latents=noise(5))
+    by_name = draw(pipe, class_labels=["Sandal", "FLIP-FLOP", 1, "t-Shirt", " Ankle Boot"], latents=noise(5))
+    assert torch.equal(by_name, by_index)
+    assert not torch.equal(draw(pipe, class_labels=[2, 2, 2, 2, 1], latents=noise(5)), by_index)
+    assert pipe.get_label_ids([pipe.config.id2label[1]]) == [1]  # all its names, as they stand there
+
+
+@pytest.mark.parametrize("labels", [np.array([1, 2]), torch.tensor([1, 2]), (1, 2), [np.int64(1), "ankle boot"]])
+def test_labels_may_be_arrays_and_tensors(labels, make_pipeline):
+    pipe = make_pipeline()
+    assert torch.equal(draw(pipe, class_labels=labels), draw(pipe, class_labels=[1, 2]))
+
+
+@pytest.mark.parametrize("kind", CONDITIONAL)
+def test_no_label_is_the_null_class(kind, make_pipeline):
+    pipe = make_pipeline(kind)
+    null = draw(pipe, class_labels=3, batch_size=2)
+    assert torch.equal(draw(pipe, batch_size=2), null)
+    assert torch.equal(draw(pipe, class_labels=[None, None]), null)
+    assert not torch.equal(draw(pipe, class_labels=0, batch_size=2), null)
+
+
+def test_an_unknown_class_name_is_answered_with_the_nearest_ones(make_pipeline):
+    with pytest.raises(ValueError, match=r"unknown class name 'Sandle'; did you mean .*sandal"):
+        draw(make_pipeline(), class_labels="Sandle")
+
+
+def test_a_name_of_two_classes_is_refused_with_their_labels(make_pipeline):
+    pipe = make_pipeline(id2label={0: "crane", 1: "heron", 2: "crane, derrick"})
+    with pytest.raises(ValueError, match="'Crane' names the classes 0 and 2"):
+        draw(pipe, class_labels="Crane")
+    assert pipe.get_label_ids(["derrick", "heron"]) == [2, 1]
+
+
+def test_one_label_and_a_batch_size_draw_images_of_one_class(make_pipeline):
+    pipe = make_pipeline()
+    assert torch.equal(
+        draw(pipe, class_labels="ankle boot", batch_size=3, latents=noise(3)),
+        draw(pipe, class_labels=[2, 2, 2], latents=noise(3)),
+    )
+
+
+def test_images_of_one_label_stand_next_to_each_other(make_pipeline):
+    images = draw(make_pipeline(), class_labels=[0, 1], num_images_per_label=2, latents=noise(1).expand(4, -1, -1, -1))
+    assert torch.allclose(images[0], images[1], atol=1e-5)
+    assert torch.allclose(images[2], images[3], atol=1e-5)
+    assert not torch.allclose(images[0], images[2], atol=1e-3)
+
+
+# Guidance -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CONDITIONAL)
+def test_the_guided_output_is_that_of_the_null_class_plus_w_times_the_difference(kind, make_pipeline):
+    pipe = make_pipeline(kind)
+    conditional = first_model_output(pipe, class_labels=1)
+    null = first_model_output(pipe, class_labels=None)
+    assert not torch.allclose(conditional, null, atol=1e-3)
+    for scale in (0.0, 0.5, 3.0):
+        guided = first_model_output(pipe, class_labels=1, guidance_scale=scale)
+        torch.testing.assert_close(guided, null + scale * (conditional - null), atol=1e-5, rtol=1e-5)
+
+
+def test_without_guidance_the_unet_sees_each_image_once_and_its_output_is_taken_as_it_is(make_pipeline):
+    pipe = make_pipeline()
+    batches = unet_batches(pipe)
+    output = first_model_output(pipe, class_labels=1, guidance_scale=1.0, num_inference_steps=1)
+    assert batches == [2]
+    direct = pipe.unet(noise(2), pipe.scheduler.timesteps[0], class_labels=torch.tensor([1, 1])).sample
+    assert torch.equal(output, direct)
+
+
+def test_outside_the_guidance_interval_the_unet_sees_each_image_once(make_pipeline):
+    pipe = make_pipeline()
+    batches = unet_batches(pipe)
+    draw(pipe, class_labels=[0, 1], guidance_scale=2.0, guidance_interval=(0.2, 0.6), num_inference_steps=STEPS)
+    assert [int(t) for t in pipe.scheduler.timesteps] == [750, 500, 250, 0]
+    assert batches == [2, 4, 4, 2]
+
+
+def test_full_rescale_gives_the_guided_output_the_deviation_of_the_unguided_one(make_pipeline):
+    pipe = make_pipeline()
+    deviation = {
+        rescale: first_model_output(pipe, class_labels=1, guidance_scale=8.0, guidance_rescale=rescale).std((1, 2, 3))
+        for rescale in (0.0, 0.5, 1.0)
+    }
+    conditional = first_model_output(pipe, class_labels=1).std((1, 2, 3))
+    torch.testing.assert_close(deviation[1.0], conditional)
+    torch.testing.assert_close(deviation[0.5], (deviation[0.0] + conditional) / 2)
+    assert (deviation[0.0] / conditional - 1).abs().min() > 0.01
+
+
+# Randomness -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_drawn_alone_is_the_one_drawn_in_a_batch(kind, make_pipeline):
+    pipe = make_pipeline(kind)
+
+    def generators(seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    batch = draw(pipe, "latent", batch_size=3, generator=generators([1, 2, 3]), eta=1.0, num_inference_steps=STEPS)
+    alone = draw(pipe, "latent", generator=generators([2]), eta=1.0, num_inference_steps=STEPS)
+    torch.testing.assert_close(alone[0], batch[1], atol=1e-3, rtol=0)
+
+
+def test_the_same_generator_gives_the_same_images_and_another_one_others(make_pipeline):
+    pipe = make_pipeline()
+    assert torch.equal(draw(pipe, seed=1), draw(pipe, seed=1))
+    assert not torch.equal(draw(pipe, seed=1), draw(pipe, seed=2))
+
+
+def test_given_latents_are_the_noise_that_is_denoised(make_pipeline):
+    pipe = make_pipeline()
+    drawn = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(draw(pipe, batch_size=2, latents=drawn), draw(pipe, batch_size=2, seed=5))
+
+
+def test_eta_adds_noise_to_ddim(make_pipeline):
+    pipe = make_pipeline()
+    assert not torch.equal(draw(pipe, "latent", eta=1.0), draw(pipe, "latent", eta=0.0))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler],
+)
+def test_other_schedulers_draw_and_a_call_does_not_depend_on_the_calls_before(scheduler, make_pipeline):
+    pipe = make_pipeline()
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    first = draw(pipe, "latent", class_labels=[0, 1], guidance_scale=2.0, num_inference_steps=3)
+    draw(pipe, num_inference_steps=7)
+    again = draw(pipe, "latent", class_labels=[0, 1], guidance_scale=2.0, num_inference_steps=3)
+    assert first.isfinite().all()
+    assert torch.equal(first, again)
+
+
+def test_the_noise_has_the_deviation_that_the_scheduler_starts_from(make_pipeline):
+    pipe = make_pipeline()
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    inputs = []
+    pipe.unet.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    draw(pipe, latents=noise(1), num_inference_steps=3)
+    # Euler's latents are x0 + sigma * noise, and its UNet sees them divided by sqrt(sigma**2 + 1).
+    torch.testing.assert_close(inputs[0].std(), noise(1).std(), atol=0.01, rtol=0)
+
+
+# Outputs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_images_come_as_pil_numpy_torch_or_latents(channels, mode, make_pipeline):
+    pipe = make_pipeline(channels=channels)
+    pil = draw(pipe, "pil", batch_size=2)
+    array = draw(pipe, "np", batch_size=2)
+    tensor = draw(pipe, "pt", batch_size=2)
+    assert all(isinstance(image, PIL.Image.Image) and (image.mode, image.size) == (mode, (16, 16)) for image in pil)
+    assert array.shape == (2, 16, 16, channels)
+    assert tensor.shape == (2, channels, 16, 16)
+    assert 0 <= array.min() < array.max() <= 1
+    assert np.array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(np.asarray(pil[1]).reshape(16, 16, channels), (array[1] * 255).round().astype(np.uint8))
+    assert draw(pipe, "latent", batch_size=2).shape == (2, 4, 8, 8)
+
+
+def test_the_latents_are_divided_by_the_scaling_factor_and_decoded(make_pipeline):
+    pipe = make_pipeline()
+    latents = draw(pipe, "latent", batch_size=2)
+    with torch.no_grad():
+        decoded = pipe.vqvae.decode(latents / 0.7).sample
+    torch.testing.assert_close(draw(pipe, batch_size=2), (decoded / 2 + 0.5).clamp(0, 1))
+
+
+def test_a_plain_tuple_is_returned_on_demand(make_pipeline):
+    pipe = make_pipeline()
+    (images,) = pipe(num_inference_steps=1, output_type="pt", return_dict=False)
+    assert images.shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_bfloat16_it_draws_and_its_quantizer_stays_in_float32(kind, make_pipeline, tmp_path):
+    make_pipeline(kind).save_pretrained(tmp_path)
+    for pipe in (
+        LooCLDMPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16),
+        make_pipeline(kind).to(torch.bfloat16),
+    ):
+        assert draw(pipe, "latent").dtype == torch.bfloat16
+        assert draw(pipe).isfinite().all()
+        assert pipe.vqvae.quantize.embedding.weight.dtype == torch.float32
+        assert pipe.vqvae.encoder.conv_in.weight.dtype == torch.bfloat16
+
+
+def test_a_unet_without_sample_size_draws_images_of_the_size_of_the_first_stage(make_pipeline):
+    pipe = make_pipeline()
+    pipe.unet.register_to_config(sample_size=None)
+    assert draw(pipe).shape == (1, 3, 16, 16)
+
+
+# Callbacks ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_callback_sees_every_step_and_its_latents_replace_those_of_the_loop(make_pipeline):
+    pipe = make_pipeline()
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep), pipe.num_timesteps, pipe.guidance_scale, sorted(tensors)))
+        return {"latents": torch.full_like(tensors["latents"], 0.25)}
+
+    latents = draw(
+        pipe,
+        "latent",
+        class_labels=0,
+        guidance_scale=2.0,
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["latents", "model_output"],
+    )
+    assert seen == [(0, 500, 2, 2.0, ["latents", "model_output"]), (1, 0, 2, 2.0, ["latents", "model_output"])]
+    assert torch.equal(latents, torch.full((1, 4, 8, 8), 0.25))
+
+
+def test_an_interrupt_skips_the_steps_that_are_left(make_pipeline):
+    pipe = make_pipeline()
+    batches = unet_batches(pipe)
+
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = True
+
+    assert draw(pipe, num_inference_steps=STEPS, callback_on_step_end=stop).shape == (1, 3, 16, 16)
+    assert pipe.interrupt
+    assert batches == [1]
+    draw(pipe, num_inference_steps=STEPS)  # the next call is not interrupted
+    assert batches == [1] * (1 + STEPS)
+
+
+def test_the_progress_bar_counts_steps_and_can_be_switched_off(make_pipeline, capsys):
+    pipe = make_pipeline()
+    draw(pipe)
+    assert capsys.readouterr().err == ""
+    pipe.set_progress_bar_config(disable=False)
+    draw(pipe)
+    assert "2/2" in capsys.readouterr().err
+
+
+# Inputs that do not fit -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be a positive whole number, got 0"),
+        ({"batch_size": 1.5}, "batch_size must be a positive whole number, got 1.5"),
+        ({"num_inference_steps": -1}, "num_inference_steps must be a positive whole number, got -1"),
+        ({"num_inference_steps": 1001}, "1001"),
+        ({"num_images_per_label": 0}, "num_images_per_label must be a positive whole number, got 0"),
+        ({"output_type": "png"}, "output_type must be one of pil, np, pt, latent, got 'png'"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "must be of latents, model_output, got noise"),
+        ({"guidance_interval": (0.6, 0.2)}, "guidance_interval must be 0 <= low <= high <= 1"),
+        ({"guidance_interval": (0.0, 1.2)}, "guidance_interval must be 0 <= low <= high <= 1"),
+        ({"guidance_rescale": 1.5}, r"guidance_rescale must be in \[0, 1\], got 1.5"),
+        ({"class_labels": 4}, r"class label must be in \[0, 4\) or a class name, got 4"),
+        ({"class_labels": [0, -1]}, r"class label must be in \[0, 4\) or a class name, got -1"),
+        ({"class_labels": [1.5]}, r"class label must be in \[0, 4\) or a class name, got 1.5"),
+        ({"class_labels": []}, "does not fit 0 class_labels"),
+        ({"class_labels": [0, 1, 2], "batch_size": 2}, "batch_size=2 does not fit 3 class_labels"),
+        ({"class_labels": "trouser"}, "unknown class name 'trouser'"),
+        ({"latents": torch.zeros(1, 4, 8, 9)}, r"latents must have the shape \(1, 4, 8, 8\), got \(1, 4, 8, 9\)"),
+        ({"generator": [torch.Generator()] * 3, "batch_size": 2}, "3 generators for 2 images"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_an_input_that_does_not_fit_is_refused_before_the_unet_runs(arguments, message, make_pipeline):
+    pipe = make_pipeline()
+    batches = unet_batches(pipe)
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, **arguments)
+    assert batches == []
+
+
+@pytest.mark.parametrize("arguments", [{"class_labels": 0}, {"class_labels": "sandal"}, {"guidance_scale": 2.0}])
+def test_an_unconditional_model_takes_neither_labels_nor_guidance(arguments, make_pipeline):
+    pipe = make_pipeline("unconditional")
+    batches = unet_batches(pipe)
+    with pytest.raises(ValueError, match="this model is unconditional"):
+        draw(pipe, **arguments)
+    assert batches == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "no null class"),
+        ({"class_labels": 0, "guidance_scale": 2.0}, "no null class"),
+        ({"class_labels": [0, None]}, "got None"),
+    ],
+)
+def test_a_model_without_a_null_class_needs_labels_and_takes_no_guidance(arguments, message, make_pipeline):
+    pipe = make_pipeline(null_class_label=None)
+    batches = unet_batches(pipe)
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, **arguments)
+    assert batches == []
+    assert draw(pipe, class_labels=3).shape == (1, 3, 16, 16)
+
+
+def test_a_first_stage_without_scaling_factor_is_refused_with_how_to_measure_it(make_pipeline):
+    pipe = make_pipeline()
+    pipe.vqvae.register_to_config(scaling_factor=None)
+    batches = unet_batches(pipe)
+    with pytest.raises(ValueError, match=r"looc_ldm\.training\.latents\.measure_scaling_factor.*register_to_config"):
+        draw(pipe)
+    assert batches == []
+    measured = measure_scaling_factor(pipe.vqvae, [torch.rand(4, 3, 16, 16) * 2 - 1])
+    pipe.vqvae.register_to_config(scaling_factor=measured)
+    assert draw(pipe).shape == (1, 3, 16, 16)

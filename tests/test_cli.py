@@ -1,0 +1,364 @@
+"""`looc-ldm` as somebody types it: what it makes, and the one line with which it refuses what it cannot do."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+
+import looc_ldm
+from looc_ldm import LooCLDMPipeline, LooCVQModel
+from looc_ldm.cli import main
+from looc_ldm.files import write_image
+from looc_ldm.training.latents import LatentCache
+
+CLASSES = ["circle", "square", "7"]
+COMMANDS = {
+    "": ["quickstart", "train", "cache-latents", "sample", "reconstruct", "evaluate", "--version"],
+    "quickstart": ["--output", "--inception-weights", "--feature-layer"],
+    "train": ["autoencoder", "diffusion"],
+    "train autoencoder": ["--config", "--data.path", "--model", "images per optimizer step"],
+    "train diffusion": ["--config", "--data.path", "--unet", "images per optimizer step"],
+    "cache-latents": ["--config", "--autoencoder", "--device"],
+    "sample": ["MODEL", "--labels", "--images", "--steps", "--seed", "--device", "--dtype"],
+    "reconstruct": ["MODEL", "IMAGES", "--images", "side of the images in pixels", "--device"],
+    "evaluate": ["reconstruction", "generation"],
+    "evaluate reconstruction": ["MODEL", "--data", "side of the images in pixels", "--device", "--dtype"],
+    "evaluate generation": ["MODEL", "--data", "denoising steps", "--seed", "--device", "--dtype"],
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> str:
+    """The folder of a tiny class-conditional pipeline of grey 16x16 images, with random weights."""
+    torch.manual_seed(0)
+    vqvae = LooCVQModel(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        vq_embed_dim=4,
+        num_vq_embeddings=16,
+        codevector_dim=2,
+        interpolation_factor=1,
+        sample_size=16,
+        scaling_factor=1.0,
+    )
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        num_class_embeds=4,
+    )
+    scheduler = DDIMScheduler(clip_sample=False)
+    pipe = LooCLDMPipeline(vqvae.eval(), unet.eval(), scheduler, None, dict(enumerate(CLASSES)), 3)
+    folder = tmp_path_factory.mktemp("model") / "pipeline"
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory) -> str:
+    """Twelve 14x14 images, four in the sub-folder of each class."""
+    folder = tmp_path_factory.mktemp("data") / "images"
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 14, 14), np.uint8)
+    for i, image in enumerate(pixels):
+        (folder / CLASSES[i % 3]).mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(image).save(folder / CLASSES[i % 3] / f"{i}.png")
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path_factory, monkeypatch) -> Path:
+    folder = tmp_path_factory.mktemp("here")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def run(capsys, *arguments) -> str:
+    """What a command prints."""
+    main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def refusal(capsys, *arguments) -> str:
+    """The one line with which a command refuses its arguments; nothing is written."""
+    before = sorted(Path.cwd().rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert sorted(Path.cwd().rglob("*")) == before
+    return lines[0]
+
+
+def in_a_process(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "looc_ldm.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+# Help and versions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help_that_names_its_options(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), "--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split()).lower()
+    assert [word for word in COMMANDS[command] if word.lower() not in shown] == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["quickstart", "cache-latents", "sample", "reconstruct", *(f"evaluate {what}" for what in COMMANDS["evaluate"])],
+)
+def test_every_option_says_its_default_or_is_required(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    usage, _, described = capsys.readouterr().out.partition("options:")
+    usage = " ".join(usage.split())
+    options = [" ".join(option.split()) for option in described.split("\n  --")[1:]]
+    assert options
+    for option in options:
+        assert "default: " in option or f"[--{option.split()[0]}" not in usage, option
+
+
+def test_versions_are_printed_for_a_bug_report():
+    result = in_a_process("--version")
+    assert result.returncode == 0
+    assert f"looc-ldm {looc_ldm.__version__}\n" in result.stdout
+    assert f"torch {torch.__version__.split('+')[0]}" in result.stdout
+    for package in ("Python", "torchvision", "diffusers", "accelerate", "transformers", "datasets", "torch-fidelity"):
+        assert f"{package} " in result.stdout
+
+
+# What the commands make -----------------------------------------------------------------------------------------------
+
+
+def test_sample_writes_each_image_and_a_grid_with_a_row_a_class(pipeline, capsys):
+    printed = run(capsys, "sample", pipeline, "--steps", 2, "--images", 2, "--output", "new/samples")
+    assert "6 images" in printed
+    files = sorted(path.name for path in Path("new/samples").iterdir())
+    assert files == [*(f"{i:05d}.png" for i in range(6)), "grid.png"]
+    assert PIL.Image.open("new/samples/00000.png").size == (16, 16)
+    grid = PIL.Image.open("new/samples/grid.png")
+    assert grid.size == (32, 48)
+    second_of_class_1 = grid.crop((16, 16, 32, 32)).convert("L")
+    assert second_of_class_1.tobytes() == PIL.Image.open("new/samples/00003.png").tobytes()
+
+
+def test_labels_are_names_or_indices_and_a_name_comes_before_an_index(pipeline, capsys):
+    def samples(folder, *labels):
+        run(capsys, "sample", pipeline, "--steps", 2, "--images", 1, "--output", folder, "--labels", *labels)
+        return PIL.Image.open(f"{folder}/grid.png").tobytes()
+
+    assert samples("a", "Circle", "1", "7") == samples("b", "0", "square", "2")
+    assert samples("a", "Circle", "1", "7") != samples("b", "1", "square", "2")
+
+
+def test_the_seed_decides_the_samples_and_the_batch_size_does_not(pipeline, capsys):
+    def samples(*options):
+        run(capsys, "sample", pipeline, "--steps", 2, "--images", 2, *options)
+        return np.asarray(PIL.Image.open("samples/grid.png")).astype(int)
+
+    assert np.array_equal(samples("--seed", 0), samples())
+    assert not np.array_equal(samples("--seed", 1), samples())
+    assert np.abs(samples("--batch-size", 1) - samples()).mean() < 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sample_and_evaluate_run_in_the_dtype_and_on_the_device_that_are_named(dtype, pipeline, image_folder, capsys):
+    options = ["--dtype", dtype, "--device", "cpu"]
+    run(capsys, "sample", pipeline, "--steps", 1, *options)
+    run(capsys, "evaluate", "reconstruction", pipeline, "--data", image_folder, "--output", "figures.json", *options)
+    assert json.loads(Path("figures.json").read_text())["dtype"] == dtype
+
+
+def test_reconstruct_writes_originals_above_reconstructions_and_names_the_rate(pipeline, image_folder, capsys):
+    printed = run(capsys, "reconstruct", pipeline, image_folder, "--images", 3, "--output", "new/grid.png")
+    assert PIL.Image.open("new/grid.png").size == (3 * 16, 2 * 16)
+    assert "512 bits an image, 2 bits per pixel" in printed  # 8x8 positions, 2 codes each, 4 bits a code; 16x16 pixels
+
+
+def test_padding_is_not_counted_as_pixels(pipeline, image_folder, capsys):
+    printed = run(capsys, "reconstruct", pipeline, image_folder, "--fit", "pad")
+    assert f"{512 / 14**2:.4g} bits per pixel" in printed
+
+
+def test_evaluate_reconstruction_prints_quality_beside_rate_and_keeps_the_command(pipeline, image_folder, capsys):
+    arguments = ["evaluate", "reconstruction", pipeline, "--data", image_folder, "--output", "new/a figure.json"]
+    printed = run(capsys, *arguments)
+    figures = json.loads(Path("new/a figure.json").read_text())
+    assert figures["images"] == 12
+    assert figures["bits_per_pixel"] == 2
+    assert f"psnr                 {figures['psnr']:.4f}" in printed
+    assert "bits_per_pixel       2.0000" in printed
+    assert figures["command"] == f"looc-ldm {' '.join(arguments[:-1])} 'new/a figure.json'"
+    assert figures["version"] == looc_ldm.__version__
+    assert [path.name for path in Path("new").iterdir()] == ["a figure.json"]
+
+
+def test_a_few_images_are_taken_from_all_over_the_set(pipeline, image_folder, capsys):
+    def psnr(*options):
+        run(capsys, "evaluate", "reconstruction", pipeline, "--output", "figures.json", *options)
+        return json.loads(Path("figures.json").read_text())["psnr"]
+
+    # The folder is sorted by class: its first, middle and last images are the first circle, a square and the last 7.
+    names = sorted(path for path in Path(image_folder).rglob("*.png"))
+    Path("three").mkdir()
+    shutil.copy(names[0], "three/0.png")
+    shutil.copy(names[6], "three/1.png")
+    shutil.copy(names[11], "three/2.png")
+    assert psnr("--data", image_folder, "--images", 3) == pytest.approx(psnr("--data", "three"), abs=1e-3)
+
+
+def test_evaluate_generation_prints_fid_and_kid_beside_the_rate(pipeline, image_folder, inception_weights, capsys):
+    options = ["--images", 6, "--steps", 1, "--inception-weights", inception_weights, "--feature-layer", 768]
+    evaluate = ["evaluate", "generation", pipeline, "--data", image_folder, "--output", "figures.json"]
+    printed = run(capsys, *evaluate, *options, "--guidance-scale", 1.5)
+    figures = json.loads(Path("figures.json").read_text())
+    assert (figures["images_first"], figures["images_second"]) == (6, 12)
+    assert figures["fid@768"] > 0
+    assert (figures["bits_per_pixel"], figures["num_inference_steps"], figures["guidance_scale"]) == (2, 1, 1.5)
+    assert f"fid@768              {figures['fid@768']:.4f}" in printed
+
+
+def test_cache_latents_encodes_the_data_of_a_config(pipeline, image_folder, capsys):
+    Path("diffusion.yaml").write_text(
+        "data: {validation_split: null, validation_images: 3, resolution: 16, flip: false, num_workers: 0}\n"
+    )
+    command = ["cache-latents", "--config", "diffusion.yaml", "--autoencoder", pipeline, "--data", image_folder]
+    printed = run(capsys, *command, "--output", "new/latents", "--device", "cpu")
+    cache = LatentCache(Path("new/latents"))
+    assert cache.latents.shape == (9, 4, 8, 8)
+    assert cache.standard_deviation == pytest.approx(float(cache.latents.std()), rel=1e-3)
+    assert f"9 images, standard deviation {cache.standard_deviation:.4g}" in printed
+
+
+# What the commands refuse ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["draw"], "'draw'"),
+        (["train", "unet"], "'unet'"),
+        (["train", "autoencoder", "--batchsize", "8"], "did you mean 'batch_size'"),
+        (["sample"], "MODEL"),
+        (["sample", "MODEL", "--images", "0"], "must be a positive whole number, got '0'"),
+        (["sample", "MODEL", "--seed", "-1"], "--seed"),
+        (["sample", "MODEL", "--seed", "4294967296"], "must be a whole number in [0, 2**32), got '4294967296'"),
+        (["sample", "MODEL", "--dtype", "int8"], "'int8' (choose from"),
+        (["sample", "MODEL", "--device", "gpu"], "--device gpu"),
+        (["sample", "MODEL", "--device", "cuda:99"], "--device cuda:99"),
+        (["sample", "MODEL", "--labels", "sqare"], "unknown class name 'sqare'; did you mean square"),
+        (["sample", "MODEL", "--labels", "4"], "class label must be in [0, 4)"),
+        (["sample", "MODEL", "--steps", "1001"], "1001"),
+        (["sample", "/no/such/folder"], "'/no/such/folder'"),
+        (["sample", "MODEL/vqvae"], "no model_index.json"),
+        (["sample", "MODEL", "--output", "file/folder"], "'file' is not a folder"),
+        (["sample", "MODEL", "--output", "file"], "'file' is not a folder"),
+        (["reconstruct", "/no/such/folder", "DATA"], "'/no/such/folder'"),
+        (["reconstruct", "MODEL/unet", "DATA"], "holds a UNet2DModel, not a LooCVQModel"),
+        (["reconstruct", "MODEL", "/no/such/folder"], "'/no/such/folder'"),
+        (["reconstruct", "MODEL", "empty"], "no images in the folder empty"),
+        (["reconstruct", "MODEL", "DATA", "--resolution", "15"], "divisible by 2, got 15x15"),
+        (["reconstruct", "MODEL", "DATA", "--resolution", "8", "--fit", "pad"], "fit=pad"),
+        (["reconstruct", "MODEL", "DATA", "--split", "tain"], "'tain'"),
+        (["reconstruct", "MODEL", "DATA", "--output", "file/grid.png"], "'file' is not a folder"),
+        (["reconstruct", "MODEL", "DATA", "--output", "empty"], "is a folder"),
+        (["evaluate", "reconstruction", "MODEL"], "--data"),
+        (["evaluate", "reconstruction", "MODEL", "--data", "DATA", "--resolution", "10"], "at least 11x11"),
+        (
+            ["evaluate", "reconstruction", "MODEL", "--data", "DATA", "--output", "file/x.json"],
+            "'file' is not a folder",
+        ),
+        (["evaluate", "reconstruction", "MODEL", "--data", "DATA", "--inception-weights", "no.pth"], "no.pth"),
+        (["evaluate", "generation", "MODEL", "--data", "DATA", "--inception-weights", "no.pth"], "no.pth"),
+        (["evaluate", "generation", "MODEL", "--data", "DATA", "--inception-weights", "file"], "file"),
+        (["quickstart", "--inception-weights", "no.pth"], "no.pth"),
+        (["quickstart", "--output", "file"], "'file"),
+        (["cache-latents", "--config", "no/such"], "no config 'no/such'"),
+        (["cache-latents", "--config", "fashion_mnist/diffusion", "--autoencoder", "MODEL/unet"], "not a LooCVQModel"),
+        (["cache-latents", "--config", "fashion_mnist/diffusion", "--output", "file"], "'file' is not a folder"),
+        (["cache-latents", "--config", "fashion_mnist/diffusion", "--output", "full"], "else than cached latents"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_ends_in_one_line_and_status_2_with_nothing_written(
+    arguments, message, pipeline, image_folder, capsys
+):
+    Path("file").write_text("not a folder")
+    Path("empty").mkdir()
+    Path("full").mkdir()
+    Path("full/photo.png").write_text("somebody's")
+    arguments = [argument.replace("MODEL", pipeline).replace("DATA", image_folder) for argument in arguments]
+    assert message in refusal(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("vqvae/config.json", "{"), ("vqvae/diffusion_pytorch_model.safetensors", "cut off")]
+)
+@pytest.mark.parametrize("command", [["sample"], ["evaluate", "reconstruction", "--data", "DATA"]], ids=" ".join)
+def test_a_damaged_model_is_refused(command, file, content, pipeline, image_folder, capsys, in_an_empty_folder):
+    shutil.copytree(pipeline, "damaged")
+    Path("damaged", file).write_text(content)
+    command = [argument.replace("DATA", image_folder) for argument in command]
+    assert "damaged" in refusal(capsys, *command, "damaged")
+
+
+def test_labels_for_an_unconditional_model_are_refused(pipeline, capsys):
+    unconditional = LooCLDMPipeline.from_pretrained(pipeline)
+    unconditional.unet = UNet2DModel.from_config(unconditional.unet.config, num_class_embeds=None)
+    unconditional.register_to_config(id2label=None, null_class_label=None)
+    unconditional.save_pretrained("unconditional")
+    capsys.readouterr()
+    assert "this model is unconditional" in refusal(capsys, "sample", "unconditional", "--labels", "circle")
+    assert "4 images" in run(capsys, "sample", "unconditional", "--steps", 1)
+
+
+def test_an_image_that_cannot_be_read_is_named(pipeline, image_folder, capsys):
+    shutil.copytree(image_folder, "images")
+    cut_off = Path("images/circle/0.png")
+    cut_off.write_bytes(cut_off.read_bytes()[:60])
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "reconstruction", pipeline, "--data", "images"])
+    assert stopped.value.code == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]  # after the progress bar of reading the folder
+    assert last_line.startswith(f"error: cannot read {cut_off.resolve()}: ")
+
+
+def test_a_refusal_in_a_process_of_its_own_is_one_line_without_a_traceback(pipeline):
+    result = in_a_process("sample", pipeline, "--labels", "sqare")
+    assert result.returncode == 2
+    assert result.stderr == "error: unknown class name 'sqare'; did you mean square?\n"
+    assert result.stdout == ""
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_half_written(in_an_empty_folder):
+    class Broken(PIL.Image.Image):
+        def save(self, file, **arguments):
+            Path(file).write_bytes(b"half")
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_image(Broken(), Path("image.png"))
+    assert list(in_an_empty_folder.iterdir()) == []

@@ -1,0 +1,288 @@
+"""Interpolate, quantize, pool: `LooCQuantizer` against closed forms, slow references and other people's quantizers."""
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import VectorQuantizer
+
+from looc_ldm import LooCQuantizer
+from looc_ldm.quantizer import SEGMENT_LAYOUTS
+
+
+def small_quantizer(**kwargs) -> LooCQuantizer:
+    torch.manual_seed(0)
+    defaults = {"vq_embed_dim": 8, "num_codevectors": 32, "codevector_dim": 4}
+    quantizer = LooCQuantizer(**{**defaults, **kwargs})
+    nn.init.normal_(quantizer.embedding.weight)
+    return quantizer
+
+
+def blur(z: torch.Tensor, a: float) -> torch.Tensor:
+    """[a, 1 - 2a, a] along both axes, borders replicated: what interpolation and pooling alone do (LooC paper, section 3.3)."""
+    taps = torch.tensor([a, 1 - 2 * a, a], dtype=z.dtype)
+    kernel = torch.outer(taps, taps).expand(z.shape[1], 1, 3, 3)
+    return F.conv2d(F.pad(z, (1, 1, 1, 1), mode="replicate"), kernel, groups=z.shape[1])
+
+
+BLURS = [(1, 0.0), (2, 1 / 8), (3, 1 / 9), (4, 1 / 8), (5, 0.12)]
+
+
+def exact_quantizer(z: torch.Tensor, s: int) -> LooCQuantizer:
+    """A quantizer whose codebook holds every vector of the interpolated map of `z`."""
+    enlarged = F.interpolate(z, scale_factor=s, mode="bilinear")
+    vectors = enlarged.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+    quantizer = LooCQuantizer(z.shape[1], len(vectors), z.shape[1], s, distance="euclidean", anchor="none")
+    quantizer.embedding.weight.data.copy_(vectors)
+    return quantizer
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("s", "a"), BLURS)
+def test_exact_quantization_leaves_the_blur_of_interpolate_and_pool(s, a, training):
+    z = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    quantized, loss, _ = exact_quantizer(z, s).train(training)(z)
+    torch.testing.assert_close(quantized, blur(z, a), rtol=0, atol=1e-6)
+    assert loss < 1e-12
+
+
+def test_an_impulse_in_the_corner_keeps_seven_eighths_squared():
+    z = torch.zeros(1, 1, 4, 4)
+    z[0, 0, 0, 0] = 1
+    quantized = exact_quantizer(z, 2).eval()(z)[0]
+    assert quantized[0, 0, 0, 0].item() == 0.765625
+
+
+@pytest.mark.parametrize("layout", SEGMENT_LAYOUTS)
+@pytest.mark.parametrize(("s", "a"), BLURS)
+def test_the_straight_through_gradient_is_the_transposed_blur(s, a, layout):
+    z = torch.randn(2, 8, 4, 5, requires_grad=True)
+    upstream = torch.randn(2, 8, 4, 5)
+    (gradient,) = torch.autograd.grad(
+        small_quantizer(interpolation_factor=s, segment_layout=layout)(z)[0], z, upstream
+    )
+    (transposed,) = torch.autograd.grad(blur(z, a), z, upstream)
+    torch.testing.assert_close(gradient, transposed, rtol=0, atol=1e-5)
+
+
+def sources(size: int, s: int, i: int) -> list[tuple[int, float]]:
+    """Where sample `i` of `size * s` bilinear samples comes from: two (position, weight)."""
+    x = min(max((i + 0.5) / s - 0.5, 0), size - 1)
+    low = min(int(x), size - 2)
+    return [(low, low + 1 - x), (low + 1, x - low)]
+
+
+def slow_quantize(z, codebook, s: int, layout: str, distance: str):
+    """The method for one image, one number at a time, in float64. Returns (n_q, H, W) and (H, W, C)."""
+    z, codebook = z.double(), codebook.double()
+    channels, height, width = z.shape
+    d = codebook.shape[1]
+    quantized, indices = torch.zeros_like(z), []
+    for y in range(height):
+        for x in range(width):
+            values = {}  # (channel, dy, dx) -> interpolated value
+            for dy in range(s):
+                for dx in range(s):
+                    for c in range(channels):
+                        values[c, dy, dx] = sum(
+                            wy * wx * z[c, py, px]
+                            for py, wy in sources(height, s, y * s + dy)
+                            for px, wx in sources(width, s, x * s + dx)
+                        )
+            if layout == "channel":
+                order = sorted(values, key=lambda place: (place[1], place[2], place[0]))
+            else:
+                order = sorted(values)
+            for start in range(0, len(order), d):
+                segment = torch.stack([values[place] for place in order[start : start + d]])
+                if distance == "cosine":
+                    index = F.cosine_similarity(codebook, segment[None]).argmax()
+                else:
+                    index = (codebook - segment).square().sum(1).argmin()
+                indices.append(index)
+                for place, value in zip(order[start : start + d], codebook[index], strict=True):
+                    quantized[place[0], y, x] += value / s**2  # average pooling
+    return quantized, torch.stack(indices).view(height, width, -1)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+@pytest.mark.parametrize("layout", SEGMENT_LAYOUTS)
+@pytest.mark.parametrize("s", [2, 3])
+def test_output_and_codes_are_those_of_a_slow_loop(s, layout, distance):
+    quantizer = small_quantizer(interpolation_factor=s, segment_layout=layout, distance=distance).eval()
+    z = torch.randn(1, 8, 3, 4)
+    quantized, _, (_, _, indices) = quantizer(z)
+    expected, expected_indices = slow_quantize(z[0], quantizer.codebook.detach(), s, layout, distance)
+    assert torch.equal(indices[0], expected_indices)
+    torch.testing.assert_close(quantized[0].double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("s", [2, 3])
+def test_patch_segments_are_rows_of_pixel_unshuffle(s):
+    quantizer = small_quantizer(vq_embed_dim=4, interpolation_factor=s, segment_layout="patch", distance="euclidean")
+    z = torch.randn(2, 4, 3, 3)
+    rows = F.pixel_unshuffle(F.interpolate(z, scale_factor=s, mode="bilinear"), s).permute(0, 2, 3, 1)
+    expected = torch.cdist(rows.reshape(2, 3, 3, s * s, 4), quantizer.codebook.detach()).argmin(-1)
+    assert torch.equal(quantizer.encode_indices(z), expected)
+
+
+def test_both_layouts_are_the_same_without_interpolation():
+    z = torch.randn(2, 8, 4, 4)
+    channel, patch = (small_quantizer(interpolation_factor=1, segment_layout=layout)(z) for layout in SEGMENT_LAYOUTS)
+    assert torch.equal(channel[0], patch[0])
+    assert torch.equal(channel[1], patch[1])
+    assert torch.equal(channel[2][2], patch[2][2])
+
+
+def test_one_segment_without_interpolation_is_the_vector_quantizer_of_diffusers():
+    ours = small_quantizer(codevector_dim=8, interpolation_factor=1, distance="euclidean", anchor="none")
+    theirs = VectorQuantizer(32, 8, beta=0.25, legacy=False, sane_index_shape=True)
+    theirs.embedding.load_state_dict(ours.embedding.state_dict())
+    z = torch.randn(2, 8, 4, 4)
+    quantized, loss, (_, _, indices) = ours(z)
+    expected, expected_loss, (_, _, expected_indices) = theirs(z)
+    assert torch.equal(indices[..., 0], expected_indices)
+    torch.testing.assert_close(quantized, expected)
+    torch.testing.assert_close(loss, expected_loss)
+
+
+def test_many_segments_without_interpolation_are_the_heads_of_vector_quantize_pytorch():
+    library = pytest.importorskip("vector_quantize_pytorch")
+    ours = small_quantizer(interpolation_factor=1, distance="euclidean").eval()
+    theirs = library.VectorQuantize(
+        dim=8, codebook_dim=4, codebook_size=32, heads=2, separate_codebook_per_head=False, accept_image_fmap=True
+    ).eval()
+    theirs._codebook.embed.copy_(ours.codebook.detach()[None])
+    z = torch.randn(2, 8, 4, 4)
+    quantized, _, (_, _, indices) = ours(z)
+    expected, expected_indices, _ = theirs(z)
+    assert torch.equal(indices, expected_indices)
+    torch.testing.assert_close(quantized, expected)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+def test_beta_weighs_the_commitment_term_only(distance):
+    z = torch.randn(2, 8, 4, 4)
+    to_z, to_codebook = [], []
+    for beta in (0.25, 1.0):
+        quantizer, features = small_quantizer(commitment_weight=beta, distance=distance), z.clone().requires_grad_()
+        gradients = torch.autograd.grad(quantizer(features)[1], [features, quantizer.embedding.weight])
+        to_z.append(gradients[0])
+        to_codebook.append(gradients[1])
+    torch.testing.assert_close(to_z[1], 4 * to_z[0])
+    torch.testing.assert_close(to_codebook[1], to_codebook[0])
+    assert to_codebook[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_both_loss_terms_are_means_over_the_interpolated_map(training):
+    quantizer = small_quantizer(interpolation_factor=2, commitment_weight=0.5).train(training)
+    z = torch.randn(2, 8, 4, 4)
+    _, loss, (_, _, indices) = quantizer(z)
+    enlarged = F.interpolate(z, scale_factor=2, mode="bilinear")
+    chosen = quantizer.codebook[indices].view(2, 4, 4, 2, 2, 8)  # (B, H, W, dy, dx, n_q)
+    chosen = chosen.permute(0, 5, 1, 3, 2, 4).reshape(2, 8, 8, 8)
+    torch.testing.assert_close(loss, 1.5 * (chosen - enlarged).square().mean())
+
+
+def test_perplexity_counts_the_codes_in_even_use():
+    quantizer = small_quantizer(vq_embed_dim=4, interpolation_factor=1, distance="euclidean").eval()
+    for used in (1, 5, 32):
+        z = quantizer.codebook.detach()[:used].T.reshape(1, 4, 1, used)
+        perplexity = quantizer(z)[2][0]
+        assert perplexity.item() == pytest.approx(used, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", SEGMENT_LAYOUTS)
+@pytest.mark.parametrize("s", [1, 2, 3])
+def test_codes_decode_to_exactly_what_forward_returns(s, layout):
+    quantizer = small_quantizer(interpolation_factor=s, segment_layout=layout).eval()
+    z = torch.randn(2, 8, 3, 5)
+    quantized, _, (_, _, from_forward) = quantizer(z)
+    indices = quantizer.encode_indices(z)
+    assert indices.shape == (2, 3, 5, 8 * s**2 // 4)
+    assert indices.dtype == torch.int64
+    assert indices.shape[-1] == quantizer.codes_per_position
+    assert torch.equal(indices, from_forward)
+    assert torch.equal(quantizer.decode_indices(indices), quantized)
+
+
+def test_state_is_the_codebook_and_its_usage():
+    assert set(small_quantizer().state_dict()) == {"embedding.weight", "usage"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_codebook_and_usage_stay_float32_and_the_output_follows_the_input(dtype):
+    quantizer = small_quantizer()
+    before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+    around = nn.Sequential(nn.Conv2d(8, 8, 1), quantizer).to(dtype)
+    for name, tensor in quantizer.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, before[name])
+    assert around[0].weight.dtype == dtype
+    z = torch.randn(2, 8, 4, 4, dtype=dtype, requires_grad=True)
+    quantized, loss, _ = quantizer(z)
+    (quantized.sum() + loss).backward()
+    assert (quantized.dtype, loss.dtype, z.grad.dtype) == (dtype, torch.float32, dtype)
+    assert quantizer.embedding.weight.grad.dtype == torch.float32
+    quantizer.half()
+    assert quantizer.embedding.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+def test_autocast_changes_no_code(distance):
+    quantizer = small_quantizer(num_codevectors=256, distance=distance, anchor="none")
+    z = torch.randn(4, 8, 8, 8)
+    expected, expected_loss, (_, _, expected_indices) = quantizer(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized, loss, (_, _, indices) = quantizer(z)
+        assert torch.equal(quantizer.encode_indices(z), expected_indices)
+        assert torch.equal(quantizer.eval().decode_indices(indices), quantizer(z)[0])
+    assert torch.equal(indices, expected_indices)
+    assert torch.equal(quantized, expected)
+    assert torch.equal(loss, expected_loss)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"vq_embed_dim": 0}, "vq_embed_dim .* 0"),
+        ({"num_codevectors": -3}, "num_codevectors .* -3"),
+        ({"num_codevectors": 1}, "num_codevectors .* 1"),
+        ({"codevector_dim": 4.0}, r"codevector_dim .* 4\.0"),
+        ({"interpolation_factor": 1.5}, r"interpolation_factor .* 1\.5"),
+        ({"interpolation_factor": "2"}, "interpolation_factor .* '2'"),
+        ({"segment_layout": "pixel"}, "segment_layout .* channel, patch.* 'pixel'"),
+        ({"distance": "l2"}, "distance .* cosine, euclidean.* 'l2'"),
+        ({"anchor": "nearest"}, "anchor .* closest, random, probrandom, none.* 'nearest'"),
+        ({"usage_decay": 1.0}, r"usage_decay .* 1\.0"),
+        ({"commitment_weight": -0.1}, r"commitment_weight .* -0\.1"),
+        ({"codevector_dim": 1, "distance": "cosine"}, "codevector_dim=1 .*euclidean"),
+        ({"codevector_dim": 3}, "codevector_dim=3 does not divide vq_embed_dim = 8"),
+        ({"codevector_dim": 16}, "codevector_dim=16 does not divide vq_embed_dim = 8"),
+        ({"codevector_dim": 5, "segment_layout": "patch"}, r"codevector_dim=5 .* interpolation_factor\*\*2 = 32"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name_and_value(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LooCQuantizer(**{"vq_embed_dim": 8, "num_codevectors": 32, "codevector_dim": 4, **arguments})
+
+
+def test_sizes_only_one_layout_allows():
+    patch = LooCQuantizer(3, 1024, 4, interpolation_factor=2, segment_layout="patch")
+    assert patch.encode_indices(torch.randn(1, 3, 2, 2)).shape == (1, 2, 2, 3)
+    assert LooCQuantizer(8, 32, 1, distance="euclidean").codes_per_position == 32
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 4, 4), (8, 4, 4), (2, 4, 4, 8)])
+def test_a_feature_map_of_another_shape_is_refused(shape):
+    quantizer = small_quantizer()
+    for quantize in (quantizer, quantizer.encode_indices):
+        with pytest.raises(ValueError, match=str(shape).replace("(", r"\(").replace(")", r"\)")):
+            quantize(torch.randn(shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 7), (2, 4, 4), (2, 4, 4, 2, 4)])
+def test_codes_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match="batch, height, width, 8"):
+        small_quantizer().decode_indices(torch.zeros(shape, dtype=torch.int64))

@@ -1,0 +1,206 @@
+"""Revival of codevectors (the CVQ-VAE update): what moves, by how much, and when."""
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from looc_ldm import LooCQuantizer
+
+
+def small_quantizer(**kwargs) -> LooCQuantizer:
+    torch.manual_seed(0)
+    defaults = {"vq_embed_dim": 8, "num_codevectors": 32, "codevector_dim": 4, "interpolation_factor": 1}
+    return LooCQuantizer(**{**defaults, **kwargs})
+
+
+def codebook_of(quantizer: LooCQuantizer) -> torch.Tensor:
+    return quantizer.embedding.weight.detach().clone()
+
+
+@pytest.mark.parametrize(
+    ("usage_times_k", "weight"), [(0, 0.9990), (1e-4, 0.904), (1e-3, 0.368), (3e-3, 0.050), (1e-2, 0.0000)]
+)
+def test_a_codevector_moves_towards_its_anchor_the_more_the_less_it_is_used(usage_times_k, weight):
+    quantizer = small_quantizer(vq_embed_dim=2, codevector_dim=2, distance="euclidean", usage_decay=0.99)
+    quantizer.revive()
+    anchor = torch.tensor([1.0, 1.0])  # the only feature, so everybody's anchor
+    with torch.no_grad():
+        quantizer.embedding.weight[0] = anchor  # takes all features: the others get nothing of this batch
+    quantizer.usage.fill_(usage_times_k / quantizer.num_codevectors / 0.99)
+    before = codebook_of(quantizer)
+    quantizer(anchor.view(1, 2, 1, 1).expand(1, 2, 4, 4))
+    quantizer.revive()
+    moved = (codebook_of(quantizer) - before)[1:] / (anchor - before)[1:]
+    torch.testing.assert_close(moved, torch.full_like(moved, weight), rtol=0, atol=5e-4)
+    if usage_times_k == 1e-2:
+        assert moved.abs().max() < 5e-5
+
+
+def test_usage_is_the_moving_average_of_the_share_of_segments():
+    quantizer = small_quantizer(usage_decay=0.9)
+    expected = torch.zeros(32)
+    for _ in range(3):
+        _, _, (_, _, indices) = quantizer(torch.randn(2, 8, 4, 4))
+        quantizer.revive()
+        share = torch.bincount(indices.flatten(), minlength=32) / indices.numel()
+        expected = 0.9 * expected + 0.1 * share
+    torch.testing.assert_close(quantizer.usage, expected)
+    assert quantizer.usage.sum() == pytest.approx(1 - 0.9**3)
+
+
+@pytest.mark.parametrize("anchor", ["closest", "random", "probrandom"])
+def test_an_unused_codevector_becomes_a_feature_of_the_batch(anchor):
+    quantizer = small_quantizer(anchor=anchor)
+    z = torch.randn(2, 8, 4, 4)
+    _, _, (_, _, indices) = quantizer(z)
+    quantizer.revive()
+    segments = z.permute(0, 2, 3, 1).reshape(-1, 4)
+    distance = torch.cdist(quantizer.codebook, segments).amin(dim=1)
+    unused = torch.bincount(indices.flatten(), minlength=32) == 0
+    assert unused.any()
+    assert distance[unused].max() < 0.01
+    assert distance[~unused].min() > 0.01
+
+
+def test_eval_mode_changes_neither_codebook_nor_usage():
+    quantizer = small_quantizer().eval()
+    before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+    for _ in range(3):
+        quantizer(torch.randn(2, 8, 4, 4))
+        quantizer.revive()
+    for name, tensor in quantizer.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_without_anchors_the_codebook_stays_and_usage_is_still_counted():
+    quantizer = small_quantizer(anchor="none")
+    before = codebook_of(quantizer)
+    for _ in range(3):
+        quantizer(torch.randn(2, 8, 4, 4))
+        quantizer.revive()
+    assert torch.equal(codebook_of(quantizer), before)
+    assert quantizer.usage.sum() > 0
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+def test_two_forwards_then_revive_is_one_forward_of_both_batches(distance):
+    first, second = torch.randn(2, 2, 8, 4, 4)
+    accumulated, at_once = small_quantizer(distance=distance), small_quantizer(distance=distance)
+    for quantizer in (accumulated, at_once):
+        quantizer.revive()  # from here on its owner revives
+    for step in range(3):
+        accumulated(first + step)
+        accumulated(second - step)
+        accumulated.revive()
+        at_once(torch.cat([first + step, second - step]))
+        at_once.revive()
+    torch.testing.assert_close(accumulated.usage, at_once.usage)
+    torch.testing.assert_close(accumulated.codebook, at_once.codebook)
+
+
+def test_revive_forgets_what_it_applied():
+    quantizer = small_quantizer()
+    quantizer(torch.randn(2, 8, 4, 4))
+    quantizer.revive()
+    codebook, usage = codebook_of(quantizer), quantizer.usage.clone()
+    quantizer.revive()
+    assert torch.equal(codebook_of(quantizer), codebook)
+    assert torch.equal(quantizer.usage, usage)
+
+
+def test_a_quantizer_nobody_revives_revives_at_its_next_training_forward():
+    alone, owned = small_quantizer(), small_quantizer()
+    batches = torch.randn(3, 2, 8, 4, 4)
+    for z in batches:
+        alone(z)
+    for z in batches[:2]:
+        owned(z)
+        owned.revive()
+    assert owned.usage.sum() > 0
+    assert torch.equal(alone.usage, owned.usage)
+    assert torch.equal(alone.codebook, owned.codebook)
+
+
+def test_a_quantizer_its_owner_revives_does_not_change_in_forward():
+    quantizer = small_quantizer()
+    quantizer.revive()
+    before = codebook_of(quantizer)
+    for _ in range(3):
+        quantizer(torch.randn(2, 8, 4, 4))
+    assert torch.equal(codebook_of(quantizer), before)
+    assert quantizer.usage.sum() == 0
+
+
+def test_revival_between_forward_and_backward_leaves_the_gradients_alone():
+    z = torch.randn(2, 8, 4, 4)
+    gradients = []
+    for revive_first in (False, True):
+        quantizer = small_quantizer()
+        loss = quantizer(z)[1]
+        if revive_first:
+            quantizer.revive()
+        loss.backward()
+        gradients.append(quantizer.embedding.weight.grad)
+    assert torch.equal(*gradients)
+
+
+class PublishedQuantizer(nn.Module):
+    """The published order of operations, written out with full matrices: cosine, closest, revival inside forward."""
+
+    def __init__(self, codebook: torch.Tensor, s: int):
+        super().__init__()
+        self.codebook = nn.Parameter(codebook.clone())
+        self.usage = torch.zeros(len(codebook))
+        self.s = s
+
+    def forward(self, z):
+        k, d = self.codebook.shape
+        if self.s > 1:
+            z = F.interpolate(z, scale_factor=self.s, mode="bilinear")
+            z = F.pixel_unshuffle(z, self.s)
+        z = z.permute(0, 2, 3, 1)
+        rows = z.reshape(-1, d)
+        directions = rows.detach() / rows.detach().norm(dim=1, keepdim=True)
+        cosine = directions @ (self.codebook.detach() / self.codebook.detach().norm(dim=1, keepdim=True)).T
+        one_hot = F.one_hot(cosine.argmax(dim=1), k).float()
+        chosen = one_hot @ self.codebook
+        loss = 0.25 * ((chosen.detach() - rows) ** 2).mean() + ((chosen - rows.detach()) ** 2).mean()
+        chosen = rows + (chosen - rows).detach()
+        with torch.no_grad():
+            self.usage = 0.99 * self.usage + 0.01 * one_hot.mean(0)
+            alpha = torch.exp(-10 * k * self.usage / 0.01 - 1e-3)[:, None]
+            anchors = rows.detach()[cosine.argmax(dim=0)]
+            self.codebook.data = (1 - alpha) * self.codebook.data + alpha * anchors
+        z_q = chosen.reshape(z.shape).permute(0, 3, 1, 2)
+        if self.s > 1:
+            z_q = F.avg_pool2d(F.pixel_shuffle(z_q, self.s), self.s)
+        return z_q, loss
+
+
+def losses_of_ten_steps(quantizer: nn.Module) -> torch.Tensor:
+    """Adam on a linear autoencoder of random features, from the same weights and batches each time."""
+    torch.manual_seed(1)
+    encoder, decoder = nn.Conv2d(6, 8, 1), nn.Conv2d(8, 6, 1)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *quantizer.parameters(), *decoder.parameters()], lr=1e-3)
+    losses = []
+    for _ in range(10):
+        x = torch.randn(4, 6, 5, 5)
+        z_q, loss, *_ = quantizer(encoder(x))
+        if isinstance(quantizer, LooCQuantizer):
+            quantizer.revive()
+        loss = loss + F.mse_loss(decoder(z_q), x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("s", [1, 2, 3])
+def test_training_follows_the_published_rule_to_six_digits(s):
+    quantizer = small_quantizer(interpolation_factor=s, segment_layout="patch", distance="cosine", anchor="closest")
+    published = PublishedQuantizer(codebook_of(quantizer), s)
+    losses, expected = losses_of_ten_steps(quantizer), losses_of_ten_steps(published)
+    torch.testing.assert_close(losses, expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(quantizer.usage, published.usage)

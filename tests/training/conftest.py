@@ -1,0 +1,135 @@
+"""Tiny real components for both trainers: 80 garments in ten folders, an autoencoder and a UNet of a few channels."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from looc_ldm.training import autoencoder
+from looc_ldm.training.config import AutoencoderConfig, DataConfig, DiffusionConfig, LossConfig, OptimizerConfig
+from looc_ldm.training.data import load_image_sets
+
+IMAGES_PER_CLASS = 8
+MODEL = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": [8, 16],
+    "latent_channels": 8,
+    "norm_num_groups": 4,
+    "mid_block_add_attention": False,
+    "vq_embed_dim": 4,
+    "num_vq_embeddings": 16,
+    "codevector_dim": 2,
+    "interpolation_factor": 1,
+    "distance": "euclidean",
+}
+UNET = {
+    "type": "UNet2DModel",
+    "down_block_types": ["DownBlock2D"] * 2,
+    "up_block_types": ["UpBlock2D"] * 2,
+    "block_out_channels": [16, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "add_attention": False,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _datasets_cache(tmp_path_factory):
+    """Prepared data sets go to a temporary folder, in this process and in those it starts."""
+    folder = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        patch.setenv("HF_DATASETS_CACHE", str(folder))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        datasets.disable_progress_bars()
+        yield
+
+
+@pytest.fixture(scope="session")
+def bundled():
+    """Training and validation images of the bundled set, padded to 32x32."""
+    config = DataConfig(path="fashion_mnist", validation_split="validation", resolution=32, fit="pad", flip=False)
+    return load_image_sets(config, channels=1)
+
+
+@pytest.fixture(scope="session")
+def garments(bundled, tmp_path_factory) -> Path:
+    """A folder of 28x28 grey PNGs, one sub-folder a class."""
+    train, _ = bundled
+    folder = tmp_path_factory.mktemp("images") / "garments"
+    for label, name in enumerate(train.classes):
+        (folder / name.replace("/", "-")).mkdir(parents=True)
+        for index in np.flatnonzero(train.labels() == label)[:IMAGES_PER_CLASS].tolist():
+            stored = train.rows[index]["image"]["bytes"]
+            (folder / name.replace("/", "-") / f"{index:04d}.png").write_bytes(stored)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_data(garments) -> DataConfig:
+    """64 of the garments to train on, flipped, and 16 to measure on."""
+    return DataConfig(path=str(garments), validation_images=16, resolution=32, fit="pad", num_workers=0)
+
+
+@pytest.fixture(scope="session")
+def autoencoder_config(small_data):
+    """`autoencoder_config(folder, batch_size=4, model={"anchor": "none"}, loss={...})`, six steps if not told."""
+
+    def make(output_dir: Path, model: dict | None = None, loss: dict | None = None, **settings) -> AutoencoderConfig:
+        config = AutoencoderConfig(
+            output_dir=str(output_dir),
+            total_images=48,
+            batch_size=8,
+            mixed_precision="no",
+            ema_halflife_images=16,
+            log_every_images=8,
+            preview_every_images=24,
+            checkpoint_every_images=24,
+            tracker="none",
+            data=small_data,
+            model={**MODEL, **(model or {})},
+            loss=LossConfig(**(loss or {})),
+            optimizer=OptimizerConfig(learning_rate=2e-3),
+        )
+        return replace(config, **settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def autoencoder_run(autoencoder_config, tmp_path_factory) -> Path:
+    """The output folder of a finished run of the autoencoder. To be read only."""
+    folder = tmp_path_factory.mktemp("runs") / "autoencoder"
+    autoencoder.train(autoencoder_config(folder, tracker="tensorboard"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def diffusion_config(small_data, autoencoder_run):
+    """`diffusion_config(folder, class_conditional=True, unet={...})`, six steps if not told."""
+
+    def make(output_dir: Path, **settings) -> DiffusionConfig:
+        config = DiffusionConfig(
+            output_dir=str(output_dir),
+            autoencoder=str(autoencoder_run / "model"),
+            total_images=48,
+            batch_size=8,
+            mixed_precision="no",
+            ema_halflife_images=16,
+            log_every_images=8,
+            preview_every_images=24,
+            checkpoint_every_images=24,
+            tracker="none",
+            data=small_data,
+            unet=UNET,
+            optimizer=OptimizerConfig(learning_rate=1e-3),
+            preview_steps=2,
+        )
+        return replace(config, **settings)
+
+    return make

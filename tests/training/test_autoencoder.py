@@ -1,0 +1,356 @@
+"""Stage 1 end to end: what a run leaves behind, and that neither an interruption nor more processes change it.
+
+This file is also the script that each of two processes runs.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from looc_ldm import LooCVQModel
+from looc_ldm.errors import ConfigError
+from looc_ldm.training import autoencoder
+from looc_ldm.training.config import AutoencoderConfig, config_text, load_config
+from looc_ldm.training.data import ImageStream, load_image_sets
+from looc_ldm.training.ema import EMA
+from looc_ldm.training.run import Run
+
+# A PatchGAN with few layers, whose start falls into the run.
+ADVERSARIAL = {
+    "adversarial_weight": 0.1,
+    "adversarial_start_images": 16,
+    "discriminator_channels": 8,
+    "discriminator_layers": 1,
+}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Averaged and live weights of a finished model."""
+    averaged = load_file(folder / "diffusion_pytorch_model.safetensors")
+    live = load_file(folder / "diffusion_pytorch_model.non_ema.safetensors")
+    return {**averaged, **{f"live.{name}": value for name, value in live.items()}}
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def log_lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file below a folder: its bytes and when it was written."""
+    return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.rglob("*") if file.is_file()}
+
+
+def sgd(model, settings):
+    """In place of AdamW, whose normalization turns rounding errors of vanishing gradients into whole steps."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=settings.learning_rate)
+
+
+class PowerCut(Exception):
+    pass
+
+
+@pytest.fixture
+def cut_power_at(monkeypatch):
+    """`cut_power_at(40)`: the next run ends in PowerCut after 40 images."""
+
+    def at(images: int) -> None:
+        def stop_if_asked(run):
+            if run.images_seen == images:
+                raise PowerCut
+
+        monkeypatch.setattr(Run, "stop_if_asked", stop_if_asked)
+
+    return at
+
+
+# The result ------------------------------------------------------------------------------------------------------
+
+
+def test_the_result_loads_with_a_measured_scaling_factor(autoencoder_run, small_data):
+    model = LooCVQModel.from_pretrained(autoencoder_run / "model").eval()
+    train, _ = load_image_sets(replace(small_data, flip=False), channels=1)
+    with torch.no_grad():
+        latents = torch.cat([model.encode(batch).latents for batch in autoencoder.float_batches(train)])
+    assert model.config.scaling_factor == pytest.approx(1 / latents.std(correction=0).item(), rel=1e-3)
+    assert model(train[0][0][None].float()).sample.shape == (1, 1, 32, 32)
+
+
+def test_the_live_weights_are_the_variant_non_ema(autoencoder_run):
+    averaged = LooCVQModel.from_pretrained(autoencoder_run / "model")
+    live = LooCVQModel.from_pretrained(autoencoder_run / "model", variant="non_ema")
+    assert not torch.equal(averaged.encoder.conv_in.weight, live.encoder.conv_in.weight)
+    assert torch.equal(averaged.quantize.codebook, live.quantize.codebook)
+    assert live.config.scaling_factor == averaged.config.scaling_factor
+
+
+def test_a_run_leaves_previews_a_log_checkpoints_and_its_config(autoencoder_run, autoencoder_config):
+    assert [file.name for file in sorted((autoencoder_run / "previews").iterdir())] == [
+        "000000024.png",
+        "000000048.png",
+    ]
+    with Image.open(autoencoder_run / "previews" / "000000048.png") as grid:
+        assert grid.size == (8 * 32, 2 * 32)  # eight originals above their reconstructions
+    lines = log_lines(autoencoder_run)
+    assert [line["images"] for line in lines] == [8, 16, 24, 32, 40, 48]
+    assert lines[-1]["loss_pixel"] < lines[0]["loss_pixel"]
+    assert sorted(folder.name for folder in (autoencoder_run / "checkpoints").iterdir()) == ["000000024", "000000048"]
+    assert list((autoencoder_run / "logs").glob("events.out.tfevents.*"))
+    saved = load_config(AutoencoderConfig, str(autoencoder_run / "config.yaml"))
+    assert saved == autoencoder_config(autoencoder_run, tracker="tensorboard")
+
+
+def test_the_result_says_what_it_measured_and_after_how_many_images(autoencoder_run):
+    description = json.loads((autoencoder_run / "model" / "training.json").read_text())
+    assert description["images_seen"] == 48
+    assert description["validation"]["psnr"] > 0
+    assert description["data"]["fit"] == "pad"
+
+
+def test_the_logged_loss_is_the_sum_of_its_weighted_terms(autoencoder_config, tmp_path):
+    loss = {**ADVERSARIAL, "adversarial_start_images": 0, "reconstruction_weight": 2.0, "quantizer_weight": 0.5}
+    autoencoder.train(autoencoder_config(tmp_path, loss=loss, total_images=8))
+    (line,) = log_lines(tmp_path)
+    expected = (
+        2 * line["loss_pixel"] + 0.5 * line["loss_quantizer"] + line["adversarial_weight"] * line["loss_generator"]
+    )
+    assert line["loss"] == pytest.approx(expected, rel=1e-4)
+    assert line["loss_discriminator"] == pytest.approx(1, abs=0.2)  # an untrained one tells nothing apart
+
+
+def test_all_terms_together_on_the_bundled_images(test_data, autoencoder_config, bundled, tmp_path):
+    lpips = {
+        "lpips_weight": 1.0,
+        "lpips_network": "alex",
+        "lpips_weights": str(test_data / "metrics" / "alexnet_features_fp32.safetensors"),
+    }
+    data = replace(bundled[0].config, validation_images=16, num_workers=0)
+    config = autoencoder_config(tmp_path, loss={**ADVERSARIAL, **lpips}, data=data)
+    model = LooCVQModel.from_pretrained(autoencoder.train(config))
+    assert model.config.scaling_factor > 0
+    lines = log_lines(tmp_path)
+    assert "loss_discriminator" not in lines[1]  # 16 images
+    assert {"loss_lpips", "loss_generator", "loss_discriminator", "adversarial_weight"} <= lines[2].keys()
+    assert all(line["loss_lpips"] > 0 for line in lines)
+
+
+# Going on --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("anchor", ["closest", "random"])
+def test_interrupted_and_resumed_is_uninterrupted(autoencoder_config, tmp_path, cut_power_at, monkeypatch, anchor):
+    def config(name):
+        model = {"anchor": anchor}
+        return autoencoder_config(tmp_path / name, model, ADVERSARIAL, total_images=64, gradient_accumulation_steps=2)
+
+    with monkeypatch.context():
+        cut_power_at(40)
+        with pytest.raises(PowerCut):
+            autoencoder.train(config("interrupted"))
+    monkeypatch.undo()
+    assert [line["images"] for line in log_lines(tmp_path / "interrupted")] == [8, 16, 24, 32, 40]
+    resumed, whole = (weights(autoencoder.train(config(name))) for name in ("interrupted", "whole"))
+    assert largest_difference(resumed, whole) == 0
+    logs = [log_lines(tmp_path / name) for name in ("interrupted", "whole")]
+    for line in logs[0] + logs[1]:
+        del line["images_per_second"]
+    assert logs[0] == logs[1]  # lines written after the checkpoint are there once
+
+
+def test_more_images_than_at_first_give_the_run_of_that_length(autoencoder_config, tmp_path):
+    autoencoder.train(autoencoder_config(tmp_path / "longer", total_images=24))
+    longer = weights(autoencoder.train(autoencoder_config(tmp_path / "longer")))
+    assert largest_difference(longer, weights(autoencoder.train(autoencoder_config(tmp_path / "whole")))) == 0
+
+
+def test_a_finished_run_returns_at_once_and_changes_nothing(autoencoder_run, autoencoder_config):
+    before = contents(autoencoder_run)
+    config = autoencoder_config(autoencoder_run, tracker="tensorboard")
+    assert autoencoder.train(config) == autoencoder_run / "model"
+    assert contents(autoencoder_run) == before
+
+
+def test_a_changed_config_is_refused_with_the_difference_and_overwrites_nothing(autoencoder_run, autoencoder_config):
+    before = contents(autoencoder_run)
+    with pytest.raises(ConfigError, match=r"other settings \(seed: 0 -> 7; model.anchor: None -> 'none'\)"):
+        autoencoder.train(autoencoder_config(autoencoder_run, model={"anchor": "none"}, seed=7))
+    assert contents(autoencoder_run) == before
+
+
+def test_a_result_of_fewer_images_is_not_taken_for_the_finished_run(
+    autoencoder_config, tmp_path, cut_power_at, monkeypatch
+):
+    autoencoder.train(autoencoder_config(tmp_path, total_images=24))
+    monkeypatch.setattr(Run, "writing_result", lambda run: (_ for _ in ()).throw(PowerCut))
+    with pytest.raises(PowerCut):
+        autoencoder.train(autoencoder_config(tmp_path))
+    monkeypatch.undo()
+    autoencoder.train(autoencoder_config(tmp_path))
+    assert json.loads((tmp_path / "model" / "training.json").read_text())["images_seen"] == 48
+
+
+def test_the_newest_checkpoint_is_the_one_of_most_images_whatever_the_length_of_its_name(autoencoder_config, tmp_path):
+    run = Run(autoencoder_config(tmp_path), result="model")
+    for images in (999_999_999, 1_000_000_000):
+        (tmp_path / "checkpoints" / f"{images:09d}").mkdir()
+    assert run._checkpoints()[-1].name == "1000000000"
+
+
+def test_only_the_newest_checkpoints_are_kept(autoencoder_config, tmp_path):
+    autoencoder.train(autoencoder_config(tmp_path, checkpoint_every_images=8, keep_checkpoints=1))
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["000000048"]
+
+
+def test_an_output_dir_that_cannot_be_written_is_refused(autoencoder_config, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ConfigError, match=r"cannot write to output_dir=.*file/run'"):
+        autoencoder.train(autoencoder_config(tmp_path / "file" / "run"))
+
+
+def test_a_resolution_that_does_not_divide_is_refused_before_anything_is_written(
+    autoencoder_config, small_data, tmp_path
+):
+    with pytest.raises(ConfigError, match=r"data\.resolution must be a multiple of 2, .* got 31"):
+        autoencoder.train(autoencoder_config(tmp_path / "run", data=replace(small_data, resolution=31)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_ends_in_a_checkpoint_and_one_line_and_the_same_command_finishes(
+    autoencoder_config, small_data, tmp_path
+):
+    data = replace(small_data, num_workers=2)
+    config = autoencoder_config(tmp_path / "run", total_images=10**6, checkpoint_every_images=10**6, data=data)
+
+    def start(config):
+        (tmp_path / "config.yaml").write_text(config_text(config))
+        command = [sys.executable, "-m", "looc_ldm.training.autoencoder", "--config", str(tmp_path / "config.yaml")]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    process = start(config)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the loader's workers, too
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in printed
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert printed.splitlines()[-1] == f"stopped at {int(checkpoint.name)} images; the same command goes on from there"
+    again = start(replace(config, total_images=int(checkpoint.name) + 16))
+    result, _ = again.communicate(timeout=60)
+    assert again.returncode == 0
+    assert result.strip() == str(tmp_path / "run" / "model")
+    assert LooCVQModel.from_pretrained(result.strip()).config.scaling_factor > 0
+
+
+# The same step, divided ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [{}, {**ADVERSARIAL, "adversarial_start_images": 0, "adaptive_weight": False}])
+def test_two_accumulated_halves_are_the_whole_batch(autoencoder_config, tmp_path, monkeypatch, loss):
+    monkeypatch.setattr(autoencoder, "adamw", sgd)
+    start, whole, halves = (
+        weights(
+            autoencoder.train(
+                autoencoder_config(
+                    tmp_path / str(i),
+                    {"anchor": "none"},
+                    loss,
+                    total_images=16,
+                    batch_size=16,
+                    gradient_accumulation_steps=accumulation,
+                    optimizer=replace(autoencoder_config(tmp_path).optimizer, learning_rate=rate),
+                )
+            )
+        )
+        for i, (accumulation, rate) in enumerate([(1, 0.0), (1, 0.1), (2, 0.1)])
+    )
+    assert largest_difference(start, whole) > 1e-3
+    assert largest_difference(whole, halves) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def two_processes(autoencoder_config, tmp_path_factory):
+    """What each of two processes saw and ended with, and what one process does alone."""
+    folder = tmp_path_factory.mktemp("processes")
+    config = autoencoder_config(folder / "two", total_images=32)
+    config.optimizer.learning_rate = 0.1
+    (folder / "two.yaml").write_text(config_text(config))
+    (folder / "one.yaml").write_text(config_text(replace(config, output_dir=str(folder / "one"))))
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [sys.executable, *launch, __file__, str(folder / "two.yaml"), str(folder)],
+        env=environment,
+        check=True,
+        timeout=120,
+    )
+    subprocess.run([sys.executable, __file__, str(folder / "one.yaml"), str(folder)], check=True, timeout=120)
+    return folder
+
+
+def test_two_processes_see_different_images_and_together_those_of_one(two_processes):
+    ranks = [torch.load(two_processes / f"two-{rank}.pt") for rank in range(2)]
+    assert [rank["processes"] for rank in ranks] == [2, 2]
+    assert not set(ranks[0]["positions"]) & set(ranks[1]["positions"])
+    one = torch.load(two_processes / "one-0.pt")
+    assert sorted(ranks[0]["positions"] + ranks[1]["positions"]) == sorted(one["positions"]) == list(range(32))
+
+
+def test_the_codebooks_of_two_processes_stay_equal(two_processes):
+    ranks = [torch.load(two_processes / f"two-{rank}.pt") for rank in range(2)]
+    assert len(ranks[0]["codebooks"]) == 4
+    for ours, theirs in zip(ranks[0]["codebooks"], ranks[1]["codebooks"], strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(ranks[0]["codebooks"][0], ranks[0]["codebooks"][-1])
+
+
+def test_two_processes_end_with_the_model_of_one(two_processes):
+    one, two = (weights(two_processes / name / "model") for name in ("one", "two"))
+    assert largest_difference(one, two) < 1e-5
+    codebooks = torch.load(two_processes / "one-0.pt")["codebooks"]
+    assert (codebooks[0] - codebooks[-1]).abs().max() > 1e-3
+    assert sorted(path.name for path in (two_processes / "two").iterdir()) == sorted(
+        path.name for path in (two_processes / "one").iterdir()
+    )
+
+
+def main(config_file: str, folder: str) -> None:
+    """Train, and save what this process saw and the codebook after each step."""
+    positions, codebooks = [], []
+    update, item = EMA.update, ImageStream.__getitem__
+
+    def recording_update(ema, model, *args):
+        codebooks.append(model.quantize.codebook.detach().clone())
+        update(ema, model, *args)
+
+    def recording_item(stream, position):
+        positions.append(position)
+        return item(stream, position)
+
+    EMA.update, ImageStream.__getitem__ = recording_update, recording_item
+    autoencoder.adamw = sgd
+    autoencoder.train(load_config(AutoencoderConfig, config_file))
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    seen = {"positions": positions, "codebooks": codebooks, "processes": processes}
+    torch.save(seen, Path(folder) / f"{Path(config_file).stem}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

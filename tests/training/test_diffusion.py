@@ -1,0 +1,289 @@
+"""Stage 2 end to end: its targets, its labels, what a run leaves behind and that an interruption does not change it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from looc_ldm import LooCLDMPipeline
+from looc_ldm.errors import ConfigError, ModelError
+from looc_ldm.training import diffusion
+from looc_ldm.training.config import DataConfig
+from looc_ldm.training.diffusion import Denoiser, make_scheduler
+from looc_ldm.training.latents import LatentCache, LatentStream
+from looc_ldm.training.run import Run
+
+ATTENDING_UNET = {
+    "type": "UNet2DConditionModel",
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "block_out_channels": [16, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a finished pipeline, averaged and live."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {f"{file.relative_to(folder)}/{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def log_lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple]:
+    """What the denoiser was asked and answered while training: noisy latents, timesteps, labels, prediction."""
+    recorded = []
+    forward = Denoiser.forward
+
+    def recording(denoiser, noisy, timesteps, labels):
+        prediction = forward(denoiser, noisy, timesteps, labels)
+        recorded.append((noisy, timesteps, labels, prediction.detach()))
+        return prediction
+
+    monkeypatch.setattr(Denoiser, "forward", recording)
+    return recorded
+
+
+@pytest.fixture(scope="module")
+def conditional_run(diffusion_config, tmp_path_factory) -> Path:
+    """The output folder of a finished class-conditional run. To be read only."""
+    folder = tmp_path_factory.mktemp("runs") / "diffusion"
+    diffusion.train(diffusion_config(folder, class_conditional=True, class_dropout=0.5))
+    return folder
+
+
+# Targets and labels ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+def test_the_loss_is_the_distance_to_the_noise_or_the_velocity(
+    diffusion_config, tmp_path, calls, prediction_type, loss
+):
+    schedule = {"beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.02, "prediction_type": prediction_type}
+    config = diffusion_config(tmp_path, scheduler=schedule, loss=loss, total_images=8)
+    pipe = LooCLDMPipeline.from_pretrained(diffusion.train(config))
+    stream = LatentStream(LatentCache(tmp_path / "latents"), pipe.vqvae.config.scaling_factor, config.seed)
+    examples = [stream[position] for position in range(8)]
+    latents, noise = (torch.stack([example[i] for example in examples]) for i in (0, 2))
+    timesteps = torch.tensor([int(1000 * example[3]) for example in examples])
+    kept = torch.cumprod(1 - torch.linspace(0.001, 0.02, 1000), 0)[timesteps][:, None, None, None]
+
+    noisy, times, labels, prediction = calls[0]
+    assert torch.equal(times, timesteps)
+    assert labels is None
+    torch.testing.assert_close(noisy, kept.sqrt() * latents + (1 - kept).sqrt() * noise, rtol=0, atol=1e-5)
+    target = noise if prediction_type == "epsilon" else kept.sqrt() * noise - (1 - kept).sqrt() * latents
+    distance = (prediction - target).abs() if loss == "l1" else (prediction - target).square()
+    assert log_lines(tmp_path)[0]["loss"] == pytest.approx(distance.mean().item(), rel=1e-5)
+
+
+def test_the_saved_scheduler_says_what_was_predicted(diffusion_config, tmp_path):
+    settings = {"type": "DPMSolverMultistepScheduler", "prediction_type": "v_prediction"}
+    folder = diffusion.train(diffusion_config(tmp_path, scheduler=settings, total_images=8))
+    scheduler = LooCLDMPipeline.from_pretrained(folder).scheduler
+    assert type(scheduler).__name__ == "DPMSolverMultistepScheduler"
+    assert scheduler.config.prediction_type == "v_prediction"
+
+
+def test_labels_are_those_of_the_images_and_some_are_replaced_by_the_null_class(diffusion_config, tmp_path, calls):
+    config = diffusion_config(tmp_path, class_conditional=True, class_dropout=0.4, total_images=160)
+    config = replace(config, preview_every_images=10**6)
+    diffusion.train(config)
+    stream = LatentStream(LatentCache(tmp_path / "latents"), 1.0, config.seed)
+    seen = torch.cat([labels for _, _, labels, _ in calls[:20]]).tolist()
+    assert seen == [10 if stream[p][4] < 0.4 else stream[p][1] for p in range(160)]
+    assert seen.count(10) == pytest.approx(64, abs=20)
+    assert set(seen) == set(range(11))
+
+
+@pytest.mark.parametrize(("class_dropout", "null_label", "labels"), [(0.1, 10, 11), (0.0, None, 10)])
+def test_the_null_label_is_the_number_of_classes_and_there_is_none_without_dropout(
+    diffusion_config, tmp_path, class_dropout, null_label, labels
+):
+    config = diffusion_config(tmp_path, class_conditional=True, class_dropout=class_dropout, total_images=8)
+    pipe = LooCLDMPipeline.from_pretrained(diffusion.train(config))
+    assert pipe.config.null_class_label == null_label
+    assert pipe.unet.config.num_class_embeds == labels
+
+
+def test_the_loss_falls_where_there_are_few_latents_to_learn(diffusion_config, garments, tmp_path):
+    data = DataConfig(path=str(garments), validation_images=76, resolution=32, fit="pad", flip=False, num_workers=0)
+    config = diffusion_config(tmp_path, data=data, total_images=1600, log_every_images=160, scheduler={"beta_end": 0.3})
+    config = replace(config, preview_every_images=10**6, checkpoint_every_images=10**6)
+    config.optimizer.learning_rate = 3e-3
+    diffusion.train(config)
+    losses = [line["loss"] for line in log_lines(tmp_path)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# The result ------------------------------------------------------------------------------------------------------
+
+
+def test_the_pipeline_loads_knows_its_classes_and_draws(conditional_run, small_data, garments):
+    pipe = LooCLDMPipeline.from_pretrained(conditional_run / "pipeline")
+    assert list(pipe.config.id2label.values()) == sorted(folder.name for folder in garments.iterdir())
+    draw = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "pt"}
+    images = pipe(class_labels=["sandal", 9], generator=torch.Generator().manual_seed(0), **draw).images
+    assert images.shape == (2, 1, 32, 32)
+    assert images.isfinite().all()
+
+
+def test_an_unconditional_pipeline_loads_and_draws(diffusion_config, tmp_path):
+    pipe = LooCLDMPipeline.from_pretrained(diffusion.train(diffusion_config(tmp_path)))
+    assert pipe.num_class_embeds == 0
+    assert pipe(batch_size=3, num_inference_steps=2, output_type="pt").images.shape == (3, 1, 32, 32)
+
+
+def test_a_unet_that_attends_to_a_class_token_trains_loads_and_draws(diffusion_config, tmp_path, calls):
+    config = diffusion_config(tmp_path, unet=ATTENDING_UNET, class_conditional=True, class_embedding_dim=8)
+    pipe = LooCLDMPipeline.from_pretrained(diffusion.train(config))
+    assert isinstance(pipe.unet, UNet2DConditionModel)
+    assert pipe.class_embedding.embedding.weight.shape == (11, 8)
+    live = load_file(tmp_path / "pipeline" / "class_embedding" / "diffusion_pytorch_model.non_ema.safetensors")
+    assert not torch.equal(live["embedding.weight"], pipe.class_embedding.embedding.weight)
+    noise = torch.randn(1, 4, 16, 16)
+    draw = {"num_inference_steps": 2, "output_type": "latent", "latents": noise}
+    assert not torch.equal(pipe(class_labels=0, **draw).images, pipe(class_labels=1, **draw).images)
+
+
+def test_the_averaged_weights_have_the_plain_name_and_the_live_ones_the_variant(conditional_run):
+    averaged = load_file(conditional_run / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    live = load_file(conditional_run / "pipeline" / "unet" / "diffusion_pytorch_model.non_ema.safetensors")
+    assert averaged.keys() == live.keys()
+    assert any(not torch.equal(averaged[name], live[name]) for name in live)
+
+
+def test_the_first_stage_in_the_pipeline_is_the_one_trained_on(conditional_run, autoencoder_run):
+    ours = load_file(conditional_run / "pipeline" / "vqvae" / "diffusion_pytorch_model.safetensors")
+    theirs = load_file(autoencoder_run / "model" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_first_stage_without_scaling_factor_gets_the_measured_one(diffusion_config, autoencoder_run, tmp_path):
+    autoencoder = tmp_path / "autoencoder"
+    autoencoder.mkdir()
+    for file in (autoencoder_run / "model").iterdir():
+        (autoencoder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((autoencoder / "config.json").read_text())
+    (autoencoder / "config.json").write_text(json.dumps({**config, "scaling_factor": None}))
+    folder = diffusion.train(diffusion_config(tmp_path / "run", autoencoder=str(autoencoder), total_images=8))
+    measured = 1 / LatentCache(tmp_path / "run" / "latents").standard_deviation
+    assert LooCLDMPipeline.from_pretrained(folder).vqvae.config.scaling_factor == pytest.approx(measured)
+
+
+# Going on --------------------------------------------------------------------------------------------------------
+
+
+def test_interrupted_and_resumed_is_uninterrupted(diffusion_config, tmp_path, monkeypatch):
+    class PowerCut(Exception):
+        pass
+
+    def config(name):
+        unet = {**ATTENDING_UNET, "dropout": 0.1}
+        latents = str(tmp_path / "latents")
+        return diffusion_config(
+            tmp_path / name, unet=unet, class_conditional=True, class_embedding_dim=8, latents=latents, total_images=64
+        )
+
+    def stop_if_asked(run):
+        if run.images_seen == 40:
+            raise PowerCut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "stop_if_asked", stop_if_asked)
+        with pytest.raises(PowerCut):
+            diffusion.train(config("interrupted"))
+    resumed, whole = (weights(diffusion.train(config(name))) for name in ("interrupted", "whole"))
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert [line["images"] for line in log_lines(tmp_path / "interrupted")] == list(range(8, 65, 8))
+
+
+def test_a_finished_run_returns_at_once_and_changes_nothing(conditional_run, diffusion_config):
+    before = contents(conditional_run)
+    config = diffusion_config(conditional_run, class_conditional=True, class_dropout=0.5)
+    assert diffusion.train(config) == conditional_run / "pipeline"
+    assert contents(conditional_run) == before
+
+
+def test_a_changed_config_is_refused_with_the_difference(conditional_run, diffusion_config):
+    before = contents(conditional_run)
+    with pytest.raises(ConfigError, match=r"other settings \(class_dropout: 0.5 -> 0.1\)"):
+        diffusion.train(diffusion_config(conditional_run, class_conditional=True))
+    assert contents(conditional_run) == before
+
+
+# Bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_classes_that_the_data_does_not_have_are_refused(diffusion_config, garments, small_data, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, file in enumerate(sorted(garments.rglob("*.png"))):
+        (flat / f"{i}.png").write_bytes(file.read_bytes())
+    config = diffusion_config(tmp_path / "run", class_conditional=True, data=replace(small_data, path=str(flat)))
+    with pytest.raises(ConfigError, match=r"class_conditional=true, but .*flat has no classes"):
+        diffusion.train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_autoencoder_that_is_none_is_refused_in_one_line(diffusion_config, conditional_run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for autoencoder, message in (
+        (tmp_path / "empty", "no model in .*empty"),
+        (tmp_path / "nowhere", "no model .*nowhere'"),
+        (conditional_run / "pipeline" / "unet", "holds a UNet2DModel, not a LooCVQModel"),
+    ):
+        with pytest.raises(ModelError, match=message) as caught:
+            diffusion.train(diffusion_config(tmp_path / "run", autoencoder=str(autoencoder)))
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "run").exists()
+
+
+def test_an_autoencoder_whose_weights_are_of_another_architecture_is_refused(
+    diffusion_config, autoencoder_run, tmp_path
+):
+    for file in (autoencoder_run / "model").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "block_out_channels": [16, 16]}))
+    with pytest.raises(ModelError) as caught:
+        diffusion.train(diffusion_config(tmp_path / "run", autoencoder=str(tmp_path)))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"unet": {"type": "DiT"}}, r"unet\.type must be one of UNet2DModel, .*, got 'DiT'"),
+        ({"unet": {"layers_per_blok": 1}}, "unet has no argument 'layers_per_blok'; did you mean 'layers_per_block'"),
+        ({"unet": ATTENDING_UNET}, "UNet2DConditionModel needs class_conditional and class_embedding_dim"),
+        ({"scheduler": {"type": "Euler"}}, r"scheduler\.type must be the name of a diffusers scheduler, got 'Euler'"),
+        ({"scheduler": {"prediction_type": "sample"}}, "must be one of epsilon, v_prediction, got 'sample'"),
+        ({"scheduler": {"type": "FlowMatchEulerDiscreteScheduler"}}, "must be one of epsilon, v_prediction, got None"),
+    ],
+)
+def test_networks_and_schedulers_that_do_not_exist_are_refused(diffusion_config, tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        diffusion.train(diffusion_config(tmp_path / "run", **settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_clipped_unless_the_config_says_so():
+    assert make_scheduler({}).config.clip_sample is False
+    assert make_scheduler({"clip_sample": True}).config.clip_sample is True
