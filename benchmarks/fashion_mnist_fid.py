@@ -1,7 +1,7 @@
 """FID of a Fashion-MNIST pipeline against the whole test set, beside that of the same pipeline with an untrained UNet.
 
     python benchmarks/fashion_mnist_fid.py PIPELINE FOLDER_WITH_THE_IDX_FILES --inception-weights FILE \
-        --feature-layer 768 --out benchmarks/results/fashion_mnist_fid.json
+        --feature-layer 768
 
 The test set is used here only: training and every choice of a setting used the training set. Samples have the classes
 in equal shares, as the test set has. Images are padded to 32x32 on both sides.
@@ -23,12 +23,20 @@ from looc_ldm import LooCLDMPipeline
 from looc_ldm.metrics import InceptionFeatures, fid_and_kid
 from looc_ldm.pipelines.sampling import sample_images
 
+RESULT = Path(__file__).resolve().parent / "results" / "fashion_mnist_fid.json"
+
 
 def test_images(folder: Path) -> torch.Tensor:
     """All 10,000, uint8 `(N, 1, 32, 32)`."""
     with gzip.open(folder / "t10k-images-idx3-ubyte.gz") as file:
         pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
     return F.pad(torch.from_numpy(pixels.copy()), (2, 2, 2, 2))
+
+
+def command() -> str:
+    """What was typed, with the names of files alone: their folders differ from machine to machine."""
+    words = [Path(word).name if "/" in word and not word.startswith("benchmarks/") else word for word in sys.argv[1:]]
+    return " ".join(["python", "benchmarks/fashion_mnist_fid.py", *words])
 
 
 def main() -> None:
@@ -40,7 +48,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2000, help="drawn from each of the two models")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance-scale", type=float, default=2.0)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
 
     features = InceptionFeatures(options.feature_layer, options.inception_weights)
@@ -48,7 +56,7 @@ def main() -> None:
     pipe = LooCLDMPipeline.from_pretrained(options.pipeline)
     labels = [i % len(pipe.config.id2label) for i in range(options.samples)]
     results = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "reference": f"Fashion-MNIST test set, {len(reference)} images, padded to 32x32",
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance_scale,

@@ -1,9 +1,8 @@
 """Write the README's tables and pictures from what they describe.
 
-    python benchmarks/readme.py costs                  the table of rates, parameters, memory and arithmetic
-    python benchmarks/readme.py quickstart FOLDER      pictures and figures of a finished `looc-ldm quickstart`
-
-Run `quickstart` with `--inception-weights` for its FID to appear.
+python benchmarks/readme.py costs                  the table of rates, parameters, memory and arithmetic
+python benchmarks/readme.py quickstart FOLDER      pictures and figures of a finished `looc-ldm quickstart`, and
+                                                   the FID that benchmarks/fashion_mnist_fid.py measured on it
 """
 
 from __future__ import annotations
@@ -122,38 +121,49 @@ def training_cost(model: torch.nn.Module, inputs: tuple, config) -> str:
 def quickstart(folder: Path) -> str:
     """Pictures into docs/, and a table of the figures."""
     figures = json.loads((folder / "figures.json").read_text())
+    fid = json.loads((ROOT / "benchmarks" / "results" / "fashion_mnist_fid.json").read_text())
     (ROOT / "docs").mkdir(exist_ok=True)
     for name in ("samples", "reconstructions"):
         with Image.open(folder / f"{name}.png") as image:
             image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(ROOT / f"docs/{name}.png")
-    first, second = figures["reconstruction"], figures["generation"]
+    first = figures["reconstruction"]
+    held_out = f"{first['images']} held-out images of the bundled subset, on the original 28x28 pixels"
+    (layer,) = [name for name in fid["trained"] if name.startswith("fid@")]
+    drawn = (
+        f"{fid['trained']['images_first']:,} samples, {fid['num_inference_steps']} DDIM steps, guidance scale "
+        f"{fid['guidance_scale']:g}; {fid['reference']}"
+    )
+    rate = f"{first['bits_per_pixel']:.2f} bits per pixel"
     rows = [
-        ("PSNR, held-out images", f"{first['psnr']:.2f} dB"),
-        ("SSIM", f"{first['ssim']:.4f}"),
-        ("bits per pixel (of 28x28)", f"{first['bits_per_pixel']:.2f}"),
-        ("codebook", f"{first['num_codevectors']} x {first['codevector_dim']}, {first['codebook_use']:.0%} in use"),
-        *[(name.replace("rfid", "rFID"), f"{v:.3f}") for name, v in first.items() if name.startswith("rfid")],
-        *[(f"{name.upper()} of samples", f"{v:.3f}") for name, v in second.items() if name.startswith("fid")],
-        ("time on two CPU cores", f"{figures['seconds'] / 60:.1f} minutes"),
+        ("PSNR", f"{first['psnr']:.2f} dB at {rate}", held_out),
+        ("SSIM", f"{first['ssim']:.4f} at {rate}", held_out),
+        (
+            "codebook",
+            f"{first['num_codevectors']} × {first['codevector_dim']}, {first['codebook_use']:.0%} in use",
+            f"perplexity {first['perplexity']:.0f}",
+        ),
+        (f"{layer.upper()} of samples", f"{fid['trained'][layer]:.3f} at {rate}", drawn),
+        (f"{layer.upper()}, UNet untrained", f"{fid['untrained'][layer]:.3f}", "the same"),
+        ("time", f"{figures['seconds'] / 60:.1f} minutes", "two CPU cores, both stages, sampling, evaluation"),
     ]
     return "\n".join(
         [
-            "Ten minutes of two CPU cores, `looc-ldm quickstart`: samples of each of the ten classes,",
+            "This is what `looc-ldm quickstart` makes: samples of each of the ten classes,",
             "",
-            "![Samples, a row a class: t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot]"
+            "![A row a class: t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot]"
             "(docs/samples.png)",
             "",
             "and held-out images above their reconstructions.",
             "",
             "![Originals above, reconstructions below](docs/reconstructions.png)",
             "",
-            "| | |",
-            "|---|---|",
-            *[f"| {name} | {value} |" for name, value in rows],
+            "| | | measured on |",
+            "|---|---|---|",
+            *[f"| {' | '.join(row)} |" for row in rows],
             "",
-            f"Protocol `clean`, {first['images']} held-out images of the bundled subset of Fashion-MNIST"
-            + (f", {second['images_first']} samples" if second else "")
-            + ". Re-made by `looc-ldm quickstart` and `python benchmarks/readme.py quickstart quickstart`.",
+            f"Protocol `{first['protocol']}`. {layer.upper()} is the Fréchet distance of {layer.split('@')[1]} Inception "
+            "features; it does not compare with published FIDs, which use 2048. Made by `looc-ldm quickstart`,",
+            f"`{fid['command']}` and `python benchmarks/readme.py quickstart quickstart`.",
         ]
     )
 

@@ -7,18 +7,15 @@ import json
 import logging
 import math
 import os
-import platform
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from looc_ldm import __version__
+from looc_ldm.arguments import TRAINERS, make_parser
 from looc_ldm.errors import UserError, one_line_errors
-
-TRAINERS = ("autoencoder", "diffusion")
-DATA_HELP = "bundled name, folder of images or parquet files, or hub id"
-DTYPES = ("float32", "bfloat16", "float16")
-REPORTED_PACKAGES = ("torch", "torchvision", "diffusers", "accelerate", "transformers", "datasets", "torch-fidelity")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,145 +26,9 @@ def main(arguments: list[str] | None = None) -> None:
         if arguments[:1] == ["train"] and arguments[1:2] and arguments[1] in TRAINERS:
             _train(arguments[1], arguments[2:])  # its flags come from the config's dataclasses
             return
-        options = _make_parser().parse_args(arguments)
+        options = make_parser(COMMANDS).parse_args(arguments)
         options.command_line = shlex.join(["looc-ldm", *arguments])
         options.command(options)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Ends at bad arguments as at any other bad input: in one line."""
-
-    def error(self, message: str):
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
-def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="looc-ldm", description="Latent diffusion for diffusers on a LooC first stage.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="print versions and devices, for bug reports")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    quickstart = commands.add_parser(
-        "quickstart", help="the whole chain in miniature on bundled images, with a report to look at"
-    )
-    quickstart.add_argument(
-        "--output", type=Path, default=Path("quickstart"), help="folder of everything (default: quickstart)"
-    )
-    _add_feature_options(quickstart, without="FID is left out")
-    quickstart.set_defaults(command=_quickstart)
-
-    train = commands.add_parser("train", help="train an autoencoder (stage 1) or a diffusion model (stage 2)")
-    train.add_argument("stage", choices=TRAINERS, help="`looc-ldm train STAGE --help` lists its settings and defaults")
-
-    cache = commands.add_parser("cache-latents", help="encode a data set once, for stage 2")
-    cache.add_argument("--config", required=True, help="diffusion config: name or file")
-    cache.add_argument("--autoencoder", help="folder or hub id of the first stage (default: the config's)")
-    cache.add_argument("--data", help="bundled name, folder or hub id (default: the config's)")
-    cache.add_argument("--output", type=Path, help="folder (default: the config's `latents`, or latents in its output)")
-    _add_device_option(cache)
-    cache.set_defaults(command=_cache_latents)
-
-    sample = commands.add_parser("sample", help="draw images, and a grid of them, from a trained model")
-    sample.add_argument("model", metavar="MODEL", help="pipeline: folder or hub id")
-    sample.add_argument("--labels", nargs="+", help="classes, by name or index (default: all)")
-    sample.add_argument("--images", type=_positive, default=4, help="images of each class, or in all (default: 4)")
-    _add_sampling_options(sample, batch_size=64)
-    sample.add_argument("--output", type=Path, default=Path("samples"), help="folder of PNGs (default: samples)")
-    sample.set_defaults(command=_sample)
-
-    reconstruct = commands.add_parser("reconstruct", help="originals beside reconstructions")
-    reconstruct.add_argument("model", metavar="MODEL", help="autoencoder or pipeline: folder or hub id")
-    reconstruct.add_argument("data", metavar="IMAGES", help=DATA_HELP)
-    _add_data_options(reconstruct)
-    reconstruct.add_argument("--images", type=_positive, default=8, help="images in the grid (default: 8)")
-    reconstruct.add_argument(
-        "--output", type=Path, default=Path("reconstructions.png"), help="PNG file (default: reconstructions.png)"
-    )
-    _add_device_option(reconstruct)
-    reconstruct.set_defaults(command=_reconstruct, dtype="float32")
-
-    evaluate = commands.add_parser("evaluate", help="measure reconstructions or samples")
-    kinds = evaluate.add_subparsers(title="what", metavar="WHAT", required=True)
-    reconstruction = kinds.add_parser("reconstruction", help="PSNR, SSIM, L1, codebook use, bits per pixel, rFID")
-    reconstruction.add_argument("model", metavar="MODEL", help="autoencoder or pipeline: folder or hub id")
-    reconstruction.add_argument("--data", required=True, help=DATA_HELP)
-    _add_data_options(reconstruction)
-    reconstruction.add_argument("--images", type=_positive, help="measure only so many images (default: all)")
-    _add_feature_options(reconstruction, without="rFID is left out")
-    _add_device_option(reconstruction)
-    _add_dtype_option(reconstruction)
-    _add_result_option(reconstruction)
-    reconstruction.set_defaults(command=_evaluate_reconstruction)
-
-    generation = kinds.add_parser("generation", help="FID and KID of samples against real images")
-    generation.add_argument("model", metavar="MODEL", help="pipeline: folder or hub id")
-    generation.add_argument("--data", required=True, help=DATA_HELP)
-    _add_data_options(generation)
-    generation.add_argument("--images", type=_positive, default=10_000, help="samples to draw (default: 10000)")
-    _add_sampling_options(generation, batch_size=100)
-    _add_feature_options(generation, without="it is downloaded")
-    _add_result_option(generation)
-    generation.set_defaults(command=_evaluate_generation)
-    return parser
-
-
-def _add_device_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the best there is)")
-
-
-def _add_dtype_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the networks (default: float32)")
-
-
-def _add_sampling_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    parser.add_argument("--steps", type=_positive, default=50, help="denoising steps (default: 50)")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1 is no guidance (default: 1)")
-    parser.add_argument(
-        "--batch-size", type=_positive, default=batch_size, help="images drawn at a time (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=_seed, default=0, help="same seed, same images (default: 0)")
-    _add_device_option(parser)
-    _add_dtype_option(parser)
-
-
-def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", help="which split (default: test, validation, or the first there is)")
-    parser.add_argument(
-        "--resolution", type=_positive, help="side of the images in pixels (default: what the model was trained at)"
-    )
-    parser.add_argument(
-        "--fit", choices=("crop", "pad"), default="crop", help="how images become square (default: crop)"
-    )
-
-
-def _add_feature_options(parser: argparse.ArgumentParser, without: str) -> None:
-    parser.add_argument(
-        "--inception-weights",
-        type=Path,
-        help=f"file of torch-fidelity's Inception network (default: none; {without})",
-    )
-    parser.add_argument(
-        "--feature-layer",
-        choices=("64", "192", "768", "2048"),
-        default="2048",
-        help="Inception features; only 2048 compares with published FIDs (default: 2048)",
-    )
-
-
-def _add_result_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, help="JSON file for the figures (default: they are only printed)")
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
-    return value
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"must be a whole number in [0, 2**32), got {text!r}")
-    return int(text)
 
 
 # Commands ------------------------------------------------------------------------------------------------------------
@@ -292,6 +153,16 @@ def _evaluate_generation(options: argparse.Namespace) -> None:
     _report(figures, options)
 
 
+COMMANDS = {
+    "quickstart": _quickstart,
+    "cache-latents": _cache_latents,
+    "sample": _sample,
+    "reconstruct": _reconstruct,
+    "evaluate reconstruction": _evaluate_reconstruction,
+    "evaluate generation": _evaluate_generation,
+}
+
+
 # What commands share -------------------------------------------------------------------------------------------------
 
 
@@ -383,18 +254,13 @@ def _features(options: argparse.Namespace):
         return features
 
 
-class _as_user_errors:
+@contextmanager
+def _as_user_errors(*types: type[Exception]) -> Iterator[None]:
     """Errors of these types, raised by our own checks of input, are shown as one line."""
-
-    def __init__(self, *types: type[Exception]):
-        self.types = types
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if error is not None and isinstance(error, self.types):
-            raise UserError(" ".join(str(error).split())) from error
+    try:
+        yield
+    except types as error:
+        raise UserError(" ".join(str(error).split())) from error
 
 
 def _check_folder(folder: Path) -> None:
@@ -425,24 +291,6 @@ def _report(figures: dict, options: argparse.Namespace) -> None:
         record = {**figures, "dtype": options.dtype, "command": options.command_line, "version": __version__}
         options.output.parent.mkdir(parents=True, exist_ok=True)
         replace_text(options.output, json.dumps(record, indent=2) + "\n")
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        from importlib.metadata import PackageNotFoundError, version
-
-        lines = [f"looc-ldm {__version__}", f"Python {platform.python_version()}, {platform.platform()}"]
-        for package in REPORTED_PACKAGES:
-            try:
-                lines.append(f"{package} {version(package)}")
-            except PackageNotFoundError:
-                lines.append(f"{package} is not installed")
-        import torch
-
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-        lines.append(gpu)
-        print("\n".join(lines))
-        parser.exit()
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ class LooCQuantizer(nn.Module):
 
     @torch.no_grad()
     def revive(self) -> None:
-        """Apply the revival collected since the last call (CVQ; paper.md section 5). Call once per optimizer step.
+        """Apply the revival collected since the last call (the CVQ-VAE update). Call once per optimizer step.
 
         With p_k the share of segments that chose codevector k: N_k <- gamma N_k + (1 - gamma) p_k, then
         c_k <- (1 - alpha_k) c_k + alpha_k a_k with alpha_k = exp(-10 K N_k / (1 - gamma) - 0.001) and a_k the anchor.

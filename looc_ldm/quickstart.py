@@ -84,7 +84,7 @@ def quickstart(output: Path, features: InceptionFeatures | None, say=print) -> P
         report.table(_generation_rows(generation, reconstruction))
     else:
         report.text(
-            "FID was left out: it needs the Inception weights, and quickstart downloads nothing. Give a local file with "
+            "FID was left out: it needs Inception weights, and quickstart downloads nothing. Give a local file with "
             "<code>--inception-weights FILE</code> (and <code>--feature-layer</code> for other than 2,048 features)."
         )
         say("FID was left out: it needs Inception weights, given by --inception-weights FILE")

@@ -47,7 +47,7 @@ def nearest_codevectors(
         vectors (`torch.Tensor` of shape `(N, d)`, float32): What is looked up.
         codebook (`torch.Tensor` of shape `(K, d)`, float32): The codevectors.
         distance (`str`): `"cosine"` compares directions only, `"euclidean"` positions.
-        anchor (`str`): Which feature each codevector would be revived with (paper.md 5): `"closest"`, the most similar
+        anchor (`str`): Which feature each codevector would be revived with (CVQ-VAE): `"closest"`, the most similar
             one; `"probrandom"`, one drawn with probability softmax(similarity) over the N vectors; `"random"`, any
             one; `"none"` looks for no anchors.
     """

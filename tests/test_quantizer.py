@@ -19,7 +19,7 @@ def small_quantizer(**kwargs) -> LooCQuantizer:
 
 
 def blur(z: torch.Tensor, a: float) -> torch.Tensor:
-    """[a, 1 - 2a, a] along both axes, borders replicated: what interpolation and pooling alone do (LooC paper, section 3.3)."""
+    """[a, 1 - 2a, a] along both axes, borders replicated: what upsampling and pooling alone do (LooC, section 3.3)."""
     taps = torch.tensor([a, 1 - 2 * a, a], dtype=z.dtype)
     kernel = torch.outer(taps, taps).expand(z.shape[1], 1, 3, 3)
     return F.conv2d(F.pad(z, (1, 1, 1, 1), mode="replicate"), kernel, groups=z.shape[1])
@@ -58,9 +58,7 @@ def test_an_impulse_in_the_corner_keeps_seven_eighths_squared():
 def test_the_straight_through_gradient_is_the_transposed_blur(s, a, layout):
     z = torch.randn(2, 8, 4, 5, requires_grad=True)
     upstream = torch.randn(2, 8, 4, 5)
-    (gradient,) = torch.autograd.grad(
-        small_quantizer(interpolation_factor=s, segment_layout=layout)(z)[0], z, upstream
-    )
+    (gradient,) = torch.autograd.grad(small_quantizer(interpolation_factor=s, segment_layout=layout)(z)[0], z, upstream)
     (transposed,) = torch.autograd.grad(blur(z, a), z, upstream)
     torch.testing.assert_close(gradient, transposed, rtol=0, atol=1e-5)
 

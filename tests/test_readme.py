@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from looc_ldm import LooCVQModel, cli
+from looc_ldm.arguments import make_parser
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, load_config, parse_config
 from looc_ldm.training.diffusion import train as train_diffusion
 
@@ -64,7 +65,7 @@ def test_command_examples_parse(command):
         config_class = AutoencoderConfig if command[2] == "autoencoder" else DiffusionConfig
         parse_config(config_class, command[3:], "looc-ldm")
     else:
-        cli._make_parser().parse_args(command[1:])
+        make_parser(cli.COMMANDS).parse_args(command[1:])
 
 
 def test_there_are_commands_to_check():

@@ -197,7 +197,7 @@ def preview(model: LooCVQModel, images: ImageSet, count: int = PREVIEW_IMAGES) -
     """A grid of images, taken at even distances from the set, above their reconstructions."""
     chosen = spread(len(images), count)
     originals = torch.stack([images[int(i)][0] for i in chosen])
-    reconstructions = to_uint8(model(to_float(originals).to(model.device)).sample).cpu()
+    reconstructions = to_uint8(model(to_float(originals).to(model.device, model.dtype)).sample).cpu()
     return make_image_grid([to_pil(image) for image in [*originals, *reconstructions]], 2, len(chosen))
 
 

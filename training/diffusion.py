@@ -55,6 +55,8 @@ def train(config: DiffusionConfig) -> Path:
     """Train, or go on with, the diffusion model of a config; returns the folder of the finished pipeline."""
     # 1. Data and models, before anything is written
     set_seed(config.seed)
+    if not config.autoencoder:
+        raise ConfigError("autoencoder: give the folder or hub id of a trained first stage.")
     vqvae = load_autoencoder(config.autoencoder).requires_grad_(False)
     images, _ = load_image_sets(config.data, vqvae.config.in_channels)
     classes = images.classes if config.class_conditional else []

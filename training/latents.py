@@ -28,7 +28,8 @@ class LatentCache:
     """Cached latents, memory-mapped.
 
     Attributes:
-        latents (`np.ndarray` of shape `(n, c, h, w)`, float32): Latents before quantization, not scaled.
+        latents (`np.ndarray` of shape `(n, c, h, w)`, float16): Latents before quantization, not scaled. Rounding to
+            half precision moves them by at most 0.05 %, far less than the noise that they are trained with.
         flipped (`np.ndarray`, *optional*): Those of the mirrored images, where the data is flipped.
         labels (`np.ndarray` of shape `(n,)`, int64): -1 without classes.
         classes (`list[str]`): Names of the classes.
@@ -71,7 +72,7 @@ class LatentStream(Stream):
         source = self.cache.latents
         if self.cache.flipped is not None and random_at(self.seed, FLIP, position).random() < 0.5:
             source = self.cache.flipped
-        latents = torch.from_numpy(source[index] * np.float32(self.scaling_factor))
+        latents = torch.from_numpy(source[index].astype(np.float32) * np.float32(self.scaling_factor))
         random = random_at(self.seed, NOISE, position)
         time, dropout = random.random(2).tolist()
         noise = torch.from_numpy(random.standard_normal(latents.shape, dtype=np.float32))
@@ -97,7 +98,7 @@ def cache_latents(model: LooCVQModel, images: ImageSet, folder: Path, accelerato
             side = latent_side(model, images.config)
             shape = (len(images), model.quantize.vq_embed_dim, side, side)
             for name in ("latents", "flipped") if images.config.flip else ("latents",):
-                np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape).flush()
+                np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=np.float16, shape=shape).flush()
         accelerator.wait_for_everyone()
         count, total, squares = _encode_share(model, images, partial, accelerator)
         sums = torch.tensor([count, total, squares], dtype=torch.float64, device=accelerator.device)
