@@ -13,6 +13,7 @@ import argparse
 import gzip
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -62,19 +63,20 @@ def main() -> None:
         "guidance_scale": options.guidance_scale,
         "bits_per_pixel": pipe.vqvae.bits_per_image(32, 32) / 28**2,
     }
-    for name in ("trained", "untrained"):
-        if name == "untrained":
-            torch.manual_seed(0)
-            pipe.unet = type(pipe.unet).from_config(pipe.unet.config)
-        samples = sample_images(
-            pipe,
-            labels,
-            batch_size=100,
-            num_inference_steps=options.steps,
-            guidance_scale=options.guidance_scale,
-        )
-        results[name] = fid_and_kid(torch.stack(list(samples)), reference, features)
-        print(name, results[name], flush=True)
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("trained", "untrained"):
+            if name == "untrained":
+                torch.manual_seed(0)
+                pipe.unet = type(pipe.unet).from_config(pipe.unet.config).eval()
+            samples = sample_images(
+                pipe,
+                labels,
+                batch_size=100,
+                num_inference_steps=options.steps,
+                guidance_scale=options.guidance_scale,
+            )
+            results[name] = fid_and_kid(torch.stack(list(samples)), reference, features, Path(cache))
+            print(name, results[name], flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=2) + "\n")
 

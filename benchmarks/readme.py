@@ -161,8 +161,8 @@ def quickstart(folder: Path) -> str:
             "|---|---|---|",
             *[f"| {' | '.join(row)} |" for row in rows],
             "",
-            f"Protocol `{first['protocol']}`. {layer.upper()} is the Fréchet distance of {layer.split('@')[1]} Inception "
-            "features; it does not compare with published FIDs, which use 2048. Made by `looc-ldm quickstart`,",
+            f"Protocol `{first['protocol']}`. {layer.upper()} is the Fréchet distance of {layer.split('@')[1]}",
+            "Inception features; published FIDs use 2048 and do not compare with it. Made by `looc-ldm quickstart`,",
             f"`{fid['command']}` and `python benchmarks/readme.py quickstart quickstart`.",
         ]
     )

@@ -76,7 +76,10 @@ class InceptionFeatures:
 
 
 def fid_and_kid(
-    first: Iterable[torch.Tensor], second: Iterable[torch.Tensor], features: InceptionFeatures
+    first: Iterable[torch.Tensor],
+    second: Iterable[torch.Tensor],
+    features: InceptionFeatures,
+    second_cache: Path | None = None,
 ) -> dict[str, float | int | str]:
     """Fréchet and kernel Inception distance of two sets of images.
 
@@ -88,6 +91,8 @@ def fid_and_kid(
             set. A sequence (a tensor `(N, C, H, W)` is one, a lazy data set another) is read image by image, any
             other iterable is held in memory.
         features (`InceptionFeatures`): The network and its layer, which every key carries.
+        second_cache (`Path`, *optional*): Folder that keeps the features of `second` for further calls. It is the
+            caller's to give a folder per set of images: it is not looked at what they are.
 
     Returns:
         `dict`: `protocol` ("clean"); `images_first`, `images_second`; and for instance `fid@2048`, `kid@2048` (mean
@@ -113,7 +118,9 @@ def fid_and_kid(
         kid_subset_size=min(KID_SUBSET_SIZE, *map(len, sets)),
         rng_seed=SEED,
         cuda=torch.cuda.is_available(),
-        cache=False,
+        cache=second_cache is not None,
+        cache_root=None if second_cache is None else str(second_cache),
+        input2_cache_name=None if second_cache is None else "second",
         save_cpu_ram=True,  # no worker processes: they would copy a set that is in memory, and hide its errors
         verbose=False,
     )

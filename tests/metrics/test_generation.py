@@ -71,6 +71,15 @@ def test_equal_sets_are_at_distance_zero_and_different_ones_are_not(random_weigh
     assert abs(fid_and_kid(noise(8), noise(8), features)["fid@64"]) < 1e-4 * different
 
 
+def test_cached_features_of_the_second_set_are_used_instead_of_its_images(random_weights, tmp_path):
+    features = InceptionFeatures("64", random_weights)
+    expected = fid_and_kid(noise(6), noise(9, seed=1), features)
+    assert fid_and_kid(noise(6), noise(9, seed=1), features, tmp_path) == expected
+    unread = torch.zeros(9, 3, 24, 24, dtype=torch.uint8)
+    assert fid_and_kid(noise(6), unread, features, tmp_path)["fid@64"] == pytest.approx(expected["fid@64"])
+    assert fid_and_kid(noise(6), unread, features)["fid@64"] != pytest.approx(expected["fid@64"])
+
+
 def test_two_calls_give_the_same_figures(random_weights):
     features = InceptionFeatures("64", random_weights)
     first, second = (fid_and_kid(noise(6), noise(9, seed=1), features) for _ in range(2))
