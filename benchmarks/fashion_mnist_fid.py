@@ -27,7 +27,7 @@ from looc_ldm.pipelines.sampling import sample_images
 RESULT = Path(__file__).resolve().parent / "results" / "fashion_mnist_fid.json"
 
 
-def test_images(folder: Path) -> torch.Tensor:
+def read_test_images(folder: Path) -> torch.Tensor:
     """All 10,000, uint8 `(N, 1, 32, 32)`."""
     with gzip.open(folder / "t10k-images-idx3-ubyte.gz") as file:
         pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
@@ -53,7 +53,7 @@ def main() -> None:
     options = parser.parse_args()
 
     features = InceptionFeatures(options.feature_layer, options.inception_weights)
-    reference = test_images(options.images)
+    reference = read_test_images(options.images)
     pipe = LooCLDMPipeline.from_pretrained(options.pipeline)
     labels = [i % len(pipe.config.id2label) for i in range(options.samples)]
     results = {

@@ -112,9 +112,10 @@ def training_cost(model: torch.nn.Module, inputs: tuple, config) -> str:
     count = sum(p.numel() for p in model.parameters())
     flops = 3 * counter.get_total_flops()  # the backward pass costs about twice the forward pass
     seconds = flops * config.total_images / SUSTAINED_FLOPS
+    time = f"{seconds / 86400:.2g} days" if seconds > 3600 else "-"
     return (
         f"{count / 1e6:,.1f} M | {count * BYTES_PER_PARAMETER / 2**30:.2g} GiB | {activations / 2**30:.2g} GiB | "
-        f"{flops / 1e12:.2g} | {config.total_images / 1e6:,.3g} M images | {seconds / 86400:.2g} days"
+        f"{flops / 1e12:.2g} | {config.total_images / 1e6:,.3g} M images | {time}"
     )
 
 
@@ -144,7 +145,11 @@ def quickstart(folder: Path) -> str:
         ),
         (f"{layer.upper()} of samples", f"{fid['trained'][layer]:.3f} at {rate}", drawn),
         (f"{layer.upper()}, UNet untrained", f"{fid['untrained'][layer]:.3f}", "the same"),
-        ("time", f"{figures['seconds'] / 60:.1f} minutes", "two CPU cores, both stages, sampling, evaluation"),
+        (
+            "time",
+            f"{figures['seconds'] / 60:.1f} minutes",
+            f"{figures['cpu_count']} CPU cores; both stages, sampling, evaluation",
+        ),
     ]
     return "\n".join(
         [

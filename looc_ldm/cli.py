@@ -17,6 +17,8 @@ from looc_ldm import __version__
 from looc_ldm.arguments import TRAINERS, make_parser
 from looc_ldm.errors import UserError, one_line_errors
 
+GRID_COLUMNS, GRID_ROWS = 16, 100  # of the grid of samples, at most
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script."""
@@ -57,7 +59,7 @@ def _cache_latents(options: argparse.Namespace) -> None:
     from looc_ldm.loading import load_autoencoder
     from looc_ldm.training.config import DiffusionConfig, load_config
     from looc_ldm.training.data import load_image_sets
-    from looc_ldm.training.latents import cache_latents
+    from looc_ldm.training.latents import cache_latents, check_cache_folder
 
     overrides = {"autoencoder": options.autoencoder, "data__path": options.data, "latents": options.output}
     config = load_config(DiffusionConfig, options.config, **{k: v for k, v in overrides.items() if v is not None})
@@ -65,8 +67,7 @@ def _cache_latents(options: argparse.Namespace) -> None:
         raise UserError(f"the config {options.config!r} names no autoencoder: give --autoencoder.")
     folder = Path(config.latents or Path(config.output_dir) / "latents")
     _check_folder(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "description.json").is_file():
-        raise UserError(f"{str(folder)!r} holds something else than cached latents: give another --output.")
+    check_cache_folder(folder)
     device = _device(options.device)
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
@@ -87,13 +88,17 @@ def _sample(options: argparse.Namespace) -> None:
     pipe = _load_pipeline(options)
     classes = options.labels or sorted(pipe.config.id2label or {}) or [None]
     labels = [_by_index(label, pipe) for label in classes for _ in range(options.images)]
+    columns, rows = min(options.images, GRID_COLUMNS), min(len(classes), GRID_ROWS)
+    grid = []
     with _as_user_errors(ValueError):
-        images = [to_pil(image) for image in _samples(pipe, labels, options)]
-    options.output.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        write_image(image, options.output / f"{i:05d}.png")
-    write_image(make_image_grid(images, len(classes), options.images), options.output / "grid.png")
-    print(f"{len(images)} images and {options.output / 'grid.png'}, a row a class")
+        for i, drawn in enumerate(_samples(pipe, labels, options)):
+            options.output.mkdir(parents=True, exist_ok=True)
+            image = to_pil(drawn)
+            write_image(image, options.output / f"{i:05d}.png")
+            if i // options.images < rows and i % options.images < columns:
+                grid.append(image)
+    write_image(make_image_grid(grid, rows, columns), options.output / "grid.png")
+    print(f"{len(labels)} images and {options.output / 'grid.png'}, a row a class")
 
 
 def _reconstruct(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,8 @@ def one_line_errors() -> Iterator[None]:
         yield
     except UserError as error:
         # From a loader's worker process the message comes with the worker's traceback in front.
-        print(f"error: {str(error).strip().splitlines()[-1].split('Error: ')[-1]}", file=sys.stderr)
+        message = re.sub(r"^looc_ldm\.errors\.\w+: ", "", str(error).strip().splitlines()[-1])
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"\n{interrupt or 'interrupted'}", file=sys.stderr)

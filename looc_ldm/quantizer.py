@@ -229,7 +229,9 @@ class LooCQuantizer(nn.Module):
         self.usage.lerp_(share.to(self.usage.dtype), 1 - self.usage_decay)
         if anchors is not None:
             weight = torch.exp(-10 * self.num_codevectors * self.usage / (1 - self.usage_decay) - 1e-3)
-            self.embedding.weight.lerp_(anchors.vector, weight[:, None])
+            revived = self.embedding.weight.lerp(anchors.vector, weight[:, None])
+            # Features overflow in the steps that a gradient scaler skips; a codevector would keep a NaN for good.
+            self.embedding.weight.copy_(torch.where(revived.isfinite(), revived, self.embedding.weight))
 
     def _collect(self, counts: torch.Tensor, anchors: Anchors | None) -> None:
         if self._collected is not None:

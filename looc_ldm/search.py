@@ -13,8 +13,10 @@ import torch.nn.functional as F
 
 DISTANCES = ("cosine", "euclidean")
 
-# Similarities held at a time: 4 MiB of float32, about a core's L2 cache, where the search was fastest on CPUs.
+# Similarities held at a time. On CPUs 4 MiB of float32, about a core's L2 cache, where the search was fastest; on GPUs
+# 256 MiB, so that a step is a few large kernels.
 CHUNK_ELEMENTS = 2**20
+GPU_CHUNK_ELEMENTS = 2**26
 
 # Matrix kernels sum the columns of a last, partial tile in another order, and the similarities to equal codevectors
 # then differ in the last bit. Padding the codebook to a multiple of this lets ties go to the lowest index.
@@ -64,7 +66,7 @@ def nearest_codevectors(
     bias = bias if bias is None else F.pad(bias, (0, padding))
     indices = torch.empty(num_vectors, dtype=torch.int64, device=vectors.device)
     anchors = None
-    rows = max(1, CHUNK_ELEMENTS // num_codevectors)
+    rows = max(1, (CHUNK_ELEMENTS if vectors.device.type == "cpu" else GPU_CHUNK_ELEMENTS) // num_codevectors)
     for start in range(0, num_vectors, rows):
         chunk = slice(start, start + rows)
         similarity = queries[chunk] @ keys.T if bias is None else torch.addmm(bias, queries[chunk], keys.T)
@@ -75,7 +77,8 @@ def nearest_codevectors(
                 similarity = 2 * similarity - queries[chunk].square().sum(1, keepdim=True)
             if anchor == "probrandom":  # the maximum of score + Gumbel noise is a draw from softmax(score)
                 similarity = similarity - torch.empty_like(similarity).exponential_().log()
-            score, row = similarity.max(dim=0)
+            # A feature that is not finite is nobody's anchor.
+            score, row = similarity.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf).max(dim=0)
             anchors = better_anchors(anchors, Anchors(score, vectors[chunk][row]))
     if anchor == "random":
         row = torch.randint(num_vectors, (num_codevectors,), device=vectors.device)

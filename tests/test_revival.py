@@ -204,3 +204,18 @@ def test_training_follows_the_published_rule_to_six_digits(s):
     losses, expected = losses_of_ten_steps(quantizer), losses_of_ten_steps(published)
     torch.testing.assert_close(losses, expected, rtol=2e-6, atol=0)
     torch.testing.assert_close(quantizer.usage, published.usage)
+
+
+@pytest.mark.parametrize("anchor", ["closest", "random", "probrandom"])
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_feature_that_is_not_finite_does_not_reach_the_codebook(anchor, distance, value):
+    torch.manual_seed(0)
+    quantizer = LooCQuantizer(4, 16, 4, interpolation_factor=1, distance=distance, anchor=anchor)
+    before = quantizer.codebook.detach().clone()
+    z = torch.randn(2, 4, 4, 4)
+    z[0, 0, 0, 0] = value
+    quantizer(z)
+    quantizer.revive()
+    assert quantizer.codebook.isfinite().all()
+    assert not torch.equal(quantizer.codebook, before)  # the other features still revive

@@ -11,13 +11,17 @@ import torch.distributed as dist
 from looc_ldm import LooCQuantizer
 
 DISTANCES = ("cosine", "euclidean")
+RANDOM_ANCHORS = ("random", "probrandom")
 STEPS = 20
 
 
-def run_steps(rank: int, world_size: int, distance: str) -> dict[str, torch.Tensor]:
+def run_steps(
+    rank: int, world_size: int, distance: str, anchor: str = "closest", **arguments
+) -> dict[str, torch.Tensor]:
     """Revive after each of STEPS batches of 4, of which this rank sees its share."""
     torch.manual_seed(0)
-    quantizer = LooCQuantizer(8, 64, 4, interpolation_factor=1, distance=distance)
+    quantizer = LooCQuantizer(8, 64, 4, **{"interpolation_factor": 1, **arguments}, distance=distance, anchor=anchor)
+    torch.manual_seed(rank)  # as in training: each rank draws anchors of its own
     for step in range(STEPS):
         features = torch.randn(4, 8, 4, 4, generator=torch.Generator().manual_seed(step))
         quantizer(features.chunk(world_size)[rank])
@@ -52,9 +56,19 @@ def test_one_half_alone_gives_another_codebook(two_ranks, distance):
     assert (two_ranks[0][distance]["embedding.weight"] - alone["embedding.weight"]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("anchor", RANDOM_ANCHORS)
+def test_ranks_that_draw_their_own_anchors_do_not_drift_apart(two_ranks, anchor):
+    codebooks = [rank[anchor]["embedding.weight"] for rank in two_ranks]
+    assert torch.equal(*codebooks)
+    assert (codebooks[0] - run_steps(0, 2, "cosine", anchor)["embedding.weight"]).abs().max() > 0.1
+
+
 def main(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.save({distance: run_steps(rank, 2, distance) for distance in DISTANCES}, folder / f"{rank}.pt")
+    results = {distance: run_steps(rank, 2, distance) for distance in DISTANCES}
+    layout = {"interpolation_factor": 2, "segment_layout": "patch"}
+    results |= {anchor: run_steps(rank, 2, "cosine", anchor, **layout) for anchor in RANDOM_ANCHORS}
+    torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 

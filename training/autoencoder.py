@@ -23,12 +23,13 @@ from accelerate.utils import set_seed
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
 
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.errors import one_line_errors
 from looc_ldm.images import to_float, to_pil, to_uint8
 from looc_ldm.metrics.reconstruction import evaluate_reconstruction
-from looc_ldm.training.config import AutoencoderConfig, construct, parse_config
+from looc_ldm.training.config import AutoencoderConfig, construct, parse_command_line
 from looc_ldm.training.data import ImageSet, ImageStream, StreamBatches, load_image_sets, spread, stream_loader
 from looc_ldm.training.ema import EMA
 from looc_ldm.training.latents import latent_side, measure_scaling_factor
@@ -144,6 +145,8 @@ def train(config: AutoencoderConfig) -> Path:
                     logits = discriminator(torch.cat([batch, reconstruction.detach()])).float()
                     discriminator_loss = hinge_discriminator_loss(*logits.chunk(2))
                     accelerator.backward(discriminator_loss)
+                    if accelerator.sync_gradients and config.optimizer.max_grad_norm:
+                        accelerator.clip_grad_norm_(discriminator.parameters(), config.optimizer.max_grad_norm)
                     set_learning_rate(discriminator_optimizer, run.learning_rate(config.optimizer))
                     discriminator_optimizer.step()
                     discriminator_optimizer.zero_grad()
@@ -158,25 +161,29 @@ def train(config: AutoencoderConfig) -> Path:
             bar.update(config.batch_size)
             if run.due(config.log_every_images):
                 run.log(bar, learning_rate=run.learning_rate(config.optimizer))
-            if run.due(config.preview_every_images) and accelerator.is_main_process:
-                run.save_preview(preview(ema.model, validation))
             if run.due(config.checkpoint_every_images):
                 run.save_checkpoint()
+            if run.due(config.preview_every_images) and accelerator.is_main_process:
+                run.save_preview(preview(ema.model, validation))
             run.stop_if_asked()
         run.save_checkpoint()
 
     # 4. The result: averaged weights under the plain name, live ones as the variant `non_ema`
     if accelerator.is_main_process:
-        some = Subset(images, range(0, len(images), max(1, len(images) // SCALING_IMAGES)))
-        ema.model.register_to_config(scaling_factor=measure_scaling_factor(ema.model, float_batches(some)))
+        loading = {"batch_size": batches.per_forward, "num_workers": config.data.num_workers}
+        some = Subset(images, spread(len(images), SCALING_IMAGES))
+        scaling_factor = measure_scaling_factor(ema.model, tqdm(float_batches(some, **loading), "scaling factor"))
+        ema.model.register_to_config(scaling_factor=scaling_factor)
         live.register_to_config(scaling_factor=ema.model.config.scaling_factor)
-        measured = evaluate_reconstruction(ema.model, float_batches(validation), validation.content_size)
+        held_out = tqdm(float_batches(validation, **loading), "validation")
+        measured = evaluate_reconstruction(ema.model, held_out, validation.content_size)
         with run.writing_result() as folder:
             ema.model.save_pretrained(folder)
             live.save_pretrained(folder, variant="non_ema")
             description = {"validation": measured, "data": asdict(config.data), "images_seen": run.images_seen}
             (folder / "training.json").write_text(json.dumps(description, indent=2))
         run.save_preview(preview(ema.model, validation))
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return run.result
 
@@ -186,9 +193,9 @@ def as_rgb(*images: torch.Tensor) -> list[torch.Tensor]:
     return [image.expand(-1, 3, -1, -1) if image.shape[1] == 1 else image for image in images]
 
 
-def float_batches(images: ImageSet | Subset, batch_size: int = 64) -> Iterator[torch.Tensor]:
+def float_batches(images: ImageSet | Subset, batch_size: int = 64, num_workers: int = 0) -> Iterator[torch.Tensor]:
     """Batches `(B, C, H, W)` in [-1, 1], in order, not augmented."""
-    for pixels, _ in DataLoader(images, batch_size=batch_size):
+    for pixels, _ in DataLoader(images, batch_size=batch_size, num_workers=num_workers):
         yield to_float(pixels)
 
 
@@ -204,7 +211,7 @@ def preview(model: LooCVQModel, images: ImageSet, count: int = PREVIEW_IMAGES) -
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     with one_line_errors():
-        config = parse_config(AutoencoderConfig, sys.argv[1:] if arguments is None else arguments, PROG)
+        config = parse_command_line(AutoencoderConfig, sys.argv[1:] if arguments is None else arguments, PROG)
         print(train(config))
 
 

@@ -11,6 +11,7 @@ import difflib
 import inspect
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -100,7 +101,7 @@ class RunConfig:
     total_images: int = 1_000_000
     batch_size: int = 64
     gradient_accumulation_steps: int = 1
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     channels_last: bool = True
     ema_halflife_images: int = 100_000
     log_every_images: int = 10_000
@@ -184,8 +185,8 @@ class DiffusionConfig(RunConfig):
         class_conditional: Train with the labels of the data.
         class_dropout: Share of images, drawn one by one, whose label is replaced by the null class, which
             classifier-free guidance needs. 0 leaves the null class out.
-        unet: `type`, `UNet2DModel` or `UNet2DConditionModel`, and the arguments of its constructor. What the data
-            decides (`sample_size`, channels, `num_class_embeds`) is filled in.
+        unet: `type`, one of `UNet2DModel`, `UNet2DConditionModel` and `FixedHeadsUNet2DModel`, and the arguments of its
+            constructor. What the data decides (`sample_size`, channels, `num_class_embeds`) is filled in.
         class_embedding_dim: Channels of the learned class token that a `UNet2DConditionModel` attends to.
         scheduler: `type`, the scheduler saved with the pipeline, and its arguments, the noise schedule and
             `prediction_type` (`epsilon` or `v_prediction`) among them.
@@ -226,6 +227,14 @@ def parse_config(config_class: type[T], arguments: list[str], prog: str) -> T:
     return check_config(config_class(**values))
 
 
+def parse_command_line(config_class: type[T], arguments: list[str], prog: str) -> T:
+    """`parse_config`, where `--config` must be given: the defaults alone describe no run that anybody wants."""
+    config = parse_config(config_class, arguments, prog)
+    if not any(argument.split("=")[0] == "--config" for argument in arguments):
+        raise ConfigError(f"--config is required: a YAML file, or one of {', '.join(configs.names())}.")
+    return config
+
+
 def load_config(config_class: type[T], name: str, **overrides) -> T:
     """The bundled config `name` (such as `fashion_mnist/autoencoder`) or the YAML file `name`.
 
@@ -247,13 +256,27 @@ def check_config(config: T) -> T:
     for name, least in (("resolution", 1), ("validation_images", 1), ("num_workers", 0)):
         if getattr(config.data, name) < least:
             raise ConfigError(f"data.{name} must be at least {least}, got {getattr(config.data, name)}.")
+    optimizer = config.optimizer
+    if not optimizer.learning_rate > 0:
+        raise ConfigError(f"optimizer.learning_rate must be above 0, got {optimizer.learning_rate}.")
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise ConfigError(f"optimizer.betas must be in [0, 1), got {list(optimizer.betas)}.")
+    for name in ("weight_decay", "warmup_images", "max_grad_norm"):
+        if getattr(optimizer, name) < 0:
+            raise ConfigError(f"optimizer.{name} must not be negative, got {getattr(optimizer, name)}.")
     if config.batch_size % config.gradient_accumulation_steps:
         raise ConfigError(
             f"batch_size={config.batch_size} must be a multiple of "
             f"gradient_accumulation_steps={config.gradient_accumulation_steps}."
         )
-    if isinstance(config, DiffusionConfig) and not 0 <= config.class_dropout < 1:
-        raise ConfigError(f"class_dropout must be in [0, 1), got {config.class_dropout}.")
+    if isinstance(config, DiffusionConfig):
+        if not 0 <= config.class_dropout < 1:
+            raise ConfigError(f"class_dropout must be in [0, 1), got {config.class_dropout}.")
+        num_timesteps = config.scheduler.get("num_train_timesteps", 1000)
+        if not 1 <= config.preview_steps <= num_timesteps:
+            raise ConfigError(f"preview_steps must be in [1, {num_timesteps}], got {config.preview_steps}.")
+    if config.tracker == "wandb" and find_spec("wandb") is None:
+        raise ConfigError("tracker=wandb needs the package wandb: pip install wandb.")
     return config
 
 

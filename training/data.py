@@ -82,9 +82,13 @@ class ImageSet(Dataset):
 
     def _open(self, row: dict, index: int) -> Image.Image:
         stored = row[self.config.image_column]
+        if stored is None:
+            raise DataError(f"image {index} of {self.config.path} is missing.")
         name = stored["path"] or f"image {index} of {self.config.path}"
         try:
             with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]) as image:
+                if image.mode.startswith("I;16"):  # which convert() would clip at 255
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return ImageOps.exif_transpose(image).convert(self.mode)
         except (OSError, SyntaxError, UnidentifiedImageError) as error:
             raise DataError(f"cannot read {name}: {' '.join(str(error).split())}") from None
@@ -93,11 +97,12 @@ class ImageSet(Dataset):
         side = self.config.resolution
         if self.config.fit == "crop":
             return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+        size = f"image {index} of {self.config.path} is {image.width}x{image.height}"
         if max(image.size) > side:
-            raise DataError(
-                f"image {index} of {self.config.path} is {image.width}x{image.height}: "
-                f"fit=pad needs images of at most {side}x{side} (the resolution)."
-            )
+            raise DataError(f"{size}: fit=pad needs images of at most {side}x{side} (the resolution).")
+        if image.size[::-1] != self.content_size:
+            height, width = self.content_size
+            raise DataError(f"{size}: fit=pad needs images of one size, and the first is {width}x{height}.")
         canvas = Image.new(self.mode, (side, side))
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return canvas
@@ -158,6 +163,15 @@ def spread(length: int, count: int) -> np.ndarray:
 
 
 def _load(config: DataConfig) -> dict[str, datasets.Dataset]:
+    try:
+        return _load_unchecked(config)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"cannot load data.path={config.path!r}: {_first_line(error)}") from error
+
+
+def _load_unchecked(config: DataConfig) -> dict[str, datasets.Dataset]:
     folder = BUNDLED / config.path if (BUNDLED / config.path).is_dir() else Path(config.path)
     if folder.is_dir():
         parquet = sorted(folder.glob("*.parquet"))
@@ -174,10 +188,7 @@ def _load(config: DataConfig) -> dict[str, datasets.Dataset]:
         raise DataError(
             f"data.path={config.path!r} is neither bundled ({bundled}), a folder, nor a hub id (user/name)."
         )
-    try:
-        return datasets.load_dataset(config.path)
-    except (OSError, ValueError) as error:  # no such id, no network; a data set that has to be given a configuration
-        raise DataError(f"data.path={config.path!r}: no such folder, and from the hub: {_first_line(error)}") from None
+    return datasets.load_dataset(config.path)
 
 
 def _check_names(config: DataConfig, splits: dict[str, datasets.Dataset]) -> None:

@@ -32,7 +32,7 @@ from looc_ldm.images import to_pil
 from looc_ldm.loading import load_autoencoder
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
-from looc_ldm.training.config import DiffusionConfig, construct, parse_config
+from looc_ldm.training.config import DiffusionConfig, construct, parse_command_line
 from looc_ldm.training.data import StreamBatches, load_image_sets, stream_loader
 from looc_ldm.training.ema import EMA
 from looc_ldm.training.latents import LatentStream, cache_latents, latent_side
@@ -137,10 +137,10 @@ def train(config: DiffusionConfig) -> Path:
             bar.update(config.batch_size)
             if run.due(config.log_every_images):
                 run.log(bar, learning_rate=run.learning_rate(config.optimizer))
-            if run.due(config.preview_every_images) and accelerator.is_main_process:
-                run.save_preview(preview(pipeline(), config))
             if run.due(config.checkpoint_every_images):
                 run.save_checkpoint()
+            if run.due(config.preview_every_images) and accelerator.is_main_process:
+                run.save_preview(preview(pipeline(), config))
             run.stop_if_asked()
         run.save_checkpoint()
 
@@ -154,6 +154,7 @@ def train(config: DiffusionConfig) -> Path:
             description = {"data": asdict(config.data), "images_seen": run.images_seen}
             (folder / "training.json").write_text(json.dumps(description, indent=2))
         run.save_preview(preview(pipeline(), config))
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return run.result
 
@@ -241,7 +242,7 @@ def preview(pipe: LooCLDMPipeline, config: DiffusionConfig) -> Image.Image:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     with one_line_errors():
-        config = parse_config(DiffusionConfig, sys.argv[1:] if arguments is None else arguments, PROG)
+        config = parse_command_line(DiffusionConfig, sys.argv[1:] if arguments is None else arguments, PROG)
         print(train(config))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
@@ -67,14 +68,14 @@ class LatentStream(Stream):
         self.cache = cache
         self.scaling_factor = scaling_factor
 
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, int, torch.Tensor, float, float]:
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, int, torch.Tensor, np.float32, np.float32]:
         index = self.index_at(position)
         source = self.cache.latents
         if self.cache.flipped is not None and random_at(self.seed, FLIP, position).random() < 0.5:
             source = self.cache.flipped
         latents = torch.from_numpy(source[index].astype(np.float32) * np.float32(self.scaling_factor))
         random = random_at(self.seed, NOISE, position)
-        time, dropout = random.random(2).tolist()
+        time, dropout = random.random(2, dtype=np.float32)
         noise = torch.from_numpy(random.standard_normal(latents.shape, dtype=np.float32))
         return latents, int(self.cache.labels[index]), noise, time, dropout
 
@@ -85,12 +86,13 @@ def cache_latents(model: LooCVQModel, images: ImageSet, folder: Path, accelerato
     Every process encodes its share; the folder must be one that all of them see. Collective.
 
     Raises:
-        ConfigError: The folder holds something else than cached latents.
+        ConfigError: The folder holds something else, or latents of another model, data set or transform.
     """
+    check_cache_folder(folder)
     fingerprint = cache_fingerprint(model, images)
-    if folder.exists() and not (folder / "description.json").is_file():
-        raise ConfigError(f"latents={str(folder)!r} holds something else than cached latents; give a new folder.")
-    if not _is_current(folder, fingerprint):
+    if (folder / "description.json").is_file():
+        _check_current(folder, fingerprint)
+    else:
         partial = folder.with_name(folder.name + ".partial")
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
@@ -101,8 +103,8 @@ def cache_latents(model: LooCVQModel, images: ImageSet, folder: Path, accelerato
                 np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=np.float16, shape=shape).flush()
         accelerator.wait_for_everyone()
         count, total, squares = _encode_share(model, images, partial, accelerator)
-        sums = torch.tensor([count, total, squares], dtype=torch.float64, device=accelerator.device)
-        count, total, squares = accelerator.reduce(sums, reduction="sum").tolist()
+        shares = gather_object([(count, total, squares)])
+        count, total, squares = (sum(part) for part in zip(*shares, strict=True))
         if accelerator.is_main_process:
             np.save(partial / "labels.npy", images.labels())
             description = {
@@ -111,7 +113,6 @@ def cache_latents(model: LooCVQModel, images: ImageSet, folder: Path, accelerato
                 "standard_deviation": math.sqrt(squares / count - (total / count) ** 2),
             }
             (partial / "description.json").write_text(json.dumps(description))
-            shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
         accelerator.wait_for_everyone()
     return LatentCache(folder)
@@ -122,7 +123,7 @@ def measure_scaling_factor(model: LooCVQModel, batches: Iterable[torch.Tensor]) 
     """1 / standard deviation of the latents of images `(B, C, H, W)` in [-1, 1]."""
     count, total, squares = 0, 0.0, 0.0
     for batch in batches:
-        latents = model.encode(batch.to(model.device)).latents.double()
+        latents = model.encode(batch.to(model.device)).latents.cpu().double()
         count += latents.numel()
         total += float(latents.sum())
         squares += float(latents.square().sum())
@@ -152,9 +153,18 @@ def cache_fingerprint(model: LooCVQModel, images: ImageSet) -> str:
     return digest.hexdigest()
 
 
-def _is_current(folder: Path, fingerprint: str) -> bool:
-    file = folder / "description.json"
-    return file.is_file() and json.loads(file.read_text())["fingerprint"] == fingerprint
+def check_cache_folder(folder: Path) -> None:
+    """Raises ConfigError for a folder that holds something else than cached latents."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "description.json").is_file():
+        raise ConfigError(f"latents={str(folder)!r} holds something else than cached latents; give a new folder.")
+
+
+def _check_current(folder: Path, fingerprint: str) -> None:
+    if json.loads((folder / "description.json").read_text())["fingerprint"] != fingerprint:
+        raise ConfigError(
+            f"latents={str(folder)!r} holds latents of another autoencoder, data set or transform; "
+            "delete it, and the checkpoints trained on it, or give a new folder."
+        )
 
 
 @torch.no_grad()

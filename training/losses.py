@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -35,7 +36,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if i < num_layers else 1
             layers += [
                 nn.Conv2d(previous, width, 4, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(min(32, width // 4), width),
+                nn.GroupNorm(math.gcd(32, width), width),
                 nn.LeakyReLU(0.2),
             ]
         layers.append(nn.Conv2d(width, 1, 4, padding=1))

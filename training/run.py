@@ -21,13 +21,14 @@ import shutil
 import signal
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from tqdm.auto import tqdm
 
 from looc_ldm.errors import ConfigError
@@ -62,6 +63,8 @@ class Run:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=None if config.tracker == "none" else config.tracker,
             project_dir=str(self.folder),
+            # The other processes wait while the first one measures and writes the result.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
         self._stop_signal: int | None = None
         self._sums: dict[str, torch.Tensor] = {}

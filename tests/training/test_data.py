@@ -212,7 +212,8 @@ def test_a_truncated_image_read_by_a_worker_process_is_one_line(truncated, capsy
 
 
 def test_a_hub_id_out_of_reach_is_one_line_at_once(tmp_path):
-    command = [sys.executable, "-m", "looc_ldm.training.autoencoder", "--data.path", "nobody/nothing"]
+    command = [sys.executable, "-m", "looc_ldm.training.autoencoder", "--config", "fashion_mnist/autoencoder"]
+    command += ["--data.path", "nobody/nothing"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     started = time.monotonic()
     ended = subprocess.run(
@@ -221,7 +222,7 @@ def test_a_hub_id_out_of_reach_is_one_line_at_once(tmp_path):
     assert time.monotonic() - started < 60
     assert ended.returncode == 2
     assert len(ended.stderr.strip().splitlines()) == 1
-    assert ended.stderr.startswith("error: data.path='nobody/nothing'")
+    assert ended.stderr.startswith("error: cannot load data.path='nobody/nothing'")
     assert not (tmp_path / "run").exists()
 
 
@@ -312,3 +313,24 @@ def test_data_put_in_place_of_other_data_is_the_data_that_is_read(tmp_path, garm
     after, _ = load_image_sets(config, channels=1)
     assert (len(before), len(after)) == (64, 56)
     assert len(after.classes) == 9
+
+
+def test_pad_refuses_images_of_several_sizes(small_data, tmp_path):
+    for i, size in enumerate([(28, 28), (28, 28), (20, 24)]):
+        Image.new("L", size).save(tmp_path / f"{i}.png")
+    train, held_out = load_image_sets(replace(small_data, path=str(tmp_path), validation_images=1), channels=1)
+    with pytest.raises(DataError, match="20x24: fit=pad needs images of one size, and the first is 28x28"):
+        [images[i] for images in (train, held_out) for i in range(len(images))]
+
+
+def test_a_broken_parquet_file_is_one_line(small_data, tmp_path):
+    (tmp_path / "train.parquet").write_text("not parquet")
+    with pytest.raises(DataError, match=r"cannot load data\.path"):
+        load_image_sets(replace(small_data, path=str(tmp_path)), channels=1)
+
+
+def test_sixteen_bit_images_keep_their_greys(small_data, tmp_path):
+    for i in range(2):
+        Image.fromarray(np.full((28, 28), 30000, np.uint16)).save(tmp_path / f"{i}.png")
+    train, _ = load_image_sets(replace(small_data, path=str(tmp_path), validation_images=1), channels=1)
+    assert train[0][0][0, 16, 16] == 30000 // 256
