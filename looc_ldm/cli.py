@@ -129,8 +129,7 @@ def _evaluate_reconstruction(options: argparse.Namespace) -> None:
     features = _features(options) if options.inception_weights else None
     model, images = _model_and_images(options)
     chosen = spread(len(images), options.images or len(images)).tolist()
-    batches = float_batches(Subset(images, chosen), batch_size=64)
-    bar = tqdm(batches, total=math.ceil(len(chosen) / 64), desc="reconstructing", unit="batch", delay=1)
+    bar = tqdm(float_batches(Subset(images, chosen)), desc="reconstructing", unit="batch", delay=1)
     with _as_user_errors(ValueError):
         figures = evaluate_reconstruction(model, bar, images.content_size, features)
     _report(figures, options)

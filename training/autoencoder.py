@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 PROG = "looc-ldm train autoencoder"
 PREVIEW_IMAGES = 8
-SCALING_IMAGES = 10_000  # images that the standard deviation of the latents is measured on
+SCALING_IMAGES = 2_000  # images that the standard deviation of the latents is measured on
 
 
 def train(config: AutoencoderConfig) -> Path:
@@ -193,10 +192,13 @@ def as_rgb(*images: torch.Tensor) -> list[torch.Tensor]:
     return [image.expand(-1, 3, -1, -1) if image.shape[1] == 1 else image for image in images]
 
 
-def float_batches(images: ImageSet | Subset, batch_size: int = 64, num_workers: int = 0) -> Iterator[torch.Tensor]:
+def float_batches(images: ImageSet | Subset, batch_size: int = 64, num_workers: int = 0) -> DataLoader:
     """Batches `(B, C, H, W)` in [-1, 1], in order, not augmented."""
-    for pixels, _ in DataLoader(images, batch_size=batch_size, num_workers=num_workers):
-        yield to_float(pixels)
+    return DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=_float_pixels)
+
+
+def _float_pixels(rows: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
+    return to_float(torch.stack([pixels for pixels, _ in rows]))
 
 
 @torch.no_grad()

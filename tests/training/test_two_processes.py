@@ -1,4 +1,4 @@
-"""What the README launches on several processes: the trainers as modules, with every term of the loss and accumulation."""
+"""What the README launches on several processes: the trainers as modules, with all terms and accumulation."""
 
 import os
 import subprocess
