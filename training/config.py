@@ -30,7 +30,8 @@ class DataConfig:
     Args:
         path: A bundled set (`fashion_mnist`), a folder of images (one sub-folder a class, or none), a folder of parquet
             files, or the id of a data set on the hub.
-        split: The split to train on. A folder without splits is all `train`.
+        split: The split to train on. Sub-folders named train, val, validation or test are splits; a folder without
+            them is all `train`.
         validation_split: The split to measure on; if not given, `validation_images` of the training split are held out.
         validation_images: Images measured during and after training.
         image_column: The column that holds the image.

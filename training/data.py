@@ -6,6 +6,7 @@ or that is divided over another number of processes, sees the same images with t
 
 from __future__ import annotations
 
+import glob
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,6 +24,15 @@ from looc_ldm.images import to_float
 from looc_ldm.training.config import DataConfig
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+    "testing": "test",
+}
 MODES = {1: "L", 3: "RGB"}
 BUNDLED = Path(looc_ldm.__file__).resolve().parent / "data"  # one folder of parquet files a data set
 
@@ -182,7 +192,11 @@ def _load_unchecked(config: DataConfig) -> dict[str, datasets.Dataset]:
             return datasets.load_dataset("parquet", data_files=files)
         if not any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.rglob("*")):
             raise DataError(f"no images in the folder {folder} (looked for {', '.join(IMAGE_SUFFIXES)}).")
-        return datasets.load_dataset("imagefolder", data_dir=str(folder))
+        # Named here: left to itself, the loader also takes words in file names ("ILSVRC2012_val_00000293") for splits.
+        places = [entry for entry in folder.iterdir() if entry.is_dir() and entry.name.lower() in SPLIT_FOLDERS]
+        splits = {SPLIT_FOLDERS[place.name.lower()]: place for place in places} or {"train": folder}
+        files = {split: f"{glob.escape(str(place.resolve()))}/**" for split, place in splits.items()}
+        return datasets.load_dataset("imagefolder", data_files=files)
     bundled = ", ".join(sorted(entry.name for entry in BUNDLED.iterdir()))
     if folder.exists() or folder.is_absolute() or config.path.count("/") != 1:
         raise DataError(

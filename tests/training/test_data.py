@@ -334,3 +334,14 @@ def test_sixteen_bit_images_keep_their_greys(small_data, tmp_path):
         Image.fromarray(np.full((28, 28), 30000, np.uint16)).save(tmp_path / f"{i}.png")
     train, _ = load_image_sets(replace(small_data, path=str(tmp_path), validation_images=1), channels=1)
     assert train[0][0][0, 16, 16] == 30000 // 256
+
+
+def test_words_in_file_names_are_not_splits(small_data, tmp_path):
+    folder = tmp_path / "odd [1] name"
+    for label in ("a", "b"):
+        (folder / label).mkdir(parents=True)
+        for name in ("ILSVRC2012_val_1", "test_2", "3"):
+            Image.new("L", (28, 28)).save(folder / label / f"{name}.png")
+    train, held_out = load_image_sets(replace(small_data, path=str(folder), validation_images=1), channels=1)
+    assert len(train) + len(held_out) == 6
+    assert train.classes == ["a", "b"]
