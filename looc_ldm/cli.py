@@ -252,9 +252,12 @@ def _rate(model, images) -> tuple[float, int]:
 def _features(options: argparse.Namespace):
     from looc_ldm.metrics import InceptionFeatures
 
-    with _as_user_errors(ValueError, FileNotFoundError, ConnectionError):
+    with _as_user_errors(ValueError, FileNotFoundError):
         features = InceptionFeatures(options.feature_layer, options.inception_weights)
-        features.check()
+        try:
+            features.check()
+        except ConnectionError as error:
+            raise UserError(f"--inception-weights: {error}") from error
         return features
 
 

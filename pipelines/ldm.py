@@ -263,7 +263,10 @@ class LooCLDMPipeline(DiffusionPipeline):
                     raise ValueError(f"{label!r} names the classes {' and '.join(map(str, known[name]))}; give one.")
                 index = known[name][0]
             if not isinstance(index, Integral) or not 0 <= index < self.num_class_embeds:
-                raise ValueError(f"class label must be in [0, {self.num_class_embeds}) or a class name, got {label!r}.")
+                null = self.config.null_class_label
+                hint = "" if null is None else f" ({null} is the null class)"
+                allowed = f"in [0, {self.num_class_embeds}) or a class name"
+                raise ValueError(f"class label must be {allowed}, got {label!r}{hint}.")
             ids.append(int(index))
         return ids
 

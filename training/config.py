@@ -180,7 +180,7 @@ class DiffusionConfig(RunConfig):
     """Stage 2: a UNet on the latents of a trained `LooCVQModel`.
 
     Args:
-        autoencoder: Folder or hub id of the first stage.
+        autoencoder: Folder or hub id of the first stage, or of a pipeline that holds one.
         data: The images.
         latents: Folder of the cached latents; made before training where it does not hold them yet.
         class_conditional: Train with the labels of the data.
