@@ -158,8 +158,8 @@ def load_image_sets(config: DataConfig, channels: int) -> tuple[ImageSet, ImageS
     else:
         if config.validation_images >= len(rows):
             raise DataError(
-                f"{config.path} has {len(rows)} images: data.validation_images={config.validation_images} leaves none to "
-                f"train on; at most {len(rows) - 1} can be held out."
+                f"{config.path} has {len(rows)} images: data.validation_images={config.validation_images} leaves none "
+                f"to train on; at most {len(rows) - 1} can be held out."
             )
         chosen = spread(len(rows), config.validation_images)
         held_out = rows.select(chosen)

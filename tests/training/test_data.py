@@ -180,7 +180,7 @@ def test_unknown_splits_and_columns_are_answered_with_the_known_ones(small_data)
 
 
 def test_holding_out_everything_is_refused(small_data):
-    with pytest.raises(DataError, match="has 80 images: data.validation_images=80 leaves none to train on; at most 79"):
+    with pytest.raises(DataError, match=r"data\.validation_images=80 leaves none to train on; at most 79"):
         load_image_sets(replace(small_data, validation_images=80), channels=1)
 
 
