@@ -159,7 +159,7 @@ def quickstart(folder: Path) -> str:
             *[f"| {' | '.join(row)} |" for row in rows + fid_rows(rate)],
             "",
             f"Protocol `{first['protocol']}`. FID@768 is the Fréchet distance of 768 Inception features; published",
-            "FIDs use 2048 and do not compare with it. Made by `looc-ldm quickstart`, benchmarks/fashion_mnist_fid.py and",
+            "FIDs use 2048 and do not compare. Made by `looc-ldm quickstart`, `benchmarks/fashion_mnist_fid.py` and",
             "`python benchmarks/readme.py quickstart quickstart`.",
         ]
     )
