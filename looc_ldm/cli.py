@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from looc_ldm import __version__
 from looc_ldm.arguments import TRAINERS, make_parser
 from looc_ldm.errors import UserError, one_line_errors
+from looc_ldm.files import check_folder
 
 GRID_COLUMNS, GRID_ROWS = 16, 100  # of the grid of samples, at most
 
@@ -66,7 +66,7 @@ def _cache_latents(options: argparse.Namespace) -> None:
     if not config.autoencoder:
         raise UserError(f"the config {options.config!r} names no autoencoder: give --autoencoder.")
     folder = Path(config.latents or Path(config.output_dir) / "latents")
-    _check_folder(folder)
+    check_folder(folder)
     check_cache_folder(folder)
     device = _device(options.device)
     if device.index is not None and device.type == "cuda":
@@ -84,7 +84,7 @@ def _sample(options: argparse.Namespace) -> None:
     from looc_ldm.files import write_image
     from looc_ldm.images import to_pil
 
-    _check_folder(options.output)
+    check_folder(options.output)
     pipe = _load_pipeline(options)
     classes = options.labels or sorted(pipe.config.id2label or {}) or [None]
     labels = [_by_index(label, pipe) for label in classes for _ in range(options.images)]
@@ -270,22 +270,13 @@ def _as_user_errors(*types: type[Exception]) -> Iterator[None]:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse, before any work, a folder that cannot be made or written to. Makes nothing."""
-    nearest = next(place for place in (folder, *folder.parents) if place.exists())
-    if not nearest.is_dir():
-        raise UserError(f"cannot write to {str(folder)!r}: {str(nearest)!r} is not a folder.")
-    if not os.access(nearest, os.W_OK):
-        raise UserError(f"cannot write to {str(folder)!r}: no permission.")
-
-
 def _check_file(file: Path | None) -> None:
     """Refuse, before any work, a file that cannot be written. None is no file."""
     if file is None:
         return
     if file.is_dir():
         raise UserError(f"cannot write {str(file)!r}: it is a folder.")
-    _check_folder(file.parent)
+    check_folder(file.parent)
 
 
 def _report(figures: dict, options: argparse.Namespace) -> None:

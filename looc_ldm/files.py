@@ -9,6 +9,17 @@ from pathlib import Path
 
 from PIL import Image
 
+from looc_ldm.errors import UserError
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse, before any work, a folder that cannot be made or written to. Makes nothing."""
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir():
+        raise UserError(f"cannot write to {str(folder)!r}: {str(nearest)!r} is not a folder.")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"cannot write to {str(folder)!r}: no permission.")
+
 
 def replace_text(file: Path, text: str) -> None:
     """Write a UTF-8 text file beside its place and rename it."""

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.errors import one_line_errors
+from looc_ldm.files import check_folder
 from looc_ldm.images import to_float, to_pil, to_uint8
 from looc_ldm.metrics.reconstruction import evaluate_reconstruction
 from looc_ldm.training.config import AutoencoderConfig, construct, parse_command_line
@@ -50,6 +51,7 @@ SCALING_IMAGES = 2_000  # images that the standard deviation of the latents is m
 def train(config: AutoencoderConfig) -> Path:
     """Train, or go on with, the autoencoder of a config; returns the folder of the finished model."""
     # 1. Data and models, before anything is written
+    check_folder(Path(config.output_dir))
     set_seed(config.seed)
     model = construct(LooCVQModel, {"sample_size": config.data.resolution, **config.model}, "model")
     latent_side(model, config.data)  # refuses a resolution that does not divide

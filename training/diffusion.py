@@ -28,6 +28,7 @@ from PIL import Image
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.class_embedding import ClassEmbedding
 from looc_ldm.errors import ConfigError, one_line_errors
+from looc_ldm.files import check_folder
 from looc_ldm.images import to_pil
 from looc_ldm.loading import load_autoencoder
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
@@ -54,6 +55,7 @@ PREVIEW_IMAGES = 40
 def train(config: DiffusionConfig) -> Path:
     """Train, or go on with, the diffusion model of a config; returns the folder of the finished pipeline."""
     # 1. Data and models, before anything is written
+    check_folder(Path(config.output_dir))
     set_seed(config.seed)
     if not config.autoencoder:
         raise ConfigError("autoencoder: give the folder or hub id of a trained first stage.")
