@@ -62,7 +62,8 @@ class LooCVQModel(VQModel):
         lookup_from_codebook (`bool`, defaults to False): Of `VQModel`, kept for its configs; use `decode_indices`.
         force_upcast (`bool`, defaults to False): Of `VQModel`, kept for its configs.
         codevector_dim (`int`, *optional*): d, channels of a codevector; `vq_embed_dim` if not given (m = 1).
-        interpolation_factor, segment_layout, distance, commitment_weight, anchor, usage_decay: See `LooCQuantizer`.
+        interpolation_factor, segment_layout, distance, commitment_weight, anchor, usage_decay, codebook_update,
+        revive_first_batch_only, contrastive_weight: See `LooCQuantizer`.
 
     Raises:
         ValueError: Sizes that do not fit together; see `LooCQuantizer`.
@@ -110,6 +111,9 @@ class LooCVQModel(VQModel):
         commitment_weight: float = 0.25,
         anchor: str = "closest",
         usage_decay: float = 0.99,
+        codebook_update: str = "ema",
+        revive_first_batch_only: bool = False,
+        contrastive_weight: float = 0.0,
     ):
         vq_embed_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
         if not len(down_block_types) == len(up_block_types) == len(block_out_channels):
@@ -150,6 +154,9 @@ class LooCVQModel(VQModel):
             commitment_weight=commitment_weight,
             anchor=anchor,
             usage_decay=usage_decay,
+            codebook_update=codebook_update,
+            revive_first_batch_only=revive_first_batch_only,
+            contrastive_weight=contrastive_weight,
         )
 
     @property

@@ -9,16 +9,24 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from looc_ldm.search import DISTANCES, Anchors, better_anchors, nearest_codevectors
+from looc_ldm.anchors import ANCHORS, Anchors, better_anchors
+from looc_ldm.contrastive import contrastive_loss
+from looc_ldm.search import DISTANCES, nearest_codevectors
 
 SEGMENT_LAYOUTS = ("channel", "patch")
-ANCHORS = ("closest", "random", "probrandom", "none")
+INPUT_LAYOUTS = ("BCHW", "BCL", "BLC")
+CODEBOOK_UPDATES = ("ema", "gradient")
+
+LOSS_CHUNK_ELEMENTS = 2**20
+NOT_FINITE = "z holds NaN or infinite values: no codevector is nearest to them."
 
 
 class Collected(NamedTuple):
     """What training forwards leave behind for `LooCQuantizer.revive`."""
 
     counts: torch.Tensor  # (K,) int64: how often each codevector was chosen
+    nonfinite: torch.Tensor  # () bool: whether a feature map held values that are not finite
+    offsets: torch.Tensor | None  # (K, d) float64: sum of z - c over the segments that chose c
     anchors: Anchors | None
 
 
@@ -47,7 +55,19 @@ class LooCQuantizer(nn.Module):
         commitment_weight (`float`, defaults to 0.25): beta, on the commitment term.
         anchor (`str`, defaults to `"closest"`): The feature a codevector is revived with: `"closest"`, `"random"`,
             `"probrandom"`, or `"none"` for no revival.
-        usage_decay (`float`, defaults to 0.99): gamma, the decay of the average of `usage`.
+        usage_decay (`float`, defaults to 0.99): gamma, the decay of the average of `usage`, and of the codebook's.
+        codebook_update (`str`, defaults to `"ema"`): How a codevector follows the segments that choose it. `"ema"`, as
+            their moving average (VQ-VAE, appendix A.1): `revive` moves it, and it has no gradient. `"gradient"`, by
+            the codebook term of the loss, as published: in the first 50 steps the loss then climbs to a multiple of
+            its start, since the codevectors, which start in [-1/K, 1/K], lag behind the encoder
+            (benchmarks/quantizer_recipes.py).
+        revive_first_batch_only (`bool`, defaults to False): Revive with the first batch and never again, CVQ-VAE's
+            offline variant. The first is the one that meets a `usage` of zeros.
+        contrastive_weight (`float`, defaults to 0.0): Weight of CVQ-VAE's contrastive term; needs
+            `codebook_update="gradient"`. LooC does without.
+        input_layout (`str`, defaults to `"BCHW"`): The axes of `z`: `"BCHW"` for feature maps, `"BCL"` or `"BLC"` for
+            sequences, as convolutions or transformers have them. Interpolation is along H and W, or along L, and s**2
+            and (H, W) in shapes become s and (L).
 
     Attributes:
         embedding (`nn.Embedding`): `weight` is the codebook, (K, d), float32.
@@ -55,8 +75,9 @@ class LooCQuantizer(nn.Module):
             buffer: saved and loaded with the module.
 
     Raises:
-        ValueError: A size that is not positive, a `codevector_dim` that does not divide as said, an unknown name, or
-            `codevector_dim=1` with `"cosine"` (only the sign would be left to compare).
+        ValueError: A size that is not positive, a `codevector_dim` that does not divide as said, an unknown name,
+            `codevector_dim=1` with `"cosine"` (only the sign would be left to compare), or a contrastive term without
+            gradient.
 
     Example:
 
@@ -83,6 +104,10 @@ class LooCQuantizer(nn.Module):
         commitment_weight: float = 0.25,
         anchor: str = "closest",
         usage_decay: float = 0.99,
+        codebook_update: str = "ema",
+        revive_first_batch_only: bool = False,
+        contrastive_weight: float = 0.0,
+        input_layout: str = "BCHW",
     ):
         super().__init__()
         sizes = {
@@ -100,18 +125,26 @@ class LooCQuantizer(nn.Module):
             ("segment_layout", segment_layout, SEGMENT_LAYOUTS),
             ("distance", distance, DISTANCES),
             ("anchor", anchor, ANCHORS),
+            ("codebook_update", codebook_update, CODEBOOK_UPDATES),
+            ("input_layout", input_layout, INPUT_LAYOUTS),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
         if not 0 <= usage_decay < 1:
             raise ValueError(f"usage_decay must be in [0, 1), got {usage_decay!r}.")
-        if not commitment_weight >= 0:
-            raise ValueError(f"commitment_weight must not be negative, got {commitment_weight!r}.")
+        for name, value in (("commitment_weight", commitment_weight), ("contrastive_weight", contrastive_weight)):
+            if not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value!r}.")
+        if contrastive_weight and codebook_update == "ema":
+            raise ValueError(
+                f'contrastive_weight={contrastive_weight!r} acts by gradient: it needs codebook_update="gradient".'
+            )
         if codevector_dim == 1 and distance == "cosine":
             raise ValueError('codevector_dim=1 needs distance="euclidean": by cosine only the sign would count.')
-        divided = vq_embed_dim * (interpolation_factor**2 if segment_layout == "patch" else 1)
+        axes = len(input_layout) - 2
+        divided = vq_embed_dim * (interpolation_factor**axes if segment_layout == "patch" else 1)
         if divided % codevector_dim:
-            formula = "vq_embed_dim * interpolation_factor**2" if segment_layout == "patch" else "vq_embed_dim"
+            formula = f"vq_embed_dim * interpolation_factor**{axes}" if segment_layout == "patch" else "vq_embed_dim"
             raise ValueError(
                 f"codevector_dim={codevector_dim} does not divide {formula} = {divided} "
                 f'(segment_layout="{segment_layout}").'
@@ -126,19 +159,32 @@ class LooCQuantizer(nn.Module):
         self.commitment_weight = commitment_weight
         self.anchor = anchor
         self.usage_decay = usage_decay
+        self.codebook_update = codebook_update
+        self.revive_first_batch_only = revive_first_batch_only
+        self.contrastive_weight = contrastive_weight
+        self.input_layout = input_layout
 
         self.embedding = nn.Embedding(num_codevectors, codevector_dim, dtype=torch.float32)
         nn.init.uniform_(self.embedding.weight, -1 / num_codevectors, 1 / num_codevectors)
+        # Else DistributedDataParallel waits for a gradient.
+        self.embedding.weight.requires_grad_(codebook_update == "gradient")
         self.register_buffer("usage", torch.zeros(num_codevectors, dtype=torch.float32))
         # Plain attributes, not buffers: DDP broadcasts buffers of rank 0 at each forward and would overwrite what the
         # other ranks have collected since the last optimizer step.
         self._collected: Collected | None = None
         self._owner_revives = False
+        self._first_batch_passed = False
+        self._nonfinite: torch.Tensor | None = None
 
     @property
     def codes_per_position(self) -> int:
-        """C, the number of codes at each latent position: n_q * s**2 / d."""
-        return self.vq_embed_dim * self.interpolation_factor**2 // self.codevector_dim
+        """C, the number of codes at each latent position: n_q * s**2 / d, or n_q * s / d with one spatial axis."""
+        return self.vq_embed_dim * self.interpolation_factor**self.spatial_axes // self.codevector_dim
+
+    @property
+    def spatial_axes(self) -> int:
+        """2 for `"BCHW"`, 1 for `"BCL"` and `"BLC"`."""
+        return len(self.input_layout) - 2
 
     @property
     def codebook(self) -> torch.Tensor:
@@ -146,70 +192,91 @@ class LooCQuantizer(nn.Module):
         return self.embedding.weight
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, None, torch.Tensor]]:
-        """Quantize a feature map. In training mode the gradient passes straight through, at interpolated resolution.
+        """Quantize a feature map. The gradient passes straight through the choice of codevectors.
 
         Args:
-            z (`torch.Tensor` of shape `(B, n_q, H, W)`): The feature map.
+            z (`torch.Tensor` of shape `(B, n_q, H, W)`): The feature map; other shapes as `input_layout` says.
 
         Returns:
-            `tuple`: `quantized` `(B, n_q, H, W)` in the dtype of `z`; `loss`, a float32 scalar,
-            mean((z_q - sg z)^2) + beta * mean((sg z_q - z)^2) over the interpolated map (paper, equation 3); and
-            `(perplexity, None, indices)`, where perplexity is exp of the entropy of this batch's codes, between 1 and
-            K, and indices are int64 `(B, H, W, C)`.
+            `tuple`: `quantized` in the shape and dtype of `z`; `loss`, a float32 scalar,
+            mean((z_q - sg z)^2) + beta * mean((sg z_q - z)^2) over the interpolated map (paper, equation 3), plus the
+            contrastive term in training; and `(perplexity, None, indices)`, where perplexity is exp of the entropy of
+            this batch's codes, between 1 and K, and indices are int64 `(B, H, W, C)`.
+
+        Raises:
+            ValueError: `z` has another shape, or holds values that are not finite. Training on an accelerator does not
+                wait for the device to learn the latter: there `check_finite` says so.
         """
-        if self.training and self._collected is not None and not self._owner_revives:
+        # Activation checkpointing runs a forward once more during backward: that is no further batch.
+        collecting = self.training and not _in_backward()
+        if collecting and self._collected is not None and not self._owner_revives:
             self._apply_revival()
+        nonfinite = self._check_input(z)
         with torch.autocast(z.device.type, enabled=False):
-            rows = self._to_segments(self._interpolate(z.float()))  # (B, H, W, C, d)
-            anchor = self.anchor if self.training else "none"
+            rows = self._to_segments(z.float())  # (B, H, W, C, d)
+            done = self.revive_first_batch_only and self._first_batch_passed
+            anchor = self.anchor if collecting and not done else "none"
             flat = rows.detach().reshape(-1, self.codevector_dim)
-            indices, anchors = nearest_codevectors(flat, self.codebook.detach(), self.distance, anchor)
-            counts = torch.bincount(indices, minlength=self.num_codevectors)
-            if self.training:
-                self._collect(counts, anchors)
+            indices, counts, anchors = nearest_codevectors(flat, self.codebook.detach(), self.distance, anchor)
+            if collecting:
+                offsets = self._offsets(flat, indices) if self.codebook_update == "ema" else None
+                self._collect(Collected(counts, nonfinite, offsets, anchors))
             indices = indices.view(rows.shape[:-1])
-            chosen = self.embedding(indices)  # (B, H, W, C, d)
-            codebook_loss = F.mse_loss(chosen, rows.detach())
-            commitment_loss = F.mse_loss(rows, chosen.detach())
-            loss = codebook_loss + self.commitment_weight * commitment_loss
-            if self.training:
-                chosen = rows + (chosen - rows).detach()
-            quantized = self._pool(self._from_segments(chosen))
+            if torch.is_grad_enabled():
+                codebook = self.codebook if self.codebook_update == "gradient" else self.codebook.detach()
+                loss = _QuantizerLoss.apply(rows, codebook, indices, self.commitment_weight)
+                pooled = self._pool(rows)  # only its gradient counts: the difference is exactly 0
+                quantized = self._lookup(indices).detach() + (pooled - pooled.detach())
+            else:
+                quantized, loss = self._lookup(indices), self._loss_in_chunks(flat, indices)
+            if self.training and self.contrastive_weight:
+                loss = loss + self.contrastive_weight * contrastive_loss(flat, self.codebook, self.distance)
             share = counts / indices.numel()
             perplexity = torch.exp(-torch.sum(share * torch.log(share + 1e-10)))
-        return quantized.to(z.dtype), loss, (perplexity, None, indices)
+        return self._like(quantized, z), loss, (perplexity, None, indices)
 
     @torch.no_grad()
     def encode_indices(self, z: torch.Tensor) -> torch.Tensor:
         """Codes of a feature map `(B, n_q, H, W)`, as int64 `(B, H, W, C)`.
 
-        Along C: (dy, dx, segment) in the `"channel"` layout, the rows of `pixel_unshuffle` in `"patch"`.
+        Along C: (dy, dx, segment) in the `"channel"` layout, the rows of `pixel_unshuffle` in `"patch"`. Raises as
+        `forward` does.
         """
+        return self.search(z)[0]
+
+    @torch.no_grad()
+    def search(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes `(B, H, W, C)` of a feature map, and the vectors they were chosen for, float32 `(B, H, W, C, d)`."""
+        self._check_input(z)
         with torch.autocast(z.device.type, enabled=False):
-            rows = self._to_segments(self._interpolate(z.float()))
+            rows = self._to_segments(z.float())
             flat = rows.reshape(-1, self.codevector_dim)
-            return nearest_codevectors(flat, self.codebook, self.distance).indices.view(rows.shape[:-1])
+            return nearest_codevectors(flat, self.codebook, self.distance).indices.view(rows.shape[:-1]), rows
 
     def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
-        """The float32 feature map `(B, n_q, H, W)` of codes `(B, H, W, C)`: what `forward` returns in eval mode.
+        """The float32 feature map `(B, n_q, H, W)` of codes `(B, H, W, C)`: what `forward` returns.
 
         Raises:
             ValueError: `indices` has another number of axes, or a last axis that is not C.
         """
-        if indices.ndim != 4 or indices.shape[-1] != self.codes_per_position:
+        if indices.ndim != self.spatial_axes + 2 or indices.shape[-1] != self.codes_per_position:
+            axes = "batch, height, width" if self.spatial_axes == 2 else "batch, length"
             raise ValueError(
-                f"indices must have the shape (batch, height, width, {self.codes_per_position}), "
-                f"got {tuple(indices.shape)}."
+                f"indices must have the shape ({axes}, {self.codes_per_position}), got {tuple(indices.shape)}."
             )
         with torch.autocast(indices.device.type, enabled=False):
-            return self._pool(self._from_segments(self.embedding(indices)))
+            quantized = self._lookup(indices)
+        return quantized if self.input_layout == "BLC" else quantized.movedim(-1, 1).contiguous()
 
     @torch.no_grad()
     def revive(self) -> None:
-        """Apply the revival collected since the last call (the CVQ-VAE update). Call once per optimizer step.
+        """Apply what the forwards since the last call collected to usage and codebook. Call once per optimizer step.
 
-        With p_k the share of segments that chose codevector k: N_k <- gamma N_k + (1 - gamma) p_k, then
-        c_k <- (1 - alpha_k) c_k + alpha_k a_k with alpha_k = exp(-10 K N_k / (1 - gamma) - 0.001) and a_k the anchor.
+        With p_k the share of segments that chose codevector k: N_k <- gamma N_k + (1 - gamma) p_k. With
+        `codebook_update="ema"`, c_k moves to the average of its segments, (gamma N_k c_k + (1 - gamma) p_k mean_k) over
+        the new N_k. Then the CVQ-VAE revival: c_k <- (1 - alpha_k) c_k + alpha_k a_k with
+        alpha_k = exp(-10 K N_k / (1 - gamma) - 0.001) and a_k the anchor.
+
         Right after each forward this is the published rule; once per optimizer step it also holds under gradient
         accumulation. Where `torch.distributed` runs, this is a collective: every rank must call it, and all ranks end
         with the codebook that one process would have got from all their features.
@@ -221,71 +288,170 @@ class LooCQuantizer(nn.Module):
         if self._collected is not None:
             self._apply_revival()
 
+    def check_finite(self) -> None:
+        """Raise if a training forward met values that are not finite, as of the last `revive`. Waits for the device.
+
+        Training on an accelerator leaves codebook and usage alone in a step with such values, and goes on: call this
+        where you wait for the device anyway, when logging. All ranks raise together.
+
+        Raises:
+            ValueError: There were such values.
+        """
+        if self._nonfinite is not None and bool(self._nonfinite):
+            self._nonfinite = None
+            raise ValueError(NOT_FINITE)
+
     @torch.no_grad()
     def _apply_revival(self) -> None:
-        counts, anchors = self._reduce_over_ranks(self._collected)
+        counts, nonfinite, offsets, anchors = self._reduce_over_ranks(self._collected)
         self._collected = None
-        share = counts / counts.sum()
-        self.usage.lerp_(share.to(self.usage.dtype), 1 - self.usage_decay)
+        self._first_batch_passed = True
+        self._nonfinite = nonfinite if self._nonfinite is None else self._nonfinite | nonfinite
+        # Without a question to the device: a step with values that are not finite changes nothing.
+        rate = torch.where(nonfinite, 0.0, 1 - self.usage_decay)
+        share = (counts / counts.sum()).to(self.usage.dtype)
+        first = self.usage.sum() == 0
+        self.usage.lerp_(share, rate)
+        codebook = self.embedding.weight
+        if offsets is not None:
+            # The average of all features that ever chose c, which weighs N_k so far, meets those of this step.
+            of_step = rate / counts.sum() / self.usage.clamp_min(torch.finfo(self.usage.dtype).tiny)
+            codebook = (codebook + of_step[:, None] * offsets).to(codebook.dtype)
         if anchors is not None:
             weight = torch.exp(-10 * self.num_codevectors * self.usage / (1 - self.usage_decay) - 1e-3)
-            revived = self.embedding.weight.lerp(anchors.vector, weight[:, None])
-            # Features overflow in the steps that a gradient scaler skips; a codevector would keep a NaN for good.
-            self.embedding.weight.copy_(torch.where(revived.isfinite(), revived, self.embedding.weight))
+            if self.revive_first_batch_only:
+                weight = weight * first
+            codebook = codebook.lerp(anchors.vector, weight[:, None])
+        self.embedding.weight.copy_(torch.where(nonfinite, self.embedding.weight, codebook))
 
-    def _collect(self, counts: torch.Tensor, anchors: Anchors | None) -> None:
+    def _offsets(self, flat: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """(K, d): how far the segments that chose a codevector are from it, summed."""
+        apart = flat - F.embedding(indices, self.codebook.detach())
+        # In float64, so that the codebook does not depend on how features are spread over steps and ranks: by float32,
+        # near ties between codevectors part what began as rounding.
+        return _sum_by_code(apart if apart.device.type == "mps" else apart.double(), indices, self.num_codevectors)
+
+    def _collect(self, collected: Collected) -> None:
         if self._collected is not None:
-            counts = counts + self._collected.counts
-            anchors = None if anchors is None else better_anchors(self._collected.anchors, anchors)
-        self._collected = Collected(counts, anchors)
+            before = self._collected
+            offsets, anchors = collected.offsets, collected.anchors
+            collected = Collected(
+                before.counts + collected.counts,
+                before.nonfinite | collected.nonfinite,
+                None if offsets is None else before.offsets + offsets,
+                None if anchors is None else better_anchors(before.anchors, anchors),
+            )
+        self._collected = collected
 
     def _reduce_over_ranks(self, collected: Collected) -> Collected:
-        """Sum the counts and keep the best anchors of all ranks: O(K d) traffic. A collective."""
+        """Sum counts and offsets and keep the best anchors of all ranks: O(K d) traffic. A collective."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return collected
-        counts = collected.counts.clone()
+        counts, nonfinite, offsets, anchors = collected
+        counts = torch.cat([counts, nonfinite.long()[None]])
         dist.all_reduce(counts)
-        if collected.anchors is None:
-            return Collected(counts, None)
-        mine = torch.cat([collected.anchors.score[:, None], collected.anchors.vector], dim=1)  # (K, 1 + d)
-        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, mine)
-        best = None
-        for candidates in gathered:  # in the order of ranks, so that ties go to the lowest
-            best = better_anchors(best, Anchors(candidates[:, 0], candidates[:, 1:]))
-        return Collected(counts, best)
+        counts, nonfinite = counts[:-1], counts[-1] > 0
+        if offsets is not None:
+            offsets = offsets.clone()
+            dist.all_reduce(offsets)
+        if anchors is not None:
+            mine = torch.cat([anchors.score[:, None], anchors.vector], dim=1)  # (K, 1 + d)
+            gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(gathered, mine)
+            anchors = None
+            for candidates in gathered:  # in the order of ranks, so that ties go to the lowest
+                anchors = better_anchors(anchors, Anchors(candidates[:, 0], candidates[:, 1:]))
+        return Collected(counts, nonfinite, offsets, anchors)
 
-    def _interpolate(self, z: torch.Tensor) -> torch.Tensor:
-        if z.ndim != 4 or z.shape[1] != self.vq_embed_dim:
-            raise ValueError(
-                f"z must have the shape (batch, {self.vq_embed_dim}, height, width), got {tuple(z.shape)}."
-            )
-        if self.interpolation_factor == 1:
-            return z
-        return F.interpolate(z, scale_factor=self.interpolation_factor, mode="bilinear", align_corners=False)
+    def _check_input(self, z: torch.Tensor) -> torch.Tensor:
+        """Refuse other shapes and, where that costs no wait for a busy device, values that are not finite.
 
-    def _pool(self, z: torch.Tensor) -> torch.Tensor:
-        return z if self.interpolation_factor == 1 else F.avg_pool2d(z, self.interpolation_factor)
+        Returns whether there are such values, as a tensor.
+        """
+        channel_axis = self.input_layout.index("C")
+        if z.ndim != len(self.input_layout) or z.shape[channel_axis] != self.vq_embed_dim or not z.is_floating_point():
+            names = {"B": "batch", "C": str(self.vq_embed_dim), "H": "height", "W": "width", "L": "length"}
+            shape = ", ".join(names[axis] for axis in self.input_layout)
+            raise ValueError(f"z must be floating point of the shape ({shape}), got {z.dtype} of {tuple(z.shape)}.")
+        if z.numel() == 0:
+            raise ValueError(f"z must not be empty, got the shape {tuple(z.shape)}.")
+        lowest, highest = z.detach().aminmax()
+        nonfinite = ~(lowest.isfinite() & highest.isfinite())
+        at_once = (z.device.type == "cpu" or not self.training) and not torch.compiler.is_compiling()
+        if at_once and bool(nonfinite):
+            raise ValueError(NOT_FINITE)
+        return nonfinite
 
     def _to_segments(self, z: torch.Tensor) -> torch.Tensor:
-        """(B, n_q, s H, s W) -> (B, H, W, C, d)"""
-        batch, channels, height, width = z.shape
-        s, d = self.interpolation_factor, self.codevector_dim
-        height, width = height // s, width // s
-        z = z.view(batch, channels, height, s, width, s)
-        # (B, H, W, dy, dx, n_q), or (B, H, W, n_q, dy, dx): the channels of pixel_unshuffle
-        order = (0, 2, 4, 3, 5, 1) if self.segment_layout == "channel" else (0, 2, 4, 1, 3, 5)
-        return z.permute(order).reshape(batch, height, width, self.codes_per_position, d)
-
-    def _from_segments(self, rows: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, C, d) -> (B, n_q, s H, s W), the inverse of `_to_segments`"""
-        batch, height, width = rows.shape[:3]
-        s, channels = self.interpolation_factor, self.vq_embed_dim
+        """Interpolate and cut: (B, n_q, H, W) -> (B, H, W, C, d)."""
+        if self.input_layout == "BLC":
+            z = z.transpose(1, 2)
+        s, axes = self.interpolation_factor, self.spatial_axes
+        batch, channels, *size = z.shape
+        if s > 1:
+            mode = "bilinear" if axes == 2 else "linear"
+            z = F.interpolate(z, scale_factor=float(s), mode=mode, align_corners=False)
+        # (B, n_q, H, dy, W, dx), or (B, n_q, L, dx)
+        z = z.reshape(batch, channels, *(part for length in size for part in (length, s)))
+        positions, offsets = range(2, 2 + 2 * axes, 2), range(3, 2 + 2 * axes, 2)
         if self.segment_layout == "channel":
-            z = rows.reshape(batch, height, width, s, s, channels).permute(0, 5, 1, 3, 2, 4)
+            z = z.permute(0, *positions, *offsets, 1)
+        else:  # the channels of pixel_unshuffle
+            z = z.permute(0, *positions, 1, *offsets)
+        return z.reshape(batch, *size, self.codes_per_position, self.codevector_dim)
+
+    def _pool(self, rows: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, C, d) -> (B, H, W, n_q): the mean over a position's interpolated samples."""
+        samples = self.interpolation_factor**self.spatial_axes
+        rows = rows.flatten(-2)
+        if self.segment_layout == "channel":
+            return rows.unflatten(-1, (samples, self.vq_embed_dim)).mean(-2)
+        return rows.unflatten(-1, (self.vq_embed_dim, samples)).mean(-1)
+
+    def _lookup(self, indices: torch.Tensor) -> torch.Tensor:
+        """Codevectors of (B, H, W, C) indices, pooled: (B, H, W, n_q). Nothing of interpolated size where avoidable."""
+        samples, d = self.interpolation_factor**self.spatial_axes, self.codevector_dim
+        if samples == 1:
+            return F.embedding(indices, self.codebook).flatten(-2)
+        if self.segment_layout == "channel":
+            parts = indices.unflatten(-1, (samples, -1)).unbind(-2)  # each (B, H, W, m)
+            total = F.embedding(parts[0], self.codebook)
+            for part in parts[1:]:
+                total = total + F.embedding(part, self.codebook)
+            return (total / samples).flatten(-2)
+        if d % samples == 0:  # whole channels in a codevector: pool the codebook instead
+            return F.embedding(indices, self.codebook.unflatten(-1, (-1, samples)).mean(-1)).flatten(-2)
+        if samples % d == 0:  # whole codevectors in a channel
+            means = F.embedding(indices, self.codebook.mean(-1, keepdim=True)).flatten(-2)
+            return means.unflatten(-1, (self.vq_embed_dim, -1)).mean(-1)
+        return self._pool(F.embedding(indices, self.codebook))
+
+    def _loss_in_chunks(self, flat: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """The loss without a temporary of the size of `flat`."""
+        indices = indices.reshape(-1)
+        if torch.compiler.is_compiling():  # fused by the compiler
+            squared = (F.embedding(indices, self.codebook) - flat).square().sum()
         else:
-            z = rows.reshape(batch, height, width, channels, s, s).permute(0, 3, 1, 4, 2, 5)
-        return z.reshape(batch, channels, height * s, width * s)
+            rows = max(1, LOSS_CHUNK_ELEMENTS // self.codevector_dim)
+            squared = sum(
+                (F.embedding(chosen, self.codebook) - part).square_().sum()
+                for chosen, part in zip(indices.split(rows), flat.split(rows), strict=True)
+            )
+        return (1 + self.commitment_weight) * squared / flat.numel()
+
+    def _like(self, quantized: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, n_q) in the axes and the dtype of z."""
+        if self.input_layout != "BLC":
+            quantized = quantized.movedim(-1, 1).contiguous()
+        return quantized.to(z.dtype)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        codebook = state_dict.get(f"{prefix}embedding.weight")
+        if codebook is not None and f"{prefix}usage" not in state_dict:
+            # Of another vector quantizer: its codevectors must not count as unused.
+            state_dict[f"{prefix}usage"] = torch.full((len(codebook),), 1 / len(codebook))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._collected = None
 
     def _apply(self, fn, recurse: bool = True):
         """Follow `.to(device)`, but not `.half()` or `.to(dtype)`: codebook and usage stay float32."""
@@ -302,3 +468,37 @@ class LooCQuantizer(nn.Module):
             f"codevector_dim={self.codevector_dim}, interpolation_factor={self.interpolation_factor}, "
             f"segment_layout={self.segment_layout!r}, distance={self.distance!r}, anchor={self.anchor!r}"
         )
+
+
+class _QuantizerLoss(torch.autograd.Function):
+    """mean((c - sg z)^2) + beta * mean((sg c - z)^2) with c the chosen codevectors; keeps one tensor of z's size."""
+
+    @staticmethod
+    def forward(ctx, rows, codebook, indices, commitment_weight):
+        difference = F.embedding(indices, codebook) - rows
+        ctx.save_for_backward(difference, indices)
+        ctx.num_codevectors, ctx.commitment_weight = len(codebook), commitment_weight
+        return (1 + commitment_weight) * difference.square().mean()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        difference, indices = ctx.saved_tensors
+        scale = 2 / difference.numel() * gradient
+        for_rows = for_codebook = None
+        if ctx.needs_input_grad[0]:
+            for_rows = difference * (-ctx.commitment_weight * scale)
+        if ctx.needs_input_grad[1]:
+            flat = difference.flatten(0, -2)
+            for_codebook = _sum_by_code(flat, indices.flatten(), ctx.num_codevectors) * scale
+        return for_rows, for_codebook, None, None
+
+
+def _sum_by_code(rows: torch.Tensor, indices: torch.Tensor, num_codevectors: int) -> torch.Tensor:
+    """(N, d) rows and their N codes -> (K, d) sums. Deterministic."""
+    if rows.device.type == "cpu":
+        return rows.new_zeros(num_codevectors, rows.shape[1]).index_add_(0, indices, rows)
+    return torch.ops.aten.embedding_dense_backward(rows, indices, num_codevectors, -1, False)  # by sorting
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,20 +1,25 @@
-"""Nearest-codevector search, and the anchors that revival needs, from one pass over the vectors.
+"""Which codevector is nearest to each of N vectors, and which vector is closest to each of K codevectors.
 
-The N x K similarity matrix of N vectors against K codevectors is never held: it is made in chunks that fit the cache,
-and each chunk is reduced to an index per vector and a running best per codevector before the next one is made.
+One function with one meaning, `nearest_codevectors`, over several back ends chosen by device and size. The N x K matrix
+of similarities is never held. All back ends compute in float32 and give ties to the lowest index; between codevectors
+whose similarities differ by less than float32's rounding they may choose differently.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from looc_ldm import search_cpu, search_triton
+from looc_ldm.anchors import Anchors, draw_by_similarity, draw_uniformly
+
 DISTANCES = ("cosine", "euclidean")
 
-# Similarities held at a time. On CPUs 4 MiB of float32, about a core's L2 cache, where the search was fastest; on GPUs
-# 256 MiB, so that a step is a few large kernels.
+# Similarities that the plain torch back end holds at a time. On CPUs 4 MiB of float32, about a core's second-level
+# cache, where it was fastest; on GPUs 256 MiB, so that a step is a few large kernels.
 CHUNK_ELEMENTS = 2**20
 GPU_CHUNK_ELEMENTS = 2**26
 
@@ -22,78 +27,199 @@ GPU_CHUNK_ELEMENTS = 2**26
 # then differ in the last bit. Padding the codebook to a multiple of this lets ties go to the lowest index.
 TILE = 16
 
-
-class Anchors(NamedTuple):
-    """The best candidate seen so far for each of K codevectors. Ties keep the earlier vector."""
-
-    score: torch.Tensor  # (K,) float32, -inf where none was seen
-    vector: torch.Tensor  # (K, d) float32, raw (un-normalised) features
+# Measured on 2 cores by benchmarks/quantizer.py --backends: from more dimensions on a matrix product is faster than
+# the fused loop, and from more codevectors on, in few dimensions, the tree is.
+FUSED_DIMENSIONS = 16
+TREE_DIMENSIONS = 4
+TREE_CODEVECTORS = 2**15
+TREE_CODEVECTORS_WITHOUT_NUMBA = 2**9
 
 
 class SearchResult(NamedTuple):
     """What `nearest_codevectors` returns."""
 
-    indices: torch.Tensor  # (N,) int64
+    indices: torch.Tensor  # (N,) int64: the nearest codevector of each vector
+    counts: torch.Tensor  # (K,) int64: how often each was chosen
     anchors: Anchors | None
 
 
+class Query(NamedTuple):
+    """What every back end computes: argmax over k of (z - offset) . key_k + bias_k.
+
+    By cosine that is the cosine times the vector's length; by euclidean distance, up to a term that is the same for
+    all k, minus half the squared distance: no root, and, since both sides are taken relative to the codebook's mean,
+    without cancellation far from the origin.
+    """
+
+    keys: torch.Tensor  # (K, d)
+    bias: torch.Tensor  # (K,)
+    offset: torch.Tensor  # (d,)
+
+
 def nearest_codevectors(
-    vectors: torch.Tensor,
-    codebook: torch.Tensor,
-    distance: str = "cosine",
-    anchor: str = "none",
+    vectors: torch.Tensor, codebook: torch.Tensor, distance: str = "cosine", anchor: str = "none"
 ) -> SearchResult:
-    """Index of the nearest codevector for each vector; ties go to the lowest index.
+    """Index of the nearest codevector for each vector, and the anchors that revival asks for.
 
     Args:
         vectors (`torch.Tensor` of shape `(N, d)`, float32): What is looked up.
         codebook (`torch.Tensor` of shape `(K, d)`, float32): The codevectors.
         distance (`str`): `"cosine"` compares directions only, `"euclidean"` positions.
-        anchor (`str`): Which feature each codevector would be revived with (CVQ-VAE): `"closest"`, the most similar
+        anchor (`str`): Which vector each codevector would be revived with (CVQ-VAE): `"closest"`, the most similar
             one; `"probrandom"`, one drawn with probability softmax(similarity) over the N vectors; `"random"`, any
-            one; `"none"` looks for no anchors.
+            one; `"none"` looks for no anchors. A vector that is not finite is never closest or drawn by similarity.
+
+    Under `torch.compile` the same back ends run, as one operator of the graph; `torch.export` gets plain operators.
     """
-    if distance == "cosine":
-        # Only the anchors need normalised vectors, but with them always, training and evaluation choose alike.
-        keys, bias, queries = F.normalize(codebook, dim=1), None, F.normalize(vectors, dim=1)
+    if torch.compiler.is_exporting():
+        if anchor != "none":
+            raise RuntimeError("LooCQuantizer can be exported in eval mode only.")
+        indices = _search_blocks(vectors, codebook, distance)
+        return SearchResult(indices, _count(indices, len(codebook)), None)
+    implementation = torch.ops.looc_ldm.search if torch.compiler.is_compiling() else _search
+    indices, counts, score, row = implementation(vectors, codebook, distance, anchor)
+    anchors = None if anchor == "none" else Anchors(score, vectors[row])
+    return SearchResult(indices, counts, anchors)
+
+
+def _search(
+    vectors: torch.Tensor, codebook: torch.Tensor, distance: str, anchor: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Indices, counts, and scores and rows of the anchors (empty without anchors)."""
+    query, cosine = _query(codebook, distance), distance == "cosine"
+    vectors, closest = vectors.contiguous(), anchor == "closest"
+    num_codevectors, dim = codebook.shape
+    score, row = codebook.new_empty(0), torch.empty(0, dtype=torch.int64, device=codebook.device)
+    if search_triton.triton_usable(vectors):
+        indices, *found = search_triton.search_triton(vectors, *query, normalize=cosine, closest=closest)
+        if closest:
+            score, row = found
+    elif vectors.device.type == "cpu":
+        fused = dim <= FUSED_DIMENSIONS and search_cpu.numba_available()
+        tree_from = TREE_CODEVECTORS if fused else TREE_CODEVECTORS_WITHOUT_NUMBA
+        arrays, threads = [tensor.detach().numpy() for tensor in (vectors, *query)], torch.get_num_threads()
+        if dim <= TREE_DIMENSIONS and num_codevectors >= tree_from:
+            array = search_cpu.search_tree(arrays[0], arrays[1], arrays[3], cosine, threads)
+            indices = torch.from_numpy(array)
+        elif fused:
+            indices = torch.from_numpy(search_cpu.search_fused(*arrays, threads))
+        else:
+            indices = _search_chunks(vectors, query, cosine)
+        if closest and fused:
+            score, row = map(torch.from_numpy, search_cpu.closest_fused(*arrays, cosine, threads))
+        elif closest:
+            score, row = _closest_chunks(vectors, query, cosine)
     else:
-        # argmin ||z - c||^2 over c is argmax of z.c - ||c||^2 / 2: no root, no ||z||^2.
-        keys, bias, queries = codebook, -0.5 * codebook.square().sum(1), vectors
-
-    num_vectors, num_codevectors = len(vectors), len(codebook)
-    padding = -num_codevectors % TILE
-    keys = F.pad(keys, (0, 0, 0, padding))
-    bias = bias if bias is None else F.pad(bias, (0, padding))
-    indices = torch.empty(num_vectors, dtype=torch.int64, device=vectors.device)
-    anchors = None
-    rows = max(1, (CHUNK_ELEMENTS if vectors.device.type == "cpu" else GPU_CHUNK_ELEMENTS) // num_codevectors)
-    for start in range(0, num_vectors, rows):
-        chunk = slice(start, start + rows)
-        similarity = queries[chunk] @ keys.T if bias is None else torch.addmm(bias, queries[chunk], keys.T)
-        similarity = similarity[:, :num_codevectors]
-        indices[chunk] = similarity.max(dim=1).indices
-        if anchor in ("closest", "probrandom"):
-            if distance == "euclidean":  # along N, ||z||^2 matters: -||z - c||^2
-                similarity = 2 * similarity - queries[chunk].square().sum(1, keepdim=True)
-            if anchor == "probrandom":  # the maximum of score + Gumbel noise is a draw from softmax(score)
-                similarity = similarity - torch.empty_like(similarity).exponential_().log()
-            # A feature that is not finite is nobody's anchor.
-            score, row = similarity.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf).max(dim=0)
-            anchors = better_anchors(anchors, Anchors(score, vectors[chunk][row]))
+        indices = _search_chunks(vectors, query, cosine)
+        if closest:
+            score, row = _closest_chunks(vectors, query, cosine)
     if anchor == "random":
-        row = torch.randint(num_vectors, (num_codevectors,), device=vectors.device)
-        # The maximum of n uniform keys is u^(1/n): so several calls merge into a uniform draw from all their vectors.
-        score = torch.rand(num_codevectors, device=vectors.device).log() / num_vectors
-        anchors = Anchors(score, vectors[row])
-    return SearchResult(indices, anchors)
+        score, row = draw_uniformly(vectors, num_codevectors)
+    elif anchor == "probrandom":
+        score, row = draw_by_similarity(vectors, codebook, distance)
+    return indices, _count(indices, num_codevectors), score, row
 
 
-def better_anchors(first: Anchors | None, second: Anchors) -> Anchors:
-    """The better of two candidates for each codevector; `first` wins ties."""
-    if first is None:
-        return second
-    better = second.score > first.score
-    return Anchors(
-        torch.where(better, second.score, first.score),
-        torch.where(better[:, None], second.vector, first.vector),
+_operator = torch.library.custom_op(
+    "looc_ldm::search",
+    _search,
+    mutates_args=(),
+    schema="(Tensor vectors, Tensor codebook, str distance, str anchor) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+
+
+@_operator.register_fake
+def _(vectors, codebook, distance, anchor):
+    whole = {"dtype": torch.int64, "device": vectors.device}
+    found = 0 if anchor == "none" else len(codebook)
+    return (
+        torch.empty(len(vectors), **whole),
+        torch.empty(len(codebook), **whole),
+        vectors.new_empty(found),
+        torch.empty(found, **whole),
     )
+
+
+def _query(codebook: torch.Tensor, distance: str) -> Query:
+    if distance == "cosine":
+        zeros = torch.zeros_like(codebook[:, 0])
+        return Query(F.normalize(codebook, dim=1), zeros, torch.zeros_like(codebook[0]))
+    offset = codebook.mean(0)
+    keys = codebook - offset
+    return Query(keys, -0.5 * keys.square().sum(1), offset)
+
+
+def _count(indices: torch.Tensor, num_codevectors: int) -> torch.Tensor:
+    # torch.bincount waits for the device to learn the largest index.
+    zeros = torch.zeros(num_codevectors, dtype=torch.int64, device=indices.device)
+    return zeros.scatter_add_(0, indices, torch.ones_like(indices))
+
+
+def _relative(vectors: torch.Tensor, query: Query, cosine: bool) -> torch.Tensor:
+    return F.normalize(vectors, dim=1) if cosine else vectors - query.offset
+
+
+def _search_chunks(vectors: torch.Tensor, query: Query, cosine: bool) -> torch.Tensor:
+    """Plain torch, for all devices and sizes: chunks of vectors against all codevectors."""
+    num_codevectors = len(query.keys)
+    padding = -num_codevectors % TILE
+    keys, bias = F.pad(query.keys, (0, 0, 0, padding)), F.pad(query.bias, (0, padding))
+    indices = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+    with _full_precision():
+        for chunk in _chunks(vectors, num_codevectors):
+            similarity = torch.addmm(bias, _relative(vectors[chunk], query, cosine), keys.T)
+            indices[chunk] = similarity[:, :num_codevectors].max(dim=1).indices
+    return indices
+
+
+def _closest_chunks(vectors: torch.Tensor, query: Query, cosine: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score and row of the vector closest to each codevector, in plain torch."""
+    best = torch.full_like(query.bias, -torch.inf)
+    row = torch.zeros(len(best), dtype=torch.int64, device=best.device)
+    with _full_precision():
+        for chunk in _chunks(vectors, len(best)):
+            relative = _relative(vectors[chunk], query, cosine)
+            score = torch.addmm(query.bias, relative, query.keys.T)
+            if not cosine:  # along N, ||z||^2 matters: -||z - c||^2
+                score = 2 * score - relative.square().sum(1, keepdim=True)
+            score, at = score.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf).max(dim=0)
+            row = torch.where(score > best, at + chunk.start, row)
+            best = torch.maximum(best, score)
+    return best, row
+
+
+def _search_blocks(vectors: torch.Tensor, codebook: torch.Tensor, distance: str) -> torch.Tensor:
+    """The search as a graph that does not depend on N: all vectors against blocks of codevectors."""
+    query = _query(codebook, distance)
+    relative = _relative(vectors, query, distance == "cosine")
+    size = max(64, len(codebook) // 128)
+    best, indices = None, None
+    for start in range(0, len(codebook), size):
+        keys, bias = query.keys[start : start + size], query.bias[start : start + size]
+        largest, at = torch.addmm(bias, relative, keys.T).max(dim=1)
+        if best is None:
+            best, indices = largest, at
+        else:
+            indices = torch.where(largest > best, at + start, indices)
+            best = torch.maximum(best, largest)
+    return indices
+
+
+def _chunks(vectors: torch.Tensor, num_codevectors: int) -> list[slice]:
+    rows = max(1, (CHUNK_ELEMENTS if vectors.device.type == "cpu" else GPU_CHUNK_ELEMENTS) // num_codevectors)
+    return [slice(start, start + rows) for start in range(0, len(vectors), rows)]
+
+
+@contextmanager
+def _full_precision():
+    """Matrix products in float32 proper, also where the user allows TF32 or bfloat16 ones: those choose wrong codes."""
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -138,7 +138,7 @@ def test_decoding_the_codes_is_the_reconstruction(kwargs):
 
 
 def test_training_reaches_encoder_codebook_and_decoder():
-    model, x = tiny_model().train(), images()
+    model, x = tiny_model(codebook_update="gradient").train(), images()
     output = model(x)
     ((output.sample - x).abs().mean() + output.commit_loss).backward()
     for parameter in (model.encoder.conv_in.weight, model.quantize.embedding.weight, model.decoder.conv_out.weight):

@@ -12,7 +12,7 @@ from looc_ldm.quantizer import SEGMENT_LAYOUTS
 
 def small_quantizer(**kwargs) -> LooCQuantizer:
     torch.manual_seed(0)
-    defaults = {"vq_embed_dim": 8, "num_codevectors": 32, "codevector_dim": 4}
+    defaults = {"vq_embed_dim": 8, "num_codevectors": 32, "codevector_dim": 4, "codebook_update": "gradient"}
     quantizer = LooCQuantizer(**{**defaults, **kwargs})
     nn.init.normal_(quantizer.embedding.weight)
     return quantizer

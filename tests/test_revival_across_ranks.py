@@ -12,7 +12,7 @@ from looc_ldm import LooCQuantizer
 
 DISTANCES = ("cosine", "euclidean")
 RANDOM_ANCHORS = ("random", "probrandom")
-STEPS = 20
+STEPS = 50
 
 
 def run_steps(

@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from looc_ldm import search
-from looc_ldm.search import DISTANCES, better_anchors, nearest_codevectors
+from looc_ldm.anchors import better_anchors
+from looc_ldm.search import DISTANCES, nearest_codevectors
 
 
 def similarity_float64(vectors: torch.Tensor, codebook: torch.Tensor, distance: str) -> torch.Tensor:

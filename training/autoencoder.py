@@ -161,6 +161,7 @@ def train(config: AutoencoderConfig) -> Path:
             ema.update(live, run.images_seen, config.batch_size)
             bar.update(config.batch_size)
             if run.due(config.log_every_images):
+                live.quantize.check_finite()
                 run.log(bar, learning_rate=run.learning_rate(config.optimizer))
             if run.due(config.checkpoint_every_images):
                 run.save_checkpoint()

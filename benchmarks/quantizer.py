@@ -1,0 +1,269 @@
+"""Time and memory of `LooCQuantizer` against other vector quantizers, on random features.
+
+python benchmarks/quantizer.py                     the whole grid, about half an hour on 2 CPU cores
+python benchmarks/quantizer.py --dims 4            a third of it
+python benchmarks/quantizer.py --backends          the search back ends against each other, behind search.py's choices
+
+The contestants take turns, and each cell's figure is the fastest of its turns: read the ratios, not the milliseconds.
+Every contestant gets N vectors of d dimensions and one codebook of K codevectors, and measures by euclidean distance:
+
+    looc        LooCQuantizer, s = 1, anchor "closest"; in training with `revive()`
+    diffusers   diffusers' VectorQuantizer, on maps of d channels
+    lucidrains  vector-quantize-pytorch with its defaults, 8 heads that share the codebook
+    cdist       torch.cdist and argmin, straight-through, the two losses
+
+"Evaluation" is a forward without gradient in eval mode, "training" forward and backward in training mode. Extra memory
+is the growth of the process's peak over its size before the call (on CUDA, of the peak of allocated memory).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from looc_ldm import LooCQuantizer
+
+RESULTS = Path(__file__).resolve().parent / "results"
+HEADS = 8
+TURNS, SECONDS = 7, 8.0  # turns of each contestant, and when to stop earlier
+TOO_SLOW = 20.0  # seconds of a first call after which there is no second
+SIDE = 64
+CONTESTANTS = ("looc", "diffusers", "lucidrains", "cdist")
+
+
+class Cdist(nn.Module):
+    def __init__(self, num_codevectors: int, dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(num_codevectors, dim)
+
+    def forward(self, vectors):
+        indices = torch.cdist(vectors, self.embedding.weight).argmin(1)
+        chosen = self.embedding(indices)
+        loss = F.mse_loss(chosen, vectors.detach()) + 0.25 * F.mse_loss(vectors, chosen.detach())
+        return vectors + (chosen - vectors).detach(), loss
+
+
+def make(name: str, n: int, k: int, d: int, device: str) -> tuple[nn.Module, torch.Tensor]:
+    """A contestant and its input, both with N(0, 1) entries."""
+    torch.manual_seed(0)
+    if name == "looc":
+        module = LooCQuantizer(HEADS * d, k, d, 1, distance="euclidean")
+        shape = (n // (HEADS * SIDE**2), HEADS * d, SIDE, SIDE)
+        nn.init.normal_(module.embedding.weight)
+        module.usage.fill_(1 / k)
+        module.revive()
+    elif name == "diffusers":
+        from diffusers.models.autoencoders.vae import VectorQuantizer
+
+        module, shape = VectorQuantizer(k, d, beta=0.25, legacy=False), (n // SIDE**2, d, SIDE, SIDE)
+        nn.init.normal_(module.embedding.weight)
+    elif name == "lucidrains":
+        from vector_quantize_pytorch import VectorQuantize
+
+        module = VectorQuantize(dim=HEADS * d, codebook_dim=d, codebook_size=k, heads=HEADS)
+        shape = (n // (HEADS * SIDE**2), SIDE**2, HEADS * d)
+        nn.init.normal_(module._codebook.embed)
+    else:
+        module, shape = Cdist(k, d), (n, d)
+        nn.init.normal_(module.embedding.weight)
+    z = torch.randn(shape)
+    assert z.numel() == n * d
+    return module.to(device), z.to(device)
+
+
+def call_of(name: str, module: nn.Module, z: torch.Tensor, training: bool) -> Callable[[], None]:
+    module.train(training)
+
+    def evaluate():
+        with torch.no_grad():
+            module(z)
+
+    def train():
+        x = z.detach().requires_grad_()
+        module.zero_grad()
+        output = module(x)
+        loss = output[2] if name == "lucidrains" else output[1]
+        (output[0].sum() + loss.sum()).backward()
+        if name == "looc":
+            module.revive()
+
+    return train if training else evaluate
+
+
+def seconds(call: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / 1000
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def resident(field: str) -> float:
+    """MiB of this process: VmRSS, or VmHWM, its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def available() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+
+
+def measure_memory(queue, name: str, n: int, k: int, d: int, training: bool, device: str) -> None:
+    """In a process of its own: MiB, or None where memory does not suffice."""
+    try:
+        module, z = make(name, n, k, d, device)
+        warm_module, warm_z = make(name, HEADS * SIDE**2, k, d, device)
+        call_of(name, warm_module, warm_z, training)()  # compiles, starts threads
+        call = call_of(name, module, z, training)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            queue.put((torch.cuda.max_memory_allocated() - before) / 2**20)
+            return
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + int(0.8 * available()),) * 2)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = resident("VmRSS")
+        call()
+        queue.put(resident("VmHWM") - before)
+    except (RuntimeError, MemoryError) as error:
+        if not any(word in str(error).lower() for word in ("memory", "alloc")):
+            raise
+        queue.put(None)
+
+
+def memory(*arguments) -> float | None:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=measure_memory, args=(queue, *arguments))
+    process.start()
+    process.join()
+    if process.exitcode:  # killed for want of memory
+        return None
+    return queue.get()
+
+
+def cell(n: int, k: int, d: int, training: bool, device: str) -> dict[str, dict[str, float | None]]:
+    """Milliseconds and MiB of every contestant; None for both where it does not fit."""
+    figures = {name: {"mib": memory(name, n, k, d, training, device)} for name in CONTESTANTS}
+    calls = {}
+    for name in CONTESTANTS:
+        figures[name]["ms"] = None
+        if figures[name]["mib"] is not None:
+            calls[name] = call_of(name, *make(name, n, k, d, device), training)
+    turns = {name: [seconds(call, device)] for name, call in calls.items()}  # warms up
+    for taken in turns.values():
+        if taken[0] < TOO_SLOW:
+            taken.clear()
+    started = time.monotonic()
+    for turn in range(TURNS):
+        for name, call in calls.items():
+            slow = turns[name] and min(turns[name]) > SECONDS / TURNS
+            if not slow and (turn < 3 or time.monotonic() - started < SECONDS * len(calls)):
+                turns[name].append(seconds(call, device))
+        gc.collect()
+    for name, taken in turns.items():
+        figures[name]["ms"] = 1000 * min(taken)
+    return figures
+
+
+def backends(dims: list[int]) -> None:
+    """Milliseconds of each CPU back end at N = 262,144."""
+    from looc_ldm import search, search_cpu
+
+    print("|  K | d | cosine | fused loop | k-d tree | chunks | closest: fused | closest: chunks |\n|" + "---:|" * 8)
+    threads = torch.get_num_threads()
+    for d in dims:
+        for k in (256, 512, 1024, 8192, 32768, 65536):
+            for cosine in (False, True):
+                torch.manual_seed(0)
+                vectors, codebook = torch.randn(2**18, d), torch.randn(k, d)
+                query = search._query(codebook, "cosine" if cosine else "euclidean")
+                arrays = [tensor.numpy() for tensor in (vectors, *query)]
+                small = [arrays[0][:256], *arrays[1:]]
+                search_cpu.search_fused(*small, threads)  # compiles
+                search_cpu.closest_fused(*small, cosine, threads)
+                calls = [
+                    lambda a=arrays: search_cpu.search_fused(*a, threads),
+                    lambda a=arrays, c=cosine: search_cpu.search_tree(a[0], a[1], a[3], c, threads),
+                    lambda v=vectors, q=query, c=cosine: search._search_chunks(v, q, c),
+                    lambda a=arrays, c=cosine: search_cpu.closest_fused(*a, c, threads),
+                    lambda v=vectors, q=query, c=cosine: search._closest_chunks(v, q, c),
+                ]
+                taken = [[] for _ in calls]
+                for _ in range(3 if k <= 8192 else 1):
+                    for times, call in zip(taken, calls, strict=True):
+                        times.append(seconds(call, "cpu"))
+                row = " | ".join(f"{1000 * min(times):.0f}" for times in taken)
+                print(f"| {k} | {d} | {cosine} | {row} |", flush=True)
+
+
+def bandwidth_floor(n: int, d: int) -> float:
+    """Milliseconds of one read of the vectors and one write of int64 indices, at the speed a copy of 1 GiB has."""
+    source = torch.empty(2**28, device="cuda")
+    target = torch.empty_like(source)
+    copy = min(seconds(lambda: target.copy_(source), "cuda") for _ in range(10))
+    return 1000 * copy * (4 * n * d + 8 * n) / (2 * 4 * 2**28)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vectors", type=int, nargs="+", default=[2**16, 2**18, 2**20], help="N")
+    parser.add_argument("--codevectors", type=int, nargs="+", default=[256, 1024, 8192], help="K")
+    parser.add_argument("--dims", type=int, nargs="+", default=[2, 4, 8], help="d")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="default: results/quantizer_DEVICE.json beside this script")
+    parser.add_argument("--backends", action="store_true", help="compare the CPU back ends instead")
+    options = parser.parse_args()
+    if options.backends:
+        backends(options.dims)
+        return
+    output = options.output or RESULTS / f"quantizer_{options.device}.json"
+    packages = ("torch", "diffusers", "vector-quantize-pytorch", "numba", "scipy")
+    record = {
+        "command": f"python benchmarks/quantizer.py --device {options.device}",
+        "processor": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "versions": {name: version(name) for name in packages},
+        "cells": [],
+    }
+    for d in options.dims:
+        for k in options.codevectors:
+            for n in options.vectors:
+                for training in (False, True):
+                    figures = cell(n, k, d, training, options.device)
+                    line = {"n": n, "k": k, "d": d, "training": training, "contestants": figures}
+                    if options.device == "cuda":
+                        line["floor_ms"] = bandwidth_floor(n, d)
+                    record["cells"].append(line)
+                    print(json.dumps(line), flush=True)
+                    output.parent.mkdir(exist_ok=True)
+                    partial = output.with_name(f".{output.name}.partial")
+                    partial.write_text(json.dumps(record, indent=1) + "\n")
+                    os.replace(partial, output)
+
+
+if __name__ == "__main__":
+    main()

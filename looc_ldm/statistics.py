@@ -1,0 +1,92 @@
+"""How a codebook is used: overall, by each segment, and how far the features are from their codevectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from looc_ldm.quantizer import LooCQuantizer
+
+# Edges of the histogram of distances: five bins a decade, since their scale is that of the features.
+DISTANCE_EDGES = 10 ** torch.linspace(-6, 4, 51, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class CodebookStatistics:
+    """What `codebook_statistics` returns; counts are int64 tensors on the CPU.
+
+    Attributes:
+        counts (`torch.Tensor` of shape `(segments, K)`): How often each segment chose each codevector. Segments are
+            the n_q / d channel groups in the `"channel"` layout, summed over the interpolated samples of a position
+            (paper, figures 7 and 8), and the C rows of a position in `"patch"`.
+        distances (`torch.Tensor` of shape `(50,)`): Histogram of the distances from vectors to their codevectors,
+            1 - cosine or euclidean; the first and last bin also hold what lies outside.
+        distance_edges (`torch.Tensor` of shape `(51,)`): The edges of its bins.
+    """
+
+    counts: torch.Tensor
+    distances: torch.Tensor
+    distance_edges: torch.Tensor
+
+    @property
+    def use(self) -> float:
+        """Share of the codevectors that were chosen at least once, in [0, 1]."""
+        return (self.counts.sum(0) > 0).double().mean().item()
+
+    @property
+    def dead(self) -> torch.Tensor:
+        """Indices of the codevectors that were never chosen."""
+        return (self.counts.sum(0) == 0).nonzero()[:, 0]
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the entropy of the codes, in [1, K]."""
+        share = self.counts.sum(0).double() / self.counts.sum()
+        return torch.special.entr(share).sum().exp().item()
+
+    @property
+    def segment_use(self) -> torch.Tensor:
+        """(segments,): the share of the codevectors that each segment chose at least once (paper, figure 7)."""
+        return (self.counts > 0).double().mean(1)
+
+    @property
+    def segments_per_codevector(self) -> torch.Tensor:
+        """(K,): how many segments chose each codevector at least once (paper, figure 8)."""
+        return (self.counts > 0).sum(0)
+
+
+@torch.no_grad()
+def codebook_statistics(quantizer: LooCQuantizer, feature_maps: Iterable[torch.Tensor]) -> CodebookStatistics:
+    """Quantize feature maps, in whatever mode the quantizer is, and count. Changes nothing in the quantizer.
+
+    Args:
+        quantizer (`LooCQuantizer`): The quantizer.
+        feature_maps: Feature maps as `quantizer` takes them, for instance `model.encode(x).latents` of every batch.
+
+    Raises:
+        ValueError: There are no feature maps, or the quantizer refuses one.
+    """
+    num_codevectors, slots = quantizer.num_codevectors, quantizer.codes_per_position
+    segments = quantizer.vq_embed_dim // quantizer.codevector_dim if quantizer.segment_layout == "channel" else slots
+    counts = torch.zeros(segments * num_codevectors, dtype=torch.int64)
+    distances = torch.zeros(len(DISTANCE_EDGES) - 1, dtype=torch.int64)
+    for z in feature_maps:
+        indices, rows = quantizer.search(z)
+        segment = torch.arange(slots, device=indices.device) % segments
+        slot_and_code = (segment * num_codevectors + indices).flatten()
+        counts += torch.bincount(slot_and_code, minlength=len(counts)).cpu()
+        chosen = quantizer.codebook[indices]
+        if quantizer.distance == "cosine":
+            apart = 1 - F.cosine_similarity(rows, chosen, dim=-1)
+        else:
+            apart = (rows - chosen).norm(dim=-1)
+        bins = torch.bucketize(apart.double(), DISTANCE_EDGES[1:-1].to(apart.device)).flatten()
+        distances += torch.bincount(bins, minlength=len(distances)).cpu()
+    if not counts.sum():
+        raise ValueError("There are no feature maps to count codes of.")
+    return CodebookStatistics(counts.view(segments, num_codevectors), distances, DISTANCE_EDGES)
