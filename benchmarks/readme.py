@@ -3,6 +3,7 @@
 python benchmarks/readme.py costs                  the table of rates, parameters, memory and arithmetic
 python benchmarks/readme.py quickstart FOLDER      pictures and figures of a finished `looc-ldm quickstart`, and
                                                    the FID that benchmarks/fashion_mnist_fid.py measured on it
+python benchmarks/readme.py quantizer              the speeds that benchmarks/quantizer.py measured
 """
 
 from __future__ import annotations
@@ -182,6 +183,49 @@ def fid_rows(rate: str) -> list[tuple[str, str, str]]:
     ]
 
 
+def quantizer() -> str:
+    """A table of ratios for each device that was measured."""
+    parts = []
+    for file in sorted((ROOT / "benchmarks" / "results").glob("quantizer_*.json")):
+        record = json.loads(file.read_text())
+        on_cuda = "floor_ms" in record["cells"][0]
+        where = record["processor"] if on_cuda else f"{record['threads']} threads of a {record['processor']} CPU"
+        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        floor = " ours / floor |" if on_cuda else ""
+        parts += [
+            f"Measured on {where} by `{record['command']}`, all contestants in turns in one run: how many times as long",
+            "as `LooCQuantizer` they take for N vectors of d = 4 and K codevectors, and the memory beyond the input;",
+            "more sizes are in `benchmarks/results/`. Rates are equal in a row: log2 K bits a vector. \"Training\" is",
+            f"forward, backward and the update of the codebook. {versions}.",
+            "",
+            "| N | K | | ours, ms | diffusers | vector-quantize-pytorch | `cdist` | ours, MiB | diffusers | "
+            f"vector-quantize-pytorch | `cdist` |{floor}",
+            "|---:|---:|---|" + "---:|" * (9 if on_cuda else 8),
+        ]
+        for cell in record["cells"]:
+            if cell["d"] != 4:
+                continue
+            figures = cell["contestants"]
+            ours = figures["looc"]
+            others = [figures[name] for name in ("diffusers", "lucidrains", "cdist")]
+            times = [f"{o['ms'] / ours['ms']:.0f}×" if o["ms"] else "does not fit" for o in others]
+            sizes = [f"{o['mib']:,.0f}" if o["mib"] is not None else "does not fit" for o in others]
+            columns = [
+                f"{cell['n']:,}",
+                f"{cell['k']:,}",
+                "training" if cell["training"] else "evaluation",
+                f"{ours['ms']:.3g}",
+                *times,
+                f"{ours['mib']:,.0f}",
+                *sizes,
+            ]
+            if on_cuda:
+                columns.append(f"{ours['ms'] / cell['floor_ms']:.1f}")
+            parts.append(f"| {' | '.join(columns)} |")
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
 def replace_section(name: str, text: str) -> None:
     """Put text between the README's markers of that name."""
     readme = ROOT / "README.md"
@@ -193,6 +237,8 @@ def replace_section(name: str, text: str) -> None:
 if __name__ == "__main__":
     if sys.argv[1:] == ["costs"]:
         replace_section("costs", costs())
+    elif sys.argv[1:] == ["quantizer"]:
+        replace_section("quantizer", quantizer())
     elif len(sys.argv) == 3 and sys.argv[1] == "quickstart":
         replace_section("quickstart", quickstart(Path(sys.argv[2])))
     else:

@@ -17,7 +17,8 @@ SEGMENT_LAYOUTS = ("channel", "patch")
 INPUT_LAYOUTS = ("BCHW", "BCL", "BLC")
 CODEBOOK_UPDATES = ("ema", "gradient")
 
-LOSS_CHUNK_ELEMENTS = 2**20
+# Numbers that a temporary holds where work on all segments goes in chunks.
+CHUNK_ELEMENTS = 2**20
 NOT_FINITE = "z holds NaN or infinite values: no codevector is nearest to them."
 
 
@@ -214,26 +215,28 @@ class LooCQuantizer(nn.Module):
         nonfinite = self._check_input(z)
         with torch.autocast(z.device.type, enabled=False):
             rows = self._to_segments(z.float())  # (B, H, W, C, d)
+            flat = rows.detach().reshape(-1, self.codevector_dim)
             done = self.revive_first_batch_only and self._first_batch_passed
             anchor = self.anchor if collecting and not done else "none"
-            flat = rows.detach().reshape(-1, self.codevector_dim)
             indices, counts, anchors = nearest_codevectors(flat, self.codebook.detach(), self.distance, anchor)
+            codes = indices.view(rows.shape[:-1])
+            difference = None
+            if collecting or torch.is_grad_enabled():
+                difference = F.embedding(indices, self.codebook.detach()).sub_(flat)  # (N, d)
             if collecting:
-                offsets = self._offsets(flat, indices) if self.codebook_update == "ema" else None
-                self._collect(Collected(counts, nonfinite, offsets, anchors))
-            indices = indices.view(rows.shape[:-1])
-            if torch.is_grad_enabled():
-                codebook = self.codebook if self.codebook_update == "gradient" else self.codebook.detach()
-                loss = _QuantizerLoss.apply(rows, codebook, indices, self.commitment_weight)
-                pooled = self._pool(rows)  # only its gradient counts: the difference is exactly 0
-                quantized = self._lookup(indices).detach() + (pooled - pooled.detach())
-            else:
-                quantized, loss = self._lookup(indices), self._loss_in_chunks(flat, indices)
+                self._collect(Collected(counts, nonfinite, self._offsets(difference, indices), anchors))
+            contrastive = 0.0
             if self.training and self.contrastive_weight:
-                loss = loss + self.contrastive_weight * contrastive_loss(flat, self.codebook, self.distance)
+                contrastive = self.contrastive_weight * contrastive_loss(flat, self.codebook, self.distance)
+            if torch.is_grad_enabled():
+                quantized, loss = self._straight_through(rows, codes), self._loss(rows, difference, indices)
+            else:
+                loss = self._loss_in_chunks(flat, indices)
+                del rows, flat  # as large as what is made next
+                quantized = self._lookup(codes)
             share = counts / indices.numel()
             perplexity = torch.exp(-torch.sum(share * torch.log(share + 1e-10)))
-        return self._like(quantized, z), loss, (perplexity, None, indices)
+        return self._like(quantized, z), loss + contrastive, (perplexity, None, codes)
 
     @torch.no_grad()
     def encode_indices(self, z: torch.Tensor) -> torch.Tensor:
@@ -323,13 +326,6 @@ class LooCQuantizer(nn.Module):
                 weight = weight * first
             codebook = codebook.lerp(anchors.vector, weight[:, None])
         self.embedding.weight.copy_(torch.where(nonfinite, self.embedding.weight, codebook))
-
-    def _offsets(self, flat: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """(K, d): how far the segments that chose a codevector are from it, summed."""
-        apart = flat - F.embedding(indices, self.codebook.detach())
-        # In float64, so that the codebook does not depend on how features are spread over steps and ranks: by float32,
-        # near ties between codevectors part what began as rounding.
-        return _sum_by_code(apart if apart.device.type == "mps" else apart.double(), indices, self.num_codevectors)
 
     def _collect(self, collected: Collected) -> None:
         if self._collected is not None:
@@ -426,13 +422,29 @@ class LooCQuantizer(nn.Module):
             return means.unflatten(-1, (self.vq_embed_dim, -1)).mean(-1)
         return self._pool(F.embedding(indices, self.codebook))
 
+    def _straight_through(self, rows: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """The pooled codevectors, with the gradient of pooling the segments themselves."""
+        pooled = self._pool(rows)
+        return self._lookup(codes).detach() + (pooled - pooled.detach())  # the difference is exactly 0
+
+    def _loss(self, rows: torch.Tensor, difference: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        by_gradient = self.codebook_update == "gradient"
+        return _QuantizerLoss.apply(rows, self.codebook, difference, indices, self.commitment_weight, by_gradient)
+
+    def _offsets(self, difference: torch.Tensor, indices: torch.Tensor) -> torch.Tensor | None:
+        if self.codebook_update != "ema":
+            return None
+        # In float64, so that the codebook does not depend on how features are spread over steps and ranks: near ties
+        # between codevectors would part what differs by float32's rounding.
+        wide = torch.float32 if difference.device.type == "mps" else torch.float64
+        return _sum_by_code(difference, indices, self.num_codevectors, wide).neg_()
+
     def _loss_in_chunks(self, flat: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """The loss without a temporary of the size of `flat`."""
-        indices = indices.reshape(-1)
         if torch.compiler.is_compiling():  # fused by the compiler
             squared = (F.embedding(indices, self.codebook) - flat).square().sum()
         else:
-            rows = max(1, LOSS_CHUNK_ELEMENTS // self.codevector_dim)
+            rows = max(1, CHUNK_ELEMENTS // self.codevector_dim)
             squared = sum(
                 (F.embedding(chosen, self.codebook) - part).square_().sum()
                 for chosen, part in zip(indices.split(rows), flat.split(rows), strict=True)
@@ -471,13 +483,13 @@ class LooCQuantizer(nn.Module):
 
 
 class _QuantizerLoss(torch.autograd.Function):
-    """mean((c - sg z)^2) + beta * mean((sg c - z)^2) with c the chosen codevectors; keeps one tensor of z's size."""
+    """mean((c - sg z)^2) + beta * mean((sg c - z)^2) of the differences c - z; keeps one tensor of z's size."""
 
     @staticmethod
-    def forward(ctx, rows, codebook, indices, commitment_weight):
-        difference = F.embedding(indices, codebook) - rows
+    def forward(ctx, rows, codebook, difference, indices, commitment_weight, by_gradient):
         ctx.save_for_backward(difference, indices)
-        ctx.num_codevectors, ctx.commitment_weight = len(codebook), commitment_weight
+        ctx.shape, ctx.codebook_shape = rows.shape, codebook.shape
+        ctx.commitment_weight, ctx.by_gradient = commitment_weight, by_gradient
         return (1 + commitment_weight) * difference.square().mean()
 
     @staticmethod
@@ -486,18 +498,23 @@ class _QuantizerLoss(torch.autograd.Function):
         scale = 2 / difference.numel() * gradient
         for_rows = for_codebook = None
         if ctx.needs_input_grad[0]:
-            for_rows = difference * (-ctx.commitment_weight * scale)
-        if ctx.needs_input_grad[1]:
-            flat = difference.flatten(0, -2)
-            for_codebook = _sum_by_code(flat, indices.flatten(), ctx.num_codevectors) * scale
-        return for_rows, for_codebook, None, None
+            for_rows = (difference * (-ctx.commitment_weight * scale)).view(ctx.shape)
+        if ctx.needs_input_grad[1] and ctx.by_gradient:
+            for_codebook = _sum_by_code(difference, indices, ctx.codebook_shape[0], torch.float32) * scale
+        elif ctx.needs_input_grad[1]:  # somebody thawed the whole model; DistributedDataParallel wants a gradient then
+            for_codebook = difference.new_zeros(ctx.codebook_shape)
+        return for_rows, for_codebook, None, None, None, None
 
 
-def _sum_by_code(rows: torch.Tensor, indices: torch.Tensor, num_codevectors: int) -> torch.Tensor:
+def _sum_by_code(rows: torch.Tensor, indices: torch.Tensor, num_codevectors: int, dtype: torch.dtype) -> torch.Tensor:
     """(N, d) rows and their N codes -> (K, d) sums. Deterministic."""
-    if rows.device.type == "cpu":
-        return rows.new_zeros(num_codevectors, rows.shape[1]).index_add_(0, indices, rows)
-    return torch.ops.aten.embedding_dense_backward(rows, indices, num_codevectors, -1, False)  # by sorting
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        sums = torch.zeros(num_codevectors, rows.shape[1], dtype=dtype)
+        size = max(1, CHUNK_ELEMENTS // rows.shape[1])
+        for part, codes in zip(rows.split(size), indices.split(size), strict=True):
+            sums.index_add_(0, codes, part.to(dtype))
+        return sums
+    return torch.ops.aten.embedding_dense_backward(rows.to(dtype), indices, num_codevectors, -1, False)  # by sorting
 
 
 def _in_backward() -> bool:

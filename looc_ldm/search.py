@@ -151,7 +151,9 @@ def _query(codebook: torch.Tensor, distance: str) -> Query:
 
 
 def _count(indices: torch.Tensor, num_codevectors: int) -> torch.Tensor:
-    # torch.bincount waits for the device to learn the largest index.
+    if indices.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.bincount(indices, minlength=num_codevectors)
+    # On a GPU, bincount waits for the device to learn the largest index.
     zeros = torch.zeros(num_codevectors, dtype=torch.int64, device=indices.device)
     return zeros.scatter_add_(0, indices, torch.ones_like(indices))
 

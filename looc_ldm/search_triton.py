@@ -102,7 +102,7 @@ def _search_kernel(
         similarity = tl.load(entry + D * BLOCK_K)[None, :]
         for i in tl.static_range(D):
             similarity = tl.fma(query[i][:, None], tl.load(entry + i * BLOCK_K)[None, :], similarity)
-        better = similarity > best  # (BLOCK_N, BLOCK_K); strictly, so that ties keep the lower code
+        better = similarity >= best  # (BLOCK_N, BLOCK_K); strictly, so that ties keep the lower code
         best = tl.where(better, similarity, best)
         best_block = tl.where(better, block, best_block)
         if CLOSEST:
@@ -111,7 +111,7 @@ def _search_kernel(
             top = tl.maximum(tl.max(score, axis=0), float("-inf")) + 0.0
             # True in few tiles once good anchors are known: the others need neither the row nor an atomic.
             if tl.max((_pack(top, first_row) > seen).to(tl.int32), axis=0) > 0:
-                row = tl.max(tl.where(score == top[None, :], tile_rows[:, None], 0), axis=0)
+                row = tl.min(tl.where(score == top[None, :], tile_rows[:, None], BLOCK_N - 1), axis=0)
                 candidate = _pack(top, first_row + row)
                 tl.atomic_max(slots, candidate, mask=candidate > seen, sem="relaxed")
 

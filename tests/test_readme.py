@@ -52,8 +52,11 @@ def test_python_examples_run_one_after_the_other(quickstart_folder):
         exec(compile(block, str(README), "exec"), variables)
     assert len(variables["images"]) == 4
     assert variables["images"][0].size == (32, 32)
-    assert variables["indices"].shape == (2, 8, 8, 32)
     assert variables["bits"] == 1024
+    assert variables["reconstruction"].shape == (1, 3, 32, 32)
+    assert variables["indices"].shape == (16, 8, 8, 2)
+    assert variables["tokens"].shape == (2, 100, 16)
+    assert len(variables["statistics"].segment_use) == 16
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
