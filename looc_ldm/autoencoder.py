@@ -63,7 +63,7 @@ class LooCVQModel(VQModel):
         force_upcast (`bool`, defaults to False): Of `VQModel`, kept for its configs.
         codevector_dim (`int`, *optional*): d, channels of a codevector; `vq_embed_dim` if not given (m = 1).
         interpolation_factor, segment_layout, distance, commitment_weight, anchor, usage_decay, codebook_update,
-        revive_first_batch_only, contrastive_weight: See `LooCQuantizer`.
+        gradient, revive_first_batch_only, contrastive_weight: See `LooCQuantizer`.
 
     Raises:
         ValueError: Sizes that do not fit together; see `LooCQuantizer`.
@@ -112,6 +112,7 @@ class LooCVQModel(VQModel):
         anchor: str = "closest",
         usage_decay: float = 0.99,
         codebook_update: str = "ema",
+        gradient: str = "straight-through",
         revive_first_batch_only: bool = False,
         contrastive_weight: float = 0.0,
     ):
@@ -155,6 +156,7 @@ class LooCVQModel(VQModel):
             anchor=anchor,
             usage_decay=usage_decay,
             codebook_update=codebook_update,
+            gradient=gradient,
             revive_first_batch_only=revive_first_batch_only,
             contrastive_weight=contrastive_weight,
         )

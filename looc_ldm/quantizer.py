@@ -11,14 +11,14 @@ import torch.nn.functional as F
 
 from looc_ldm.anchors import ANCHORS, Anchors, better_anchors
 from looc_ldm.contrastive import contrastive_loss
+from looc_ldm.gradients import CHUNK_ELEMENTS, QuantizerLoss, Rotation, sum_by_code
 from looc_ldm.search import DISTANCES, nearest_codevectors
 
 SEGMENT_LAYOUTS = ("channel", "patch")
 INPUT_LAYOUTS = ("BCHW", "BCL", "BLC")
 CODEBOOK_UPDATES = ("ema", "gradient")
+GRADIENTS = ("straight-through", "rotation")
 
-# Numbers that a temporary holds where work on all segments goes in chunks.
-CHUNK_ELEMENTS = 2**20
 NOT_FINITE = "z holds NaN or infinite values: no codevector is nearest to them."
 
 
@@ -62,6 +62,9 @@ class LooCQuantizer(nn.Module):
             the codebook term of the loss, as published: in the first 50 steps the loss then climbs to a multiple of
             its start, since the codevectors, which start in [-1/K, 1/K], lag behind the encoder
             (benchmarks/quantizer_recipes.py).
+        gradient (`str`, defaults to `"straight-through"`): What the choice of a codevector c for a segment z does to
+            the gradient: nothing, or, `"rotation"`, what the rotation and scaling of z onto c would do, taken for
+            constant ("Restructuring vector quantization with the rotation trick", ICLR 2025).
         revive_first_batch_only (`bool`, defaults to False): Revive with the first batch and never again, CVQ-VAE's
             offline variant. The first is the one that meets a `usage` of zeros.
         contrastive_weight (`float`, defaults to 0.0): Weight of CVQ-VAE's contrastive term; needs
@@ -106,6 +109,7 @@ class LooCQuantizer(nn.Module):
         anchor: str = "closest",
         usage_decay: float = 0.99,
         codebook_update: str = "ema",
+        gradient: str = "straight-through",
         revive_first_batch_only: bool = False,
         contrastive_weight: float = 0.0,
         input_layout: str = "BCHW",
@@ -127,6 +131,7 @@ class LooCQuantizer(nn.Module):
             ("distance", distance, DISTANCES),
             ("anchor", anchor, ANCHORS),
             ("codebook_update", codebook_update, CODEBOOK_UPDATES),
+            ("gradient", gradient, GRADIENTS),
             ("input_layout", input_layout, INPUT_LAYOUTS),
         ):
             if value not in allowed:
@@ -161,6 +166,7 @@ class LooCQuantizer(nn.Module):
         self.anchor = anchor
         self.usage_decay = usage_decay
         self.codebook_update = codebook_update
+        self.gradient = gradient
         self.revive_first_batch_only = revive_first_batch_only
         self.contrastive_weight = contrastive_weight
         self.input_layout = input_layout
@@ -229,7 +235,7 @@ class LooCQuantizer(nn.Module):
             if self.training and self.contrastive_weight:
                 contrastive = self.contrastive_weight * contrastive_loss(flat, self.codebook, self.distance)
             if torch.is_grad_enabled():
-                quantized, loss = self._straight_through(rows, codes), self._loss(rows, difference, indices)
+                quantized, loss = self._with_gradient(rows, codes, difference), self._loss(rows, difference, indices)
             else:
                 loss = self._loss_in_chunks(flat, indices)
                 del rows, flat  # as large as what is made next
@@ -422,14 +428,16 @@ class LooCQuantizer(nn.Module):
             return means.unflatten(-1, (self.vq_embed_dim, -1)).mean(-1)
         return self._pool(F.embedding(indices, self.codebook))
 
-    def _straight_through(self, rows: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """The pooled codevectors, with the gradient of pooling the segments themselves."""
+    def _with_gradient(self, rows: torch.Tensor, codes: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
+        """The pooled codevectors, (B, H, W, n_q), with a gradient for the segments."""
+        if self.gradient == "rotation":
+            rows = Rotation.apply(rows, self.codebook.detach(), difference, codes)
         pooled = self._pool(rows)
         return self._lookup(codes).detach() + (pooled - pooled.detach())  # the difference is exactly 0
 
     def _loss(self, rows: torch.Tensor, difference: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         by_gradient = self.codebook_update == "gradient"
-        return _QuantizerLoss.apply(rows, self.codebook, difference, indices, self.commitment_weight, by_gradient)
+        return QuantizerLoss.apply(rows, self.codebook, difference, indices, self.commitment_weight, by_gradient)
 
     def _offsets(self, difference: torch.Tensor, indices: torch.Tensor) -> torch.Tensor | None:
         if self.codebook_update != "ema":
@@ -437,7 +445,7 @@ class LooCQuantizer(nn.Module):
         # In float64, so that the codebook does not depend on how features are spread over steps and ranks: near ties
         # between codevectors would part what differs by float32's rounding.
         wide = torch.float32 if difference.device.type == "mps" else torch.float64
-        return _sum_by_code(difference, indices, self.num_codevectors, wide).neg_()
+        return sum_by_code(difference, indices, self.num_codevectors, wide).neg_()
 
     def _loss_in_chunks(self, flat: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """The loss without a temporary of the size of `flat`."""
@@ -480,41 +488,6 @@ class LooCQuantizer(nn.Module):
             f"codevector_dim={self.codevector_dim}, interpolation_factor={self.interpolation_factor}, "
             f"segment_layout={self.segment_layout!r}, distance={self.distance!r}, anchor={self.anchor!r}"
         )
-
-
-class _QuantizerLoss(torch.autograd.Function):
-    """mean((c - sg z)^2) + beta * mean((sg c - z)^2) of the differences c - z; keeps one tensor of z's size."""
-
-    @staticmethod
-    def forward(ctx, rows, codebook, difference, indices, commitment_weight, by_gradient):
-        ctx.save_for_backward(difference, indices)
-        ctx.shape, ctx.codebook_shape = rows.shape, codebook.shape
-        ctx.commitment_weight, ctx.by_gradient = commitment_weight, by_gradient
-        return (1 + commitment_weight) * difference.square().mean()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        difference, indices = ctx.saved_tensors
-        scale = 2 / difference.numel() * gradient
-        for_rows = for_codebook = None
-        if ctx.needs_input_grad[0]:
-            for_rows = (difference * (-ctx.commitment_weight * scale)).view(ctx.shape)
-        if ctx.needs_input_grad[1] and ctx.by_gradient:
-            for_codebook = _sum_by_code(difference, indices, ctx.codebook_shape[0], torch.float32) * scale
-        elif ctx.needs_input_grad[1]:  # somebody thawed the whole model; DistributedDataParallel wants a gradient then
-            for_codebook = difference.new_zeros(ctx.codebook_shape)
-        return for_rows, for_codebook, None, None, None, None
-
-
-def _sum_by_code(rows: torch.Tensor, indices: torch.Tensor, num_codevectors: int, dtype: torch.dtype) -> torch.Tensor:
-    """(N, d) rows and their N codes -> (K, d) sums. Deterministic."""
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-        sums = torch.zeros(num_codevectors, rows.shape[1], dtype=dtype)
-        size = max(1, CHUNK_ELEMENTS // rows.shape[1])
-        for part, codes in zip(rows.split(size), indices.split(size), strict=True):
-            sums.index_add_(0, codes, part.to(dtype))
-        return sums
-    return torch.ops.aten.embedding_dense_backward(rows.to(dtype), indices, num_codevectors, -1, False)  # by sorting
 
 
 def _in_backward() -> bool:

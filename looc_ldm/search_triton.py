@@ -102,7 +102,7 @@ def _search_kernel(
         similarity = tl.load(entry + D * BLOCK_K)[None, :]
         for i in tl.static_range(D):
             similarity = tl.fma(query[i][:, None], tl.load(entry + i * BLOCK_K)[None, :], similarity)
-        better = similarity >= best  # (BLOCK_N, BLOCK_K); strictly, so that ties keep the lower code
+        better = similarity > best  # (BLOCK_N, BLOCK_K); strictly, so that ties keep the lower code
         best = tl.where(better, similarity, best)
         best_block = tl.where(better, block, best_block)
         if CLOSEST:
