@@ -4,6 +4,8 @@ python benchmarks/readme.py costs                  the table of rates, parameter
 python benchmarks/readme.py quickstart FOLDER      pictures and figures of a finished `looc-ldm quickstart`, and
                                                    the FID that benchmarks/fashion_mnist_fid.py measured on it
 python benchmarks/readme.py quantizer              the speeds that benchmarks/quantizer.py measured
+python benchmarks/readme.py recipes                docs/quantizer_recipes.md, from what benchmarks/quantizer_recipes.py
+                                                   measured
 """
 
 from __future__ import annotations
@@ -193,10 +195,10 @@ def quantizer() -> str:
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         floor = " ours / floor |" if on_cuda else ""
         parts += [
-            f"Measured on {where} by `{record['command']}`, all contestants in turns in one run: how many times as long",
-            "as `LooCQuantizer` they take for N vectors of d = 4 and K codevectors, and the memory beyond the input;",
-            "more sizes are in `benchmarks/results/`. Rates are equal in a row: log2 K bits a vector. \"Training\" is",
-            f"forward, backward and the update of the codebook. {versions}.",
+            f"Measured on {where} by `{record['command']}`, all contestants in turns in one run: how many times as",
+            "long as `LooCQuantizer` they take for N vectors of d = 4 and K codevectors, and the memory beyond the",
+            "input; more sizes are in `benchmarks/results/`. Rates are equal in a row: log2 K bits a vector. Training",
+            f"is forward, backward and the update of the codebook. {versions}.",
             "",
             "| N | K | | ours, ms | diffusers | vector-quantize-pytorch | `cdist` | ours, MiB | diffusers | "
             f"vector-quantize-pytorch | `cdist` |{floor}",
@@ -226,6 +228,45 @@ def quantizer() -> str:
     return "\n".join(parts).rstrip()
 
 
+def recipes() -> str:
+    """A Markdown page: PSNR and start of every recipe, a table for each setting."""
+    lines = (ROOT / "benchmarks" / "results" / "quantizer_recipes.jsonl").read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
+    names = {"fashion_mnist": "Fashion-MNIST", "mnist": "MNIST", "cifar10": "CIFAR-10"}
+    parts = [
+        "# How a codebook should start and learn",
+        "",
+        "Written by `python benchmarks/readme.py recipes` from what `benchmarks/quantizer_recipes.py` measured: the",
+        "paper's small VQ-VAE, K x d = 256 x 4, n_q = 128, Adam 3e-4, batch 64, all at equal images seen. PSNR in dB",
+        "(protocol `clean`, mean over images) is of the last 2,000 training images, which were not trained on; test",
+        "sets were not read. In brackets, the highest total loss of the first 150 steps over that of the first step:",
+        "1.0 where it only falls. Several figures in a cell are seeds.",
+    ]
+    settings = ("images", "distance", "anchor", "interpolation_factor", "bits_per_pixel")
+    for setting in dict.fromkeys(tuple(run[key] for key in settings) for run in runs):
+        images, distance, anchor, s, rate = setting
+        chosen = [run for run in runs if tuple(run[key] for key in settings) == setting]
+        data = [name for name in names if any(run["data"] == name for run in chosen)]
+        parts += [
+            "",
+            f"## {images:,} images, {distance}, anchor {anchor}, s = {s}: {rate:g} bits per pixel",
+            "",
+            f"| | {' | '.join(names[name] for name in data)} |",
+            "|---|" + "---:|" * len(data),
+        ]
+        for recipe in dict.fromkeys(run["recipe"] for run in chosen):
+            cells = [
+                ", ".join(
+                    f"{run['psnr']:.2f} ({run['highest_over_first_loss']:.1f})"
+                    for run in chosen
+                    if run["recipe"] == recipe and run["data"] == name
+                )
+                for name in data
+            ]
+            parts.append(f"| {recipe} | {' | '.join(cells)} |")
+    return "\n".join(parts) + "\n"
+
+
 def replace_section(name: str, text: str) -> None:
     """Put text between the README's markers of that name."""
     readme = ROOT / "README.md"
@@ -239,6 +280,8 @@ if __name__ == "__main__":
         replace_section("costs", costs())
     elif sys.argv[1:] == ["quantizer"]:
         replace_section("quantizer", quantizer())
+    elif sys.argv[1:] == ["recipes"]:
+        (ROOT / "docs" / "quantizer_recipes.md").write_text(recipes())
     elif len(sys.argv) == 3 and sys.argv[1] == "quickstart":
         replace_section("quickstart", quickstart(Path(sys.argv[2])))
     else:
