@@ -57,7 +57,7 @@ def _unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return bits.view(torch.float32), ~packed & 0xFFFFFFFF
 
 
-@jit(do_not_specialize=["num_vectors", "num_blocks"])  # one compilation for all batch and codebook sizes
+@jit(do_not_specialize=["num_vectors"])  # one compilation for all batch sizes
 def _search_kernel(
     vectors,  # (N, D)
     table,  # (blocks, D + 1, BLOCK_K): of each block of codes, D rows of keys and one of biases
@@ -65,7 +65,7 @@ def _search_kernel(
     indices,  # (N,)
     packed,  # (REPLICAS, blocks * BLOCK_K)
     num_vectors,
-    num_blocks,
+    NUM_BLOCKS: tl.constexpr,  # not a plain number: Triton 3.6's interpreter cannot loop to one with numpy >= 2.4
     D: tl.constexpr,
     NORMALIZE: tl.constexpr,
     CLOSEST: tl.constexpr,
@@ -93,9 +93,9 @@ def _search_kernel(
     # The best of each lane over all blocks, reduced over the lanes only once, at the end.
     best = tl.full((BLOCK_N, BLOCK_K), float("-inf"), tl.float32)
     best_block = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
-    for block in range(num_blocks):
+    for block in range(NUM_BLOCKS):
         if CLOSEST:
-            slots = packed + (tl.program_id(0) % REPLICAS * num_blocks + block) * BLOCK_K + tile_codes
+            slots = packed + (tl.program_id(0) % REPLICAS * NUM_BLOCKS + block) * BLOCK_K + tile_codes
             # From L2, as L1 does not see the atomics. An old value costs a needless atomic, no more.
             seen = tl.load(slots, cache_modifier=".cg")
         entry = table + block * ((D + 1) * BLOCK_K) + tile_codes
@@ -108,7 +108,8 @@ def _search_kernel(
         if CLOSEST:
             score = similarity if NORMALIZE else tl.fma(similarity, 2.0, -squared_norm[:, None])
             # -inf instead of the NaN of a tile without finite rows, 0.0 instead of -0.0: `_pack` would misplace both.
-            top = tl.maximum(tl.max(score, axis=0), float("-inf")) + 0.0
+            top = tl.max(score, axis=0) + 0.0
+            top = tl.where(top > float("-inf"), top, float("-inf"))
             # True in few tiles once good anchors are known: the others need neither the row nor an atomic.
             if tl.max((_pack(top, first_row) > seen).to(tl.int32), axis=0) > 0:
                 row = tl.min(tl.where(score == top[None, :], tile_rows[:, None], BLOCK_N - 1), axis=0)
@@ -172,7 +173,7 @@ def search_triton(
             indices,
             packed,
             num_vectors,
-            len(table),
+            NUM_BLOCKS=len(table),
             D=d,
             NORMALIZE=normalize,
             CLOSEST=closest,
