@@ -154,7 +154,8 @@ def measure_memory(queue, name: str, n: int, k: int, d: int, training: bool, dev
 
 
 def memory(*arguments) -> float | None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["looc_ldm.quantizer", "diffusers", "vector_quantize_pytorch", "numba", "scipy"])
     queue = context.Queue()
     process = context.Process(target=measure_memory, args=(queue, *arguments))
     process.start()
@@ -166,12 +167,12 @@ def memory(*arguments) -> float | None:
 
 def cell(n: int, k: int, d: int, training: bool, device: str) -> dict[str, dict[str, float | None]]:
     """Milliseconds and MiB of every contestant; None for both where it does not fit."""
-    figures = {name: {"mib": memory(name, n, k, d, training, device)} for name in CONTESTANTS}
-    calls = {}
-    for name in CONTESTANTS:
-        figures[name]["ms"] = None
-        if figures[name]["mib"] is not None:
-            calls[name] = call_of(name, *make(name, n, k, d, device), training)
+    figures = {name: {"mib": memory(name, n, k, d, training, device), "ms": None} for name in CONTESTANTS}
+    calls = {
+        name: call_of(name, *make(name, n, k, d, device), training)
+        for name in CONTESTANTS
+        if figures[name]["mib"] is not None
+    }
     turns = {name: [seconds(call, device)] for name, call in calls.items()}  # warms up
     for taken in turns.values():
         if taken[0] < TOO_SLOW:

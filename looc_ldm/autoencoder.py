@@ -161,6 +161,15 @@ class LooCVQModel(VQModel):
             contrastive_weight=contrastive_weight,
         )
 
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """Load a model, as `ModelMixin.from_pretrained` does; a plain `VQModel`'s folder loads as well."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if "quantize.usage" in info["missing_keys"]:
+            # Of a VQModel: its codevectors must not count as unused.
+            model.quantize.usage.fill_(1 / model.quantize.num_codevectors)
+        return (model, info) if output_loading_info else model
+
     @property
     def downsampling_factor(self) -> int:
         """f, the ratio of the image's side to the latents' side."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 # Numbers that a temporary holds where work on all segments goes in chunks.
 CHUNK_ELEMENTS = 2**20
@@ -15,11 +16,12 @@ class QuantizerLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, codebook, difference, indices, commitment_weight, by_gradient):
         ctx.save_for_backward(difference, indices)
-        ctx.shape, ctx.codebook_shape = rows.shape, codebook.shape
+        ctx.shape, ctx.num_codevectors = rows.shape, len(codebook)
         ctx.commitment_weight, ctx.by_gradient = commitment_weight, by_gradient
         return (1 + commitment_weight) * difference.square().mean()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         difference, indices = ctx.saved_tensors
         scale = 2 / difference.numel() * gradient
@@ -27,9 +29,7 @@ class QuantizerLoss(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for_rows = (difference * (-ctx.commitment_weight * scale)).view(ctx.shape)
         if ctx.needs_input_grad[1] and ctx.by_gradient:
-            for_codebook = sum_by_code(difference, indices, ctx.codebook_shape[0], torch.float32) * scale
-        elif ctx.needs_input_grad[1]:  # somebody thawed the whole model; DistributedDataParallel wants a gradient then
-            for_codebook = difference.new_zeros(ctx.codebook_shape)
+            for_codebook = sum_by_code(difference, indices, ctx.num_codevectors, torch.float32) * scale
         return for_rows, for_codebook, None, None, None, None
 
 
@@ -42,6 +42,7 @@ class Rotation(torch.autograd.Function):
         return rows.view_as(rows)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         codebook, difference, codes = ctx.saved_tensors
         chosen = F.embedding(codes, codebook)
@@ -52,7 +53,9 @@ class Rotation(torch.autograd.Function):
         # The transpose of I - 2 m m' + 2 a b', which turns b into a in the plane of both.
         turned = gradient - 2 * middle * (middle * gradient).sum(-1, keepdim=True)
         turned = turned + 2 * before * (after * gradient).sum(-1, keepdim=True)
-        return turned * (chosen_length / length), None, None, None
+        # A segment a thousand times shorter than its codevector has no direction to turn: straight through.
+        ratio = chosen_length / length
+        return torch.where(ratio < 1000, turned * ratio, gradient), None, None, None
 
 
 def sum_by_code(rows: torch.Tensor, indices: torch.Tensor, num_codevectors: int, dtype: torch.dtype) -> torch.Tensor:

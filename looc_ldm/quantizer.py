@@ -180,7 +180,7 @@ class LooCQuantizer(nn.Module):
         # other ranks have collected since the last optimizer step.
         self._collected: Collected | None = None
         self._owner_revives = False
-        self._first_batch_passed = False
+        self._codebook_version: int | None = None
         self._nonfinite: torch.Tensor | None = None
 
     @property
@@ -218,12 +218,20 @@ class LooCQuantizer(nn.Module):
         collecting = self.training and not _in_backward()
         if collecting and self._collected is not None and not self._owner_revives:
             self._apply_revival()
+        if not torch.compiler.is_compiling():
+            version = self.embedding.weight._version
+            if collecting:
+                self._codebook_version = version
+            elif self.training and version != self._codebook_version:
+                raise RuntimeError(
+                    "The codebook has changed between a forward and its repetition under activation checkpointing: "
+                    "call revive() after backward, once per optimizer step."
+                )
         nonfinite = self._check_input(z)
         with torch.autocast(z.device.type, enabled=False):
             rows = self._to_segments(z.float())  # (B, H, W, C, d)
             flat = rows.detach().reshape(-1, self.codevector_dim)
-            done = self.revive_first_batch_only and self._first_batch_passed
-            anchor = self.anchor if collecting and not done else "none"
+            anchor = self.anchor if collecting else "none"
             indices, counts, anchors = nearest_codevectors(flat, self.codebook.detach(), self.distance, anchor)
             codes = indices.view(rows.shape[:-1])
             difference = None
@@ -314,7 +322,6 @@ class LooCQuantizer(nn.Module):
     def _apply_revival(self) -> None:
         counts, nonfinite, offsets, anchors = self._reduce_over_ranks(self._collected)
         self._collected = None
-        self._first_batch_passed = True
         self._nonfinite = nonfinite if self._nonfinite is None else self._nonfinite | nonfinite
         # Without a question to the device: a step with values that are not finite changes nothing.
         rate = torch.where(nonfinite, 0.0, 1 - self.usage_decay)
@@ -469,7 +476,7 @@ class LooCQuantizer(nn.Module):
         codebook = state_dict.get(f"{prefix}embedding.weight")
         if codebook is not None and f"{prefix}usage" not in state_dict:
             # Of another vector quantizer: its codevectors must not count as unused.
-            state_dict[f"{prefix}usage"] = torch.full((len(codebook),), 1 / len(codebook))
+            state_dict[f"{prefix}usage"] = torch.full_like(codebook[:, 0], 1 / len(codebook))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._collected = None
 

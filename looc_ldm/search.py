@@ -71,7 +71,8 @@ def nearest_codevectors(
 
     Under `torch.compile` the same back ends run, as one operator of the graph; `torch.export` gets plain operators.
     """
-    if torch.compiler.is_exporting():
+    # torch.compiler.is_exporting() is true under torch.compile as well in torch 2.11.
+    if torch.compiler._is_exporting_flag:
         if anchor != "none":
             raise RuntimeError("LooCQuantizer can be exported in eval mode only.")
         indices = _search_blocks(vectors, codebook, distance)
@@ -132,10 +133,10 @@ _operator = torch.library.custom_op(
 @_operator.register_fake
 def _(vectors, codebook, distance, anchor):
     whole = {"dtype": torch.int64, "device": vectors.device}
-    found = 0 if anchor == "none" else len(codebook)
-    return (
-        torch.empty(len(vectors), **whole),
-        torch.empty(len(codebook), **whole),
+    found = 0 if anchor == "none" else codebook.shape[0]
+    return (  # shapes, since len() would fix the size in a graph
+        torch.empty(vectors.shape[0], **whole),
+        torch.empty(codebook.shape[0], **whole),
         vectors.new_empty(found),
         torch.empty(found, **whole),
     )
@@ -168,7 +169,7 @@ def _search_chunks(vectors: torch.Tensor, query: Query, cosine: bool) -> torch.T
     padding = -num_codevectors % TILE
     keys, bias = F.pad(query.keys, (0, 0, 0, padding)), F.pad(query.bias, (0, padding))
     indices = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-    with _full_precision():
+    with _full_precision(vectors.device):
         for chunk in _chunks(vectors, num_codevectors):
             similarity = torch.addmm(bias, _relative(vectors[chunk], query, cosine), keys.T)
             indices[chunk] = similarity[:, :num_codevectors].max(dim=1).indices
@@ -179,7 +180,7 @@ def _closest_chunks(vectors: torch.Tensor, query: Query, cosine: bool) -> tuple[
     """Score and row of the vector closest to each codevector, in plain torch."""
     best = torch.full_like(query.bias, -torch.inf)
     row = torch.zeros(len(best), dtype=torch.int64, device=best.device)
-    with _full_precision():
+    with _full_precision(vectors.device):
         for chunk in _chunks(vectors, len(best)):
             relative = _relative(vectors[chunk], query, cosine)
             score = torch.addmm(query.bias, relative, query.keys.T)
@@ -199,7 +200,9 @@ def _search_blocks(vectors: torch.Tensor, codebook: torch.Tensor, distance: str)
     best, indices = None, None
     for start in range(0, len(codebook), size):
         keys, bias = query.keys[start : start + size], query.bias[start : start + size]
-        largest, at = torch.addmm(bias, relative, keys.T).max(dim=1)
+        padding = -len(keys) % TILE
+        similarity = torch.addmm(F.pad(bias, (0, padding)), relative, F.pad(keys, (0, 0, 0, padding)).T)
+        largest, at = similarity[:, : len(keys)].max(dim=1)
         if best is None:
             best, indices = largest, at
         else:
@@ -214,14 +217,12 @@ def _chunks(vectors: torch.Tensor, num_codevectors: int) -> list[slice]:
 
 
 @contextmanager
-def _full_precision():
+def _full_precision(device: torch.device):
     """Matrix products in float32 proper, also where the user allows TF32 or bfloat16 ones: those choose wrong codes."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        backend.fp32_precision = before

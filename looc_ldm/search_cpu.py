@@ -67,20 +67,30 @@ def search_tree(vectors: np.ndarray, keys: np.ndarray, offset: np.ndarray, cosin
     """Index (N,) of the nearest key by a k-d tree: O(log K) a vector, for few dimensions."""
     from scipy.spatial import cKDTree
 
+    if cosine:
+        # A codevector of zeros is at the cosine 0 of all: a further coordinate gives all keys one length, so that the
+        # nearest is the one with the largest product.
+        rest = np.sqrt(np.maximum(0, 1 - np.square(keys).sum(1, keepdims=True))) * (~keys.any(1, keepdims=True))
+        keys, offset = np.hstack([keys, rest.astype(np.float32)]), np.append(offset, np.float32(0))
     # The tree breaks ties as it likes: it gets each key once, and is asked for the runner-up as well.
     distinct, first = np.unique(keys, axis=0, return_index=True)
     tree = cKDTree(distinct)
     neighbours = min(2, len(distinct))
     indices = np.empty(len(vectors), np.int64)
     for start in range(0, len(vectors), TREE_ROWS):
-        queries = vectors[start : start + TREE_ROWS] - offset
+        queries = vectors[start : start + TREE_ROWS]
         if cosine:
-            queries /= np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
+            queries = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
+            queries = np.pad(queries, ((0, 0), (0, 1)))
+        queries = queries - offset
+        queries[~np.isfinite(queries).all(1)] = 0  # any index will do
         apart, nearest = tree.query(queries, k=range(1, neighbours + 1), workers=threads)
         chosen = first[nearest[:, 0]]
         for tied in np.flatnonzero(apart[:, 0] == apart[:, -1]) if neighbours == 2 else ():
             exact = np.square(queries[tied].astype(np.float64) - keys).sum(1)
             chosen[tied] = exact.argmin()
+        if cosine:
+            chosen[~queries.any(1)] = 0  # all are equally near
         indices[start : start + TREE_ROWS] = chosen
     return indices
 

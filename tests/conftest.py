@@ -1,4 +1,4 @@
-"""Fixtures on real data. Tests that need them are skipped without LOOC_LDM_TEST_DATA."""
+"""Fixtures. Tests that need real data are skipped without LOOC_LDM_TEST_DATA."""
 
 import importlib.util
 import os
@@ -6,6 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@pytest.fixture(scope="session")
+def largest_tensor() -> type[LargestTensor]:
+    """The context manager that measures tensors."""
+    return LargestTensor
 
 
 @pytest.fixture(scope="session")

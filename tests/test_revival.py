@@ -1,9 +1,12 @@
 """Revival of codevectors (the CVQ-VAE update): what moves, by how much, and when."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from looc_ldm import LooCQuantizer
 
@@ -84,10 +87,12 @@ def test_without_anchors_the_codebook_stays_and_usage_is_still_counted():
     assert quantizer.usage.sum() > 0
 
 
+@pytest.mark.parametrize("codebook_update", ["ema", "gradient"])
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
-def test_two_forwards_then_revive_is_one_forward_of_both_batches(distance):
+def test_two_forwards_then_revive_is_one_forward_of_both_batches(distance, codebook_update):
     first, second = torch.randn(2, 2, 8, 4, 4)
-    accumulated, at_once = small_quantizer(distance=distance), small_quantizer(distance=distance)
+    arguments = {"distance": distance, "codebook_update": codebook_update}
+    accumulated, at_once = small_quantizer(**arguments), small_quantizer(**arguments)
     for quantizer in (accumulated, at_once):
         quantizer.revive()  # from here on its owner revives
     for step in range(3):
@@ -96,8 +101,8 @@ def test_two_forwards_then_revive_is_one_forward_of_both_batches(distance):
         accumulated.revive()
         at_once(torch.cat([first + step, second - step]))
         at_once.revive()
-    torch.testing.assert_close(accumulated.usage, at_once.usage)
-    torch.testing.assert_close(accumulated.codebook, at_once.codebook)
+    torch.testing.assert_close(accumulated.usage, at_once.usage, rtol=0, atol=1e-6)
+    torch.testing.assert_close(accumulated.codebook, at_once.codebook, rtol=0, atol=1e-6)
 
 
 def test_revive_forgets_what_it_applied():
@@ -248,3 +253,129 @@ def test_where_training_does_not_wait_for_the_device_a_bad_step_changes_nothing_
         quantizer.check_finite()
     quantizer.check_finite()  # told once
     assert quantizer.usage.sum() > before["usage"].sum()
+
+
+def moved_by(quantizer: LooCQuantizer, *batches: torch.Tensor) -> torch.Tensor:
+    """(K,): which codevectors one step, of several forwards, moves although none of them chose these."""
+    before, chosen = codebook_of(quantizer), torch.zeros(32, dtype=torch.bool)
+    for z in batches:
+        chosen[quantizer(z)[2][2].unique()] = True
+    quantizer.revive()
+    return (codebook_of(quantizer) != before).any(1) & ~chosen
+
+
+@pytest.mark.parametrize("codebook_update", ["ema", "gradient"])
+@pytest.mark.parametrize("first_batch_only", [False, True])
+def test_revival_with_the_first_batch_only_is_over_after_the_first_step(first_batch_only, codebook_update):
+    quantizer = small_quantizer(revive_first_batch_only=first_batch_only, codebook_update=codebook_update)
+    quantizer.revive()
+    first, second = torch.randn(2, 1, 8, 3, 3)
+    step_of_two = copy.deepcopy(quantizer)
+    assert moved_by(quantizer, first).sum() > 5
+    assert moved_by(quantizer, 3 * second).any() != first_batch_only
+    assert quantizer.usage.sum() == pytest.approx(1 - 0.99**2)
+    moved_by(step_of_two, first, second)  # the second forward of the first step still offers anchors
+    at_once = small_quantizer(revive_first_batch_only=first_batch_only, codebook_update=codebook_update)
+    moved_by(at_once, torch.cat([first, second]))
+    torch.testing.assert_close(step_of_two.codebook, at_once.codebook)
+
+
+def load(quantizer: LooCQuantizer, state: dict) -> None:
+    quantizer.load_state_dict(state)
+
+
+def assign(quantizer: LooCQuantizer, state: dict) -> None:
+    """As `from_pretrained` does."""
+    with torch.device("meta"):
+        empty = LooCQuantizer(8, 32, 4, interpolation_factor=1)
+    empty.load_state_dict(state, assign=True)
+    quantizer.embedding.weight, quantizer.usage = empty.embedding.weight, empty.usage
+
+
+def copy_in_place(quantizer: LooCQuantizer, state: dict) -> None:
+    with torch.no_grad():
+        quantizer.embedding.weight.copy_(state["embedding.weight"])
+        quantizer.usage.copy_(state["usage"])
+
+
+@pytest.mark.parametrize("restore", [load, assign, copy_in_place])
+def test_a_restored_codebook_has_had_its_first_batch(restore):
+    trained = small_quantizer(revive_first_batch_only=True)
+    moved_by(trained, torch.randn(1, 8, 3, 3))
+    for state, again in ((trained.state_dict(), False), (small_quantizer().state_dict(), True)):
+        resumed = small_quantizer(revive_first_batch_only=True)
+        restore(resumed, {name: tensor.clone() for name, tensor in state.items()})
+        assert moved_by(resumed, 3 * torch.randn(1, 8, 3, 3)).any() == again
+
+
+def test_loading_the_state_of_a_codebook_before_its_first_batch_gives_it_a_first_batch_again():
+    quantizer = small_quantizer(revive_first_batch_only=True)
+    untrained = copy.deepcopy(quantizer.state_dict())
+    moved_by(quantizer, torch.randn(1, 8, 3, 3))
+    quantizer.load_state_dict(untrained)
+    assert moved_by(quantizer, torch.randn(1, 8, 3, 3)).any()
+
+
+def test_a_first_batch_that_was_not_finite_is_not_the_first():
+    torch.compiler.reset()
+    quantizer = small_quantizer(revive_first_batch_only=True)
+    quantizer.revive()
+    torch.compile(quantizer, backend="eager")(torch.full((1, 8, 3, 3), torch.nan))  # told later
+    quantizer.revive()
+    assert moved_by(quantizer, torch.randn(1, 8, 3, 3)).any()
+
+
+def test_a_bad_step_of_a_large_codebook_is_told_later_as_well():
+    torch.compiler.reset()
+    quantizer = LooCQuantizer(2, 2**15, 2, interpolation_factor=1, distance="euclidean")
+    quantizer.revive()
+    torch.compile(quantizer, backend="eager")(torch.full((1, 2, 2, 2), torch.nan))
+    quantizer.revive()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        quantizer.check_finite()
+
+
+@pytest.mark.parametrize("owner_revives", [True, False])
+@pytest.mark.parametrize("codebook_update", ["ema", "gradient"])
+@pytest.mark.parametrize("anchor", ["closest", "probrandom"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_changes_no_gradient_and_counts_no_batch_twice(
+    reentrant, anchor, codebook_update, owner_revives
+):
+    results = []
+    for checkpointed in (False, True):
+        quantizer = small_quantizer(anchor=anchor, codebook_update=codebook_update, interpolation_factor=2)
+        if owner_revives:
+            quantizer.revive()
+
+        def quantize(z, quantizer=quantizer):
+            quantized, loss, _ = quantizer(z)
+            return quantized.square().sum() + loss
+
+        everything = []
+        for step in range(4):
+            torch.manual_seed(step)
+            z = torch.randn(2, 8, 3, 3).requires_grad_()
+            loss = checkpoint(quantize, z, use_reentrant=reentrant) if checkpointed else quantize(z)
+            quantizer.zero_grad()
+            loss.backward()
+            if codebook_update == "gradient":
+                everything.append(quantizer.embedding.weight.grad.clone())
+            if owner_revives and step % 2:
+                quantizer.revive()
+            everything += [loss.detach(), z.grad, codebook_of(quantizer), quantizer.usage.clone()]
+        results.append(everything)
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-6, atol=1e-6)
+    assert plain.sum() > 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_codebook_that_changes_under_activation_checkpointing_is_refused(reentrant):
+    quantizer = small_quantizer()
+    quantizer.revive()
+    z = torch.randn(2, 8, 3, 3, requires_grad=True)
+    loss = checkpoint(lambda z: quantizer(z)[0].square().sum(), z, use_reentrant=reentrant)
+    quantizer.revive()
+    with pytest.raises(RuntimeError, match=r"call revive\(\) after backward"):
+        loss.backward()

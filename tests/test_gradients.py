@@ -1,0 +1,89 @@
+"""What backward does at the choice of codevectors: the rotation trick (the straight-through estimate: test_quantizer)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from looc_ldm import LooCQuantizer
+
+LAYOUTS = [(1, "channel"), (2, "channel"), (2, "patch"), (3, "patch")]
+
+
+def small_quantizer(s: int = 1, layout: str = "channel", **arguments) -> LooCQuantizer:
+    torch.manual_seed(0)
+    quantizer = LooCQuantizer(8, 32, 4, s, layout, **{"gradient": "rotation", "distance": "euclidean", **arguments})
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    return quantizer
+
+
+def turned(rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """The rows times the constant matrices that turn and scale them onto what was chosen, written out."""
+    a, b = F.normalize(rows.detach(), dim=-1), F.normalize(chosen, dim=-1)
+    middle = F.normalize(a + b, dim=-1)
+    identity = torch.eye(rows.shape[-1])
+    matrix = identity - 2 * middle[..., :, None] * middle[..., None, :] + 2 * b[..., :, None] * a[..., None, :]
+    scale = chosen.norm(dim=-1, keepdim=True) / rows.detach().norm(dim=-1, keepdim=True)
+    return scale * (matrix @ rows[..., None])[..., 0]
+
+
+@pytest.mark.parametrize(("s", "layout"), LAYOUTS)
+def test_the_gradient_is_that_of_turning_and_scaling_segments_onto_their_codevectors(s, layout):
+    quantizer = small_quantizer(s, layout)
+    z, upstream = torch.randn(2, 8, 3, 4, requires_grad=True), torch.randn(2, 8, 3, 4)
+    quantized, _, (_, _, codes) = quantizer(z)
+    (gradient,) = torch.autograd.grad(quantized, z, upstream)
+    rows = quantizer._to_segments(z)
+    moved = turned(rows, quantizer.codebook.detach()[codes])
+    torch.testing.assert_close(moved, quantizer.codebook.detach()[codes], rtol=0, atol=1e-5)
+    expected = quantizer._pool(moved).movedim(-1, 1)
+    torch.testing.assert_close(quantized, expected, rtol=0, atol=1e-5)
+    (expected_gradient,) = torch.autograd.grad(expected, z, upstream)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_segment_that_is_its_codevector_passes_the_gradient_straight_through():
+    quantizer = small_quantizer()
+    codes = torch.randint(32, (2, 3, 4, 2))
+    z = quantizer.decode_indices(codes).detach().requires_grad_()
+    upstream = torch.randn(2, 8, 3, 4)
+    (gradient,) = torch.autograd.grad(quantizer(z)[0], z, upstream)
+    torch.testing.assert_close(gradient, upstream, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-20, 1e-6])
+def test_a_segment_next_to_zero_gets_no_exploding_gradient(length):
+    quantizer = small_quantizer()
+    z = torch.full((1, 8, 2, 2), length, requires_grad=True)
+    upstream = torch.randn(1, 8, 2, 2)
+    (gradient,) = torch.autograd.grad(quantizer(z)[0], z, upstream)
+    assert torch.equal(gradient, upstream)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_only_the_gradient_differs_from_the_straight_through_estimate(training):
+    z = torch.randn(2, 8, 5, 5)
+    outputs = [
+        small_quantizer(2, gradient=gradient).train(training)(z) for gradient in ("rotation", "straight-through")
+    ]
+    for first, second in zip(outputs[0][:2], outputs[1][:2], strict=True):
+        assert torch.equal(first, second)
+    assert torch.equal(outputs[0][2][2], outputs[1][2][2])
+
+
+def test_revival_between_forward_and_backward_leaves_the_gradient_alone():
+    gradients = []
+    for revive_first in (False, True):
+        quantizer, z = small_quantizer(), torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(1))
+        quantized = quantizer(z.requires_grad_())[0]
+        if revive_first:
+            quantizer.revive()
+        gradients.append(torch.autograd.grad(quantized.square().sum(), z)[0])
+    assert torch.equal(*gradients)
+
+
+def test_a_second_derivative_is_refused():
+    z = torch.randn(2, 8, 4, 4, requires_grad=True)
+    loss = small_quantizer()(z)[1].square()
+    (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
