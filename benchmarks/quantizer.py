@@ -38,7 +38,7 @@ from looc_ldm import LooCQuantizer
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HEADS = 8
-TURNS, SECONDS = 7, 8.0  # turns of each contestant, and when to stop earlier
+TURNS, SECONDS = 5, 5.0  # turns of each contestant, and when to stop earlier
 TOO_SLOW = 20.0  # seconds of a first call after which there is no second
 SIDE = 64
 CONTESTANTS = ("looc", "diffusers", "lucidrains", "cdist")
