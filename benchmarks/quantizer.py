@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -35,6 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from looc_ldm import LooCQuantizer
+from looc_ldm.search import nearest_codevectors
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HEADS = 8
@@ -228,6 +230,13 @@ def bandwidth_floor(n: int, d: int) -> float:
     return 1000 * copy * (4 * n * d + 8 * n) / (2 * 4 * 2**28)
 
 
+def search_time(n: int, k: int, d: int) -> float:
+    """Milliseconds of our search alone, without the rest of the quantizer."""
+    vectors, codebook = torch.randn(n, d, device="cuda"), torch.randn(k, d, device="cuda")
+    nearest_codevectors(vectors, codebook, "euclidean")  # compiles
+    return 1000 * min(seconds(lambda: nearest_codevectors(vectors, codebook, "euclidean"), "cuda") for _ in range(10))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", type=int, nargs="+", default=[2**16, 2**18, 2**20], help="N")
@@ -250,6 +259,16 @@ def main() -> None:
         "versions": {name: version(name) for name in packages},
         "cells": [],
     }
+    if output.is_file():  # cells of other sizes stay
+        before = json.loads(output.read_text())
+        if any(before[key] != record[key] for key in record if key != "cells"):
+            sys.exit(f"{output} was measured elsewhere or with other versions: give another --output, or delete it.")
+        sizes = (options.vectors, options.codevectors, options.dims)
+        record["cells"] = [
+            cell
+            for cell in before["cells"]
+            if not (cell["n"] in sizes[0] and cell["k"] in sizes[1] and cell["d"] in sizes[2])
+        ]
     for d in options.dims:
         for k in options.codevectors:
             for n in options.vectors:
@@ -257,7 +276,7 @@ def main() -> None:
                     figures = cell(n, k, d, training, options.device)
                     line = {"n": n, "k": k, "d": d, "training": training, "contestants": figures}
                     if options.device == "cuda":
-                        line["floor_ms"] = bandwidth_floor(n, d)
+                        line["floor_ms"], line["search_ms"] = bandwidth_floor(n, d), search_time(n, k, d)
                     record["cells"].append(line)
                     print(json.dumps(line), flush=True)
                     output.parent.mkdir(exist_ok=True)

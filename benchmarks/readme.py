@@ -193,7 +193,7 @@ def quantizer() -> str:
         on_cuda = "floor_ms" in record["cells"][0]
         where = record["processor"] if on_cuda else f"{record['threads']} threads of a {record['processor']} CPU"
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        floor = " ours / floor |" if on_cuda else ""
+        floor = " our search / one read and write |" if on_cuda else ""
         parts += [
             f"Measured on {where} by `{record['command']}`, all contestants in turns in one run: how many times as",
             "long as `LooCQuantizer` they take for N vectors of d = 4 and K codevectors, and the memory beyond the",
@@ -210,19 +210,19 @@ def quantizer() -> str:
             figures = cell["contestants"]
             ours = figures["looc"]
             others = [figures[name] for name in ("diffusers", "lucidrains", "cdist")]
-            times = [f"{o['ms'] / ours['ms']:.0f}×" if o["ms"] else "does not fit" for o in others]
+            times = [f"{o['ms'] / ours['ms']:.2g}×" if o["ms"] else "does not fit" for o in others]
             sizes = [f"{o['mib']:,.0f}" if o["mib"] is not None else "does not fit" for o in others]
             columns = [
                 f"{cell['n']:,}",
                 f"{cell['k']:,}",
                 "training" if cell["training"] else "evaluation",
-                f"{ours['ms']:.3g}",
+                f"{ours['ms']:,.1f}",
                 *times,
                 f"{ours['mib']:,.0f}",
                 *sizes,
             ]
             if on_cuda:
-                columns.append(f"{ours['ms'] / cell['floor_ms']:.1f}")
+                columns.append(f"{cell['search_ms'] / cell['floor_ms']:.1f}")
             parts.append(f"| {' | '.join(columns)} |")
         parts.append("")
     return "\n".join(parts).rstrip()

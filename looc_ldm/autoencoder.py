@@ -163,7 +163,11 @@ class LooCVQModel(VQModel):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """Load a model, as `ModelMixin.from_pretrained` does; a plain `VQModel`'s folder loads as well."""
+        """Load a model, as `ModelMixin.from_pretrained` does.
+
+        A plain `VQModel`'s folder loads as well, and quantizes as it did with `interpolation_factor=1` and
+        `distance="euclidean"`.
+        """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if "quantize.usage" in info["missing_keys"]:
             # Of a VQModel: its codevectors must not count as unused.

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 # Numbers that a temporary holds where work on all segments goes in chunks.
 CHUNK_ELEMENTS = 2**20
+GPU_CHUNK_ELEMENTS = 2**26
 
 
 class QuantizerLoss(torch.autograd.Function):
@@ -59,7 +60,7 @@ class Rotation(torch.autograd.Function):
 
 
 def sum_by_code(rows: torch.Tensor, indices: torch.Tensor, num_codevectors: int, dtype: torch.dtype) -> torch.Tensor:
-    """(N, d) rows and their N codes -> (K, d) sums. Deterministic."""
+    """(N, d) rows and their N codes -> (K, d) sums. Deterministic, but for what torch.compile makes of it on GPUs."""
     if rows.device.type == "cpu" and not torch.compiler.is_compiling():
         sums = torch.zeros(num_codevectors, rows.shape[1], dtype=dtype)
         size = max(1, CHUNK_ELEMENTS // rows.shape[1])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from looc_ldm.anchors import ANCHORS, Anchors, better_anchors
 from looc_ldm.contrastive import contrastive_loss
-from looc_ldm.gradients import CHUNK_ELEMENTS, QuantizerLoss, Rotation, sum_by_code
+from looc_ldm.gradients import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, QuantizerLoss, Rotation, sum_by_code
 from looc_ldm.search import DISTANCES, nearest_codevectors
 
 SEGMENT_LAYOUTS = ("channel", "patch")
@@ -59,9 +59,9 @@ class LooCQuantizer(nn.Module):
         usage_decay (`float`, defaults to 0.99): gamma, the decay of the average of `usage`, and of the codebook's.
         codebook_update (`str`, defaults to `"ema"`): How a codevector follows the segments that choose it. `"ema"`, as
             their moving average (VQ-VAE, appendix A.1): `revive` moves it, and it has no gradient. `"gradient"`, by
-            the codebook term of the loss, as published: in the first 50 steps the loss then climbs to a multiple of
-            its start, since the codevectors, which start in [-1/K, 1/K], lag behind the encoder
-            (benchmarks/quantizer_recipes.py).
+            the codebook term of the loss, as published: on some data the loss then climbs to many times its start
+            in the first 50 steps, since the codevectors, which start in [-1/K, 1/K], lag behind the encoder
+            (docs/quantizer_recipes.md).
         gradient (`str`, defaults to `"straight-through"`): What the choice of a codevector c for a segment z does to
             the gradient: nothing, or, `"rotation"`, what the rotation and scaling of z onto c would do, taken for
             constant ("Restructuring vector quantization with the rotation trick", ICLR 2025).
@@ -199,7 +199,7 @@ class LooCQuantizer(nn.Module):
         return self.embedding.weight
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, None, torch.Tensor]]:
-        """Quantize a feature map. The gradient passes straight through the choice of codevectors.
+        """Quantize a feature map. Gradients pass the choice of codevectors as `gradient` says.
 
         Args:
             z (`torch.Tensor` of shape `(B, n_q, H, W)`): The feature map; other shapes as `input_layout` says.
@@ -212,7 +212,8 @@ class LooCQuantizer(nn.Module):
 
         Raises:
             ValueError: `z` has another shape, or holds values that are not finite. Training on an accelerator does not
-                wait for the device to learn the latter: there `check_finite` says so.
+                wait for the device to learn the latter: there `check_finite` says so. Compiled or exported, evaluation
+                returns NaN instead.
         """
         # Activation checkpointing runs a forward once more during backward: that is no further batch.
         collecting = self.training and not _in_backward()
@@ -248,6 +249,8 @@ class LooCQuantizer(nn.Module):
                 loss = self._loss_in_chunks(flat, indices)
                 del rows, flat  # as large as what is made next
                 quantized = self._lookup(codes)
+                if torch.compiler.is_compiling():
+                    quantized = torch.where(nonfinite, torch.nan, quantized)
             share = counts / indices.numel()
             perplexity = torch.exp(-torch.sum(share * torch.log(share + 1e-10)))
         return self._like(quantized, z), loss + contrastive, (perplexity, None, codes)
@@ -264,7 +267,7 @@ class LooCQuantizer(nn.Module):
     @torch.no_grad()
     def search(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes `(B, H, W, C)` of a feature map, and the vectors they were chosen for, float32 `(B, H, W, C, d)`."""
-        self._check_input(z)
+        self._check_input(z, wait=True)
         with torch.autocast(z.device.type, enabled=False):
             rows = self._to_segments(z.float())
             flat = rows.reshape(-1, self.codevector_dim)
@@ -294,12 +297,14 @@ class LooCQuantizer(nn.Module):
         the new N_k. Then the CVQ-VAE revival: c_k <- (1 - alpha_k) c_k + alpha_k a_k with
         alpha_k = exp(-10 K N_k / (1 - gamma) - 0.001) and a_k the anchor.
 
-        Right after each forward this is the published rule; once per optimizer step it also holds under gradient
-        accumulation. Where `torch.distributed` runs, this is a collective: every rank must call it, and all ranks end
-        with the codebook that one process would have got from all their features.
+        Right after each forward, with `codebook_update="gradient"`, this is the published rule; once per optimizer step
+        it also holds under gradient accumulation. Where `torch.distributed` runs, this is a collective: every rank must
+        have run a training forward and call it, and all ranks end with the codebook that one process would have got
+        from all their features. (Drawn anchors agree in distribution; a contrastive term is each rank's own.)
 
-        A module whose `revive` was never called revives by itself at its next training forward. Call it once before
-        the first step of a training that accumulates gradients.
+        A module whose `revive` was never called revives by itself at its next training forward, which then is the
+        collective. Call it once before the first step of a training that accumulates gradients. With CUDA graphs
+        (`torch.compile(mode="reduce-overhead")`) it must follow each forward.
         """
         self._owner_revives = True
         if self._collected is not None:
@@ -322,7 +327,8 @@ class LooCQuantizer(nn.Module):
     def _apply_revival(self) -> None:
         counts, nonfinite, offsets, anchors = self._reduce_over_ranks(self._collected)
         self._collected = None
-        self._nonfinite = nonfinite if self._nonfinite is None else self._nonfinite | nonfinite
+        # A clone: under CUDA graphs the next replay overwrites what a forward has left.
+        self._nonfinite = nonfinite.clone() if self._nonfinite is None else self._nonfinite | nonfinite
         # Without a question to the device: a step with values that are not finite changes nothing.
         rate = torch.where(nonfinite, 0.0, 1 - self.usage_decay)
         share = (counts / counts.sum()).to(self.usage.dtype)
@@ -372,7 +378,7 @@ class LooCQuantizer(nn.Module):
                 anchors = better_anchors(anchors, Anchors(candidates[:, 0], candidates[:, 1:]))
         return Collected(counts, nonfinite, offsets, anchors)
 
-    def _check_input(self, z: torch.Tensor) -> torch.Tensor:
+    def _check_input(self, z: torch.Tensor, wait: bool = False) -> torch.Tensor:
         """Refuse other shapes and, where that costs no wait for a busy device, values that are not finite.
 
         Returns whether there are such values, as a tensor.
@@ -386,7 +392,7 @@ class LooCQuantizer(nn.Module):
             raise ValueError(f"z must not be empty, got the shape {tuple(z.shape)}.")
         lowest, highest = z.detach().aminmax()
         nonfinite = ~(lowest.isfinite() & highest.isfinite())
-        at_once = (z.device.type == "cpu" or not self.training) and not torch.compiler.is_compiling()
+        at_once = (wait or z.device.type == "cpu" or not self.training) and not torch.compiler.is_compiling()
         if at_once and bool(nonfinite):
             raise ValueError(NOT_FINITE)
         return nonfinite
@@ -451,7 +457,7 @@ class LooCQuantizer(nn.Module):
             return None
         # In float64, so that the codebook does not depend on how features are spread over steps and ranks: near ties
         # between codevectors would part what differs by float32's rounding.
-        wide = torch.float32 if difference.device.type == "mps" else torch.float64
+        wide = torch.float64 if difference.device.type in ("cpu", "cuda") else torch.float32
         return sum_by_code(difference, indices, self.num_codevectors, wide).neg_()
 
     def _loss_in_chunks(self, flat: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -459,7 +465,7 @@ class LooCQuantizer(nn.Module):
         if torch.compiler.is_compiling():  # fused by the compiler
             squared = (F.embedding(indices, self.codebook) - flat).square().sum()
         else:
-            rows = max(1, CHUNK_ELEMENTS // self.codevector_dim)
+            rows = max(1, (CHUNK_ELEMENTS if flat.device.type == "cpu" else GPU_CHUNK_ELEMENTS) // self.codevector_dim)
             squared = sum(
                 (F.embedding(chosen, self.codebook) - part).square_().sum()
                 for chosen, part in zip(indices.split(rows), flat.split(rows), strict=True)
@@ -487,13 +493,17 @@ class LooCQuantizer(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        if self._collected is not None and self._collected.counts.device != self.usage.device:
+            self._collected = self._nonfinite = None  # of a forward on another device
+        return self
 
     def extra_repr(self) -> str:
         return (
             f"vq_embed_dim={self.vq_embed_dim}, num_codevectors={self.num_codevectors}, "
             f"codevector_dim={self.codevector_dim}, interpolation_factor={self.interpolation_factor}, "
-            f"segment_layout={self.segment_layout!r}, distance={self.distance!r}, anchor={self.anchor!r}"
+            f"segment_layout={self.segment_layout!r}, distance={self.distance!r}, anchor={self.anchor!r}, "
+            f"codebook_update={self.codebook_update!r}, gradient={self.gradient!r}, input_layout={self.input_layout!r}"
         )
 
 

@@ -69,7 +69,8 @@ def nearest_codevectors(
             one; `"probrandom"`, one drawn with probability softmax(similarity) over the N vectors; `"random"`, any
             one; `"none"` looks for no anchors. A vector that is not finite is never closest or drawn by similarity.
 
-    Under `torch.compile` the same back ends run, as one operator of the graph; `torch.export` gets plain operators.
+    Under `torch.compile` the same back ends run, as one operator of the graph; `torch.export` gets plain operators,
+    whose matrix products are as exact as the settings that the exported program runs under.
     """
     # torch.compiler.is_exporting() is true under torch.compile as well in torch 2.11.
     if torch.compiler._is_exporting_flag:

@@ -1,5 +1,6 @@
 """Nearest-codevector search on CPUs: a fused loop compiled by numba, and scipy's k-d tree for very large codebooks.
 
+The first search in a process compiles the loop, in about half a second for each number of dimensions.
 The functions take and return NumPy arrays; `looc_ldm.search` chooses among them and says what the arguments mean.
 """
 
@@ -83,12 +84,16 @@ def search_tree(vectors: np.ndarray, keys: np.ndarray, offset: np.ndarray, cosin
             queries = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
             queries = np.pad(queries, ((0, 0), (0, 1)))
         queries = queries - offset
-        queries[~np.isfinite(queries).all(1)] = 0  # any index will do
+        finite = np.isfinite(queries).all(1)
+        queries[~finite] = 0  # any index will do
         apart, nearest = tree.query(queries, k=range(1, neighbours + 1), workers=threads)
         chosen = first[nearest[:, 0]]
-        for tied in np.flatnonzero(apart[:, 0] == apart[:, -1]) if neighbours == 2 else ():
-            exact = np.square(queries[tied].astype(np.float64) - keys).sum(1)
-            chosen[tied] = exact.argmin()
+        tied = (apart[:, 0] == apart[:, -1]) & finite
+        if cosine:
+            tied &= queries.any(1)
+        for i in np.flatnonzero(tied) if neighbours == 2 else ():
+            exact = np.square(queries[i].astype(np.float64) - keys).sum(1)
+            chosen[i] = exact.argmin()
         if cosine:
             chosen[~queries.any(1)] = 0  # all are equally near
         indices[start : start + TREE_ROWS] = chosen
@@ -101,8 +106,8 @@ def _in_threads(work: Callable, num_vectors: int, num_codevectors: int, threads:
     Threads of our own rather than numba's: those abort the process when two Python threads use them, or after a fork.
     """
     threads = min(threads, max(1, num_vectors * num_codevectors // PARALLEL_PAIRS), os.cpu_count() or 1)
-    bounds = [LANES * round(i * num_vectors / threads / LANES) for i in range(threads)] + [num_vectors]
-    parts = [(start, stop) for start, stop in pairwise(bounds) if start < stop]
+    starts = [min(num_vectors, LANES * round(i * num_vectors / threads / LANES)) for i in range(threads)]
+    parts = [(start, stop) for start, stop in pairwise([*starts, num_vectors]) if start < stop]
     if len(parts) <= 1:
         return [work(0, num_vectors)]
     with ThreadPoolExecutor(len(parts)) as pool:

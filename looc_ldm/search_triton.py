@@ -7,7 +7,8 @@ therefore the same in every run.
 
 from __future__ import annotations
 
-import os
+import logging
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
+
+logger = logging.getLogger(__name__)
 
 MAX_DIM = 64
 
@@ -31,9 +34,23 @@ NOBODY = (~0x7F800000 << 32) | 0xFFFFFFFF
 
 
 def triton_usable(vectors: torch.Tensor) -> bool:
-    """Whether `search_triton` can take these vectors: Triton is installed, they are on CUDA, and d is at most 64."""
-    on_device = vectors.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return triton is not None and on_device and vectors.shape[1] <= MAX_DIM
+    """Whether `search_triton` can take these vectors: they are on CUDA, d is at most 64, and Triton works there."""
+    return vectors.is_cuda and vectors.shape[1] <= MAX_DIM and _builds(vectors.device)
+
+
+@cache
+def _builds(device: torch.device) -> bool:
+    """Whether Triton is installed and makes a kernel for this GPU: it wants a C compiler, and not too old a GPU."""
+    if triton is None:
+        return False
+    zeros = torch.zeros(2, 1, device=device)
+    try:
+        search_triton(zeros, zeros, zeros[:, 0], zeros[0], normalize=False, closest=False)
+    except Exception as error:  # of its compiler, whatever they are
+        reason = str(error).splitlines() or [type(error).__name__]
+        logger.warning("The search on %s goes without Triton, and is slower: %s", device, reason[0])
+        return False
+    return True
 
 
 def jit(**options):

@@ -85,8 +85,8 @@ def codebook_statistics(quantizer: LooCQuantizer, feature_maps: Iterable[torch.T
             apart = 1 - F.cosine_similarity(rows, chosen, dim=-1)
         else:
             apart = (rows - chosen).norm(dim=-1)
-        bins = torch.bucketize(apart.double(), DISTANCE_EDGES[1:-1].to(apart.device)).flatten()
-        distances += torch.bincount(bins, minlength=len(distances)).cpu()
+        bins = torch.bucketize(apart.cpu().double(), DISTANCE_EDGES[1:-1]).flatten()
+        distances += torch.bincount(bins, minlength=len(distances))
     if not counts.sum():
         raise ValueError("There are no feature maps to count codes of.")
     return CodebookStatistics(counts.view(segments, num_codevectors), distances, DISTANCE_EDGES)

@@ -146,3 +146,13 @@ def test_an_exported_quantizer_is_made_of_plain_operators_and_takes_maps_of_any_
 def test_exporting_a_quantizer_in_training_says_that_it_cannot_be():
     with pytest.raises(Exception, match="LooCQuantizer can be exported in eval mode only"):
         torch.export.export(small_quantizer().train(), (features_of(2, 0),))
+
+
+def test_compiled_evaluation_returns_nan_where_it_cannot_refuse():
+    torch.compiler.reset()
+    quantizer = LooCQuantizer(8, 16, 4).eval()
+    z = torch.randn(2, 8, 4, 4)
+    z[0, 0, 0, 0] = torch.inf
+    with torch.no_grad():
+        assert torch.compile(quantizer, backend="eager", fullgraph=True)(z)[0].isnan().all()
+        assert torch.compile(quantizer, backend="eager", fullgraph=True)(z.clamp(-1, 1))[0].isfinite().all()

@@ -112,3 +112,11 @@ def test_a_whole_model_of_diffusers_is_not_revived_away_either(tmp_path):
     ours.quantize(torch.ones(1, 4, 2, 2))
     ours.quantize.revive()
     assert torch.equal(ours.quantize.codebook, theirs.quantize.embedding.weight)
+
+
+def test_what_was_collected_on_another_device_is_dropped_with_the_move():
+    quantizer = LooCQuantizer(8, 16, 4)
+    quantizer(torch.randn(2, 8, 4, 4))
+    quantizer.to("meta")
+    assert quantizer._collected is None
+    quantizer.revive()

@@ -225,6 +225,14 @@ def test_the_number_of_threads_changes_nothing(distance, d, monkeypatch):
             assert torch.equal(several[1], row)
 
 
+def test_parts_for_threads_are_all_vectors_once_and_no_others(monkeypatch):
+    monkeypatch.setattr(search_cpu.os, "cpu_count", lambda: 64)
+    for n in (1, 250, 255, 256, 257, 486, 712, 2000, 70_000):
+        for threads in (1, 2, 3, 4, 8, 16, 25):
+            parts = search_cpu._in_threads(lambda start, stop: (start, stop), n, 2**22, threads)
+            assert [i for start, stop in parts for i in range(start, stop)] == list(range(n))
+
+
 @pytest.mark.parametrize("name", ["fused", "chunks"])
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_closest_vectors_are_those_of_brute_force_and_ties_the_first_on_every_back_end(name, distance):

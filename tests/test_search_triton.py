@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from looc_ldm import search_triton as triton_module
-from looc_ldm.search_triton import BLOCK_K, REPLICAS, block_rows, search_triton, triton_usable
+from looc_ldm.search_triton import BLOCK_K, REPLICAS, _builds, block_rows, search_triton, triton_usable
 
 DIMS = (1, 2, 3, 4, 5, 8, 16, 33, 64)
 CODEBOOK_SIZES = (2, 3, 16, 17, 100, 256, 1000)
@@ -261,21 +261,26 @@ def test_the_module_is_importable_without_triton():
 import sys
 sys.modules["triton"] = None  # makes `import triton` fail
 import torch
-from looc_ldm.search_triton import triton_usable
+from looc_ldm.search_triton import _builds, triton_usable
 assert not triton_usable(torch.zeros(1, 4))
+assert not _builds(torch.device("cpu"))
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # which would otherwise make it usable here
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @needs_triton
-def test_usable_on_cuda_or_interpreted_up_to_64_dimensions(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert not triton_usable(torch.zeros(1, 4))
-    assert triton_usable(torch.zeros(1, 4, device=DEVICE)) == (DEVICE == "cuda")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert triton_usable(torch.zeros(1, 64))
-    assert not triton_usable(torch.zeros(1, 65))
+@pytest.mark.skipif(DEVICE == "cuda", reason="Triton makes kernels for this device")
+def test_where_triton_makes_no_kernel_the_search_goes_without_and_says_so(caplog):
+    _builds.cache_clear()
+    assert not _builds(torch.device("cpu"))
+    assert "goes without Triton" in caplog.text
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_usable_up_to_64_dimensions():
+    assert triton_usable(torch.zeros(1, 64, device=DEVICE))
+    assert not triton_usable(torch.zeros(1, 65, device=DEVICE))
 
 
 if __name__ == "__main__":

@@ -160,14 +160,16 @@ def train(config: AutoencoderConfig) -> Path:
             run.images_seen += config.batch_size
             ema.update(live, run.images_seen, config.batch_size)
             bar.update(config.batch_size)
+            if run.due(config.log_every_images) or run.due(config.checkpoint_every_images):
+                live.quantize.check_finite()  # before anything of it is kept
             if run.due(config.log_every_images):
-                live.quantize.check_finite()
                 run.log(bar, learning_rate=run.learning_rate(config.optimizer))
             if run.due(config.checkpoint_every_images):
                 run.save_checkpoint()
             if run.due(config.preview_every_images) and accelerator.is_main_process:
                 run.save_preview(preview(ema.model, validation))
             run.stop_if_asked()
+        live.quantize.check_finite()
         run.save_checkpoint()
 
     # 4. The result: averaged weights under the plain name, live ones as the variant `non_ema`
