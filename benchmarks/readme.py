@@ -241,6 +241,11 @@ def recipes() -> str:
         "(protocol `clean`, mean over images) is of the last 2,000 training images, which were not trained on; test",
         "sets were not read. In brackets, the highest total loss of the first 150 steps over that of the first step:",
         "1.0 where it only falls. Several figures in a cell are seeds.",
+        "",
+        "The moving average is the default: it starts without the climb of the published rule and ends higher on all",
+        'three sets. The rotation trick is an option (`gradient="rotation"`); whether it should be the default, full',
+        "trainings have to show. Starts from features or by k-means and a learned rotation of channels are in this",
+        "benchmark only, not in the package.",
     ]
     settings = ("images", "distance", "anchor", "interpolation_factor", "bits_per_pixel")
     for setting in dict.fromkeys(tuple(run[key] for key in settings) for run in runs):

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOME_OF = {
     "LooCQuantizer": "looc_ldm.quantizer",
     "codebook_statistics": "looc_ldm.statistics",
+    "CodebookStatistics": "looc_ldm.statistics",
     "LooCVQModel": "looc_ldm.autoencoder",
     "LooCDecoderOutput": "looc_ldm.autoencoder",
     "ClassEmbedding": "looc_ldm.class_embedding",
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from looc_ldm.class_embedding import ClassEmbedding as ClassEmbedding
     from looc_ldm.pipelines.ldm import LooCLDMPipeline as LooCLDMPipeline
     from looc_ldm.quantizer import LooCQuantizer as LooCQuantizer
+    from looc_ldm.statistics import CodebookStatistics as CodebookStatistics
     from looc_ldm.statistics import codebook_statistics as codebook_statistics
     from looc_ldm.unet import FixedHeadsUNet2DModel as FixedHeadsUNet2DModel
 

@@ -39,6 +39,9 @@ class LooCQuantizer(nn.Module):
     3.2, "LDC"). Before that the map is enlarged bilinearly by `interpolation_factor` and afterwards pooled back
     (section 3.3). Codevectors that are hardly used are pulled towards features of the batch (the CVQ update).
 
+    Unlike there, indices keep the shape of the map, perplexity is a number, and `decode_indices` is what
+    `get_codebook_entry` is there.
+
     Codebook, search and loss are float32 whatever the dtype of the module around it: a bfloat16 search picks a wrong
     code for 2 to 8 % of vectors at 2 to 4 dimensions. The output has the dtype of the input.
 
@@ -59,9 +62,9 @@ class LooCQuantizer(nn.Module):
         usage_decay (`float`, defaults to 0.99): gamma, the decay of the average of `usage`, and of the codebook's.
         codebook_update (`str`, defaults to `"ema"`): How a codevector follows the segments that choose it. `"ema"`, as
             their moving average (VQ-VAE, appendix A.1): `revive` moves it, and it has no gradient. `"gradient"`, by
-            the codebook term of the loss, as published: on some data the loss then climbs to many times its start
-            in the first 50 steps, since the codevectors, which start in [-1/K, 1/K], lag behind the encoder
-            (docs/quantizer_recipes.md).
+            the codebook term of the loss, as published; the optimizer then needs the quantizer's parameters. On some
+            data the loss climbs to many times its start in the first 50 steps, since the codevectors, which start in
+            [-1/K, 1/K], lag behind the encoder (docs/quantizer_recipes.md).
         gradient (`str`, defaults to `"straight-through"`): What the choice of a codevector c for a segment z does to
             the gradient: nothing, or, `"rotation"`, what the rotation and scaling of z onto c would do, taken for
             constant ("Restructuring vector quantization with the rotation trick", ICLR 2025).
@@ -213,7 +216,7 @@ class LooCQuantizer(nn.Module):
         Raises:
             ValueError: `z` has another shape, or holds values that are not finite. Training on an accelerator does not
                 wait for the device to learn the latter: there `check_finite` says so. Compiled or exported, evaluation
-                returns NaN instead.
+                has NaN in `quantized` and `loss` instead, and any codes.
         """
         # Activation checkpointing runs a forward once more during backward: that is no further batch.
         collecting = self.training and not _in_backward()
@@ -255,7 +258,6 @@ class LooCQuantizer(nn.Module):
             perplexity = torch.exp(-torch.sum(share * torch.log(share + 1e-10)))
         return self._like(quantized, z), loss + contrastive, (perplexity, None, codes)
 
-    @torch.no_grad()
     def encode_indices(self, z: torch.Tensor) -> torch.Tensor:
         """Codes of a feature map `(B, n_q, H, W)`, as int64 `(B, H, W, C)`.
 
@@ -274,16 +276,26 @@ class LooCQuantizer(nn.Module):
             return nearest_codevectors(flat, self.codebook, self.distance).indices.view(rows.shape[:-1]), rows
 
     def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
-        """The float32 feature map `(B, n_q, H, W)` of codes `(B, H, W, C)`: what `forward` returns.
+        """The float32 feature map `(B, n_q, H, W)` of integer codes `(B, H, W, C)`: what `forward` returns.
 
         Raises:
-            ValueError: `indices` has another number of axes, or a last axis that is not C.
+            ValueError: `indices` are not integers, have another number of axes or a last axis that is not C, or are not
+                all in [0, K) (compiled, that is not looked at).
         """
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            raise ValueError(f"indices must be integers, got {indices.dtype}.")
         if indices.ndim != self.spatial_axes + 2 or indices.shape[-1] != self.codes_per_position:
             axes = "batch, height, width" if self.spatial_axes == 2 else "batch, length"
             raise ValueError(
                 f"indices must have the shape ({axes}, {self.codes_per_position}), got {tuple(indices.shape)}."
             )
+        indices = indices.long()
+        if indices.numel() and not torch.compiler.is_compiling():
+            lowest, highest = (int(extreme) for extreme in indices.aminmax())
+            if lowest < 0 or highest >= self.num_codevectors:
+                raise ValueError(
+                    f"indices must be in [0, {self.num_codevectors}), got values from {lowest} to {highest}."
+                )
         with torch.autocast(indices.device.type, enabled=False):
             quantized = self._lookup(indices)
         return quantized if self.input_layout == "BLC" else quantized.movedim(-1, 1).contiguous()

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 DISTANCE_EDGES = 10 ** torch.linspace(-6, 4, 51, dtype=torch.float64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CodebookStatistics:
-    """What `codebook_statistics` returns; counts are int64 tensors on the CPU.
+    """What `codebook_statistics` returns; counts are int64 tensors on the CPU. Read `use`, `perplexity`, `dead`,
+    `segment_use` and `segments_per_codevector`.
 
     Attributes:
         counts (`torch.Tensor` of shape `(segments, K)`): How often each segment chose each codevector. Segments are
@@ -32,6 +33,13 @@ class CodebookStatistics:
     counts: torch.Tensor
     distances: torch.Tensor
     distance_edges: torch.Tensor
+
+    def __repr__(self) -> str:
+        segments, codevectors = self.counts.shape
+        return (
+            f"CodebookStatistics(use={self.use:.4g}, perplexity={self.perplexity:.4g}, dead={len(self.dead)} of "
+            f"{codevectors}, segments={segments}, vectors={int(self.counts.sum())})"
+        )
 
     @property
     def use(self) -> float:
@@ -66,7 +74,12 @@ def codebook_statistics(quantizer: LooCQuantizer, feature_maps: Iterable[torch.T
 
     Args:
         quantizer (`LooCQuantizer`): The quantizer.
-        feature_maps: Feature maps as `quantizer` takes them, for instance `model.encode(x).latents` of every batch.
+        feature_maps: An iterable of feature maps as `quantizer` takes them, for instance `model.encode(x).latents` of
+            every batch.
+
+    Returns:
+        `CodebookStatistics`: With `use`, `perplexity`, `dead`, `segment_use`, `segments_per_codevector`, `counts` and
+        the histogram `distances`.
 
     Raises:
         ValueError: There are no feature maps, or the quantizer refuses one.

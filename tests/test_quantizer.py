@@ -437,3 +437,25 @@ def test_codes_of_another_shape_are_refused(input_layout, shape):
     expected = "(batch, height, width, 8)" if input_layout == "BCHW" else "(batch, length, 4)"
     with pytest.raises(ValueError, match=re.escape(f"{expected}, got {shape}")):
         small_quantizer(input_layout=input_layout).decode_indices(torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_codes_are_decoded_from_any_integer_type(dtype):
+    quantizer = small_quantizer()
+    codes = quantizer.encode_indices(torch.randn(2, 8, 3, 3))
+    assert torch.equal(quantizer.decode_indices(codes.to(dtype)), quantizer.decode_indices(codes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda codes: codes.float(), r"indices must be integers, got torch\.float32"),
+        (lambda codes: codes - 32, r"indices must be in \[0, 32\), got values from -"),
+        (lambda codes: codes + 32, r"indices must be in \[0, 32\), got values from \d+ to \d+"),
+    ],
+)
+def test_codes_that_are_none_are_refused(change, message):
+    quantizer = small_quantizer()
+    codes = quantizer.encode_indices(torch.randn(2, 8, 3, 3))
+    with pytest.raises(ValueError, match=message):
+        quantizer.decode_indices(change(codes))
