@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from looc_ldm.errors import UserError
 
 TRAINERS = ("autoencoder", "diffusion")
 DATA_HELP = "bundled name, folder of images or parquet files, or hub id"
+COMMAND_MODULES = ()  # of looc_ldm.commands; each has `add_parsers(commands)`
 DTYPES = ("float32", "bfloat16", "float16")
 REPORTED_PACKAGES = ("torch", "torchvision", "diffusers", "accelerate", "transformers", "datasets", "torch-fidelity")
 
@@ -40,7 +42,7 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], None]
     quickstart.add_argument(
         "--output", type=Path, default=Path("quickstart"), help="folder of everything (default: quickstart)"
     )
-    _add_feature_options(quickstart, without="FID is left out")
+    add_feature_options(quickstart, without="FID is left out")
     quickstart.set_defaults(command=commands_by_name["quickstart"])
 
     train = commands.add_parser("train", help="train an autoencoder (stage 1) or a diffusion model (stage 2)")
@@ -51,26 +53,26 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], None]
     cache.add_argument("--autoencoder", help="folder or hub id of the first stage (default: the config's)")
     cache.add_argument("--data", help="bundled name, folder or hub id (default: the config's)")
     cache.add_argument("--output", type=Path, help="folder (default: the config's `latents`, or latents in its output)")
-    _add_device_option(cache)
+    add_device_option(cache)
     cache.set_defaults(command=commands_by_name["cache-latents"])
 
     sample = commands.add_parser("sample", help="draw images, and a grid of them, from a trained model")
     sample.add_argument("model", metavar="MODEL", help="pipeline: folder or hub id")
     sample.add_argument("--labels", nargs="+", help="classes, by name or index (default: all)")
-    sample.add_argument("--images", type=_positive, default=4, help="images of each class, or in all (default: 4)")
-    _add_sampling_options(sample, batch_size=64)
+    sample.add_argument("--images", type=positive, default=4, help="images of each class, or in all (default: 4)")
+    add_sampling_options(sample, batch_size=64)
     sample.add_argument("--output", type=Path, default=Path("samples"), help="folder of PNGs (default: samples)")
     sample.set_defaults(command=commands_by_name["sample"])
 
     reconstruct = commands.add_parser("reconstruct", help="originals beside reconstructions")
     reconstruct.add_argument("model", metavar="MODEL", help="autoencoder or pipeline: folder or hub id")
     reconstruct.add_argument("data", metavar="IMAGES", help=DATA_HELP)
-    _add_data_options(reconstruct)
-    reconstruct.add_argument("--images", type=_positive, default=8, help="images in the grid (default: 8)")
+    add_data_options(reconstruct)
+    reconstruct.add_argument("--images", type=positive, default=8, help="images in the grid (default: 8)")
     reconstruct.add_argument(
         "--output", type=Path, default=Path("reconstructions.png"), help="PNG file (default: reconstructions.png)"
     )
-    _add_device_option(reconstruct)
+    add_device_option(reconstruct)
     reconstruct.set_defaults(command=commands_by_name["reconstruct"], dtype="float32")
 
     evaluate = commands.add_parser("evaluate", help="measure reconstructions or samples")
@@ -78,56 +80,59 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], None]
     reconstruction = kinds.add_parser("reconstruction", help="PSNR, SSIM, L1, codebook use, bits per pixel, rFID")
     reconstruction.add_argument("model", metavar="MODEL", help="autoencoder or pipeline: folder or hub id")
     reconstruction.add_argument("--data", required=True, help=DATA_HELP)
-    _add_data_options(reconstruction)
-    reconstruction.add_argument("--images", type=_positive, help="measure only so many images (default: all)")
-    _add_feature_options(reconstruction, without="rFID is left out")
-    _add_device_option(reconstruction)
-    _add_dtype_option(reconstruction)
-    _add_result_option(reconstruction)
+    add_data_options(reconstruction)
+    reconstruction.add_argument("--images", type=positive, help="measure only so many images (default: all)")
+    add_feature_options(reconstruction, without="rFID is left out")
+    add_device_option(reconstruction)
+    add_dtype_option(reconstruction)
+    add_result_option(reconstruction)
     reconstruction.set_defaults(command=commands_by_name["evaluate reconstruction"])
 
     generation = kinds.add_parser("generation", help="FID and KID of samples against real images")
     generation.add_argument("model", metavar="MODEL", help="pipeline: folder or hub id")
     generation.add_argument("--data", required=True, help=DATA_HELP)
-    _add_data_options(generation)
-    generation.add_argument("--images", type=_positive, default=10_000, help="samples to draw (default: 10000)")
-    _add_sampling_options(generation, batch_size=100)
-    _add_feature_options(generation, without="it is downloaded")
-    _add_result_option(generation)
+    add_data_options(generation)
+    generation.add_argument("--images", type=positive, default=10_000, help="samples to draw (default: 10000)")
+    add_sampling_options(generation, batch_size=100)
+    add_feature_options(generation, without="it is downloaded")
+    add_result_option(generation)
     generation.set_defaults(command=commands_by_name["evaluate generation"])
+
+    for name in COMMAND_MODULES:
+        import_module(f"looc_ldm.commands.{name}").add_parsers(commands)
     return parser
 
 
-def _add_device_option(parser: argparse.ArgumentParser) -> None:
+def add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the best there is)")
 
 
-def _add_dtype_option(parser: argparse.ArgumentParser) -> None:
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the networks (default: float32)")
 
 
-def _add_sampling_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    parser.add_argument("--steps", type=_positive, default=50, help="denoising steps (default: 50)")
+def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    parser.add_argument("--steps", type=positive, default=50, help="denoising steps (default: 50)")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="1 is no guidance (default: 1)")
     parser.add_argument(
-        "--batch-size", type=_positive, default=batch_size, help="images drawn at a time (default: %(default)s)"
+        "--batch-size", type=positive, default=batch_size, help="images drawn at a time (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="same seed, same images (default: 0)")
-    _add_device_option(parser)
-    _add_dtype_option(parser)
+    parser.add_argument("--seed", type=seed_number, default=0, help="same seed, same images (default: 0)")
+    add_device_option(parser)
+    add_dtype_option(parser)
 
 
-def _add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="which split (default: test, validation, or the first there is)")
     parser.add_argument(
-        "--resolution", type=_positive, help="side of the images in pixels (default: what the model was trained at)"
+        "--resolution", type=positive, help="side of the images in pixels (default: what the model was trained at)"
     )
     parser.add_argument(
         "--fit", choices=("crop", "pad"), default="crop", help="how images become square (default: crop)"
     )
 
 
-def _add_feature_options(parser: argparse.ArgumentParser, without: str) -> None:
+def add_feature_options(parser: argparse.ArgumentParser, without: str) -> None:
     parser.add_argument(
         "--inception-weights",
         type=Path,
@@ -141,18 +146,18 @@ def _add_feature_options(parser: argparse.ArgumentParser, without: str) -> None:
     )
 
 
-def _add_result_option(parser: argparse.ArgumentParser) -> None:
+def add_result_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the figures (default: they are only printed)")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
     return value
 
 
-def _seed(text: str) -> int:
+def seed_number(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"must be a whole number in [0, 2**32), got {text!r}")
     return int(text)

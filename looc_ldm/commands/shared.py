@@ -1,0 +1,135 @@
+"""What the commands of `looc-ldm` share. Heavy packages are imported inside the functions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from looc_ldm import __version__
+from looc_ldm.errors import UserError
+from looc_ldm.files import check_folder
+
+
+def choose_device(name: str | None):
+    import torch
+
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def load_pipeline(options: argparse.Namespace):
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+
+    from looc_ldm.errors import ModelError
+    from looc_ldm.pipelines.ldm import LooCLDMPipeline
+
+    device, name = choose_device(options.device), options.model
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise ModelError(f"no pipeline in {name!r}: it holds no model_index.json.")
+    if not folder.is_dir() and (folder.is_absolute() or name.count("/") != 1):
+        raise ModelError(f"no pipeline {name!r}: neither a folder nor a hub id (user/name).")
+    diffusers_logging.disable_progress_bar()  # of loading a handful of files
+    try:
+        pipe = LooCLDMPipeline.from_pretrained(name, dtype=getattr(torch, options.dtype), use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, AttributeError, TypeError, KeyError) as error:
+        raise ModelError(f"cannot load {name!r}: {' '.join(str(error).split())[:400]}") from error
+    return pipe.to(device)
+
+
+def by_index(label: int | str | None, pipe) -> int | str | None:
+    """A label as typed: an index, unless it is a name."""
+    is_index = isinstance(label, str) and label.isdecimal() and label not in pipe.labels
+    return int(label) if is_index else label
+
+
+def draw_samples(pipe, labels: list, options: argparse.Namespace):
+    """Images from a pipeline, one by one, as the options of `add_sampling_options` say."""
+    from looc_ldm.pipelines.sampling import sample_images
+
+    return sample_images(
+        pipe,
+        labels,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance_scale,
+    )
+
+
+def load_images(options: argparse.Namespace, model):
+    from looc_ldm.training.config import DataConfig
+    from looc_ldm.training.data import load_image_set
+
+    resolution = options.resolution or model.config.sample_size
+    with as_user_errors(ValueError):
+        model.bits_per_image(resolution, resolution)  # refuses a side that the model cannot take
+    config = DataConfig(path=options.data, split=options.split or "", resolution=resolution, fit=options.fit)
+    return load_image_set(config, model.config.in_channels)
+
+
+def model_and_images(options: argparse.Namespace):
+    import torch
+
+    from looc_ldm.loading import load_autoencoder
+
+    device = choose_device(options.device)
+    model = load_autoencoder(options.model, getattr(torch, options.dtype)).to(device)
+    return model, load_images(options, model)
+
+
+def rate_of(model, images) -> tuple[float, int]:
+    """Bits an image costs, and pixels it has; padding costs bits, but is nothing anybody wanted."""
+    side = images.config.resolution
+    return model.bits_per_image(side, side), math.prod(images.content_size or (side, side))
+
+
+def inception_features(options: argparse.Namespace):
+    from looc_ldm.metrics import InceptionFeatures
+
+    with as_user_errors(ValueError, FileNotFoundError):
+        features = InceptionFeatures(options.feature_layer, options.inception_weights)
+        try:
+            features.check()
+        except ConnectionError as error:
+            raise UserError(f"--inception-weights: {error}") from error
+        return features
+
+
+@contextmanager
+def as_user_errors(*types: type[Exception]) -> Iterator[None]:
+    """Errors of these types, raised by our own checks of input, are shown as one line."""
+    try:
+        yield
+    except types as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def check_file(file: Path | None) -> None:
+    """Refuse, before any work, a file that cannot be written. None is no file."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise UserError(f"cannot write {str(file)!r}: it is a folder.")
+    check_folder(file.parent)
+
+
+def report_figures(figures: dict, options: argparse.Namespace) -> None:
+    """Print the figures, and write them with what is needed to repeat them."""
+    for name, value in figures.items():
+        print(f"{name:20} {value:.4f}" if isinstance(value, float) else f"{name:20} {value}")
+    if options.output is not None:
+        from looc_ldm.files import replace_text
+
+        record = {**figures, "dtype": options.dtype, "command": options.command_line, "version": __version__}
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(options.output, json.dumps(record, indent=2) + "\n")

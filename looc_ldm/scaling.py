@@ -1,0 +1,42 @@
+"""Between an autoencoder's latents z and the unit-variance latents x a diffusion model works on.
+
+x = (z - mean) / std * scaling_factor, with `scaling_factor`, `latents_mean` and `latents_std` of the autoencoder's
+config; mean and std, one value a channel, are 0 and 1 where they are not given. The convention is that of diffusers'
+Stable Diffusion XL pipelines. Works for any autoencoder of diffusers.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import ModelMixin
+
+
+def check_scaling(autoencoder: ModelMixin) -> None:
+    """Raise ValueError for an autoencoder whose latents were never measured, saying how that is done."""
+    if autoencoder.config.get("scaling_factor") is None:
+        raise ValueError(
+            "vqvae.config.scaling_factor is None: measure it on training images with "
+            "looc_ldm.training.latents.measure_scaling_factor, and store it with "
+            "vqvae.register_to_config(scaling_factor=...)."
+        )
+
+
+def scale_latents(autoencoder: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    """Latents `(B, c, h, w)` of `autoencoder.encode` as the diffusion model sees them."""
+    mean, std = _mean_and_std(autoencoder, latents)
+    return (latents - mean) / std * autoencoder.config.scaling_factor
+
+
+def unscale_latents(autoencoder: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    """The inverse of `scale_latents`: what `autoencoder.decode` takes."""
+    mean, std = _mean_and_std(autoencoder, latents)
+    return latents / autoencoder.config.scaling_factor * std + mean
+
+
+def _mean_and_std(autoencoder: ModelMixin, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `(1, c, 1, 1)`, or as the numbers 0 and 1."""
+    values = []
+    for name, default in (("latents_mean", 0.0), ("latents_std", 1.0)):
+        given = autoencoder.config.get(name)
+        values.append(like.new_tensor(default if given is None else given).reshape(1, -1, 1, 1))
+    return values[0], values[1]
