@@ -19,6 +19,8 @@ _HOME_OF = {
     "ClassEmbedding": "looc_ldm.class_embedding",
     "FixedHeadsUNet2DModel": "looc_ldm.unet",
     "LooCLDMPipeline": "looc_ldm.pipelines.ldm",
+    "LooCLDMImg2ImgPipeline": "looc_ldm.pipelines.img2img",
+    "LooCLDMInpaintPipeline": "looc_ldm.pipelines.inpaint",
 }
 __all__ = sorted(_HOME_OF)
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from looc_ldm.autoencoder import LooCDecoderOutput as LooCDecoderOutput
     from looc_ldm.autoencoder import LooCVQModel as LooCVQModel
     from looc_ldm.class_embedding import ClassEmbedding as ClassEmbedding
+    from looc_ldm.pipelines.img2img import LooCLDMImg2ImgPipeline as LooCLDMImg2ImgPipeline
+    from looc_ldm.pipelines.inpaint import LooCLDMInpaintPipeline as LooCLDMInpaintPipeline
     from looc_ldm.pipelines.ldm import LooCLDMPipeline as LooCLDMPipeline
     from looc_ldm.quantizer import LooCQuantizer as LooCQuantizer
     from looc_ldm.statistics import CodebookStatistics as CodebookStatistics

@@ -1,0 +1,127 @@
+"""Which schedulers fit which models. diffusers lets any scheduler be assigned, and a wrong one draws garbage."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+
+import torch
+from diffusers import (
+    DPMSolverSDEScheduler,
+    EulerAncestralDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+)
+
+logger = logging.getLogger(__name__)
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
+# A UNet has learned to denoise at the noise levels of these settings.
+NOISE_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+
+# These know no UNets that predict the clean latents, and say so only when the UNet has run.
+WITHOUT_SAMPLE = (
+    PNDMScheduler,
+    EulerAncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    DPMSolverSDEScheduler,
+)
+
+
+def prediction_type_of(scheduler: SchedulerMixin) -> str:
+    """What a scheduler takes the UNet's output for: one of `PREDICTION_TYPES`.
+
+    Raises:
+        ValueError: It is for another kind of model.
+    """
+    name = type(scheduler).__name__
+    if name.startswith("EDM"):
+        raise ValueError(
+            f"{name} takes the UNet for one with EDM's preconditioning, whose input and output are scaled by the noise "
+            "level; with this one it would draw garbage. EulerDiscreteScheduler and DPMSolverMultistepScheduler take "
+            "the same steps."
+        )
+    if not callable(getattr(scheduler, "step", None)) or not hasattr(scheduler, "config"):
+        raise ValueError(f"the scheduler must be a diffusers scheduler, got {name}.")
+    needed = [
+        parameter
+        for parameter in list(inspect.signature(scheduler.step).parameters.values())[3:]
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    if name.startswith("FlowMatch"):
+        return "flow_prediction"
+    prediction_type = scheduler.config.get("prediction_type")
+    if needed or prediction_type not in PREDICTION_TYPES or scheduler.config.get("beta_start") is None:
+        raise ValueError(
+            f"{name} is for another kind of model; KarrasDiffusionSchedulers (but EDMEulerScheduler), LCMScheduler "
+            "and, for models trained by flow matching, FlowMatchEulerDiscreteScheduler fit."
+        )
+    flow = (prediction_type == "flow_prediction", bool(scheduler.config.get("use_flow_sigmas")))
+    if flow[0] != flow[1]:
+        raise ValueError(
+            f'{name} has prediction_type="{prediction_type}" with use_flow_sigmas={flow[1]}; for models trained by '
+            'flow matching give prediction_type="flow_prediction" and use_flow_sigmas=True, for others neither.'
+        )
+    return prediction_type
+
+
+def check_scheduler(scheduler: SchedulerMixin, prediction_type: str, noise_schedule: dict) -> None:
+    """Refuse a scheduler for UNets that predict something else; warn about one that spoils the images.
+
+    Args:
+        prediction_type (`str`): What the UNet was trained to predict.
+        noise_schedule (`dict`): `noise_schedule_of` the scheduler that came with the UNet.
+
+    Raises:
+        ValueError: The scheduler takes the UNet's output for something else.
+    """
+    name = type(scheduler).__name__
+    taken_for = prediction_type_of(scheduler)
+    if taken_for != prediction_type:
+        raise ValueError(
+            f'the UNet was trained to predict "{prediction_type}", but {name} takes its output for "{taken_for}"; make '
+            f"the scheduler with {name}.from_config(pipe.scheduler.config), if that is of the same family."
+        )
+    if prediction_type == "sample" and isinstance(scheduler, WITHOUT_SAMPLE):
+        raise ValueError(f'{name} does not know UNets that predict "sample"; DDIM, DPMSolver and UniPC schedulers do.')
+    if scheduler.config.get("clip_sample"):
+        logger.warning("%s has clip_sample=True, which cuts latents, that are no pixels, off at 1.", name)
+    changed = {k: v for k, v in noise_schedule_of(scheduler).items() if v != noise_schedule.get(k, v)}
+    if changed:
+        # Also after `from_config`: diffusers leaves out what was a default of the old class, and takes the new class's.
+        logger.warning(
+            "%s has another noise schedule than the UNet came with, %s; give from_config also %s.",
+            name,
+            ", ".join(f"{k}={v!r}" for k, v in changed.items()),
+            ", ".join(f"{k}={noise_schedule[k]!r}" for k in changed),
+        )
+
+
+def noise_schedule_of(scheduler: SchedulerMixin) -> dict:
+    """The settings of a scheduler that say how noisy its training timesteps are."""
+    return {name: scheduler.config[name] for name in NOISE_SCHEDULE if name in scheduler.config}
+
+
+def seed_scheduler(
+    scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None, count: int
+) -> None:
+    """Make the noise of DPMSolverSDEScheduler, which takes no generator, that of the images' generators."""
+    if not isinstance(scheduler, DPMSolverSDEScheduler):
+        return
+    generators = generator if isinstance(generator, list) else [generator] * count
+    draws = (torch.randint(2**62, (), generator=g, device="cpu" if g is None else g.device) for g in generators)
+    scheduler.noise_sampler_seed = [int(seed) for seed in draws]
+    scheduler.noise_sampler = None  # of an earlier call
+
+
+def noised(
+    scheduler: SchedulerMixin, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
+    """Latents `(B, c, h, w)` as they are at a timestep `()` of the scheduler's, in its own scale."""
+    timesteps = timestep.expand(len(latents))
+    if hasattr(scheduler, "scale_noise"):  # flow matching
+        return scheduler.scale_noise(latents, timesteps, noise)
+    return scheduler.add_noise(latents, noise, timesteps)

@@ -1,0 +1,263 @@
+"""Image to image and inpainting: what becomes of the image, the mask and the strength."""
+
+import diffusers
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers import KarrasDiffusionSchedulers
+
+from looc_ldm import LooCLDMImg2ImgPipeline, LooCLDMInpaintPipeline, LooCLDMPipeline
+
+SCHEDULERS = [kind.name for kind in KarrasDiffusionSchedulers if kind.name != "EDMEulerScheduler"] + ["LCMScheduler"]
+SIDE = 16
+
+
+def image(seed: int = 0, channels: int = 3) -> torch.Tensor:
+    """One smooth image `(1, C, 16, 16)` in [0, 1]."""
+    coarse = torch.rand(1, channels, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bilinear")
+
+
+def left_half() -> torch.Tensor:
+    mask = torch.zeros(1, 1, SIDE, SIDE)
+    mask[..., : SIDE // 2] = 1
+    return mask
+
+
+@pytest.fixture
+def pipelines(make_pipeline):
+    """The two pipelines of one tiny model."""
+
+    def make(kind: str = "num_class_embeds", **arguments):
+        pipe = make_pipeline(kind, **arguments)
+        made = LooCLDMImg2ImgPipeline.from_pipe(pipe), LooCLDMInpaintPipeline.from_pipe(pipe)
+        for one in made:
+            one.set_progress_bar_config(disable=True)
+        return made
+
+    return make
+
+
+def run(pipe, *inputs, steps: int = 4, seed: int = 0, output_type: str = "pt", **arguments):
+    arguments = {"generator": torch.Generator().manual_seed(seed), **arguments}
+    return pipe(*inputs, num_inference_steps=steps, output_type=output_type, **arguments).images
+
+
+@pytest.mark.parametrize("kind", ["unconditional", "num_class_embeds", "cross_attention"])
+def test_they_are_made_from_a_pipeline_and_load_from_its_folder(kind, make_pipeline, tmp_path):
+    pipe = make_pipeline(kind)
+    pipe.save_pretrained(tmp_path)
+    for one in (LooCLDMImg2ImgPipeline, LooCLDMInpaintPipeline):
+        inputs = (image(), left_half()) if one is LooCLDMInpaintPipeline else (image(),)
+        made, loaded = one.from_pipe(pipe), one.from_pretrained(tmp_path)
+        for other in (made, loaded):
+            other.set_progress_bar_config(disable=True)
+            assert other.config.id2label == pipe.config.id2label
+            assert other.config.null_class_label == pipe.config.null_class_label
+        assert made.unet is pipe.unet
+        assert torch.equal(run(made, *inputs), run(loaded, *inputs))
+        back = LooCLDMPipeline.from_pipe(made)
+        assert back.vqvae is pipe.vqvae
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_little_strength_stays_at_the_image_and_more_goes_further(name, pipelines):
+    pipe, _ = pipelines("unconditional")
+    midway = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **midway)
+    clean = pipe.prepare_image_latents(image(), None, 1)
+    change = [
+        (run(pipe, image(), strength, steps=20, output_type="latent") - clean).abs().mean().item()
+        for strength in (0.1, 0.5, 1.0)
+    ]
+    assert change[0] < change[1] < change[2]
+    assert change[0] < 0.5 * change[2]
+
+
+def test_pndm_does_not_start_midway_in_its_runge_kutta_steps(pipelines):
+    pipe, _ = pipelines("unconditional")
+    pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="skip_prk_steps=True"):
+        run(pipe, image(), 0.5)
+
+
+def test_made_from_a_pipeline_in_half_precision_both_stay_in_it(make_pipeline):
+    pipe = make_pipeline().to(torch.bfloat16)
+    other = LooCLDMImg2ImgPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    assert pipe.unet.dtype == other.unet.dtype == torch.bfloat16
+    assert pipe.vqvae.quantize.embedding.weight.dtype == torch.float32
+    assert run(other, image(), 0.5, class_labels=0).isfinite().all()
+
+
+def test_strength_is_the_share_of_the_steps_that_are_taken(pipelines):
+    pipe, _ = pipelines()
+    for strength, steps in ((1.0, 10), (0.5, 5), (0.1, 1)):
+        run(pipe, image(), strength, steps=10, class_labels=0)
+        assert pipe.num_timesteps == steps
+
+
+def test_the_latents_it_starts_from_are_those_of_the_image_with_the_noise_of_the_first_timestep(pipelines):
+    pipe, _ = pipelines("unconditional")
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    inputs = []
+    pipe.unet.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    run(pipe, image(), 0.5, steps=10, latents=noise)
+    level = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps[5]]
+    clean = pipe.vqvae.encode(image() * 2 - 1).latents * 0.7
+    torch.testing.assert_close(inputs[0], level.sqrt() * clean + (1 - level).sqrt() * noise)
+
+
+def test_flow_matching_starts_on_the_line_between_image_and_noise(make_pipeline):
+    tiny = make_pipeline("unconditional")
+    pipe = LooCLDMImg2ImgPipeline(tiny.vqvae, tiny.unet, FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 8, 8)
+    inputs = []
+    pipe.unet.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    run(pipe, image(), 0.5, steps=10, latents=noise)
+    sigma = pipe.scheduler.sigmas[5]
+    torch.testing.assert_close(inputs[0], sigma * noise + (1 - sigma) * pipe.prepare_image_latents(image(), None, 1))
+
+
+def test_images_come_in_every_form_and_are_resized(pipelines):
+    pipe, _ = pipelines()
+    tensor = (image() * 255).round() / 255
+    array = tensor.permute(0, 2, 3, 1).numpy()
+    pil = PIL.Image.fromarray((array[0] * 255).round().astype(np.uint8))
+    expected = run(pipe, tensor, class_labels=1)
+    for form in (pil, [pil], array, [array[0]], tensor[0], [tensor[0]]):
+        torch.testing.assert_close(run(pipe, form, class_labels=1), expected, atol=1e-4, rtol=0)
+    assert run(pipe, pil.resize((50, 40))).shape == (1, 3, SIDE, SIDE)
+    assert run(pipe, pil.convert("L")).shape == (1, 3, SIDE, SIDE)
+
+
+def test_a_grey_model_takes_colour_images(pipelines):
+    pipe, inpaint = pipelines(channels=1)
+    pil = PIL.Image.fromarray((image()[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8))
+    assert run(pipe, pil).shape == (1, 1, SIDE, SIDE)
+    assert run(inpaint, pil, left_half()).shape == (1, 1, SIDE, SIDE)
+
+
+def test_one_image_is_varied_for_every_label_and_several_images_go_with_their_labels(pipelines):
+    pipe, inpaint = pipelines()
+    two = torch.cat([image(0), image(1)])
+    noise = torch.randn(1, 4, 8, 8).expand(2, -1, -1, -1)
+    assert run(pipe, image(), class_labels=[0, 1, 2]).shape[0] == 3
+    assert run(pipe, two, class_labels=0, num_images_per_label=3).shape[0] == 6
+    both = run(pipe, two, class_labels=[0, 1], latents=noise)
+    second = run(pipe, image(1), class_labels=1, latents=noise[:1])
+    torch.testing.assert_close(both[1], second[0], atol=1e-4, rtol=0)
+    masked = run(inpaint, two, left_half(), class_labels=[0, 1], latents=noise)
+    torch.testing.assert_close(masked[1, ..., SIDE // 2 :], two[1, ..., SIDE // 2 :])
+
+
+@pytest.mark.parametrize("name", [*SCHEDULERS, "FlowMatchEulerDiscreteScheduler"])
+def test_inpainting_keeps_the_known_pixels_and_latents_and_draws_the_others(name, make_pipeline):
+
+    tiny = make_pipeline("unconditional")
+    kind = getattr(diffusers, name)
+    scheduler = kind() if name.startswith("FlowMatch") else kind.from_config(tiny.scheduler.config)
+    pipe = LooCLDMInpaintPipeline(tiny.vqvae, tiny.unet, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = run(pipe, image(), left_half(), steps=8)
+    assert torch.allclose(drawn[..., SIDE // 2 :], image()[..., SIDE // 2 :], atol=1e-6)
+    assert (drawn[..., : SIDE // 2] - image()[..., : SIDE // 2]).abs().mean() > 0.02
+    latents = run(pipe, image(), left_half(), steps=8, output_type="latent")
+    clean = pipe.prepare_image_latents(image(), None, 1)
+    assert torch.equal(latents[..., 4:], clean[..., 4:])
+    assert not torch.allclose(latents[..., :4], clean[..., :4], atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_after_each_step_the_known_latents_have_the_noise_that_is_left(name, pipelines):
+
+    _, pipe = pipelines("unconditional")
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    clean = pipe.prepare_image_latents(image(), None, 1)
+    shares = []
+
+    def look(pipe, step, timestep, tensors):
+        difference = (tensors["latents"] - clean)[..., 4:]
+        shares.append(torch.corrcoef(torch.stack([difference.flatten(), noise[..., 4:].flatten()]))[0, 1].item())
+
+    run(pipe, image(), left_half(), steps=6, latents=noise, callback_on_step_end=look)
+    assert len(shares) == 6
+    assert min(shares[:4]) > 0.8
+
+
+def test_at_full_strength_it_starts_from_noise_alone(pipelines):
+    _, pipe = pipelines("unconditional")
+    noise = torch.randn(1, 4, 8, 8)
+    inputs = []
+    pipe.unet.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    run(pipe, image(), left_half(), latents=noise)
+    assert torch.equal(inputs[0], noise)
+
+
+def test_a_latent_is_drawn_anew_if_any_of_its_pixels_is(pipelines):
+    _, pipe = pipelines("unconditional")
+    mask = torch.zeros(1, 1, SIDE, SIDE)
+    mask[..., 5, 5] = 1
+    changed = run(pipe, image(), mask, output_type="latent") != pipe.prepare_image_latents(image(), None, 1)
+    assert changed.any(1).nonzero().tolist() == [[0, 2, 2]]
+    pixels = (run(pipe, image(), mask) - image()).abs() > 1e-6
+    assert pixels.any(1).nonzero().tolist() == [[0, 5, 5]]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "arguments", "message"),
+    [
+        ((image(), 0.0), {}, "strength must be at most 1 and leave one of 4 steps, got 0.0"),
+        ((image(), 1.5), {}, "strength must be at most 1 and leave one of 4 steps, got 1.5"),
+        ((image(), 0.2), {}, "strength must be at most 1 and leave one of 4 steps, got 0.2"),
+        ((torch.rand(1, 2, 16, 16),), {}, "image must have 3 channels, got 2"),
+        ((image().expand(2, -1, -1, -1),), {"class_labels": [0, 1, 2]}, "batch_size=2 does not fit 3 class_labels"),
+        ((image(),), {"class_labels": "trouser"}, "unknown class name 'trouser'"),
+        ((image(),), {"latents": torch.zeros(1, 4, 8, 9)}, "latents must have the shape"),
+        ((image(),), {"generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_input_that_does_not_fit_is_refused_before_the_unet_runs(inputs, arguments, message, pipelines):
+    pipe, inpaint = pipelines()
+    ran = []
+    pipe.unet.register_forward_pre_hook(lambda *_: ran.append(1))
+    with pytest.raises(ValueError, match=message):
+        run(pipe, *inputs, **arguments)
+    with pytest.raises(ValueError, match=message):
+        run(inpaint, inputs[0], left_half(), *inputs[1:], **arguments)
+    assert ran == []
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.zeros(1, 3, SIDE, SIDE), "mask_image must have one channel, got 3"),
+        (torch.zeros(2, 1, SIDE, SIDE), "2 masks do not fit 1 images"),
+    ],
+    ids=["channels", "number"],
+)
+def test_a_mask_that_does_not_fit_is_refused(mask, message, pipelines):
+    _, pipe = pipelines()
+    with pytest.raises(ValueError, match=message):
+        run(pipe, image(), mask)
+
+
+def test_a_given_mask_and_image_are_left_as_they_are(pipelines):
+    _, pipe = pipelines()
+    mask, picture = left_half(), image()
+    run(pipe, picture, mask)
+    assert torch.equal(mask, left_half())
+    assert torch.equal(picture, image())
+
+
+def test_the_scheduler_may_be_used_for_drawing_again_afterwards(make_pipeline):
+    pipe = make_pipeline("unconditional")
+    pipe.scheduler = DDIMScheduler(clip_sample=False)
+    before = run(pipe)
+    run(LooCLDMImg2ImgPipeline.from_pipe(pipe), image(), 0.5)
+    assert torch.equal(run(pipe), before)

@@ -1,0 +1,245 @@
+"""Every scheduler draws from the distribution that the UNet knows, and one for another kind of model is refused.
+
+The UNet here is the exact denoiser of latents that are normal with a known mean and deviation: then every sampler must
+end there.
+"""
+
+import logging
+
+import diffusers
+import pytest
+import torch
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    RePaintScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
+from diffusers.schedulers import KarrasDiffusionSchedulers
+
+from looc_ldm import LooCLDMPipeline
+
+MEAN, DEVIATION = 0.4, 0.6
+NAMES = [kind.name for kind in KarrasDiffusionSchedulers if kind.name != "EDMEulerScheduler"]
+SETTINGS = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195, "timestep_spacing": "trailing"}
+IMAGES = 32
+WITHOUT_SAMPLE = {
+    "PNDMScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler",
+}
+
+
+class GaussianUNet(UNet2DModel):
+    """Predicts, exactly, for latents x0 that are independently normal: E[. | x_t]."""
+
+    prediction_type = "epsilon"
+
+    def forward(self, sample, timestep, return_dict=True):
+        if self.prediction_type == "flow_prediction":
+            sigma = timestep.double() / 1000
+            alpha = 1 - sigma
+        else:
+            products = DDIMScheduler(**SETTINGS).alphas_cumprod.double()
+            levels = ((1 - products) / products).log() / 2  # log of sigma / alpha at whole timesteps
+            low = timestep.double().floor().long().clamp(0, 999)
+            share = timestep.double() - low
+            ratio = torch.lerp(levels[low], levels[(low + 1).clamp(max=999)], share).exp()
+            alpha = (1 + ratio**2).rsqrt()
+            sigma = ratio * alpha
+        x = sample.double()
+        variance = (alpha * DEVIATION) ** 2 + sigma**2
+        noise = sigma * (x - alpha * MEAN) / variance
+        clean = MEAN + alpha * DEVIATION**2 * (x - alpha * MEAN) / variance
+        prediction = {
+            "epsilon": noise,
+            "sample": clean,
+            "v_prediction": alpha * noise - sigma * clean,
+            "flow_prediction": noise - clean,
+        }[self.prediction_type]
+        return (prediction.to(sample.dtype),)
+
+
+@pytest.fixture
+def gaussian_pipeline(make_pipeline):
+    def make(scheduler, prediction_type: str = "epsilon") -> LooCLDMPipeline:
+        tiny = make_pipeline("unconditional")
+        unet = GaussianUNet(
+            sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8,), norm_num_groups=4,
+            down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        )  # fmt: skip
+        unet.prediction_type = prediction_type
+        pipe = LooCLDMPipeline(tiny.vqvae, unet, scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+def generators(count: int = IMAGES) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def latents_of(pipe, steps: int = 50, count: int = IMAGES, **arguments) -> torch.Tensor:
+    arguments = {"generator": generators(count), **arguments}
+    return pipe(batch_size=count, num_inference_steps=steps, output_type="latent", **arguments).images
+
+
+def scheduler_from(name: str, prediction_type: str = "epsilon"):
+    trained = DDIMScheduler(clip_sample=False, prediction_type=prediction_type, **SETTINGS)
+    return getattr(diffusers, name).from_config(trained.config)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_scheduler_draws_from_the_distribution_the_unet_knows(name, prediction_type, gaussian_pipeline):
+    if prediction_type == "sample" and name in WITHOUT_SAMPLE:
+        pytest.skip("diffusers' own does not know it")
+    # First-order samplers come close with many steps only; torchsde's noise is slow to draw.
+    steps, count, tolerance = (25, 8, 0.12) if name == "DPMSolverSDEScheduler" else (200, IMAGES, 0.05)
+    latents = latents_of(gaussian_pipeline(scheduler_from(name, prediction_type), prediction_type), steps, count)
+    assert latents.mean().item() == pytest.approx(MEAN, abs=0.03)
+    assert latents.std().item() == pytest.approx(DEVIATION, rel=tolerance)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_few_steps_suffice_for_schedulers_of_higher_order(name, gaussian_pipeline):
+    scheduler = getattr(diffusers, name).from_config(scheduler_from(name).config, use_karras_sigmas=True)
+    few = latents_of(gaussian_pipeline(scheduler), steps=20).std().item()
+    ddim = latents_of(gaussian_pipeline(scheduler_from("DDIMScheduler")), steps=20).std().item()
+    assert few == pytest.approx(DEVIATION, rel=0.03)
+    assert ddim < 0.85 * DEVIATION
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    ],
+    ids=["Euler", "Euler-shift", "DPM++", "UniPC"],
+)
+def test_a_flow_matching_model_draws_from_its_distribution(scheduler, gaussian_pipeline):
+    latents = latents_of(gaussian_pipeline(scheduler, "flow_prediction"), steps=100)
+    assert latents.mean().item() == pytest.approx(MEAN, abs=0.03)
+    assert latents.std().item() == pytest.approx(DEVIATION, rel=0.05)
+
+
+def test_lcm_takes_the_steps_it_is_told_to(gaussian_pipeline):
+    pipe = gaussian_pipeline(scheduler_from("LCMScheduler"))
+    latents = latents_of(pipe, steps=4)  # the mean is right; its deviation takes a distilled model
+    assert pipe.num_timesteps == 4
+    assert latents.mean().item() == pytest.approx(MEAN, abs=0.03)
+    with pytest.raises(ValueError, match="51"):
+        latents_of(pipe, steps=51)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "LCMScheduler"])
+def test_with_a_generator_an_image_a_batch_and_a_call_before_change_nothing(name, gaussian_pipeline):
+    pipe = gaussian_pipeline(scheduler_from(name))
+    steps = 4
+    batch = latents_of(pipe, steps, count=3)
+    alone = latents_of(pipe, steps, count=1, generator=generators(3)[2:])
+    torch.testing.assert_close(alone[0], batch[2], atol=1e-4, rtol=0)
+    assert not torch.allclose(batch[0], batch[1], atol=0.1)
+    assert torch.equal(latents_of(pipe, steps, count=3), batch)
+    one = latents_of(pipe, steps, count=2, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(latents_of(pipe, steps, count=2, generator=torch.Generator().manual_seed(5)), one)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [*NAMES, "FlowMatchEulerDiscreteScheduler"])
+def test_in_half_precision_every_scheduler_draws_the_images_of_float32_but_for_rounding(name, dtype, gaussian_pipeline):
+    flow = name.startswith("FlowMatch")
+    scheduler = FlowMatchEulerDiscreteScheduler() if flow else scheduler_from(name)
+    pipe = gaussian_pipeline(scheduler, "flow_prediction" if flow else "epsilon")
+    wide = latents_of(pipe, steps=6, count=2)
+    pipe.to(dtype)
+    half = latents_of(pipe, steps=6, count=2)
+    assert half.dtype == dtype
+    assert (half.float() - wide).abs().mean() < 0.02
+    assert pipe(num_inference_steps=4, output_type="pt").images.dtype == torch.float32
+
+
+# Schedulers that do not fit -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "reason"),
+    [
+        (EDMEulerScheduler(), "EDM's preconditioning"),
+        (EDMDPMSolverMultistepScheduler(), "EDM's preconditioning"),
+        (CMStochasticIterativeScheduler(), "for another kind of model"),
+        (RePaintScheduler(), "for another kind of model"),
+        (FlowMatchEulerDiscreteScheduler.from_config(DDIMScheduler().config), '"epsilon".*"flow_prediction"'),
+        (DDIMScheduler(prediction_type="v_prediction"), '"epsilon".*"v_prediction"'),
+        (DPMSolverMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas=True"),
+        (UNet2DModel(block_out_channels=(32,) * 4), "must be a diffusers scheduler, got UNet2DModel"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_a_scheduler_of_a_wrong_kind_is_refused_before_the_unet_runs(scheduler, reason, gaussian_pipeline):
+    pipe = gaussian_pipeline(DDIMScheduler(clip_sample=False))
+    ran = []
+    pipe.unet.register_forward_pre_hook(lambda *_: ran.append(1))
+    pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match=reason):
+        pipe()
+    assert ran == []
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_SAMPLE))
+def test_schedulers_that_know_no_sample_prediction_are_refused_for_it(name, gaussian_pipeline):
+    with pytest.raises(ValueError, match=f'{name} does not know UNets that predict "sample"'):
+        latents_of(gaussian_pipeline(scheduler_from(name, "sample"), "sample"))
+
+
+def test_what_the_unet_predicts_is_saved_with_the_pipeline(make_pipeline, tmp_path):
+    pipe = make_pipeline()
+    pipe = LooCLDMPipeline(pipe.vqvae, pipe.unet, DDIMScheduler(prediction_type="v_prediction", clip_sample=False))
+    assert pipe.config.prediction_type == "v_prediction"
+    pipe.save_pretrained(tmp_path)
+    loaded = LooCLDMPipeline.from_pretrained(tmp_path, scheduler=EulerDiscreteScheduler())
+    with pytest.raises(ValueError, match='"v_prediction", but EulerDiscreteScheduler takes its output for "epsilon"'):
+        loaded(class_labels=0)
+
+
+def test_a_prediction_type_that_does_not_exist_is_refused(make_pipeline):
+    pipe = make_pipeline()
+    with pytest.raises(ValueError, match=r"prediction_type must be one of epsilon, .*, got 'noise'"):
+        LooCLDMPipeline(**pipe.components, prediction_type="noise")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "warning"),
+    [
+        (DDIMScheduler(**SETTINGS, clip_sample=True), "clip_sample=True"),
+        (
+            LCMScheduler(beta_end=0.012),
+            "another noise schedule than the UNet came with, beta_start=0.00085, beta_end=0.012",
+        ),
+        (LCMScheduler(beta_end=0.012), "give from_config also beta_start=0.0015, beta_end=0.0195."),
+    ],
+    ids=["clipping", "betas", "remedy"],
+)
+def test_a_scheduler_that_spoils_the_images_is_warned_of(scheduler, warning, gaussian_pipeline, caplog):
+    pipe = gaussian_pipeline(DDIMScheduler(clip_sample=False, **SETTINGS))
+    with caplog.at_level(logging.WARNING):
+        latents_of(pipe, steps=2, count=1)
+    assert "clip_sample" not in caplog.text
+    assert "noise schedule" not in caplog.text
+    pipe.scheduler = scheduler
+    with caplog.at_level(logging.WARNING):
+        latents_of(pipe, steps=2, count=1)
+    assert warning in caplog.text
