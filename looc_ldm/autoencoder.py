@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers import VQModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 import looc_ldm.registration  # noqa: F401  (pipelines can then save and load this class)
 from looc_ldm.quantizer import LooCQuantizer
+from looc_ldm.tiling import decode_in_tiles, encode_in_tiles
 
 
 @dataclass
@@ -33,7 +37,7 @@ class LooCDecoderOutput(BaseOutput):
     perplexity: torch.Tensor | None = None
 
 
-class LooCVQModel(VQModel):
+class LooCVQModel(VQModel, AttentionMixin):
     """A VQ autoencoder whose latents are quantized by LooC: the first stage of a latent diffusion model.
 
     As in `VQModel`, `encode` returns the latents *before* quantization, which is what a diffusion model is trained on,
@@ -64,9 +68,18 @@ class LooCVQModel(VQModel):
         codevector_dim (`int`, *optional*): d, channels of a codevector; `vq_embed_dim` if not given (m = 1).
         interpolation_factor, segment_layout, distance, commitment_weight, anchor, usage_decay, codebook_update,
         gradient, revive_first_batch_only, contrastive_weight: See `LooCQuantizer`.
+        latents_mean (`list[float]`, *optional*): Mean of each of the n_q channels of the latents over the training set.
+        latents_std (`list[float]`, *optional*): Their standard deviations. A diffusion model then works on
+            (latents - latents_mean) / latents_std * scaling_factor; see `looc_ldm.scaling`.
+
+    Attributes:
+        use_slicing (`bool`): Whether images of a batch pass encoder and decoder one at a time; see `enable_slicing`.
+        use_tiling (`bool`): Whether large images pass them in tiles; see `enable_tiling`.
+        tile_sample_min_size (`int`, 128): Side of a tile in pixels. Smaller images are not cut.
 
     Raises:
-        ValueError: Sizes that do not fit together; see `LooCQuantizer`.
+        ValueError: Sizes that do not fit together, see `LooCQuantizer`; `latents_mean` or `latents_std` that are not
+            n_q finite numbers, or deviations that are not positive.
 
     Example:
 
@@ -82,7 +95,15 @@ class LooCVQModel(VQModel):
     ```
     """
 
+    _supports_gradient_checkpointing = True  # of encoder and decoder blocks, never of the quantizer
     _keep_in_fp32_modules = ["quantize"]
+    _no_split_modules = ["ResnetBlock2D", "Attention", "LooCQuantizer"]
+    _supports_group_offloading = True  # the codebook is called, not read, wherever it is used
+    _group_offload_block_modules = ["encoder", "quant_conv", "quantize", "embedding", "post_quant_conv", "decoder"]
+
+    use_slicing = False
+    use_tiling = False
+    _tile_sample_min_size = 128
 
     @register_to_config
     def __init__(
@@ -115,6 +136,8 @@ class LooCVQModel(VQModel):
         gradient: str = "straight-through",
         revive_first_batch_only: bool = False,
         contrastive_weight: float = 0.0,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
     ):
         vq_embed_dim = vq_embed_dim if vq_embed_dim is not None else latent_channels
         if not len(down_block_types) == len(up_block_types) == len(block_out_channels):
@@ -126,6 +149,13 @@ class LooCVQModel(VQModel):
             raise ValueError(
                 f'norm_type="spatial" needs vq_embed_dim={vq_embed_dim} to equal latent_channels={latent_channels}.'
             )
+        for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
+            if values is None:
+                continue
+            if len(values) != vq_embed_dim or not all(math.isfinite(value) for value in values):
+                raise ValueError(f"{name} must be vq_embed_dim={vq_embed_dim} finite numbers, got {list(values)}.")
+            if name == "latents_std" and min(values) <= 0:
+                raise ValueError(f"latents_std must be positive, got {list(values)}.")
         super().__init__(
             in_channels=in_channels,
             out_channels=out_channels,
@@ -179,6 +209,41 @@ class LooCVQModel(VQModel):
         """f, the ratio of the image's side to the latents' side."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
+    @property
+    def tile_sample_min_size(self) -> int:
+        """Side of a tile in pixels, a positive even number; see `enable_tiling`."""
+        return self._tile_sample_min_size
+
+    @tile_sample_min_size.setter
+    def tile_sample_min_size(self, size: int) -> None:
+        if size < 2 or size % 2:
+            raise ValueError(f"tile_sample_min_size must be a positive even number, got {size!r}.")
+        self._tile_sample_min_size = size
+
+    def enable_tiling(self, tile_sample_min_size: int | None = None) -> None:
+        """Encode and decode images larger than a tile in tiles, for inference in little memory.
+
+        Not an approximation: results are those of untiled calls but for rounding, codes included as far as rounding
+        allows, and no seam can be seen. Only `tile_sample_min_size` is to be chosen: how far tiles overlap follows from
+        the architecture. See `looc_ldm.tiling`. Attention, at latent resolution, still sees the whole image, and a
+        model with f = 1 gains nothing.
+
+        Tiled results carry no gradient.
+
+        Args:
+            tile_sample_min_size (`int`, *optional*): Side of a tile in pixels, even; as it was, at first 128, if not
+                given.
+
+        Raises:
+            NotImplementedError: Encoder and decoder are other networks than diffusers'.
+            ValueError: `tile_sample_min_size` is not a positive even number.
+        """
+        if not isinstance(self.decoder, Decoder):
+            raise NotImplementedError(f"Tiling is not implemented for {type(self).__name__}.")
+        if tile_sample_min_size is not None:
+            self.tile_sample_min_size = tile_sample_min_size
+        super().enable_tiling()
+
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[torch.Tensor]:
         """Encode images to latents, *before* quantization.
@@ -196,7 +261,9 @@ class LooCVQModel(VQModel):
                 f"images must have the shape (batch, {self.config.in_channels}, height, width) with height and width "
                 f"divisible by {f}, got {tuple(x.shape)}."
             )
-        return super().encode(x, return_dict=return_dict)
+        slices = x.split(1) if self.use_slicing else [x]
+        latents = torch.cat([self._encode(images) for images in slices])
+        return VQEncoderOutput(latents=latents) if return_dict else (latents,)
 
     @apply_forward_hook
     def decode(
@@ -247,6 +314,26 @@ class LooCVQModel(VQModel):
         """Encode, quantize and decode images `(B, in_channels, H, W)` in [-1, 1]; returns what `decode` returns."""
         return self.decode(self.encode(sample).latents, return_dict=return_dict)
 
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        if self._needs_tiles(*x.shape[2:]):
+            return self.quant_conv(encode_in_tiles(self.encoder, x, self.tile_sample_min_size))
+        return self.quant_conv(self.encoder(x))
+
     def _decode_quantized(self, quantized: torch.Tensor) -> torch.Tensor:
+        slices = quantized.split(1) if self.use_slicing else [quantized]
+        return torch.cat([self._decode(latents) for latents in slices])
+
+    def _decode(self, quantized: torch.Tensor) -> torch.Tensor:
         spatial = quantized if self.config.norm_type == "spatial" else None
-        return self.decoder(self.post_quant_conv(quantized), spatial)
+        sample = self.post_quant_conv(quantized)
+        f = self.downsampling_factor
+        if self._needs_tiles(sample.shape[2] * f, sample.shape[3] * f):
+            return decode_in_tiles(self.decoder, sample, spatial, self.tile_sample_min_size)
+        return self.decoder(sample, spatial)
+
+    def _needs_tiles(self, height: int, width: int) -> bool:
+        if not self.use_tiling or max(height, width) <= self.tile_sample_min_size:
+            return False
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError("Tiled results carry no gradient: train with disable_tiling(), or call eval().")
+        return True

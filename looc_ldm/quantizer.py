@@ -31,6 +31,17 @@ class Collected(NamedTuple):
     anchors: Anchors | None
 
 
+class Codebook(nn.Embedding):
+    """An embedding that, called without indices, gives all its vectors, (K, d).
+
+    Called, not read: what keeps weights on another device or on disk until they are needed waits for a call.
+    """
+
+    def forward(self, indices: torch.Tensor | None = None) -> torch.Tensor:
+        # A view holds on to the vectors when the weight is sent back where it came from, after this call.
+        return self.weight.view_as(self.weight) if indices is None else super().forward(indices)
+
+
 class LooCQuantizer(nn.Module):
     """Interpolate, quantize, pool: the paper's vector quantizer, a drop-in for diffusers' `VectorQuantizer`.
 
@@ -174,7 +185,7 @@ class LooCQuantizer(nn.Module):
         self.contrastive_weight = contrastive_weight
         self.input_layout = input_layout
 
-        self.embedding = nn.Embedding(num_codevectors, codevector_dim, dtype=torch.float32)
+        self.embedding = Codebook(num_codevectors, codevector_dim, dtype=torch.float32)
         nn.init.uniform_(self.embedding.weight, -1 / num_codevectors, 1 / num_codevectors)
         # Else DistributedDataParallel waits for a gradient.
         self.embedding.weight.requires_grad_(codebook_update == "gradient")
@@ -199,7 +210,7 @@ class LooCQuantizer(nn.Module):
     @property
     def codebook(self) -> torch.Tensor:
         """The codevectors, (K, d), float32."""
-        return self.embedding.weight
+        return self.embedding()
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, None, torch.Tensor]]:
         """Quantize a feature map. Gradients pass the choice of codevectors as `gradient` says.
