@@ -16,6 +16,7 @@ _HOME_OF = {
     "CodebookStatistics": "looc_ldm.statistics",
     "LooCVQModel": "looc_ldm.autoencoder",
     "LooCDecoderOutput": "looc_ldm.autoencoder",
+    "LooCSmallVQModel": "looc_ldm.small",
     "ClassEmbedding": "looc_ldm.class_embedding",
     "FixedHeadsUNet2DModel": "looc_ldm.unet",
     "LooCLDMPipeline": "looc_ldm.pipelines.ldm",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from looc_ldm.pipelines.inpaint import LooCLDMInpaintPipeline as LooCLDMInpaintPipeline
     from looc_ldm.pipelines.ldm import LooCLDMPipeline as LooCLDMPipeline
     from looc_ldm.quantizer import LooCQuantizer as LooCQuantizer
+    from looc_ldm.small import LooCSmallVQModel as LooCSmallVQModel
     from looc_ldm.statistics import CodebookStatistics as CodebookStatistics
     from looc_ldm.statistics import codebook_statistics as codebook_statistics
     from looc_ldm.unet import FixedHeadsUNet2DModel as FixedHeadsUNet2DModel

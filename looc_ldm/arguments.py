@@ -14,7 +14,7 @@ from looc_ldm.errors import UserError
 
 TRAINERS = ("autoencoder", "diffusion")
 DATA_HELP = "bundled name, folder of images or parquet files, or hub id"
-COMMAND_MODULES = ()  # of looc_ldm.commands; each has `add_parsers(commands)`
+COMMAND_MODULES = ("codes", "convert", "hub")  # of looc_ldm.commands; each has `add_parsers(commands)`
 DTYPES = ("float32", "bfloat16", "float16")
 REPORTED_PACKAGES = ("torch", "torchvision", "diffusers", "accelerate", "transformers", "datasets", "torch-fidelity")
 

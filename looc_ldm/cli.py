@@ -14,6 +14,7 @@ from looc_ldm.commands.shared import (
     by_index,
     check_file,
     choose_device,
+    data_of,
     draw_samples,
     inception_features,
     load_images,
@@ -140,7 +141,7 @@ def _evaluate_reconstruction(options: argparse.Namespace) -> None:
     bar = tqdm(float_batches(Subset(images, chosen)), desc="reconstructing", unit="batch", delay=1)
     with as_user_errors(ValueError):
         figures = evaluate_reconstruction(model, bar, images.content_size, features)
-    report_figures(figures, options)
+    report_figures(figures | data_of(images), options)
 
 
 def _evaluate_generation(options: argparse.Namespace) -> None:
@@ -162,7 +163,7 @@ def _evaluate_generation(options: argparse.Namespace) -> None:
         "guidance_scale": options.guidance_scale,
         "seed": options.seed,
     }
-    report_figures(figures, options)
+    report_figures(figures | data_of(images), options)
 
 
 COMMANDS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,18 +24,31 @@ def check_folder(folder: Path) -> None:
 
 def replace_text(file: Path, text: str) -> None:
     """Write a UTF-8 text file beside its place and rename it."""
-    with _renamed_when_complete(file) as partial:
+    with renamed_when_complete(file) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def replace_bytes(file: Path, content: bytes) -> None:
+    """Write a file beside its place and rename it."""
+    with renamed_when_complete(file) as partial:
+        partial.write_bytes(content)
 
 
 def write_image(image: Image.Image, file: Path) -> None:
     """Write a PNG beside its place and rename it."""
-    with _renamed_when_complete(file) as partial:
+    with renamed_when_complete(file) as partial:
         image.save(partial, format="PNG")
 
 
+def copy_file(source: Path, file: Path) -> None:
+    """Copy a file beside its place and rename it."""
+    with renamed_when_complete(file) as partial:
+        shutil.copyfile(source, partial)
+
+
 @contextmanager
-def _renamed_when_complete(file: Path) -> Iterator[Path]:
+def renamed_when_complete(file: Path) -> Iterator[Path]:
+    """The path beside `file` to write to; it is renamed to `file` at the end, or removed where an error ends it."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         yield partial

@@ -1,4 +1,4 @@
-"""Loading a first stage with errors that say what is wrong with the folder."""
+"""Loading a first stage with errors that say what is wrong with the folder or repository."""
 
 from __future__ import annotations
 
@@ -7,38 +7,36 @@ from pathlib import Path
 
 import torch
 
+import looc_ldm
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.errors import ModelError
+from looc_ldm.registration import AUTOENCODERS
 
 
-def load_autoencoder(name: str, dtype: torch.dtype = torch.float32) -> LooCVQModel:
-    """The `LooCVQModel` in a folder (its own, or a pipeline's) or on the hub, from safetensors only.
+def load_autoencoder(name: str, dtype: torch.dtype = torch.float32, revision: str | None = None) -> LooCVQModel:
+    """The `LooCVQModel` in a folder or hub repository (its own, or a pipeline's), from safetensors only.
 
-    Its quantizer stays float32 whatever the `dtype`.
+    What comes from the hub is verified (`looc_ldm.hub_download`). The quantizer stays float32 whatever the `dtype`.
 
     Raises:
-        ModelError: Nothing is there, it is another kind of model, or the weights do not fit the config.
+        ModelError: Nothing is there, it is another kind of model, the weights do not fit the config, or what the hub
+            objects to.
     """
-    folder = Path(name)
-    subfolder = None
-    if folder.is_dir():
-        if (folder / "model_index.json").is_file():
-            subfolder = "vqvae"
-            folder = folder / subfolder
-        config = folder / "config.json"
-        if not config.is_file():
-            raise ModelError(f"no model in {str(folder)!r}: it holds no config.json.")
-        try:
-            kind = json.loads(config.read_text()).get("_class_name")
-        except (ValueError, AttributeError):
-            raise ModelError(f"{str(config)!r} is not the JSON of a model's config.") from None
-        if kind != "LooCVQModel":
-            raise ModelError(f"{str(folder)!r} holds a {kind}, not a LooCVQModel.")
-    elif folder.is_absolute() or name.count("/") != 1:
-        raise ModelError(f"no model {name!r}: neither a folder nor a hub id (user/name).")
+    folder = model_folder(name, revision, component="vqvae")
+    if (folder / "model_index.json").is_file():
+        folder = folder / "vqvae"
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelError(f"no model in {str(folder)!r}: it holds no config.json.")
     try:
-        model, report = LooCVQModel.from_pretrained(
-            name, subfolder=subfolder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        kind = json.loads(config.read_text()).get("_class_name")
+    except (ValueError, AttributeError):
+        raise ModelError(f"{str(config)!r} is not the JSON of a model's config.") from None
+    if kind not in AUTOENCODERS:
+        raise ModelError(f"{str(folder)!r} holds a {kind}, not a {' or '.join(AUTOENCODERS)}.")
+    try:
+        model, report = getattr(looc_ldm, kind).from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, TypeError) as error:  # TypeError: a config with values of another type
         reason = " ".join(str(error).split())
@@ -47,3 +45,24 @@ def load_autoencoder(name: str, dtype: torch.dtype = torch.float32) -> LooCVQMod
     if wrong:
         raise ModelError(f"the weights in {name!r} do not fit its config: {wrong[0]} and {len(wrong) - 1} more differ.")
     return model.eval()
+
+
+def model_folder(name: str, revision: str | None = None, component: str | None = None, kind: str = "model") -> Path:
+    """The folder that `name` is, or that holds the hub repository `name` once it is downloaded.
+
+    Raises:
+        ModelError: Neither, or what the hub objects to.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise ModelError(f"no {kind} {name!r}: neither a folder nor a hub id (user/name).")
+    from looc_ldm.hub_download import download
+
+    try:
+        return download(name, revision, component=component)
+    except ModelError as error:
+        if error.__cause__ is None:
+            raise
+        raise ModelError(f"{error} There is no folder {name!r} either.") from error  # perhaps one was meant

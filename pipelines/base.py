@@ -23,6 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.class_embedding import ClassEmbedding
+from looc_ldm.hub import HubMixin
 from looc_ldm.pipelines.schedulers import (
     PREDICTION_TYPES,
     check_scheduler,
@@ -36,7 +37,7 @@ from looc_ldm.unet import FixedHeadsUNet2DModel
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class LDMBase(DiffusionPipeline):
+class LDMBase(HubMixin, DiffusionPipeline):
     """Components and loop of `LooCLDMPipeline`, `LooCLDMImg2ImgPipeline` and `LooCLDMInpaintPipeline`.
 
     Latents and scheduler are float32 whatever the dtype of the UNet: the same seed is the same noise in every dtype,
@@ -87,7 +88,7 @@ class LDMBase(DiffusionPipeline):
         (`DiffusionPipeline.from_pipe` casts to float32 unless told otherwise, also under the other pipeline.)
         """
         if kwargs.keys().isdisjoint(("dtype", "torch_dtype")):
-            kwargs["torch_dtype"] = pipeline.unet.dtype
+            kwargs["dtype"] = pipeline.unet.dtype
         return super().from_pipe(pipeline, **kwargs)
 
     @property

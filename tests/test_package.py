@@ -14,7 +14,7 @@ import looc_ldm
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {"looc_ldm": "looc_ldm", "pipelines": "looc_ldm.pipelines", "training": "looc_ldm.training"}
 LAYERS = ("looc_ldm", "looc_ldm.pipelines", "looc_ldm.training", "command line")
-COMMAND_LINE = ("looc_ldm.cli", "looc_ldm.quickstart")
+COMMAND_LINE = ("looc_ldm.cli", "looc_ldm.quickstart", "looc_ldm.commands")
 
 
 def python(*arguments: str, cwd: Path, path: str | None = None) -> subprocess.CompletedProcess:
@@ -131,5 +131,5 @@ def test_imports_go_one_way(module):
 
 def test_the_layers_are_seen_where_they_are():
     assert {layer(module) for module in modules()} == {0, 1, 2, 3}
-    assert "looc_ldm.pipelines.sampling.sample_images" in imports(ROOT / "looc_ldm" / "cli.py")
+    assert "looc_ldm.pipelines.sampling.sample_images" in imports(ROOT / "looc_ldm" / "commands" / "shared.py")
     assert "looc_ldm.quantizer.LooCQuantizer" in imports(ROOT / "looc_ldm" / "autoencoder.py")

@@ -27,23 +27,11 @@ def choose_device(name: str | None):
 
 def load_pipeline(options: argparse.Namespace):
     import torch
-    from diffusers.utils import logging as diffusers_logging
 
-    from looc_ldm.errors import ModelError
-    from looc_ldm.pipelines.ldm import LooCLDMPipeline
+    from looc_ldm.pipelines.loading import load_pipeline as load
 
-    device, name = choose_device(options.device), options.model
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise ModelError(f"no pipeline in {name!r}: it holds no model_index.json.")
-    if not folder.is_dir() and (folder.is_absolute() or name.count("/") != 1):
-        raise ModelError(f"no pipeline {name!r}: neither a folder nor a hub id (user/name).")
-    diffusers_logging.disable_progress_bar()  # of loading a handful of files
-    try:
-        pipe = LooCLDMPipeline.from_pretrained(name, dtype=getattr(torch, options.dtype), use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, AttributeError, TypeError, KeyError) as error:
-        raise ModelError(f"cannot load {name!r}: {' '.join(str(error).split())[:400]}") from error
-    return pipe.to(device)
+    device = choose_device(options.device)
+    return load(options.model, getattr(torch, options.dtype)).to(device)
 
 
 def by_index(label: int | str | None, pipe) -> int | str | None:
@@ -91,6 +79,11 @@ def rate_of(model, images) -> tuple[float, int]:
     """Bits an image costs, and pixels it has; padding costs bits, but is nothing anybody wanted."""
     side = images.config.resolution
     return model.bits_per_image(side, side), math.prod(images.content_size or (side, side))
+
+
+def data_of(images) -> dict[str, str]:
+    """What was measured on, for the record."""
+    return {"data": images.config.path, "split": images.config.split}
 
 
 def inception_features(options: argparse.Namespace):

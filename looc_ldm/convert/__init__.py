@@ -1,0 +1,78 @@
+"""Weights of the authors' LooC and CVQ-VAE, of taming's VQGAN and of CompVis LDM as our models (docs/convert.md).
+
+tensors = read_checkpoint(Path("last.ckpt"))
+settings = settings_of(read_original_config(Path("model.yaml")), kind_of(tensors))
+model = convert_autoencoder(tensors, "vqgan", settings)
+"""
+
+from __future__ import annotations
+
+from looc_ldm.autoencoder import LooCVQModel
+from looc_ldm.convert.autoencoders import convert_small, convert_vqgan, small_kind
+from looc_ldm.convert.checkpoint import Tensors, read_checkpoint, under, with_ema
+from looc_ldm.convert.ldm import FIRST_STAGE, UNET, LatentDiffusion, convert_ldm
+from looc_ldm.convert.settings import Settings, read_original_config, settings_of
+from looc_ldm.convert.unet import convert_unet
+from looc_ldm.errors import ModelError
+
+__all__ = [
+    "LatentDiffusion",
+    "Settings",
+    "convert_autoencoder",
+    "convert_ldm",
+    "convert_small",
+    "convert_unet",
+    "convert_vqgan",
+    "kind_of",
+    "read_checkpoint",
+    "read_original_config",
+    "settings_of",
+    "under",
+    "with_ema",
+]
+
+# Of taming's Net2NetTransformer around a VQGAN (taming/models/cond_transformer.py).
+TRANSFORMER = ("transformer.", "cond_stage_model.", "permuter.")
+
+
+def kind_of(tensors: Tensors) -> str:
+    """`"looc"`, `"cvq"`, `"vqgan"` or `"ldm"`, by the keys. Raises ModelError where they are of none or leave two."""
+    if any(key.startswith(UNET) for key in tensors):
+        return "ldm"
+    if "_pre_vq_conv.weight" in tensors and "_vq_vae.embedding.weight" in tensors:
+        kind = small_kind(tensors)
+        if kind is None:
+            raise ModelError("the weights fit LooC's small VQ-VAE and CVQ-VAE's: give --kind looc or --kind cvq.")
+        return kind
+    if any(key.startswith(("encoder.down.0.", f"{FIRST_STAGE}encoder.down.0.")) for key in tensors):
+        return "vqgan"
+    raise ModelError(
+        "not a checkpoint of LooC, CVQ-VAE, taming's VQGAN or LDM: its first weight is "
+        f"{next(iter(tensors), 'missing')!r}."
+    )
+
+
+def convert_autoencoder(
+    tensors: Tensors, kind: str, settings: Settings, use_ema: bool = True
+) -> tuple[LooCVQModel, int | None]:
+    """The autoencoder of a checkpoint of the kind `"looc"`, `"cvq"` or `"vqgan"`.
+
+    Returns:
+        The model, and how often the average of its weights was updated, -1 if that was not kept; None for live weights.
+    """
+    if kind != "vqgan":
+        if "_pre_vq_conv.weight" not in tensors or "_vq_vae.embedding.weight" not in tensors:
+            raise ModelError(f"not a small VQ-VAE, as --kind {kind} says: no _pre_vq_conv and _vq_vae.embedding.")
+        return convert_small(tensors, kind, settings), None
+    prefix = "" if "encoder.conv_in.weight" in tensors else FIRST_STAGE
+    if prefix:
+        surplus = [key for key in tensors if not key.startswith((prefix, *TRANSFORMER))]
+        if surplus:
+            raise ModelError(f"not a VQGAN: surplus {surplus[0]} and {len(surplus) - 1} more.")
+        tensors = under(tensors, prefix)
+    updates = None
+    if use_ema:
+        tensors, updates = with_ema(tensors)
+    else:
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("model_ema.")}
+    return convert_vqgan(tensors, settings, prefix=prefix), updates

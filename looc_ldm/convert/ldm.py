@@ -1,0 +1,168 @@
+"""LDM's `LatentDiffusion`: the parts of a pipeline from one checkpoint.
+
+Key names are those of CompVis/latent-diffusion (ldm/models/diffusion/ddpm.py, ldm/modules/encoders/modules.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+
+from looc_ldm.autoencoder import LooCVQModel
+from looc_ldm.class_embedding import ClassEmbedding
+from looc_ldm.convert.autoencoders import check_vqgan, convert_vqgan, has_revival, vqgan_levels
+from looc_ldm.convert.checkpoint import Tensors, load_renamed, under, with_ema
+from looc_ldm.convert.settings import Settings, require
+from looc_ldm.convert.unet import architecture_of, convert_unet
+from looc_ldm.errors import ModelError
+
+UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+
+# Buffers that follow from the noise schedule, the loss's weights, and the average's own state.
+IGNORED = (
+    "alphas_cumprod",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "lvlb_weights",
+    "logvar",
+    "model_ema.decay",
+    "model_ema.num_updates",
+)
+USED = ("betas", "scale_factor", UNET, FIRST_STAGE, CLASSES)
+
+
+@dataclass(frozen=True)
+class LatentDiffusion:
+    """The parts of a pipeline.
+
+    Args:
+        ema_updates (`int`, *optional*): How often the average of the UNet's weights was updated, -1 if that was not
+            kept; None where the live weights were taken.
+    """
+
+    vqvae: LooCVQModel
+    unet: UNet2DModel | UNet2DConditionModel
+    scheduler: DDIMScheduler
+    class_embedding: ClassEmbedding | None
+    null_class_label: int | None
+    ema_updates: int | None
+
+
+def convert_ldm(tensors: Tensors, settings: Settings, use_ema: bool = True) -> LatentDiffusion:
+    """LDM's `LatentDiffusion` with a VQ first stage, unconditional or with classes through cross-attention.
+
+    Args:
+        tensors: Keys start with `model.diffusion_model.`, `first_stage_model.`, ...
+        settings (`Settings`): What the weights do not show: heads, `prediction_type`, `scaling_factor` unless it was
+            measured, `resolution` or `latent_size`, `betas` unless they were kept.
+        use_ema (`bool`): Take the averaged weights of the UNet where there are any.
+
+    Raises:
+        ModelError: Another kind of model, or weights that are missing, surplus or mis-shaped.
+        ConfigError: Settings that the weights do not show.
+    """
+    updates = None
+    if use_ema:
+        tensors, updates = with_ema(tensors, module="model.")
+    ignored = (*IGNORED, *USED) if use_ema else (*IGNORED, *USED, "model_ema.")
+    surplus = [key for key in tensors if not key.startswith(ignored)]
+    if surplus:
+        raise ModelError(f"not a checkpoint of LatentDiffusion: surplus {surplus[0]} and {len(surplus) - 1} more.")
+    unet_tensors, first_stage = under(tensors, UNET), under(tensors, FIRST_STAGE)
+    check_vqgan(first_stage, FIRST_STAGE)
+    # LDM trains on the live weights of its first stage, even where that keeps an average.
+    first_stage = {key: tensor for key, tensor in first_stage.items() if not key.startswith("model_ema.")}
+    architecture = architecture_of(unet_tensors, UNET)
+    if architecture.in_channels != architecture.out_channels:
+        raise ModelError(
+            f"a UNet of {architecture.in_channels} input and {architecture.out_channels} output channels is "
+            "conditioned on images: only unconditional and class-conditional models are converted."
+        )
+    class_embedding = _class_embedding(under(tensors, CLASSES), architecture.context)
+
+    scaling_factor = float(tensors["scale_factor"]) if "scale_factor" in tensors else settings.scaling_factor
+    betas = tensors.get("betas")
+    factor = 2 ** (vqgan_levels(first_stage) - 1)
+    latent_size = settings.latent_size or (settings.resolution and settings.resolution // factor)
+    quantizer = {"distance": settings.distance, "interpolation_factor": settings.interpolation_factor}
+    require(
+        heads=settings.num_heads or settings.num_head_channels,
+        resolution=latent_size,
+        prediction_type=settings.prediction_type,
+        scaling_factor=scaling_factor,
+        **(quantizer if has_revival(first_stage) else {}),
+    )
+    if betas is None and settings.betas is None:
+        raise ModelError("the checkpoint does not keep its noise schedule (betas): give --original-config FILE.")
+    labels = 0 if class_embedding is None else class_embedding.config.num_class_embeds
+    null = settings.null_class_label
+    if null is not None and not 0 <= null < labels:
+        raise ModelError(f"--null-class-label {null} is not one of the {labels} labels of the model.")
+
+    vqvae_settings = replace(settings, resolution=latent_size * factor)
+    vqvae = convert_vqgan(first_stage, vqvae_settings, scaling_factor, FIRST_STAGE)
+    if vqvae.config.vq_embed_dim != architecture.in_channels:
+        raise ModelError(
+            f"latents of {vqvae.config.vq_embed_dim} channels do not fit a UNet of {architecture.in_channels}."
+        )
+    unet = convert_unet(unet_tensors, settings, latent_size, UNET)
+    scheduler = _scheduler(betas, settings)
+    return LatentDiffusion(vqvae, unet, scheduler, class_embedding, null, updates)
+
+
+def _class_embedding(tensors: Tensors, context: int | None) -> ClassEmbedding | None:
+    """LDM's `ClassEmbedder`, if it is what the UNet attends to."""
+    if not tensors and context is None:
+        return None
+    if list(tensors) != ["embedding.weight"] or context is None:
+        found = next(iter(tensors), "nothing")
+        raise ModelError(
+            "only unconditional models and those with classes through cross-attention are converted: the UNet has "
+            f"{'no ' if context is None else ''}cross-attention, and {CLASSES} holds {found}."
+        )
+    count, channels = tensors["embedding.weight"].shape
+    if channels != context:
+        raise ModelError(f"class tokens of {channels} channels do not fit cross-attention on {context}.")
+    with torch.device("meta"):
+        model = ClassEmbedding(num_class_embeds=count, embedding_dim=channels)
+    load_renamed(model, tensors, {"embedding": "embedding"}, prefix=CLASSES)
+    return model
+
+
+def _scheduler(betas: torch.Tensor | None, settings: Settings) -> DDIMScheduler:
+    """The noise schedule, and LDM's way to sample from it: DDIM with an offset of 1, and no clipping."""
+    if betas is not None:
+        noise = _schedule_of(betas)
+    else:
+        name, first, last, steps = settings.betas
+        # LDM's "linear" is linear in the square root (ldm/modules/diffusionmodules/util.py).
+        names = {"linear": "scaled_linear", "sqrt_linear": "linear"}
+        if name not in names:
+            raise ModelError(f"--original-config: beta_schedule must be one of {', '.join(names)}, got {name!r}.")
+        noise = {"num_train_timesteps": steps, "beta_schedule": names[name], "beta_start": first, "beta_end": last}
+    return DDIMScheduler(
+        **noise,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=settings.prediction_type,
+    )
+
+
+def _schedule_of(betas: torch.Tensor) -> dict[str, object]:
+    """The schedule that a checkpoint keeps, as few numbers where they give it."""
+    first, last = (float(f"{value:.6g}") for value in (betas[0].item(), betas[-1].item()))  # float32 has no more digits
+    for name in ("scaled_linear", "linear"):
+        schedule = DDIMScheduler(len(betas), first, last, name)
+        if torch.allclose(schedule.betas, betas.float(), rtol=1e-5, atol=0):
+            return {"num_train_timesteps": len(betas), "beta_schedule": name, "beta_start": first, "beta_end": last}
+    return {"num_train_timesteps": len(betas), "trained_betas": betas.tolist()}

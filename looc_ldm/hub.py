@@ -1,0 +1,319 @@
+"""Models to the hub, and what a repository there needs to be loaded from it in every way that diffusers knows.
+
+    looc-ldm push FOLDER user/name           pipe.push_to_hub("user/name")           push(folder, "user/name")
+
+A saved pipeline says in `model_index.json` that its class is in its own `pipeline.py`, and has a `looc_ldm.py` beside
+each of our components; these files only import the installed `looc_ldm`. `DiffusionPipeline.from_pretrained` runs them
+with `trust_remote_code=True`. `LooCLDMPipeline.from_pretrained` needs neither them nor trust.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi
+from safetensors import SafetensorError, safe_open
+
+from looc_ldm import _HOME_OF
+from looc_ldm.card import is_ours, model_card, picture_name
+from looc_ldm.errors import ModelError, UserError
+from looc_ldm.files import replace_text
+from looc_ldm.hub_download import PICKLES
+from looc_ldm.hub_errors import hub_errors
+from looc_ldm.model_facts import read_json, run_folder_of, shareable
+from looc_ldm.registration import COMPONENTS, with_modules
+
+PIPELINE_FILE = "pipeline.py"
+NOT_PUSHED = ("checkpoints", "logs", "latents", "previews", "__pycache__")  # folders
+PUSHED = (".safetensors", ".json", ".md", ".png", ".jpg", ".jpeg", ".webp", ".txt")
+
+logger = logging.getLogger(__name__)
+
+_SHIM = '''"""For `trust_remote_code=True`: {what} of the installed looc_ldm."""
+
+from {module} import {names}
+
+__all__ = [{quoted}]
+'''
+
+
+class HubMixin:
+    """What `DiffusionPipeline` does with folders and the hub, for pipelines that are not part of diffusers.
+
+    Stands before `DiffusionPipeline` among the bases of a class.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """A pipeline from a folder or hub id: `DiffusionPipeline.from_pretrained`, but never from pickles.
+
+        Takes all of its arguments: `dtype`, `variant`, `revision`, `cache_dir`, `local_files_only`, `token`, ...
+
+        Raises:
+            OSError: Nothing is there, or weights that are not safetensors (`use_safetensors=False` allows pickles,
+                which can run any code).
+        """
+        kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file, **kwargs):
+        # diffusers reads `model_index.json` through this. A class that is known needs none of the repository's code.
+        index = with_modules(super()._dict_from_json_file(json_file, **kwargs))
+        if isinstance(index.get("_class_name"), list):
+            index["_class_name"] = index["_class_name"][1]
+        return index
+
+    def to_json_file(self, json_file_path) -> None:
+        """Write `model_index.json`, which names the class in the repository's own code."""
+        index = json.loads(self.to_json_string())
+        if type(self).__module__ != "__main__":
+            index["_class_name"] = [Path(PIPELINE_FILE).stem, type(self).__name__]
+        replace_text(Path(json_file_path), json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
+        """Save a folder that every way of loading takes: `DiffusionPipeline.save_pretrained`, and the code it names.
+
+        With `push_to_hub=True` the folder is pushed; `repo_id` (by default the name of the folder) and further
+        arguments are then those of `push`.
+        """
+        pushing = {}
+        if push_to_hub:
+            names = inspect.signature(push).parameters.keys() - {"folder"}
+            pushing = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        if type(self).__module__ != "__main__":
+            for file, code in remote_code(read_json(folder / "model_index.json"), type(self).__module__).items():
+                replace_text(folder / file, code)
+        if push_to_hub:
+            push(folder, **{"repo_id": folder.resolve().name, **pushing})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        revision: str | None = None,
+        license: str | None = None,
+        metrics: Sequence[Path | str] = (),
+        samples: Path | str | None = None,
+    ) -> str:
+        """Upload the pipeline as it is, with a model card; see `push` for arguments, result and errors.
+
+        The card states what `metrics` hold and nothing else that was measured: the weights may have changed since the
+        pipeline was trained. With a `variant`, a card that the repository has is left alone.
+
+        Raises:
+            ValueError: `safe_serialization=False`: pickles are not pushed.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization must be True: pickles, which can run any code, are not pushed.")
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
+            return push(
+                Path(folder),
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                token=token,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                license=license,
+                metrics=metrics,
+                samples=samples,
+                keep_card=variant is not None,
+            )
+
+
+def push(
+    folder: Path | str,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    commit_message: str = "Upload with looc-ldm",
+    license: str | None = None,
+    metrics: Sequence[Path | str] = (),
+    samples: Path | str | None = None,
+    keep_card: bool = False,
+) -> str:
+    """Upload a model folder in one commit; the repository and the branch are made if they are not there.
+
+    Interrupted, the same call goes on: weights that were transferred are not transferred again, and the repository
+    stays as it was until everything is there. Files of the repository that are not in the folder stay.
+
+    Args:
+        folder (`Path`): A saved pipeline or `LooCVQModel`; of a training run the result, `pipeline/` or `model/`.
+        repo_id (`str`): "user/name", or "name" of the user whose token it is.
+        private (`bool`, *optional*): Whether a repository that is made is private; by default what its owner has set.
+        revision (`str`, *optional*): Branch to push to.
+        create_pr (`bool`): Open a pull request instead of committing.
+        token (`str`, *optional*): By default what `hf auth login` stored, or HF_TOKEN.
+        license, metrics, samples: Of the model card; see `looc_ldm.card.write_card`. A README.md in the folder that
+            was not written by us is pushed instead.
+        keep_card (`bool`): Leave a card that the repository already has.
+
+    Returns:
+        `str`: Address of the commit, or of the pull request.
+
+    Raises:
+        ModelError: No model in the folder, a pickle in it, damaged weights, or what the hub objects to.
+        UserError: A file for the card that is not what it should be.
+    """
+    folder = Path(folder)
+    if create_pr and revision not in (None, "main"):
+        raise UserError(f"--create-pr opens a pull request against main: it cannot go with --revision {revision}.")
+    contents = repository_files(folder, repo_id, metrics, samples, license)
+    api = HfApi(token=token)
+    with hub_errors(repo_id, revision):
+        full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if full_id != repo_id:  # the card names it
+            repo_id = full_id
+            contents = repository_files(folder, repo_id, metrics, samples, license)
+        if private and not api.repo_info(repo_id).private:
+            raise ModelError(f"{repo_id} is there already, and public: nothing was uploaded; make it private first.")
+        if revision is not None and revision != "main" and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if keep_card and api.file_exists(repo_id, "README.md", revision=revision):
+            del contents["README.md"]
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(path, content) for path, content in contents.items()],
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return commit.pr_url or commit.commit_url
+
+
+def repository_files(
+    folder: Path,
+    repo_id: str | None = None,
+    metrics: Sequence[Path | str] = (),
+    samples: Path | str | None = None,
+    license: str | None = None,
+) -> dict[str, Path | bytes]:
+    """What is uploaded of a folder: files, and contents that are made for it, by path in the repository.
+
+    Raises:
+        ModelError, UserError: See `push`.
+    """
+    card, picture = model_card(folder, repo_id, metrics, samples, license)  # refuses a folder without a model
+    contents = {}
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        path = file.relative_to(folder)
+        if any(part.startswith(".") or part in NOT_PUSHED for part in path.parts):
+            continue
+        if file.suffix.lower() in PICKLES:
+            raise ModelError(
+                f"{str(file)!r} is a pickle: loading it can run any code, so it is not uploaded. Save the model as "
+                "safetensors (save_pretrained does), or delete the file."
+            )
+        if file.suffix.lower() in PUSHED or file.name in ("LICENSE", PIPELINE_FILE):
+            contents[path.as_posix()] = file
+        elif file.name != "looc_ldm.py":  # made anew
+            logger.warning("not pushed: %s", file)
+    for file in contents.values():
+        if file.suffix == ".safetensors":
+            _check_weights(file)
+
+    readme = folder / "README.md"
+    if is_ours(readme):
+        contents["README.md"] = card.encode()
+        if picture is not None:
+            contents[picture_name(picture)] = picture
+    elif metrics or samples or license:
+        raise UserError(
+            f"{str(readme)!r} was not written by looc-ldm and is pushed as it is: it takes no --metrics, --samples or "
+            "--license; delete it to have one written."
+        )
+    contents |= {path: text.encode() for path, text in _generated(folder).items()}
+    for path in [path for path in contents if path.endswith(("config.json", "model_index.json"))]:
+        contents[path] = _without_origin(contents[path])
+    if not any(path.endswith(".safetensors") for path in contents):
+        raise ModelError(f"no weights in {str(folder)!r}: it holds no safetensors.")
+    return contents
+
+
+def remote_code(index: dict, module: str | None = None) -> dict[str, str]:
+    """The files of code that a repository with this `model_index.json` needs, by path.
+
+    Args:
+        index (`dict`): What is in `model_index.json`.
+        module (`str`, *optional*): Where the pipeline's class is defined, if it is none of ours.
+    """
+    shims = {
+        f"{name}/looc_ldm.py": _shim("the classes of components", "looc_ldm", COMPONENTS)
+        for name, value in index.items()
+        if isinstance(value, list) and value[0] == "looc_ldm"
+    }
+    name = index["_class_name"]
+    name = name[1] if isinstance(name, list) else name
+    if name in _HOME_OF or module is not None:
+        shims[PIPELINE_FILE] = _shim("the pipeline", "looc_ldm" if name in _HOME_OF else module, [name])
+    return shims
+
+
+def _shim(what: str, module: str, names: Sequence[str]) -> str:
+    names = sorted(names)
+    quoted = ", ".join(f'"{name}"' for name in names)
+    return _SHIM.format(what=what, module=module, names=", ".join(names), quoted=quoted)
+
+
+def _generated(folder: Path) -> dict[str, str]:
+    """Contents by path that take the place of files in the folder, or come from the run that it is the result of."""
+    generated = {}
+    if (folder / "model_index.json").is_file():
+        index = read_json(folder / "model_index.json")
+        if not isinstance(index["_class_name"], list) and index["_class_name"] in _HOME_OF:
+            # Saved before pipelines named their code.
+            index["_class_name"] = [Path(PIPELINE_FILE).stem, index["_class_name"]]
+            generated["model_index.json"] = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        generated |= remote_code(index)
+    else:
+        # `AutoModel.from_pretrained(id, trust_remote_code=True)` looks here for the class.
+        config = read_json(folder / "config.json")
+        if config.get("_class_name") in COMPONENTS:
+            config["auto_map"] = {"AutoModel": f"looc_ldm.{config['_class_name']}"}
+            generated["config.json"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
+            generated["looc_ldm.py"] = _shim("the class", "looc_ldm", [config["_class_name"]])
+    if (folder / "training.json").is_file():
+        training = shareable(read_json(folder / "training.json"))
+        generated["training.json"] = json.dumps(training, indent=2) + "\n"
+    run_folder = run_folder_of(folder)
+    if run_folder is not None:
+        settings = shareable(yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8")))
+        generated["config.yaml"] = yaml.safe_dump(settings, sort_keys=False)
+    return generated
+
+
+def _without_origin(config: Path | bytes) -> Path | bytes:
+    """A config without the folder of this machine that the model was loaded from, which diffusers writes into it."""
+    settings = json.loads(config if isinstance(config, bytes) else config.read_bytes())
+    if "_name_or_path" not in settings:
+        return config
+    del settings["_name_or_path"]
+    return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _check_weights(file: Path) -> None:
+    """Refuse a file that was cut off: its header states the size."""
+    try:
+        with safe_open(file, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{str(file)!r} is damaged, and not uploaded: {' '.join(str(error).split())[:200]}") from None

@@ -1,0 +1,206 @@
+"""A hub on loopback for the genuine client, and tiny models to push to it. Nothing here reaches a network.
+
+huggingface_hub reads its address from HF_ENDPOINT when it is imported, which other tests have done by then. In this
+process its constants are replaced; new processes get the environment (`hub_environment`).
+"""
+
+import importlib.util
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers.utils import dynamic_modules_utils
+from huggingface_hub import constants
+from PIL import Image
+
+from looc_ldm import ClassEmbedding, LooCLDMPipeline, LooCVQModel
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+IMAGES_SEEN = 640
+VALIDATION = {
+    "protocol": "clean",
+    "images": 32,
+    "height": 16,
+    "width": 16,
+    "psnr": 21.25,
+    "ssim": 0.75,
+    "l1": 0.0625,
+    "codebook_use": 0.9375,
+    "perplexity": 12.5,
+    "bits_per_image": 512.0,
+    "bits_per_pixel": 2.0,
+    "num_codevectors": 16,
+    "codevector_dim": 2,
+}
+
+
+def _server_module():
+    spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("server.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["hub_server"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+server = _server_module()
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Any connection that is not to this machine fails the test."""
+    connect = socket.socket.connect
+
+    def connect_to_loopback(self, address):
+        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "localhost", "::1"), address
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_to_loopback)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """An empty hub, a client that is logged in, and an empty cache."""
+    with server.Hub() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", running.url)  # behind `model_info` and the like
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "stored_tokens"))
+        monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+        monkeypatch.setenv("HF_TOKEN", server.GOOD_TOKEN)
+        yield running
+
+
+@pytest.fixture
+def hub_environment(hub, tmp_path):
+    """Environment of a new process that sees the same hub, with a cache of its own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE"))}
+    return kept | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_TOKEN": server.GOOD_TOKEN,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def autoencoder(seed: int = 0) -> LooCVQModel:
+    """For 16x16 RGB images: 8x8 positions of 2 codes, 16 codevectors."""
+    torch.manual_seed(seed)
+    return LooCVQModel(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        vq_embed_dim=4,
+        num_vq_embeddings=16,
+        codevector_dim=2,
+        sample_size=16,
+        scaling_factor=0.7,
+        interpolation_factor=1,
+        mid_block_add_attention=False,
+    ).eval()
+
+
+def pipeline(kind: str = "num_class_embeds") -> LooCLDMPipeline:
+    """On `autoencoder`: of two classes, by the UNet's embedding or a class token; their null class is 2."""
+    vqvae = autoencoder()
+    sizes = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "norm_num_groups": 4}
+    sizes |= {"block_out_channels": (8, 8)}
+    classes = {"id2label": {0: "cat, kitten", 1: "dog"}, "null_class_label": 2}
+    scheduler = DDIMScheduler(clip_sample=False)
+    if kind == "cross_attention":
+        blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+        blocks |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+        unet = UNet2DConditionModel(**blocks, cross_attention_dim=8, attention_head_dim=2, **sizes)
+        pipe = LooCLDMPipeline(vqvae, unet.eval(), scheduler, ClassEmbedding(3, 8), **classes)
+    else:
+        blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        unet = UNet2DModel(**blocks, num_class_embeds=3, **sizes)
+        pipe = LooCLDMPipeline(vqvae, unet.eval(), scheduler, **classes)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def write_json(file: Path, content: dict) -> Path:
+    file.write_text(json.dumps(content))
+    return file
+
+
+def _run_folder(folder: Path, result: str, settings: dict, validation: dict | None) -> Path:
+    """What a finished run leaves beside its weights; returns the folder for these."""
+    (folder / result).mkdir(parents=True)
+    (folder / "previews").mkdir()
+    for images, colour in ((IMAGES_SEEN // 2, "red"), (IMAGES_SEEN, "green")):
+        Image.new("RGB", (16, 16), colour).save(folder / "previews" / f"{images:09d}.png")
+    data = {"path": "/home/ada/pets", "split": "train", "validation_split": "test", "resolution": 16, "fit": "crop"}
+    optimizer = {"learning_rate": 0.001, "schedule": "cosine"}
+    common = {"output_dir": str(folder), "seed": 3, "batch_size": 32, "data": data, "optimizer": optimizer}
+    (folder / "config.yaml").write_text(yaml.safe_dump(common | settings, sort_keys=False))
+    training = {"data": data, "images_seen": IMAGES_SEEN} | ({"validation": validation} if validation else {})
+    write_json(folder / result / "training.json", training)
+    for ignored in ("checkpoints/000000640", "logs"):
+        (folder / result / ignored).mkdir(parents=True)
+        (folder / result / ignored / "optimizer.bin").write_bytes(b"a pickle")
+    return folder / result
+
+
+@pytest.fixture
+def autoencoder_folder(tmp_path) -> Path:
+    """`model/` of a finished run."""
+    folder = _run_folder(tmp_path / "runs" / "pets_ae", "model", {}, VALIDATION)
+    autoencoder().save_pretrained(folder)
+    autoencoder(seed=1).save_pretrained(folder, variant="non_ema")
+    return folder
+
+
+@pytest.fixture
+def pipeline_folder(tmp_path, autoencoder_folder) -> Path:
+    """`pipeline/` of a finished run on `autoencoder_folder`."""
+    settings = {"autoencoder": str(autoencoder_folder), "preview_steps": 25, "preview_guidance_scale": 2.0}
+    folder = _run_folder(tmp_path / "runs" / "pets", "pipeline", settings, None)
+    pipe = pipeline()
+    pipe.save_pretrained(folder)
+    torch.manual_seed(5)
+    live = UNet2DModel.from_config(pipe.unet.config)
+    live.save_pretrained(folder / "unet", variant="non_ema")
+    return folder
+
+
+@pytest.fixture
+def say(capsys, monkeypatch, tmp_path):
+    """Runs `looc-ldm`; returns exit status, stdout, and stderr without progress bars."""
+    from looc_ldm.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            status = exit.code
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def make_pipeline():
+    """`pipeline` of a kind."""
+    return pipeline

@@ -1,0 +1,276 @@
+"""The model card says what is in the files of a model and its run, and nothing else."""
+
+import json
+import re
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, metadata_load
+from PIL import Image
+
+from looc_ldm.card import MARK, title, write_card
+from looc_ldm.errors import ModelError, UserError
+
+RECONSTRUCTION = {
+    "protocol": "clean",
+    "images": 500,
+    "height": 16,
+    "width": 16,
+    "psnr": 23.4567891,
+    "ssim": 0.8125,
+    "rfid@192": 7.125,
+    "bits_per_image": 512.0,
+    "bits_per_pixel": 2.0,
+    "num_codevectors": 16,
+    "codevector_dim": 2,
+    "data": "ada/animals",
+    "split": "test",
+    "dtype": "float32",
+    "command": "looc-ldm evaluate reconstruction runs/pets --data ada/animals --output figures.json",
+    "version": "0.1.0",
+}
+GENERATION = {
+    "protocol": "clean",
+    "images_first": 10_000,
+    "images_second": 500,
+    "fid@2048": 12.5,
+    "kid@2048": 0.0625,
+    "kid_std@2048": 0.001,
+    "bits_per_pixel": 2.0,
+    "num_inference_steps": 50,
+    "guidance_scale": 1.5,
+    "seed": 4,
+    "data": "/data/animals",
+    "split": "test",
+    "dtype": "bfloat16",
+    "command": "looc-ldm evaluate generation runs/pets --data /data/animals --output figures.json",
+    "version": "0.1.0",
+}
+
+
+@pytest.fixture
+def figures(tmp_path):
+    """Writes figures as `looc-ldm evaluate` does, with changes; returns the file."""
+
+    def write(record, **changes):
+        file = tmp_path / f"figures{len(list(tmp_path.glob('figures*')))}.json"
+        file.write_text(json.dumps({key: value for key, value in (record | changes).items() if value is not None}))
+        return file
+
+    return write
+
+
+def results(card) -> list[dict]:
+    return metadata_load(card)["model-index"][0]["results"]
+
+
+def test_every_figure_stands_in_metadata_and_table_with_data_split_protocol_count_and_rate(pipeline_folder, figures):
+    card = write_card(pipeline_folder, "ada/pets", [figures(RECONSTRUCTION), figures(GENERATION)], license="mit")
+    validation, reconstruction, generation = results(card)
+    assert validation["dataset"] == {"name": "pets", "type": "pets", "split": "test"}
+    assert reconstruction["task"] == {"type": "image-reconstruction"}
+    assert reconstruction["dataset"] == {"name": "ada/animals", "type": "ada/animals", "split": "test"}
+    assert generation["dataset"] == {"name": "animals", "type": "animals", "split": "test"}
+    assert {metric["type"]: metric["value"] for metric in reconstruction["metrics"]} == {
+        key: RECONSTRUCTION[key] for key in ("psnr", "ssim", "rfid@192", "bits_per_image", "bits_per_pixel")
+    }
+    fid = generation["metrics"][0]
+    assert (fid["type"], fid["value"], fid["name"]) == ("fid@2048", 12.5, "FID (2048 features), protocol clean")
+    assert fid["args"] == {
+        "images_first": 10_000,
+        "images_second": 500,
+        "seed": 4,
+        "num_inference_steps": 50,
+        "guidance_scale": 1.5,
+        "protocol": "clean",
+        "dtype": "bfloat16",
+        "bits_per_pixel": 2.0,
+    }
+    text = card.read_text()
+    assert (
+        "Generation: 10,000 samples against 500 images of `animals`, split `test`; protocol `clean`; "
+        "50 denoising steps; guidance scale 1.5; seed 4; dtype bfloat16."
+    ) in text
+    assert "| FID (2048 features) | 12.5 |" in text
+    assert "Reconstruction by the first stage: 500 images of 16x16 pixels of `ada/animals`, split `test`;" in text
+    assert "| rFID (192 features) | 7.125 |" in text
+    assert text.count("| bits per pixel | 2 |") == 3
+
+
+def test_the_metadata_is_what_the_hub_reads(pipeline_folder, figures):
+    card = write_card(pipeline_folder, "ada/pets", [figures(GENERATION)], license="cc-by-4.0")
+    data = ModelCard.load(card).data  # of a model-index that is not as it should be it raises
+    assert data.model_name == "pets"
+    assert (data.library_name, data.license) == ("diffusers", "cc-by-4.0")
+    assert data.tags == ["looc-ldm", "vector-quantization", "latent-diffusion"]
+    assert [result.metric_type for result in data.eval_results][-4:] == [
+        "fid@2048",
+        "kid@2048",
+        "kid_std@2048",
+        "bits_per_pixel",
+    ]
+
+
+def test_every_number_in_the_text_comes_from_a_file(pipeline_folder, figures):
+    record = figures(GENERATION)
+    text = write_card(pipeline_folder, "ada/pets", [record]).read_text().split("---\n")[2]
+    sources = [record, pipeline_folder / "training.json", pipeline_folder.parent / "config.yaml"]
+    sources += [*pipeline_folder.rglob("*.json"), pipeline_folder.parent.parent / "pets_ae" / "model" / "training.json"]
+    known = {float(number) for source in sources for number in re.findall(r"\d+(?:\.\d+)?", source.read_text())}
+    known.add(16 * 2)  # numbers in the codebook, K times d
+    written = {float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", text.replace(",", ""))}
+    assert written - known == set()
+
+
+def test_what_is_not_known_is_left_out(tmp_path, make_pipeline):
+    make_pipeline().save_pretrained(tmp_path / "bare")
+    card = write_card(tmp_path / "bare")
+    text = card.read_text()
+    assert "model-index" not in metadata_load(card)
+    assert "license" not in metadata_load(card)
+    assert "Of the weights: not stated." in text
+    for absent in ("## Measured", "## Training", "samples.png", "None", "unknown"):
+        assert absent not in text
+    assert text.splitlines()[text.splitlines().index(MARK) + 2] == "# bare"
+
+
+def test_figures_of_an_unknown_data_set_are_in_the_table_only(autoencoder_folder, figures):
+    card = write_card(autoencoder_folder, metrics=[figures(RECONSTRUCTION, data=None, split=None)])
+    assert len(results(card)) == 1
+    assert "Reconstruction: 500 images of 16x16 pixels; protocol `clean`; dtype float32." in card.read_text()
+
+
+def test_the_newest_preview_is_shown_if_it_is_of_these_weights(pipeline_folder, autoencoder_folder):
+    text = write_card(pipeline_folder).read_text()
+    assert "Samples, 25 denoising steps, guidance scale 2; a column a class." in text
+    assert Image.open(pipeline_folder / "samples.png").getpixel((0, 0)) == (0, 128, 0)
+    assert "Held-out images above, their reconstructions below." in write_card(autoencoder_folder).read_text()
+    (pipeline_folder.parent / "previews" / "000000640.png").unlink()  # the one that is left is of half the training
+    (pipeline_folder / "samples.png").unlink()
+    assert "samples.png" not in write_card(pipeline_folder).read_text()
+    assert not (pipeline_folder / "samples.png").exists()
+
+
+def test_a_picture_of_ones_own_is_shown(pipeline_folder, tmp_path):
+    Image.new("RGB", (4, 4), "blue").save(tmp_path / "mine.JPG")
+    text = write_card(pipeline_folder, samples=tmp_path / "mine.JPG").read_text()
+    assert "![samples](samples.jpg)\n\n## Use" in text
+    assert (pipeline_folder / "samples.jpg").read_bytes() == (tmp_path / "mine.JPG").read_bytes()
+
+
+def test_figures_of_the_first_stage_are_stated_only_for_its_very_weights(pipeline_folder, autoencoder_folder):
+    assert "| PSNR (dB) | 21.25 |" in write_card(pipeline_folder).read_text()
+    other = autoencoder_folder / "diffusion_pytorch_model.non_ema.safetensors"
+    other.rename(autoencoder_folder / "diffusion_pytorch_model.safetensors")
+    assert "PSNR" not in write_card(pipeline_folder).read_text()
+
+
+def test_the_training_is_described_as_configured(pipeline_folder):
+    text = write_card(pipeline_folder).read_text()
+    for line in (
+        "| data set | `pets`, split `train` |",
+        "| images seen | 640 |",
+        "| batch size | 32 |",
+        "| learning rate | 0.001 |",
+        "| seed | 3 |",
+    ):
+        assert line in text
+    assert yaml.safe_load((pipeline_folder.parent / "config.yaml").read_text())["seed"] == 3
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "autoencoder"])
+def test_the_example_in_the_card_runs(kind, pipeline_folder, autoencoder_folder, tmp_path):
+    text = write_card(pipeline_folder if kind == "pipeline" else autoencoder_folder).read_text()
+    code = re.search(r"```py\n(.*?)```", text, re.DOTALL)[1]
+    if kind == "pipeline":
+        assert code.count("\n") == 3
+        assert 'class_labels=["cat"]' in code
+    namespace = {}
+    code = code.replace('save("', f'save("{tmp_path}/')
+    exec(code, namespace)
+    if kind == "pipeline":
+        assert Image.open(tmp_path / "sample.png").size == (16, 16)
+    else:
+        assert namespace["model"].decode_indices(namespace["codes"]).sample.shape == (1, 3, 16, 16)
+
+
+def test_writing_a_card_twice_gives_the_same_card(pipeline_folder):
+    first = write_card(pipeline_folder, "ada/pets", license="mit").read_bytes()
+    assert write_card(pipeline_folder, "ada/pets", license="mit").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_codevectors": 32}, "figures of another model: num_codevectors is 32, here 16"),
+        ({"command": None}, "holds no figures that `looc-ldm evaluate"),
+        ({"psnr": float("nan")}, "psnr is nan"),
+    ],
+)
+def test_figures_that_do_not_belong_here_are_refused(pipeline_folder, figures, changes, message):
+    with pytest.raises(UserError, match=message):
+        write_card(pipeline_folder, metrics=[figures(RECONSTRUCTION, **changes)])
+    assert not (pipeline_folder / "README.md").exists()
+
+
+def test_figures_of_samples_do_not_belong_to_an_autoencoder(autoencoder_folder, figures):
+    with pytest.raises(UserError, match="figures of samples: they belong to a pipeline"):
+        write_card(autoencoder_folder, metrics=[figures(GENERATION)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"metrics": ["nowhere.json"]}, "cannot read 'nowhere.json': No such file"),
+        ({"metrics": ["text.json"]}, "'text.json' is not a JSON object"),
+        ({"samples": "nowhere.png"}, "--samples 'nowhere.png' must be an image file"),
+        ({"samples": "text.json"}, "--samples 'text.json' must be an image file"),
+    ],
+)
+def test_files_that_are_not_what_they_should_be_are_refused(pipeline_folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.json").write_text("[]")
+    with pytest.raises(UserError, match=message):
+        write_card(pipeline_folder, **arguments)
+
+
+def test_a_folder_without_a_model_is_refused_and_of_a_run_the_result_is_named(tmp_path, pipeline_folder):
+    with pytest.raises(ModelError, match="no model in"):
+        write_card(tmp_path)
+    with pytest.raises(ModelError, match=r"/pets'.*; give '.*/pets/pipeline'"):
+        write_card(pipeline_folder.parent)
+
+
+def test_a_card_of_ones_own_is_not_overwritten(pipeline_folder):
+    card = write_card(pipeline_folder)
+    card.write_text(card.read_text().replace(f"{MARK}\n", "Mine.\n"))
+    with pytest.raises(UserError, match=r"README\.md' was not written by looc-ldm: delete it to have one written"):
+        write_card(pipeline_folder)
+    assert "Mine." in card.read_text()
+
+
+def test_what_evaluate_writes_is_what_the_card_reads(autoencoder_folder, say, tmp_path):
+    (tmp_path / "animals" / "test").mkdir(parents=True)
+    for i in range(3):
+        Image.effect_noise((16, 16), 60).convert("RGB").save(tmp_path / "animals" / "test" / f"{i}.png")
+    evaluate = ["evaluate", "reconstruction", autoencoder_folder, "--data", "animals", "--output", "figures.json"]
+    status, _, errors = say(*evaluate)
+    assert status == 0, errors
+    measured = json.loads((tmp_path / "figures.json").read_text())
+    own = results(write_card(autoencoder_folder, metrics=[tmp_path / "figures.json"]))[1]
+    assert own["dataset"] == {"name": "animals", "type": "animals", "split": "test"}
+    assert own["metrics"][0]["value"] == measured["psnr"]
+    assert own["metrics"][0]["args"]["images"] == 3
+
+
+def test_figures_that_are_new_are_stated_under_their_own_name():
+    assert title("precision@192") == "precision (192 features)"
+    assert title("lpips") == "LPIPS"
+
+
+@pytest.mark.parametrize("command", ["push", "pull"])
+def test_help_names_units_and_defaults(command, say):
+    status, printed, _ = say(command, "--help")
+    assert status == 0
+    assert "--revision" in printed
+    assert "default: the one of `hf auth login`, or HF_TOKEN" in " ".join(printed.split())

@@ -1,0 +1,245 @@
+"""Every way of loading that diffusers knows, from folders and from the hub."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import AutoModel, DDIMScheduler, DiffusionPipeline
+from huggingface_hub import constants
+
+import looc_ldm.hub
+from looc_ldm import LooCLDMImg2ImgPipeline, LooCLDMPipeline, LooCVQModel
+from looc_ldm.errors import ModelError
+from looc_ldm.hub import push
+from looc_ldm.loading import load_autoencoder
+
+ID = "ada/pets"
+
+
+def draw(pipe) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe(class_labels=[0, "dog"], num_inference_steps=2, generator=generator, output_type="pt").images
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([parameter.flatten().float() for parameter in model.parameters()])
+
+
+@pytest.fixture
+def pushed(hub, pipeline_folder):
+    push(pipeline_folder, ID)
+    return hub
+
+
+@pytest.mark.parametrize("trust", [{}, {"trust_remote_code": True}], ids=["", "trust"])
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_our_class_loads_from_folder_and_hub_with_and_without_trust(place, trust, pushed, pipeline_folder):
+    expected = draw(LooCLDMPipeline.from_pretrained(pipeline_folder))
+    pipe = LooCLDMPipeline.from_pretrained(pipeline_folder if place == "folder" else ID, **trust)
+    assert type(pipe) is LooCLDMPipeline
+    assert type(pipe.vqvae) is LooCVQModel
+    assert torch.equal(draw(pipe), expected)
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_diffusion_pipeline_loads_with_trust_and_without_it_says_that_it_needs_it(place, pushed, pipeline_folder):
+    name = pipeline_folder if place == "folder" else ID
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(name)
+    pipe = DiffusionPipeline.from_pretrained(name, trust_remote_code=True)
+    assert type(pipe) is LooCLDMPipeline
+    assert torch.equal(draw(pipe), draw(LooCLDMPipeline.from_pretrained(pipeline_folder)))
+
+
+def test_a_process_that_never_heard_of_looc_ldm_loads_with_trust(pushed, pipeline_folder, hub_environment, tmp_path):
+    code = f"""
+import sys, torch
+from diffusers import DiffusionPipeline
+def draw(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe(class_labels=[0, "dog"], num_inference_steps=2, generator=generator, output_type="pt").images
+drawn = []
+for name in ({str(pipeline_folder)!r}, {ID!r}):
+    assert "looc_ldm" not in sys.modules or drawn
+    try:
+        DiffusionPipeline.from_pretrained(name)
+    except ValueError as error:
+        assert "trust_remote_code=True" in str(error), error
+    else:
+        raise AssertionError("loaded without trust")
+    drawn.append(draw(DiffusionPipeline.from_pretrained(name, trust_remote_code=True)))
+torch.save(drawn, {str(tmp_path / "drawn.pt")!r})
+"""
+    ended = subprocess.run([sys.executable, "-c", code], env=hub_environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    expected = draw(LooCLDMPipeline.from_pretrained(pipeline_folder))
+    for images in torch.load(tmp_path / "drawn.pt"):
+        assert torch.allclose(images, expected, atol=1e-5)
+
+
+def test_importing_looc_ldm_is_enough_for_auto_model(pushed, pipeline_folder, hub_environment):
+    code = f"""
+import looc_ldm
+from diffusers import AutoModel
+for name in ({str(pipeline_folder)!r}, {ID!r}):
+    assert type(AutoModel.from_pretrained(name, subfolder="vqvae")).__name__ == "LooCVQModel"
+"""
+    ended = subprocess.run([sys.executable, "-c", code], env=hub_environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("loader", [AutoModel, LooCVQModel])
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_the_first_stage_of_a_pipeline_loads_by_itself(loader, place, pushed, pipeline_folder):
+    name = str(pipeline_folder) if place == "folder" else ID
+    model = loader.from_pretrained(name, subfolder="vqvae")
+    assert type(model) is LooCVQModel
+    assert torch.equal(weights(model), weights(LooCLDMPipeline.from_pretrained(pipeline_folder).vqvae))
+    assert torch.equal(weights(load_autoencoder(name)), weights(model))
+
+
+def test_an_autoencoder_loads_from_its_own_repository(hub, autoencoder_folder):
+    push(autoencoder_folder, "ada/codes")
+    expected = weights(LooCVQModel.from_pretrained(autoencoder_folder))
+    model, report = LooCVQModel.from_pretrained("ada/codes", output_loading_info=True)
+    assert torch.equal(weights(model), expected)
+    assert not any(report[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(weights(load_autoencoder("ada/codes")), expected)
+    assert torch.equal(weights(AutoModel.from_pretrained("ada/codes", trust_remote_code=True)), expected)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoModel.from_pretrained("ada/codes")
+
+
+def test_a_model_pushed_by_its_own_method_loads(hub, autoencoder_folder):
+    model = LooCVQModel.from_pretrained(autoencoder_folder)
+    model.push_to_hub("ada/codes")
+    assert torch.equal(weights(load_autoencoder("ada/codes")), weights(model))
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_a_variant_is_taken_where_there_is_one(place, pushed, pipeline_folder):
+    name = pipeline_folder if place == "folder" else ID
+    plain, live = (LooCLDMPipeline.from_pretrained(name, variant=variant) for variant in (None, "non_ema"))
+    assert not torch.equal(weights(plain.unet), weights(live.unet))
+    assert torch.equal(weights(plain.vqvae), weights(live.vqvae))
+    if place == "hub":
+        plain = LooCVQModel.from_pretrained(name, subfolder="vqvae")
+        assert torch.equal(weights(plain), weights(live.vqvae))
+
+
+def test_a_variant_in_half_precision_is_pushed_beside_the_plain_weights(pushed):
+    pipe = LooCLDMPipeline.from_pretrained(ID)
+    before = pushed.repositories[ID].files()
+    pipe.to(torch.float16).push_to_hub(ID, variant="fp16")
+    after = pushed.repositories[ID].files()
+    assert {path for path in after if path not in before} == {
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vqvae/diffusion_pytorch_model.fp16.safetensors",
+    }
+    assert {path: after[path] for path in before} == before  # the card with its figures too
+    half = LooCLDMPipeline.from_pretrained(ID, variant="fp16", dtype=torch.float16)
+    assert half.unet.dtype == torch.float16
+    assert torch.equal(weights(half.unet), weights(pipe.unet))
+
+
+def test_a_revision_is_taken(pushed, autoencoder_folder):
+    pipe = LooCLDMPipeline.from_pretrained(ID)
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.zero_()
+    pipe.push_to_hub(ID, revision="zero")
+    assert LooCLDMPipeline.from_pretrained(ID, revision="zero").unet.conv_in.weight.abs().sum() == 0
+    assert LooCLDMPipeline.from_pretrained(ID).unet.conv_in.weight.abs().sum() > 0
+    assert torch.equal(weights(load_autoencoder(ID, revision="zero")), weights(load_autoencoder(ID)))
+    with pytest.raises(ModelError, match="has no revision 'one'"):
+        load_autoencoder(ID, revision="one")
+
+
+def test_another_cache_is_used_where_one_is_named(pushed, tmp_path):
+    LooCLDMPipeline.from_pretrained(ID, cache_dir=tmp_path / "elsewhere")
+    assert list((tmp_path / "elsewhere").rglob("unet/*.safetensors"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_after_one_download_no_network_is_needed(pushed, monkeypatch):
+    expected = draw(LooCLDMPipeline.from_pretrained(ID))
+    pushed.requests.clear()
+    assert torch.equal(draw(LooCLDMPipeline.from_pretrained(ID, local_files_only=True)), expected)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(draw(LooCLDMPipeline.from_pretrained(ID)), expected)
+    assert torch.equal(weights(LooCVQModel.from_pretrained(ID, subfolder="vqvae")), weights(load_autoencoder(ID)))
+    with pytest.raises(ModelError, match="ada/other is not in the cache, and HF_HUB_OFFLINE"):
+        load_autoencoder("ada/other")
+    assert not pushed.requests
+
+
+@pytest.mark.slow
+def test_a_new_process_samples_offline_after_one_download(pushed, say, hub_environment, tmp_path):
+    status, _, errors = say("sample", ID, "--steps", 2, "--images", 1, "--output", tmp_path / "online")
+    assert status == 0, errors
+    environment = hub_environment | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "looc_ldm.cli", "sample", ID, "--steps", "2", "--images", "1", "--output"]
+    pushed.requests.clear()
+    ended = subprocess.run([*command, str(tmp_path / "offline")], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "offline" / "00000.png").read_bytes() == (tmp_path / "online" / "00000.png").read_bytes()
+    assert not pushed.requests
+
+
+def test_a_class_token_and_another_scheduler_come_back(hub, make_pipeline):
+    pipe = make_pipeline("cross_attention")
+    pipe.scheduler = DDIMScheduler(clip_sample=False, beta_schedule="scaled_linear")
+    pipe.push_to_hub("ada/token")
+    assert "class_embedding/looc_ldm.py" in hub.repositories["ada/token"].files()
+    for loader, trust in ((LooCLDMPipeline, {}), (DiffusionPipeline, {"trust_remote_code": True})):
+        loaded = loader.from_pretrained("ada/token", **trust)
+        assert loaded.scheduler.config.beta_schedule == "scaled_linear"
+        assert torch.equal(draw(loaded), draw(pipe))
+
+
+def test_a_component_of_ones_own_can_be_passed(pushed):
+    vqvae = LooCVQModel.from_pretrained(ID, subfolder="vqvae")
+    pipe = LooCLDMPipeline.from_pretrained(ID, vqvae=vqvae)
+    assert pipe.vqvae is vqvae
+
+
+def test_another_pipeline_on_the_same_components_loads(pushed, tmp_path):
+    pipe = LooCLDMImg2ImgPipeline.from_pretrained(ID)
+    pipe.save_pretrained(tmp_path / "img2img")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "img2img", trust_remote_code=True)) is type(pipe)
+    assert type(LooCLDMPipeline.from_pretrained(tmp_path / "img2img")) is LooCLDMPipeline
+
+
+def test_a_folder_that_was_saved_before_pipelines_named_their_code_loads_and_is_pushed_with_it(hub, pipeline_folder):
+    for shim in ("pipeline.py", "vqvae/looc_ldm.py"):
+        (pipeline_folder / shim).unlink()
+    index = json.loads((pipeline_folder / "model_index.json").read_text())
+    index["_class_name"] = "LooCLDMPipeline"
+    (pipeline_folder / "model_index.json").write_text(json.dumps(index))
+    expected = draw(LooCLDMPipeline.from_pretrained(pipeline_folder))
+    push(pipeline_folder, ID)
+    assert torch.equal(draw(DiffusionPipeline.from_pretrained(ID, trust_remote_code=True)), expected)
+
+
+def test_what_a_repository_runs_with_trust_is_nothing_but_imports_of_what_is_installed(pushed):
+    files = pushed.repositories[ID].files()
+    code = {path: text.decode() for path, text in files.items() if path.endswith(".py")}
+    assert sorted(code) == ["pipeline.py", "vqvae/looc_ldm.py"]
+    for text in code.values():
+        statements = [line for line in text.splitlines() if line and not line.startswith(('"""', "__all__"))]
+        assert [line.split()[:3:2] for line in statements] == [["from", "import"]]
+        assert statements[0].split()[1] == "looc_ldm"
+    assert looc_ldm.hub.remote_code(json.loads(files["model_index.json"])) == code
+
+
+@pytest.mark.parametrize("loader", [LooCLDMPipeline.from_pretrained, load_autoencoder])
+def test_a_pickle_instead_of_safetensors_is_refused(loader, pushed, tmp_path):
+    files = pushed.repositories[ID].files()
+    ruined = {path.replace(".safetensors", ".bin"): content for path, content in files.items()}
+    pushed.add("eve/pets", ruined)
+    with pytest.raises((OSError, ModelError), match=r"(?i)safetensors|pickle"):
+        loader("eve/pets")
+    assert not list((tmp_path / "cache").rglob("*.bin"))

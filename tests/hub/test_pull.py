@@ -1,0 +1,210 @@
+"""Pulling from the hub: only what is needed, verified, and what happens when something goes wrong."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from looc_ldm import LooCLDMPipeline
+from looc_ldm.errors import ModelError
+from looc_ldm.hub import push
+from looc_ldm.hub_download import download, wanted_files
+from looc_ldm.loading import load_autoencoder
+
+ID = "ada/pets"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def pushed(hub, pipeline_folder):
+    push(pipeline_folder, ID)
+    return hub
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+# What comes -----------------------------------------------------------------------------------------------------------
+
+
+def test_pull_brings_a_model_without_other_variants_and_prints_where(pushed, say, tmp_path, pipeline_folder):
+    status, printed, errors = say("pull", ID, "--output", "pets")
+    assert status == 0, errors
+    assert printed == "pets\n"
+    assert files_in(tmp_path / "pets") == {
+        path for path in pushed.repositories[ID].files() if "non_ema" not in path and path != ".gitattributes"
+    }
+    pulled, original = (LooCLDMPipeline.from_pretrained(folder) for folder in (tmp_path / "pets", pipeline_folder))
+    assert torch.equal(pulled.unet.conv_in.weight, original.unet.conv_in.weight)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_pull_brings_one_variant_where_there_is_one(pushed, say, tmp_path, pipeline_folder):
+    assert say("pull", ID, "--output", "pets", "--variant", "non_ema")[0] == 0
+    weights = {path for path in files_in(tmp_path / "pets") if path.endswith(".safetensors")}
+    assert weights == {"unet/diffusion_pytorch_model.non_ema.safetensors", "vqvae/diffusion_pytorch_model.safetensors"}
+    loaded = LooCLDMPipeline.from_pretrained(tmp_path / "pets", variant="non_ema")
+    original = LooCLDMPipeline.from_pretrained(pipeline_folder, variant="non_ema")
+    assert torch.equal(loaded.unet.conv_in.weight, original.unet.conv_in.weight)
+
+
+def test_without_a_folder_it_goes_into_the_cache_and_loads_without_a_network(pushed, say, tmp_path, monkeypatch):
+    status, printed, _ = say("pull", ID)
+    assert status == 0
+    assert Path(printed.strip()).is_relative_to(tmp_path / "cache")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    LooCLDMPipeline.from_pretrained(ID)
+
+
+def test_a_revision_is_pulled(pushed, say, tmp_path):
+    files = pushed.repositories[ID].files()
+    pushed.add(ID, files | {"README.md": b"another\n"}, branch="other")
+    assert say("pull", ID, "--output", "pets", "--revision", "other")[0] == 0
+    assert (tmp_path / "pets" / "README.md").read_bytes() == b"another\n"
+    status, _, errors = say("pull", ID, "--output", "more", "--revision", "nothing")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "ada/pets has no revision 'nothing': give a branch, a tag or a commit that it has." in errors
+
+
+def test_a_private_repository_is_pulled_with_a_token_only(pushed, say, tmp_path, monkeypatch):
+    pushed.repositories[ID].private = True
+    token = constants.os.environ["HF_TOKEN"]
+    monkeypatch.delenv("HF_TOKEN")
+    status, _, errors = say("pull", ID, "--output", "pets")
+    assert status == 2
+    assert errors.startswith(f"error: no repository '{ID}' that you may see at {pushed.url}: check the name; if it is")
+    assert say("pull", ID, "--output", "pets", "--token", token)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("variant", "weights"),
+    [
+        (None, ["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors", "m.safetensors.index.json"]),
+        ("fp16", ["m.fp16-00001-of-00001.safetensors", "m.safetensors.index.fp16.json"]),
+        ("ema", ["m.ema.safetensors"]),
+    ],
+)
+def test_shards_and_their_index_belong_to_a_variant_too(variant, weights):
+    shards = ["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors", "m.safetensors.index.json"]
+    variants = ["m.fp16-00001-of-00001.safetensors", "m.safetensors.index.fp16.json", "m.ema.safetensors"]
+    assert wanted_files(ID, ["config.json", *shards, *variants], variant) == sorted(["config.json", *weights])
+
+
+# What goes wrong ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [[], ["--output", "pets"]], ids=["cache", "folder"])
+def test_a_corrupted_download_is_refused_by_name_and_does_not_stay(pushed, say, tmp_path, place):
+    """The client compares only sizes: a flipped bit goes unnoticed by it."""
+    pushed.corrupted = {UNET}
+    status, printed, errors = say("pull", ID, *place)
+    assert (status, printed) == (2, "")
+    assert errors.splitlines()[-1].startswith(f"error: {UNET} of {ID} is damaged: its sha256 is ")
+    assert not (tmp_path / "pets").exists()
+    pushed.corrupted = set()
+    requests = pushed.requests["GET resolve"]
+    assert say("pull", ID, *place)[0] == 0
+    assert pushed.requests["GET resolve"] == requests + 1  # what was whole is not fetched again
+
+
+def test_a_corrupted_small_file_is_refused_too(pushed, say):
+    pushed.corrupted = {"scheduler/scheduler_config.json"}
+    status, _, errors = say("pull", ID)
+    assert status == 2
+    assert "scheduler/scheduler_config.json of ada/pets is damaged: its git-sha1 is" in errors.splitlines()[-1]
+
+
+def test_what_sample_downloads_is_verified(pushed, say):
+    pushed.corrupted = {UNET}
+    status, _, errors = say("sample", ID, "--steps", 1)
+    assert status == 2
+    assert f"{UNET} of {ID} is damaged" in errors.splitlines()[-1]
+
+
+def test_a_repository_with_a_pickle_instead_of_safetensors_is_refused(pushed, say, tmp_path):
+    files = pushed.repositories[ID].files()
+    pushed.add("eve/pets", {path.replace(".safetensors", ".bin"): content for path, content in files.items()})
+    status, _, errors = say("pull", "eve/pets")
+    assert status == 2
+    assert errors == (
+        "error: eve/pets holds the pickle unet/diffusion_pytorch_model.bin instead of safetensors: loading it could "
+        "run any code, so it is refused; ask its author for safetensors.\n"
+    )
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_pickle_beside_safetensors_is_left_there(pushed, say, tmp_path):
+    pushed.add(ID, pushed.repositories[ID].files() | {"unet/diffusion_pytorch_model.bin": b"a pickle"})
+    assert say("pull", ID, "--output", "pets")[0] == 0
+    assert not [path for path in files_in(tmp_path / "pets") if path.endswith(".bin")]
+
+
+@pytest.mark.parametrize("command", ["pull", "sample", "reconstruct", "evaluate reconstruction"])
+def test_a_missing_repository_is_one_line_that_says_what_to_do(hub, say, command):
+    rest = {"reconstruct": ["fashion_mnist"], "evaluate reconstruction": ["--data", "fashion_mnist"]}
+    status, _, errors = say(*command.split(), "ada/nothing", *rest.get(command, []))
+    assert (status, errors.count("\n")) == (2, 1)
+    assert errors.startswith(f"error: no repository 'ada/nothing' that you may see at {hub.url}: check the name; if it")
+    assert errors.endswith(" There is no folder 'ada/nothing' either.\n") or command == "pull"
+
+
+@pytest.mark.parametrize("command", ["pull", "sample"])
+def test_a_refused_token_is_one_line_that_says_what_to_do(pushed, say, monkeypatch, command):
+    monkeypatch.setenv("HF_TOKEN", "hf_bad")
+    status, _, errors = say(command, ID)
+    assert (status, errors.count("\n")) == (2, 1)
+    assert errors.startswith(f"error: {ID}: the hub does not accept the token (401): make one at {pushed.url}/settings")
+
+
+@pytest.mark.parametrize("command", ["pull", "sample"])
+def test_no_network_is_one_line_that_says_what_to_do(hub, say, monkeypatch, command):
+    nobody = "http://127.0.0.1:9"  # the port of discarded packets: nothing listens there
+    monkeypatch.setattr(constants, "ENDPOINT", nobody)
+    status, _, errors = say(command, ID)
+    assert (status, errors.count("\n")) == (2, 1)
+    assert errors.startswith(f"error: cannot reach the hub at {nobody} for {ID} (")
+
+
+def test_offline_is_one_line_that_says_what_to_do(pushed, say, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    status, _, errors = say("pull", ID)
+    assert (status, errors.count("\n")) == (2, 1)
+    assert errors == f"error: {ID} is not in the cache, and HF_HUB_OFFLINE forbids to download it: unset it once.\n"
+
+
+def test_what_is_in_the_cache_is_used_when_the_hub_cannot_be_reached(pushed, monkeypatch):
+    folder = download(ID)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert download(ID) == folder
+    with pytest.raises(ModelError, match="cannot reach the hub"):
+        download("ada/other")
+
+
+def test_an_unknown_variant_and_a_repository_without_a_model_are_refused(pushed, say):
+    status, _, errors = say("pull", ID, "--variant", "fp16")
+    assert status == 2
+    assert "ada/pets has no variant 'fp16' of its weights; it has non_ema, the plain one." in errors
+    pushed.add("ada/empty", {"README.md": b""})
+    assert "no model in ada/empty" in say("pull", "ada/empty")[2]
+    pushed.add("ada/bare", {"config.json": b"{}"})
+    assert "no model in ada/bare: it holds no safetensors" in say("pull", "ada/bare")[2]
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(pushed, say, tmp_path):
+    (tmp_path / "pets").mkdir()
+    (tmp_path / "pets" / "mine.txt").write_text("mine")
+    status, _, errors = say("pull", ID, "--output", "pets")
+    assert (status, errors) == (2, "error: --output 'pets' is not empty: give another folder, or delete it.\n")
+    assert files_in(tmp_path / "pets") == {"mine.txt"}
+    (tmp_path / "pets" / "mine.txt").unlink()
+    assert say("pull", ID, "--output", "pets")[0] == 0
+
+
+def test_of_a_pipeline_only_the_first_stage_is_downloaded_where_no_more_is_needed(pushed, tmp_path):
+    load_autoencoder(ID)
+    snapshot = next((tmp_path / "cache").rglob("model_index.json")).parent
+    needed = {"model_index.json", "vqvae/config.json", "vqvae/looc_ldm.py", "vqvae/diffusion_pytorch_model.safetensors"}
+    assert files_in(snapshot) == needed
+    LooCLDMPipeline.from_pretrained(ID)  # and the rest when it is
