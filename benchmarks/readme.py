@@ -4,6 +4,7 @@ python benchmarks/readme.py costs                  the table of rates, parameter
 python benchmarks/readme.py quickstart FOLDER      pictures and figures of a finished `looc-ldm quickstart`, and
                                                    the FID that benchmarks/fashion_mnist_fid.py measured on it
 python benchmarks/readme.py quantizer              the speeds that benchmarks/quantizer.py measured
+python benchmarks/readme.py sampling               the speeds that benchmarks/sampling.py measured
 python benchmarks/readme.py recipes                docs/quantizer_recipes.md, from what benchmarks/quantizer_recipes.py
                                                    measured
 """
@@ -228,6 +229,31 @@ def quantizer() -> str:
     return "\n".join(parts).rstrip()
 
 
+def sampling() -> str:
+    """A Markdown table: images a second of every contestant, on every device that was measured."""
+    parts = []
+    for file in sorted((ROOT / "benchmarks" / "results").glob("sampling_*.json")):
+        record = json.loads(file.read_text())
+        versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+        parts += [
+            f"Measured on {record['threads']} threads of a {record['processor']} by `{record['command']}`: networks of",
+            f"`{record['config']}` with random weights, unconditional, {record['steps']} DDIM steps, "
+            f"{record['batch_size']} images a call, {record['bits_per_pixel']:.3g} bits per pixel; contestants in",
+            f"turns in one run, the fastest of {record['turns']} turns each. {versions}.",
+            "",
+            "| | images a second | against `LDMPipeline` |",
+            "|---|---:|---:|",
+        ]
+        for name, figures in record["contestants"].items():
+            parts.append(f"| {name} | {figures['images_per_second']:.3g} | {figures['ratio']:.2f}× |")
+        parts += [
+            "",
+            f"Largest difference of a pixel between the float32 pipelines: {record['largest_difference']:.1g}.",
+            "",
+        ]
+    return "\n".join(parts).rstrip()
+
+
 def recipes() -> str:
     """A Markdown page: PSNR and start of every recipe, a table for each setting."""
     lines = (ROOT / "benchmarks" / "results" / "quantizer_recipes.jsonl").read_text().splitlines()
@@ -285,6 +311,8 @@ if __name__ == "__main__":
         replace_section("costs", costs())
     elif sys.argv[1:] == ["quantizer"]:
         replace_section("quantizer", quantizer())
+    elif sys.argv[1:] == ["sampling"]:
+        replace_section("sampling", sampling())
     elif sys.argv[1:] == ["recipes"]:
         (ROOT / "docs" / "quantizer_recipes.md").write_text(recipes())
     elif len(sys.argv) == 3 and sys.argv[1] == "quickstart":

@@ -31,6 +31,39 @@ def largest_tensor() -> type[LargestTensor]:
 
 
 @pytest.fixture(scope="session")
+def quickstart_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder `quickstart` was run in, with untrained networks: what it leaves behind, after a few steps."""
+    from looc_ldm import LooCVQModel
+    from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, load_config
+    from looc_ldm.training.diffusion import train
+
+    folder = tmp_path_factory.mktemp("user")
+    model = folder / "quickstart" / "autoencoder" / "model"
+    first = load_config(AutoencoderConfig, "fashion_mnist/autoencoder")
+    LooCVQModel(sample_size=32, scaling_factor=1.0, **first.model).save_pretrained(model)
+    train(
+        load_config(
+            DiffusionConfig,
+            "fashion_mnist/diffusion",
+            output_dir=folder / "quickstart" / "diffusion",
+            autoencoder=model,
+            total_images=16,
+            batch_size=16,
+            preview_steps=1,
+            tracker="none",
+        )
+    )
+    return folder
+
+
+@pytest.fixture
+def quickstart_folder(quickstart_files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of somebody who ran `looc-ldm quickstart`. To be read only."""
+    monkeypatch.chdir(quickstart_files)
+    return quickstart_files
+
+
+@pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of real images and metric weights that LOOC_LDM_TEST_DATA names."""
     if not os.environ.get("LOOC_LDM_TEST_DATA"):

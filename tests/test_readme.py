@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from looc_ldm import LooCVQModel, cli
+from looc_ldm import cli
 from looc_ldm.arguments import make_parser
-from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, load_config, parse_config
-from looc_ldm.training.diffusion import train as train_diffusion
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, parse_config
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -22,28 +21,6 @@ def commands() -> list[list[str]]:
     lines = "".join(blocks("bash")).splitlines()
     parts = [part.strip() for line in lines for part in line.split("&&")]
     return [shlex.split(part) for part in parts if part.startswith(("looc-ldm", "accelerate"))]
-
-
-@pytest.fixture
-def quickstart_folder(tmp_path, monkeypatch) -> Path:
-    """What a quickstart leaves behind, untrained: the quickstart's networks, and a few steps of its second stage."""
-    monkeypatch.chdir(tmp_path)
-    first = load_config(AutoencoderConfig, "fashion_mnist/autoencoder")
-    model = LooCVQModel(sample_size=32, scaling_factor=1.0, **first.model)
-    model.save_pretrained("quickstart/autoencoder/model")
-    train_diffusion(
-        load_config(
-            DiffusionConfig,
-            "fashion_mnist/diffusion",
-            output_dir="quickstart/diffusion",
-            autoencoder="quickstart/autoencoder/model",
-            total_images=16,
-            batch_size=16,
-            preview_steps=1,
-            tracker="none",
-        )
-    )
-    return tmp_path
 
 
 def test_python_examples_run_one_after_the_other(quickstart_folder):

@@ -32,6 +32,7 @@ from looc_ldm.metrics.reconstruction import evaluate_reconstruction
 from looc_ldm.training.config import AutoencoderConfig, construct, parse_command_line
 from looc_ldm.training.data import ImageSet, ImageStream, StreamBatches, load_image_sets, spread, stream_loader
 from looc_ldm.training.ema import EMA
+from looc_ldm.training.init_from import autoencoder_from
 from looc_ldm.training.latents import latent_side, measure_scaling_factor
 from looc_ldm.training.losses import (
     PatchDiscriminator,
@@ -53,7 +54,10 @@ def train(config: AutoencoderConfig) -> Path:
     # 1. Data and models, before anything is written
     check_folder(Path(config.output_dir))
     set_seed(config.seed)
-    model = construct(LooCVQModel, {"sample_size": config.data.resolution, **config.model}, "model")
+    if config.init_from:
+        model = autoencoder_from(config)
+    else:
+        model = construct(LooCVQModel, {"sample_size": config.data.resolution, **config.model}, "model")
     latent_side(model, config.data)  # refuses a resolution that does not divide
     images, validation = load_image_sets(config.data, model.config.in_channels)
     terms = config.loss

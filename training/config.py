@@ -82,6 +82,8 @@ class RunConfig:
 
     Args:
         output_dir: Folder of checkpoints, logs, grids and the final model.
+        init_from: Folder or hub id of a finished model of this stage to start from, instead of random weights. The
+            networks are those of that model.
         seed: Seed of initial weights and of all randomness in training.
         total_images: Images to train on, repeats counted.
         batch_size: Images per optimizer step, over all processes and accumulation steps.
@@ -98,6 +100,7 @@ class RunConfig:
     """
 
     output_dir: str = "runs/looc-ldm"
+    init_from: str | None = None
     seed: int = 0
     total_images: int = 1_000_000
     batch_size: int = 64
@@ -180,9 +183,13 @@ class DiffusionConfig(RunConfig):
     """Stage 2: a UNet on the latents of a trained `LooCVQModel`.
 
     Args:
-        autoencoder: Folder or hub id of the first stage, or of a pipeline that holds one.
+        autoencoder: Folder or hub id of the first stage, or of a pipeline that holds one. If not given, that of
+            `init_from`.
         data: The images.
         latents: Folder of the cached latents; made before training where it does not hold them yet.
+        latent_scaling: How latents are brought to unit variance. `scalar`: by the first stage's `scaling_factor`,
+            measured where it has none. `channel`: each channel by its own mean and deviation over the training images;
+            diffusers' LDMPipeline does not know these.
         class_conditional: Train with the labels of the data.
         class_dropout: Share of images, drawn one by one, whose label is replaced by the null class, which
             classifier-free guidance needs. 0 leaves the null class out.
@@ -200,6 +207,7 @@ class DiffusionConfig(RunConfig):
     autoencoder: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     latents: str | None = None
+    latent_scaling: Literal["scalar", "channel"] = "scalar"
     class_conditional: bool = False
     class_dropout: float = 0.1
     unet: dict[str, Any] = field(default_factory=dict)
@@ -220,7 +228,7 @@ def parse_config(config_class: type[T], arguments: list[str], prog: str) -> T:
     """
     parser = _make_parser(config_class, prog)
     try:
-        namespace = parser.parse_args(_with_config_files(arguments))
+        namespace = parser.parse_args(_with_config_files(_with_underscores(arguments)))
         config = parser.instantiate(namespace)
     except argparse.ArgumentError as error:
         raise ConfigError(_one_line(error, config_class)) from None
@@ -333,6 +341,13 @@ def _make_parser(config_class: type, prog: str):
     parser.add_argument("--config", action="config", help="Name of a bundled config, or a YAML file.")
     parser.add_class_arguments(config_class)
     return parser
+
+
+def _with_underscores(arguments: list[str]) -> list[str]:
+    """`--init-from x` as `--init_from x`: both are understood."""
+    return [
+        re.sub(r"^--[^=]+", lambda flag: "--" + flag.group()[2:].replace("-", "_"), argument) for argument in arguments
+    ]
 
 
 def _with_config_files(arguments: list[str]) -> list[str]:

@@ -36,6 +36,7 @@ from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.training.config import DiffusionConfig, construct, parse_command_line
 from looc_ldm.training.data import StreamBatches, load_image_sets, stream_loader
 from looc_ldm.training.ema import EMA
+from looc_ldm.training.init_from import denoiser_from
 from looc_ldm.training.latents import LatentStream, cache_latents, latent_side
 from looc_ldm.training.run import Run, adamw, set_learning_rate
 from looc_ldm.unet import FixedHeadsUNet2DModel
@@ -57,14 +58,17 @@ def train(config: DiffusionConfig) -> Path:
     # 1. Data and models, before anything is written
     check_folder(Path(config.output_dir))
     set_seed(config.seed)
-    if not config.autoencoder:
+    if not config.autoencoder and not config.init_from:
         raise ConfigError("autoencoder: give the folder or hub id of a trained first stage.")
-    vqvae = load_autoencoder(config.autoencoder).requires_grad_(False)
+    vqvae = load_autoencoder(config.autoencoder or config.init_from).requires_grad_(False)
     images, _ = load_image_sets(config.data, vqvae.config.in_channels)
     classes = images.classes if config.class_conditional else []
     if config.class_conditional and not classes:
         raise ConfigError(f"class_conditional=true, but {config.data.path} has no classes.")
-    denoiser = Denoiser.from_config(config, vqvae, len(classes))
+    if config.init_from:
+        denoiser = denoiser_from(config, lambda settings: Denoiser.from_config(settings, vqvae, len(classes)), classes)
+    else:
+        denoiser = Denoiser.from_config(config, vqvae, len(classes))
     scheduler = make_scheduler(config.scheduler)
 
     # 2. Devices, processes, precision; latents; the newest checkpoint
@@ -75,7 +79,9 @@ def train(config: DiffusionConfig) -> Path:
     accelerator = run.accelerator
     vqvae = vqvae.to(accelerator.device)
     cache = cache_latents(vqvae, images, Path(config.latents or run.folder / "latents"), accelerator)
-    if vqvae.config.scaling_factor is None:
+    if config.latent_scaling == "channel":
+        vqvae.register_to_config(scaling_factor=1.0, latents_mean=cache.channel_mean, latents_std=cache.channel_std)
+    elif vqvae.config.scaling_factor is None:
         vqvae.register_to_config(scaling_factor=1 / cache.standard_deviation)
     if config.channels_last:
         denoiser = denoiser.to(memory_format=torch.channels_last)
@@ -97,7 +103,7 @@ def train(config: DiffusionConfig) -> Path:
         accelerator.process_index,
         accelerator.num_processes,
     )
-    stream = LatentStream(cache, vqvae.config.scaling_factor, config.seed)
+    stream = LatentStream(cache, vqvae, config.seed)
     loader = stream_loader(stream, batches, config.data.num_workers, accelerator.device.type == "cuda")
 
     def pipeline() -> LooCLDMPipeline:

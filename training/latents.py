@@ -8,7 +8,8 @@ import math
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,54 @@ from tqdm.auto import tqdm
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.errors import ConfigError
 from looc_ldm.images import to_float
+from looc_ldm.scaling import scale_latents
 from looc_ldm.training.config import DataConfig
 from looc_ldm.training.data import FLIP, NOISE, ImageSet, Stream, random_at
+
+FORMAT = 2  # of a cache's files; an older one is made anew
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over latents, from which means and deviations follow; sums of parts add up.
+
+    Attributes:
+        count (`int`): Values of a channel.
+        total, squares (`tuple[float, ...]`): Sum and sum of squares of each channel; empty before the first latents.
+    """
+
+    count: int = 0
+    total: tuple[float, ...] = ()
+    squares: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, latents: torch.Tensor) -> Moments:
+        """Of latents `(B, c, h, w)`."""
+        wide = latents.cpu().double().transpose(0, 1).flatten(1)  # (c, B * h * w)
+        return cls(wide.shape[1], tuple(wide.sum(1).tolist()), tuple(wide.square().sum(1).tolist()))
+
+    def __add__(self, other: Moments) -> Moments:
+        if not self.count or not other.count:
+            return self if self.count else other
+        total = tuple(map(add, self.total, other.total))
+        return Moments(self.count + other.count, total, tuple(map(add, self.squares, other.squares)))
+
+    @property
+    def channel_mean(self) -> list[float]:
+        """The mean of each channel."""
+        return [total / self.count for total in self.total]
+
+    @property
+    def channel_std(self) -> list[float]:
+        """The standard deviation of each channel about its mean."""
+        pairs = zip(self.channel_mean, self.squares, strict=True)
+        return [math.sqrt(squares / self.count - mean**2) for mean, squares in pairs]
+
+    @property
+    def standard_deviation(self) -> float:
+        """Of all values about their common mean."""
+        count = self.count * len(self.total)
+        return math.sqrt(sum(self.squares) / count - (sum(self.total) / count) ** 2)
 
 
 class LatentCache:
@@ -35,6 +82,7 @@ class LatentCache:
         labels (`np.ndarray` of shape `(n,)`, int64): -1 without classes.
         classes (`list[str]`): Names of the classes.
         standard_deviation (`float`): Of all latents about their mean.
+        channel_mean, channel_std (`list[float]`): Of each channel.
     """
 
     def __init__(self, folder: Path):
@@ -46,6 +94,7 @@ class LatentCache:
         self.labels = np.load(folder / "labels.npy")
         self.classes = description["classes"]
         self.standard_deviation = description["standard_deviation"]
+        self.channel_mean, self.channel_std = description["channel_mean"], description["channel_std"]
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -63,17 +112,20 @@ class LatentStream(Stream):
     random belongs to the position p, so that no loop or process has randomness of its own.
     """
 
-    def __init__(self, cache: LatentCache, scaling_factor: float, seed: int):
+    def __init__(self, cache: LatentCache, model: LooCVQModel, seed: int):
         super().__init__(len(cache), seed)
         self.cache = cache
-        self.scaling_factor = scaling_factor
+        # Scaling is affine: its values at 0 and 1 say all, and a loader's workers need not hold the model.
+        ends = torch.arange(2.0).view(2, 1, 1, 1).expand(2, cache.latents.shape[1], 1, 1)
+        self.shift, one = scale_latents(model, ends).unbind()
+        self.scale = one - self.shift  # (c, 1, 1)
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, int, torch.Tensor, np.float32, np.float32]:
         index = self.index_at(position)
         source = self.cache.latents
         if self.cache.flipped is not None and random_at(self.seed, FLIP, position).random() < 0.5:
             source = self.cache.flipped
-        latents = torch.from_numpy(source[index].astype(np.float32) * np.float32(self.scaling_factor))
+        latents = torch.from_numpy(source[index].astype(np.float32)) * self.scale + self.shift
         random = random_at(self.seed, NOISE, position)
         time, dropout = random.random(2, dtype=np.float32)
         noise = torch.from_numpy(random.standard_normal(latents.shape, dtype=np.float32))
@@ -102,15 +154,16 @@ def cache_latents(model: LooCVQModel, images: ImageSet, folder: Path, accelerato
             for name in ("latents", "flipped") if images.config.flip else ("latents",):
                 np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=np.float16, shape=shape).flush()
         accelerator.wait_for_everyone()
-        count, total, squares = _encode_share(model, images, partial, accelerator)
-        shares = gather_object([(count, total, squares)])
-        count, total, squares = (sum(part) for part in zip(*shares, strict=True))
+        shares = gather_object([_encode_share(model, images, partial, accelerator)])
+        moments = sum(shares, start=Moments())
         if accelerator.is_main_process:
             np.save(partial / "labels.npy", images.labels())
             description = {
                 "fingerprint": fingerprint,
                 "classes": images.classes,
-                "standard_deviation": math.sqrt(squares / count - (total / count) ** 2),
+                "standard_deviation": moments.standard_deviation,
+                "channel_mean": moments.channel_mean,
+                "channel_std": moments.channel_std,
             }
             (partial / "description.json").write_text(json.dumps(description))
             os.replace(partial, folder)
@@ -121,13 +174,20 @@ def cache_latents(model: LooCVQModel, images: ImageSet, folder: Path, accelerato
 @torch.no_grad()
 def measure_scaling_factor(model: LooCVQModel, batches: Iterable[torch.Tensor]) -> float:
     """1 / standard deviation of the latents of images `(B, C, H, W)` in [-1, 1]."""
-    count, total, squares = 0, 0.0, 0.0
+    return 1 / measure_latents(model, batches).standard_deviation
+
+
+@torch.no_grad()
+def measure_latents(model: LooCVQModel, batches: Iterable[torch.Tensor]) -> Moments:
+    """Mean and deviation of the latents of images `(B, C, H, W)` in [-1, 1].
+
+    To whiten each channel: `model.register_to_config(scaling_factor=1.0, latents_mean=moments.channel_mean,
+    latents_std=moments.channel_std)`.
+    """
+    moments = Moments()
     for batch in batches:
-        latents = model.encode(batch.to(model.device)).latents.cpu().double()
-        count += latents.numel()
-        total += float(latents.sum())
-        squares += float(latents.square().sum())
-    return 1 / math.sqrt(squares / count - (total / count) ** 2)
+        moments += Moments.of(model.encode(batch.to(model.device, model.dtype)).latents)
+    return moments
 
 
 def latent_side(model: LooCVQModel, data: DataConfig) -> int:
@@ -149,7 +209,7 @@ def cache_fingerprint(model: LooCVQModel, images: ImageSet) -> str:
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     data = asdict(images.config)
     del data["num_workers"]
-    digest.update(json.dumps([data, len(images), images.classes], sort_keys=True).encode())
+    digest.update(json.dumps([FORMAT, data, len(images), images.classes], sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -168,10 +228,8 @@ def _check_current(folder: Path, fingerprint: str) -> None:
 
 
 @torch.no_grad()
-def _encode_share(
-    model: LooCVQModel, images: ImageSet, folder: Path, accelerator: Accelerator
-) -> tuple[int, float, float]:
-    """Encode this process's contiguous share into the files; returns count, sum and sum of squares of its latents."""
+def _encode_share(model: LooCVQModel, images: ImageSet, folder: Path, accelerator: Accelerator) -> Moments:
+    """Encode this process's contiguous share into the files; returns the moments of its latents."""
     first = len(images) * accelerator.process_index // accelerator.num_processes
     last = len(images) * (accelerator.process_index + 1) // accelerator.num_processes
     files = {
@@ -180,18 +238,16 @@ def _encode_share(
         if images.config.flip or not flip
     }
     loader = DataLoader(Subset(images, range(first, last)), batch_size=64, num_workers=images.config.num_workers)
-    count, total, squares = 0, 0.0, 0.0
+    moments = Moments()
     with tqdm(total=last - first, desc="encoding latents", unit="img", disable=not accelerator.is_main_process) as bar:
         for pixels, _ in loader:
             batch = to_float(pixels).to(accelerator.device)
             for flip, file in files.items():
                 latents = model.encode(batch.flip(-1) if flip else batch).latents.float().cpu()
                 file[first : first + len(batch)] = latents.numpy()
-                count += latents.numel()
-                total += float(latents.double().sum())
-                squares += float(latents.double().square().sum())
+                moments += Moments.of(latents)
             first += len(batch)
             bar.update(len(batch))
     for file in files.values():
         file.flush()
-    return count, total, squares
+    return moments

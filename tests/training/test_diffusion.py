@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from looc_ldm import LooCLDMPipeline
 from looc_ldm.errors import ConfigError, ModelError
+from looc_ldm.loading import load_autoencoder
 from looc_ldm.training import diffusion
 from looc_ldm.training.config import DataConfig
 from looc_ldm.training.diffusion import Denoiser, make_scheduler
@@ -76,7 +77,7 @@ def test_the_loss_is_the_distance_to_the_noise_or_the_velocity(
     schedule = {"beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.02, "prediction_type": prediction_type}
     config = diffusion_config(tmp_path, scheduler=schedule, loss=loss, total_images=8)
     pipe = LooCLDMPipeline.from_pretrained(diffusion.train(config))
-    stream = LatentStream(LatentCache(tmp_path / "latents"), pipe.vqvae.config.scaling_factor, config.seed)
+    stream = LatentStream(LatentCache(tmp_path / "latents"), pipe.vqvae, config.seed)
     examples = [stream[position] for position in range(8)]
     latents, noise = (torch.stack([example[i] for example in examples]) for i in (0, 2))
     timesteps = torch.tensor([int(1000 * example[3]) for example in examples])
@@ -103,7 +104,7 @@ def test_labels_are_those_of_the_images_and_some_are_replaced_by_the_null_class(
     config = diffusion_config(tmp_path, class_conditional=True, class_dropout=0.4, total_images=160)
     config = replace(config, preview_every_images=10**6)
     diffusion.train(config)
-    stream = LatentStream(LatentCache(tmp_path / "latents"), 1.0, config.seed)
+    stream = LatentStream(LatentCache(tmp_path / "latents"), load_autoencoder(config.autoencoder), config.seed)
     seen = torch.cat([labels for _, _, labels, _ in calls[:20]]).tolist()
     assert seen == [10 if stream[p][4] < 0.4 else stream[p][1] for p in range(160)]
     assert seen.count(10) == pytest.approx(64, abs=20)
@@ -183,6 +184,15 @@ def test_a_first_stage_without_scaling_factor_gets_the_measured_one(diffusion_co
     folder = diffusion.train(diffusion_config(tmp_path / "run", autoencoder=str(autoencoder), total_images=8))
     measured = 1 / LatentCache(tmp_path / "run" / "latents").standard_deviation
     assert LooCLDMPipeline.from_pretrained(folder).vqvae.config.scaling_factor == pytest.approx(measured)
+
+
+def test_channels_are_whitened_on_demand_and_the_pipeline_knows(diffusion_config, tmp_path, calls):
+    config = diffusion_config(tmp_path, latent_scaling="channel", total_images=8)
+    pipe = LooCLDMPipeline.from_pretrained(diffusion.train(config))
+    cache = LatentCache(tmp_path / "latents")
+    assert pipe.vqvae.config.scaling_factor == 1
+    assert pipe.vqvae.config.latents_mean == pytest.approx(cache.channel_mean)
+    assert pipe.vqvae.config.latents_std == pytest.approx(cache.channel_std)
 
 
 # Going on --------------------------------------------------------------------------------------------------------

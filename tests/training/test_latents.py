@@ -39,6 +39,17 @@ def cache(model, images, accelerator, tmp_path):
     return cache_latents(model, images, tmp_path / "latents", accelerator)
 
 
+@pytest.fixture
+def scaled_by(model):
+    """The model with another scaling factor."""
+
+    def make(factor: float) -> LooCVQModel:
+        model.register_to_config(scaling_factor=factor)
+        return model
+
+    return make
+
+
 @torch.no_grad()
 def encoded(model, images, index: int, flip: bool = False) -> torch.Tensor:
     image = to_float(images[index][0])
@@ -66,9 +77,19 @@ def test_without_flips_no_mirror_images_are_encoded(model, small_data, accelerat
     assert not (tmp_path / "latents" / "flipped.npy").exists()
 
 
-def test_the_standard_deviation_is_that_of_all_cached_latents(cache):
+def test_mean_and_standard_deviation_are_those_of_all_cached_latents(cache):
     everything = np.concatenate([cache.latents, cache.flipped]).astype(np.float64)
     assert cache.standard_deviation == pytest.approx(everything.std(), rel=1e-6)
+    assert cache.channel_mean == pytest.approx(everything.mean((0, 2, 3)), rel=1e-3, abs=1e-5)
+    assert cache.channel_std == pytest.approx(everything.std((0, 2, 3)), rel=1e-5)
+
+
+def test_whitened_latents_have_zero_mean_and_unit_deviation_in_each_channel(cache, model):
+    model.register_to_config(scaling_factor=1.0, latents_mean=cache.channel_mean, latents_std=cache.channel_std)
+    stream = LatentStream(cache, model, seed=0)
+    latents = torch.stack([stream[position][0] for position in range(64)])
+    assert latents.mean((0, 2, 3)).abs().max() < 0.1
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=0.1, rtol=0)
 
 
 def test_the_scaling_factor_is_one_over_the_standard_deviation(model, images):
@@ -158,8 +179,8 @@ def test_a_cache_that_is_sent_to_another_process_is_its_folder(cache):
 # The stream ------------------------------------------------------------------------------------------------------
 
 
-def test_an_example_is_the_scaled_latent_of_an_image_or_of_its_mirror_image(cache):
-    stream = LatentStream(cache, scaling_factor=2.0, seed=0)
+def test_an_example_is_the_scaled_latent_of_an_image_or_of_its_mirror_image(cache, scaled_by):
+    stream = LatentStream(cache, scaled_by(2.0), seed=0)
     mirrored = []
     for position in range(64):
         latents, label, noise, *_ = stream[position]
@@ -172,13 +193,13 @@ def test_an_example_is_the_scaled_latent_of_an_image_or_of_its_mirror_image(cach
     assert 0.3 < np.mean(mirrored) < 0.7
 
 
-def test_scaled_latents_have_unit_standard_deviation(cache):
-    stream = LatentStream(cache, 1 / cache.standard_deviation, seed=0)
+def test_scaled_latents_have_unit_standard_deviation(cache, scaled_by):
+    stream = LatentStream(cache, scaled_by(1 / cache.standard_deviation), seed=0)
     assert torch.stack([stream[p][0] for p in range(64)]).std().item() == pytest.approx(1, abs=0.05)
 
 
-def test_all_that_is_random_belongs_to_the_position_not_to_batch_rank_or_worker(cache):
-    stream = LatentStream(cache, 1.0, seed=0)
+def test_all_that_is_random_belongs_to_the_position_not_to_batch_rank_or_worker(cache, scaled_by):
+    stream = LatentStream(cache, scaled_by(1.0), seed=0)
 
     def examples(batch_size, rank=0, world_size=1, num_workers=0):
         batches = StreamBatches(0, 96, batch_size, 1, rank, world_size)
@@ -193,8 +214,8 @@ def test_all_that_is_random_belongs_to_the_position_not_to_batch_rank_or_worker(
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(ranks[position], parts, strict=True))
 
 
-def test_noise_time_and_dropout_are_independent_draws_of_their_laws(cache):
-    stream = LatentStream(cache, 1.0, seed=0)
+def test_noise_time_and_dropout_are_independent_draws_of_their_laws(cache, scaled_by):
+    stream = LatentStream(cache, scaled_by(1.0), seed=0)
     _, _, noise, time, dropout = zip(*(stream[p] for p in range(2000)), strict=True)
     noise = torch.stack(noise)
     assert noise.std().item() == pytest.approx(1, abs=0.01)
@@ -204,8 +225,8 @@ def test_noise_time_and_dropout_are_independent_draws_of_their_laws(cache):
     assert abs(np.corrcoef(time, dropout)[0, 1]) < 0.1
 
 
-def test_an_image_gets_new_noise_in_each_epoch_and_with_each_seed(cache):
-    stream, other = LatentStream(cache, 1.0, seed=0), LatentStream(cache, 1.0, seed=1)
+def test_an_image_gets_new_noise_in_each_epoch_and_with_each_seed(cache, scaled_by):
+    stream, other = LatentStream(cache, scaled_by(1.0), seed=0), LatentStream(cache, scaled_by(1.0), seed=1)
     first = stream.index_at(0)
     again = next(p for p in range(64, 128) if stream.index_at(p) == first)
     assert not torch.equal(stream[0][2], stream[again][2])

@@ -1,0 +1,154 @@
+"""A training that starts from a finished model has its networks and weights, and says so where it cannot."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from looc_ldm import LooCLDMPipeline, LooCVQModel
+from looc_ldm.errors import ConfigError, ModelError
+from looc_ldm.training import autoencoder, diffusion
+from looc_ldm.training.config import AutoencoderConfig, parse_config
+from looc_ldm.training.diffusion import Denoiser
+from looc_ldm.training.init_from import autoencoder_from, denoiser_from
+
+
+@pytest.fixture(scope="module")
+def pipeline_run(diffusion_config, tmp_path_factory):
+    """The folder of a finished class-conditional pipeline. To be read only."""
+    folder = tmp_path_factory.mktemp("runs") / "diffusion"
+    return diffusion.train(diffusion_config(folder, class_conditional=True, total_images=8))
+
+
+@pytest.fixture
+def classes(pipeline_run) -> list[str]:
+    return list(LooCLDMPipeline.from_pretrained(pipeline_run).config.id2label.values())
+
+
+def same(model: torch.nn.Module, other: torch.nn.Module) -> bool:
+    theirs = other.state_dict()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
+
+
+# Stage 1 --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+def test_an_autoencoder_starts_with_the_weights_of_another(repeated, autoencoder_config, autoencoder_run, tmp_path):
+    config = autoencoder_config(tmp_path, init_from=str(autoencoder_run / "model"))
+    model = autoencoder_from(config if repeated else replace(config, model={}))
+    trained = LooCVQModel.from_pretrained(autoencoder_run / "model")
+    assert same(model, trained)
+    assert model.config.scaling_factor is None  # of the images of this training, which are still to be measured
+    assert trained.config.scaling_factor > 0
+
+
+def test_a_pipelines_first_stage_will_do(autoencoder_config, autoencoder_run, pipeline_run, tmp_path):
+    model = autoencoder_from(autoencoder_config(tmp_path, init_from=str(pipeline_run)))
+    assert same(model, LooCVQModel.from_pretrained(autoencoder_run / "model"))
+
+
+def test_how_the_codebook_learns_is_the_configs_to_say(autoencoder_config, autoencoder_run, tmp_path):
+    settings = {"anchor": "none", "gradient": "rotation", "codebook_update": "gradient"}
+    config = autoencoder_config(tmp_path, model=settings, init_from=str(autoencoder_run / "model"))
+    quantizer = autoencoder_from(config).quantize
+    assert {name: getattr(quantizer, name) for name in settings} == settings
+
+
+def test_training_goes_on_from_there(autoencoder_config, autoencoder_run, tmp_path):
+    config = autoencoder_config(tmp_path, model=None, init_from=str(autoencoder_run / "model"), total_images=8)
+    result = autoencoder.train(replace(config, model={}))
+    model, trained = (LooCVQModel.from_pretrained(folder) for folder in (result, autoencoder_run / "model"))
+    assert not same(model, trained)
+    moved = (model.encoder.conv_in.weight - trained.encoder.conv_in.weight).abs().max()
+    assert 0 < moved <= 1.01 * config.optimizer.learning_rate  # one step of Adam
+    assert model.config.scaling_factor > 0
+    assert autoencoder.train(replace(config, model={})) == result
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"num_vq_embeddings": 32}, "model.num_vq_embeddings is 32 in the config and 16 in init_from; --model '{}'"),
+        ({"segment_layout": "patch"}, "model.segment_layout is 'patch' in the config and 'channel' in init_from"),
+    ],
+)
+def test_another_network_in_the_config_is_refused(model, message, autoencoder_config, autoencoder_run, tmp_path):
+    config = autoencoder_config(tmp_path / "run", model=model, init_from=str(autoencoder_run / "model"))
+    with pytest.raises(ConfigError, match=message):
+        autoencoder.train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_model_is_refused(autoencoder_config, tmp_path):
+    with pytest.raises(ModelError, match="neither a folder nor a hub id"):
+        autoencoder.train(autoencoder_config(tmp_path / "run", init_from="/nowhere/model"))
+
+
+def test_flags_may_be_typed_with_dashes():
+    arguments = ["--init-from", "a-b/c-d", "--output-dir=my-run", "--data.num-workers", "3", "--model", "{}"]
+    config = parse_config(AutoencoderConfig, arguments, "test")
+    assert (config.init_from, config.output_dir, config.data.num_workers) == ("a-b/c-d", "my-run", 3)
+    assert config.model == {}
+
+
+# Stage 2 --------------------------------------------------------------------------------------------------------------
+
+
+def start(config, classes, autoencoder_run):
+    vqvae = LooCVQModel.from_pretrained(autoencoder_run / "model")
+    return denoiser_from(config, lambda settings: Denoiser.from_config(settings, vqvae, len(classes)), classes)
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+def test_a_unet_starts_with_the_weights_of_another(
+    repeated, diffusion_config, autoencoder_run, pipeline_run, classes, tmp_path
+):
+    config = diffusion_config(tmp_path, class_conditional=True, init_from=str(pipeline_run))
+    denoiser = start(config if repeated else replace(config, unet={}), classes, autoencoder_run)
+    assert same(denoiser.unet, LooCLDMPipeline.from_pretrained(pipeline_run).unet)
+
+
+def test_with_other_classes_their_embeddings_start_anew(
+    diffusion_config, autoencoder_run, pipeline_run, classes, tmp_path, caplog
+):
+    config = diffusion_config(tmp_path, class_conditional=True, init_from=str(pipeline_run))
+    denoiser = start(config, ["cat", "dog"], autoencoder_run)
+    trained = LooCLDMPipeline.from_pretrained(pipeline_run).unet
+    assert denoiser.unet.class_embedding.weight.shape[0] == 3
+    assert torch.equal(denoiser.unet.conv_in.weight, trained.conv_in.weight)
+    assert "embeddings of classes start anew" in caplog.text
+    unconditional = start(replace(config, class_conditional=False), [], autoencoder_run)
+    assert torch.equal(unconditional.unet.conv_out.weight, trained.conv_out.weight)
+
+
+def test_the_first_stage_of_the_pipeline_is_used_where_no_other_is_given(diffusion_config, pipeline_run, tmp_path):
+    config = diffusion_config(
+        tmp_path, class_conditional=True, init_from=str(pipeline_run), autoencoder="", total_images=8
+    )
+    result = LooCLDMPipeline.from_pretrained(diffusion.train(config))
+    before = LooCLDMPipeline.from_pretrained(pipeline_run)
+    assert same(result.vqvae, before.vqvae)
+    moved = (result.unet.conv_in.weight - before.unet.conv_in.weight).abs().max()
+    assert 0 < moved <= 1.01 * config.optimizer.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"block_out_channels": [32, 16]}, r"unet.block_out_channels is \(32, 16\) in the config and \(16, 16\)"),
+        ({"type": "UNet2DConditionModel"}, "unet.type is UNet2DConditionModel in the config and UNet2DModel in"),
+    ],
+)
+def test_another_unet_in_the_config_is_refused(settings, message, diffusion_config, pipeline_run, tmp_path):
+    config = diffusion_config(tmp_path / "run", class_conditional=True, init_from=str(pipeline_run))
+    with pytest.raises(ConfigError, match=message):
+        diffusion.train(replace(config, unet={**config.unet, **settings}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_latents_of_other_channels_are_refused(diffusion_config, autoencoder_config, pipeline_run, tmp_path):
+    other = autoencoder.train(autoencoder_config(tmp_path / "first", model={"vq_embed_dim": 6}, total_images=8))
+    config = diffusion_config(tmp_path / "run", class_conditional=True, init_from=str(pipeline_run))
+    with pytest.raises(ConfigError, match="denoises latents of 4 channels, those of the autoencoder have 6"):
+        diffusion.train(replace(config, autoencoder=str(other)))
