@@ -10,7 +10,6 @@ computation: a stage of n norms costs about n / 2 + 1 times itself.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -38,8 +37,9 @@ def encode_in_tiles(encoder: Encoder, image: torch.Tensor, tile_size: int) -> to
             tile = encoder.conv_in(tile) if first else tile
             return block.downsamplers[0](_before_resampling(block, tile, None))
 
-        halo = 2 * len(block.resnets) + 3
-        sample = _run_stage(compute, sample, core=tile_size, halo=halo + halo % 2, scale=(1, 2))
+        # Of the first convolution, two of each resnet, and one to the right of the downsampler's. Even, as it must be.
+        halo = 2 * len(block.resnets) + 2
+        sample = _run_stage(compute, sample, core=tile_size, halo=halo, scale=(1, 2))
     if in_tiles == 0:
         sample = encoder.conv_in(sample)
     for block in blocks[in_tiles:]:
@@ -74,8 +74,8 @@ def decode_in_tiles(
             tile = _before_resampling(block, below.upsamplers[0](tile), latents)
             return finish(tile, latents) if block is blocks[-1] else tile
 
-        # In pixels after upsampling: one of its convolution, two of each resnet, one of the last convolution.
-        halo = math.ceil((2 * len(block.resnets) + 2) / 2)
+        # Of the upsampler's convolution, two of each resnet, and the last: half as many pixels before upsampling.
+        halo = (2 * len(block.resnets) + 2) // 2
         sample = _run_stage(compute, sample, core=tile_size // 2, halo=halo, scale=(2, 1), latents=latents)
     return sample if len(blocks) > whole + 1 else finish(sample, latents)
 
