@@ -128,7 +128,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "--resolution", type=positive, help="side of the images in pixels (default: what the model was trained at)"
     )
     parser.add_argument(
-        "--fit", choices=("crop", "pad"), default="crop", help="how images become square (default: crop)"
+        "--fit",
+        choices=("crop", "pad"),
+        help="how images become square (default: as in the model's training, as far as its folder says, else crop)",
     )
 
 

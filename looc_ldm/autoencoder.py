@@ -17,6 +17,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 import looc_ldm.registration  # noqa: F401  (pipelines can then save and load this class)
 from looc_ldm.quantizer import LooCQuantizer
+from looc_ldm.scaling import check_channel_values
 from looc_ldm.tiling import decode_in_tiles, encode_in_tiles
 
 
@@ -150,12 +151,8 @@ class LooCVQModel(VQModel, AttentionMixin):
                 f'norm_type="spatial" needs vq_embed_dim={vq_embed_dim} to equal latent_channels={latent_channels}.'
             )
         for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
-            if values is None:
-                continue
-            if len(values) != vq_embed_dim or not all(math.isfinite(value) for value in values):
-                raise ValueError(f"{name} must be vq_embed_dim={vq_embed_dim} finite numbers, got {list(values)}.")
-            if name == "latents_std" and min(values) <= 0:
-                raise ValueError(f"latents_std must be positive, got {list(values)}.")
+            if values is not None:
+                check_channel_values(name, values, vq_embed_dim)
         super().__init__(
             in_channels=in_channels,
             out_channels=out_channels,
@@ -193,11 +190,13 @@ class LooCVQModel(VQModel, AttentionMixin):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """Load a model, as `ModelMixin.from_pretrained` does.
+        """Load a model, as `ModelMixin.from_pretrained` does, but never from pickles, which can run any code.
 
+        Weights that are not safetensors raise an OSError; `use_safetensors=False` allows them.
         A plain `VQModel`'s folder loads as well, and quantizes as it did with `interpolation_factor=1` and
         `distance="euclidean"`.
         """
+        kwargs.setdefault("use_safetensors", True)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if "quantize.usage" in info["missing_keys"]:
             # Of a VQModel: its codevectors must not count as unused.

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from looc_ldm.errors import UserError
 from looc_ldm.files import copy_file, replace_text
-from looc_ldm.model_facts import CIRCUMSTANCES, Facts, Measurement, gather, run_folder_of, shareable
+from looc_ldm.model_facts import CIRCUMSTANCES, Facts, Measurement, gather, shareable
 
 MARK = "<!-- Written by looc-ldm. Delete this line to keep a card of your own: it is then pushed as it is. -->"
 
@@ -81,7 +81,7 @@ def model_card(
 ) -> tuple[str, Path | None]:
     """The text of a card, and the picture that it shows as `picture_name` of it; see `write_card`."""
     facts = gather(folder, metrics, samples)
-    name = repo_id.split("/")[-1] if repo_id else _name(folder)
+    name = repo_id.split("/")[-1] if repo_id else (facts.run_folder or folder.resolve()).name
     data = ModelCardData(
         license=license,
         library_name="diffusers",
@@ -114,11 +114,6 @@ def picture_name(picture: Path) -> str:
 # What the card says --------------------------------------------------------------------------------------------------
 
 
-def _name(folder: Path) -> str:
-    run_folder = run_folder_of(folder)
-    return (run_folder or folder.resolve()).name
-
-
 def _task(facts: Facts) -> str:
     if not facts.is_pipeline:
         return "image-reconstruction"
@@ -126,18 +121,35 @@ def _task(facts: Facts) -> str:
     return "class-conditional-image-generation" if conditional else "unconditional-image-generation"
 
 
+def _segments(vqvae: dict) -> tuple[int | None, int | None]:
+    """n_q and d of an autoencoder's config: channels of a feature vector, and of a codevector."""
+    channels = vqvae.get("vq_embed_dim") or vqvae.get("hidden_channels") or vqvae.get("latent_channels")
+    return channels, vqvae.get("codevector_dim") or channels
+
+
 def _introduction(facts: Facts) -> str:
+    vqvae = facts.configs.get("vqvae", {})
+    channels, codevector_dim = _segments(vqvae)
+    # One code a position is vector quantization as it always was.
+    shared = (channels, vqvae.get("interpolation_factor")) != (codevector_dim, 1)
     if facts.is_pipeline:
         classes = len(facts.index.get("id2label") or {})
         kind = f"of {classes} classes" if classes else "without conditions"
         return (
-            f"A latent diffusion model of images {kind}, on a first stage whose codebook all segments of a feature "
-            "vector share (LooC). A pipeline of diffusers."
+            f"A latent diffusion model of images {kind}, on a first stage "
+            + ("whose codebook all segments of a feature vector share (LooC)" if shared else "with discrete codes")
+            + ". A pipeline of diffusers."
         )
-    return (
-        "An image autoencoder with discrete codes, whose one small codebook all segments of a feature vector share "
-        "(LooC). A `VQModel` of diffusers."
+    codes = (
+        "whose one codebook all segments of a feature vector share (LooC)"
+        if shared
+        else "one codevector for each feature vector (VQ)"
     )
+    network = {
+        "LooCVQModel": "A `VQModel` of diffusers",
+        "LooCSmallVQModel": "A small convolutional network, with the methods of diffusers' `VQModel`",
+    }[vqvae["_class_name"]]
+    return f"An image autoencoder with discrete codes, {codes}. {network}."
 
 
 def _example(facts: Facts, name: str) -> str:
@@ -160,8 +172,8 @@ def _example(facts: Facts, name: str) -> str:
         side = config.get("sample_size") or 64
         code = [
             "import torch",
-            "from looc_ldm import LooCVQModel",
-            f'model = LooCVQModel.from_pretrained("{name}")',
+            f"from looc_ldm import {config['_class_name']}",
+            f'model = {config["_class_name"]}.from_pretrained("{name}")',
             f"codes = model.encode_indices(torch.zeros(1, {config.get('in_channels', 3)}, {side}, {side}))",
         ]
         after = "for images in [-1, 1]; `model.decode_indices(codes)` gives them back."
@@ -188,11 +200,10 @@ def _architecture(facts: Facts) -> list[tuple[str, str]]:
         channels = vqvae.get("in_channels")
         plural = "" if channels == 1 else "s"
         rows.append(("images", f"{vqvae['sample_size']}x{vqvae['sample_size']}, {channels} channel{plural}"))
-    if "num_vq_embeddings" in vqvae and "codevector_dim" in vqvae:
-        numbers = vqvae["num_vq_embeddings"] * vqvae["codevector_dim"]
-        rows.append(
-            ("codebook", f"{vqvae['num_vq_embeddings']} codevectors of {vqvae['codevector_dim']}, {numbers:,} numbers")
-        )
+    codevector_dim = _segments(vqvae)[1]
+    if "num_vq_embeddings" in vqvae and codevector_dim:
+        numbers = vqvae["num_vq_embeddings"] * codevector_dim
+        rows.append(("codebook", f"{vqvae['num_vq_embeddings']} codevectors of {codevector_dim}, {numbers:,} numbers"))
     for name, config in facts.configs.items():
         rows.append((name, f"`{config.get('_class_name')}`"))
         if name == "scheduler" and "prediction_type" in config:

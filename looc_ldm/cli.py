@@ -16,6 +16,7 @@ from looc_ldm.commands.shared import (
     choose_device,
     data_of,
     draw_samples,
+    fingerprints_for,
     inception_features,
     load_images,
     load_pipeline,
@@ -137,20 +138,22 @@ def _evaluate_reconstruction(options: argparse.Namespace) -> None:
     check_file(options.output)
     features = inception_features(options) if options.inception_weights else None
     model, images = model_and_images(options)
+    fingerprints = fingerprints_for(options)
     chosen = spread(len(images), options.images or len(images)).tolist()
     bar = tqdm(float_batches(Subset(images, chosen)), desc="reconstructing", unit="batch", delay=1)
     with as_user_errors(ValueError):
         figures = evaluate_reconstruction(model, bar, images.content_size, features)
-    report_figures(figures | data_of(images), options)
+    report_figures(figures | data_of(images), fingerprints, options)
 
 
 def _evaluate_generation(options: argparse.Namespace) -> None:
     from looc_ldm.metrics import fid_and_kid
 
     check_file(options.output)
-    features = inception_features(options)
     pipe = load_pipeline(options)
     images = load_images(options, pipe.vqvae)
+    fingerprints = fingerprints_for(options, generation=True)
+    features = inception_features(options)
     # From places at even distances in the reference: samples and reference then have the same share of each class.
     known = images.labels().tolist() if pipe.num_class_embeds and images.classes else [None]
     labels = [known[i * len(known) // options.images] for i in range(options.images)]
@@ -163,7 +166,7 @@ def _evaluate_generation(options: argparse.Namespace) -> None:
         "guidance_scale": options.guidance_scale,
         "seed": options.seed,
     }
-    report_figures(figures | data_of(images), options)
+    report_figures(figures | data_of(images), fingerprints, options)
 
 
 COMMANDS = {

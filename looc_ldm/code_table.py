@@ -65,9 +65,12 @@ def read_code_table(file: Path) -> Iterator[TableRow]:
             codes, *rest = (batch.column(name)[i] for name in COLUMNS)
             height, width, shape, num_codevectors, name, fingerprint = (value.as_py() for value in rest)
             try:
+                missing = [column for column in COLUMNS if not batch.column(column)[i].is_valid]
+                if missing:
+                    raise ValueError(f"its {missing[0]} is missing.")
                 indices = codes.values.to_numpy(zero_copy_only=False).reshape(shape)
                 row = TableRow(ImageCodes(indices, height, width, num_codevectors, fingerprint), name)
-            except (ValueError, TypeError, AttributeError) as error:  # a value that is missing, or of another type
+            except (ValueError, TypeError) as error:  # TypeError: a side in latent_shape that is missing
                 raise CodesError(f"cannot read {str(file)!r}: row of {name!r}: {error}") from None
             yield row
 
@@ -80,12 +83,29 @@ def file_names(file: Path) -> list[PurePosixPath]:
     """
     names = []
     for batch in _record_batches(file, ("file",)):
-        for name in batch.column("file").to_pylist():
+        try:
+            read = batch.column("file").to_pylist()
+        except UnicodeDecodeError:
+            raise CodesError(f"cannot read {str(file)!r}: the name of a file is not UTF-8.") from None
+        for name in read:
             path = PurePosixPath(name or "")
             if path.is_absolute() or ".." in path.parts or not path.name or "\\" in name or ":" in path.parts[0]:
                 raise CodesError(f"cannot read {str(file)!r}: {name!r} is not a relative name of a file.")
             names.append(path)
     return names
+
+
+def image_names(names: list[PurePosixPath]) -> list[PurePosixPath]:
+    """The names of the PNG files that the images in a table become.
+
+    `.png` takes the place of the suffix. Where then two images would become one file, or one a file and another a file
+    in a folder of that name, `.png` is appended to all names of the table.
+    """
+    replaced = [name.with_suffix(".png") for name in names]
+    distinct = set(replaced)
+    if len(distinct) == len(names) and distinct.isdisjoint(parent for name in replaced for parent in name.parents):
+        return replaced
+    return [name.with_name(f"{name.name}.png") for name in names]
 
 
 def _features(num_codevectors: int, classes: list[str]) -> datasets.Features:
@@ -132,12 +152,36 @@ def _table(rows: list[TableRow], schema: pa.Schema) -> pa.Table:
     return pa.table({name: columns[name] for name in schema.names}, schema)
 
 
+def _is_text(found: pa.DataType) -> bool:
+    return pa.types.is_string(found) or pa.types.is_large_string(found)
+
+
+def _is_list_of_integers(found: pa.DataType) -> bool:
+    kinds = pa.types
+    is_list = kinds.is_list(found) or kinds.is_large_list(found) or kinds.is_fixed_size_list(found)
+    return is_list and kinds.is_integer(found.value_type)
+
+
+# By column. Integers of other widths are taken: other programs widen them when they write a table again.
+_EXPECTED = {
+    **dict.fromkeys(("codes", "latent_shape"), (_is_list_of_integers, "lists of integers")),
+    **dict.fromkeys(("height", "width", "num_codevectors"), (pa.types.is_integer, "integers")),
+    **dict.fromkeys(("file", "fingerprint"), (_is_text, "text")),
+}
+
+
 def _record_batches(file: Path, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as table:
             missing = [name for name in COLUMNS if name not in table.schema_arrow.names]
             if missing:
                 raise CodesError(f"{str(file)!r} is not a table of codes: it has no column {missing[0]!r}.")
+            for name, (is_right, expected) in _EXPECTED.items():
+                found = table.schema_arrow.field(name).type
+                if not is_right(found):
+                    raise CodesError(
+                        f"{str(file)!r} is not a table of codes: its column {name!r} holds {found}, not {expected}."
+                    )
             yield from table.iter_batches(ROWS_AT_ONCE, columns=list(columns))
     except (OSError, pa.ArrowException) as error:
         raise CodesError(f"cannot read {str(file)!r}: {' '.join(str(error).split())}") from None

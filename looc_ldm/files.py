@@ -5,21 +5,46 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from PIL import Image
 
 from looc_ldm.errors import UserError
 
+NAME_BYTES, PATH_BYTES = 255, 4096  # of the usual file systems; paths with the NUL that ends them
+
 
 def check_folder(folder: Path) -> None:
     """Refuse, before any work, a folder that cannot be made or written to. Makes nothing."""
-    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))  # dangling links too
     if not nearest.is_dir():
         raise UserError(f"cannot write to {str(folder)!r}: {str(nearest)!r} is not a folder.")
     if not os.access(nearest, os.W_OK):
         raise UserError(f"cannot write to {str(folder)!r}: no permission.")
+
+
+def check_name(file: Path) -> None:
+    """Refuse, before any work, a file or folder whose name, or that of the partial one beside it, is impossible."""
+    if "\0" in str(file):
+        raise UserError(f"cannot write {str(file)!r}: there is a NUL in its name.")
+    partial = partial_of(file)
+    if any(len(os.fsencode(part)) > NAME_BYTES for part in partial.parts):
+        spare = NAME_BYTES - len(os.fsencode(partial.name)) + len(os.fsencode(file.name))
+        raise UserError(
+            f"cannot write {str(file)!r}: names of folders may have {NAME_BYTES} bytes, of files {spare}, which leaves "
+            "some for the name beside it that is written to first."
+        )
+    if len(os.fsencode(partial.absolute())) >= PATH_BYTES:
+        raise UserError(f"cannot write {str(file)!r}: paths may have {PATH_BYTES - 1} bytes.")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are not there. Raises UserError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {str(folder)!r}: {error.strerror}.") from error
 
 
 def replace_text(file: Path, text: str) -> None:
@@ -48,10 +73,26 @@ def copy_file(source: Path, file: Path) -> None:
 
 @contextmanager
 def renamed_when_complete(file: Path) -> Iterator[Path]:
-    """The path beside `file` to write to; it is renamed to `file` at the end, or removed where an error ends it."""
-    partial = file.with_name(f".{file.name}.partial")
+    """The path beside `file` to write to; it is renamed to `file` at the end, or removed where an error ends it.
+
+    Raises:
+        UserError: The system refused something, for instance because the disk is full.
+    """
+    partial = partial_of(file)
     try:
         yield partial
         os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # the first error is the one to see
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            # Of another file, such as the source of a copy, it has the name.
+            own = error.filename is None or Path(os.fsdecode(error.filename)) in (partial, file)
+            reason = error.strerror if own and error.strerror else " ".join(str(error).split())
+            raise UserError(f"cannot write {str(file)!r}: {reason}.") from error
+        raise
+
+
+def partial_of(file: Path) -> Path:
+    """The path beside `file` that is written to first."""
+    return file.with_name(f".{file.name}.partial")

@@ -26,7 +26,7 @@ from looc_ldm.errors import ModelError, UserError
 from looc_ldm.files import replace_text
 from looc_ldm.hub_download import PICKLES
 from looc_ldm.hub_errors import hub_errors
-from looc_ldm.model_facts import read_json, run_folder_of, shareable
+from looc_ldm.model_facts import read_json, read_training, run_of, shareable
 from looc_ldm.registration import COMPONENTS, with_modules
 
 PIPELINE_FILE = "pipeline.py"
@@ -292,12 +292,11 @@ def _generated(folder: Path) -> dict[str, str]:
             generated["config.json"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
             generated["looc_ldm.py"] = _shim("the class", "looc_ldm", [config["_class_name"]])
     if (folder / "training.json").is_file():
-        training = shareable(read_json(folder / "training.json"))
+        training = shareable(read_training(folder / "training.json"))
         generated["training.json"] = json.dumps(training, indent=2) + "\n"
-    run_folder = run_folder_of(folder)
+    run_folder, settings = run_of(folder)
     if run_folder is not None:
-        settings = shareable(yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8")))
-        generated["config.yaml"] = yaml.safe_dump(settings, sort_keys=False)
+        generated["config.yaml"] = yaml.safe_dump(shareable(settings), sort_keys=False)
     return generated
 
 

@@ -6,16 +6,19 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from looc_ldm.errors import ModelError, UserError
 from looc_ldm.files import check_folder
 from looc_ldm.hub_errors import HTTPError, hub_errors
+from looc_ldm.model_facts import read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -81,8 +84,9 @@ def pull(
         UserError: `output` cannot be written to, or is not empty.
     """
     if output is not None:
-        check_folder(output)
-        if output.is_dir() and any(output.iterdir()):
+        target = output.resolve()  # of a link what it leads to: a link cannot be replaced by a folder
+        check_folder(target)
+        if target.is_dir() and any(target.iterdir()):
             raise UserError(f"--output {str(output)!r} is not empty: give another folder, or delete it.")
     with hub_errors(repo_id, revision):
         sha, files = _wanted(repo_id, revision, variant, token=token)
@@ -90,13 +94,13 @@ def pull(
             folder = _to_cache(repo_id, revision, sha, files, token)
             _verify(repo_id, sha, files, token, cache_dir=constants.HF_HUB_CACHE)
             return folder
-        partial = output.resolve().with_name(f".{output.resolve().name}.partial")
+        partial = target.with_name(f".{target.name}.partial")
         snapshot_download(repo_id, revision=sha, token=token, allow_patterns=_exactly(files), local_dir=partial)
         _verify(repo_id, sha, files, token, local_dir=partial)
     _keep_only(partial, files)
     with suppress(OSError):
-        output.rmdir()  # an empty one
-    os.replace(partial, output)
+        target.rmdir()  # an empty one
+    os.replace(partial, target)
     return output
 
 
@@ -115,13 +119,32 @@ def _wanted(
 ) -> tuple[str, list[str]]:
     """The commit of a revision, and its files that are needed."""
     info = HfApi().model_info(repo_id, revision=revision, token=token)
-    return info.sha, wanted_files(repo_id, [sibling.rfilename for sibling in info.siblings], variant, component)
+    files = [sibling.rfilename for sibling in info.siblings]
+    return info.sha, wanted_files(
+        repo_id, files, variant, component, cache(lambda: _components(repo_id, info.sha, token))
+    )
+
+
+def _components(repo_id: str, sha: str, token: str | None) -> set[str]:
+    """The components that a pipeline's model_index.json lists. Not from the cache, where it would count as verified."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(hf_hub_download(repo_id, "model_index.json", revision=sha, token=token, local_dir=folder))
+        index = read_json(file)
+    return {name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
 
 
 def wanted_files(
-    repo_id: str, files: Iterable[str], variant: str | None = None, component: str | None = None
+    repo_id: str,
+    files: Iterable[str],
+    variant: str | None = None,
+    component: str | None = None,
+    components: Callable[[], set[str]] = set,
 ) -> list[str]:
     """Those files of a repository that a model needs: one variant of its weights, no pickle, nothing hidden.
+
+    Args:
+        components (callable): Gives the folders that a pipeline is loaded from. Asked only about a folder that holds
+            pickles and no safetensors, or not the variant: what the pipeline does not load from may be so.
 
     Raises:
         ModelError: No model, no such variant, or a pickle instead of safetensors.
@@ -139,15 +162,21 @@ def wanted_files(
         here = [file for file in files if str(PurePosixPath(file).parent) == folder]
         variants = {weights_variant(file)[1] for file in here if weights_variant(file)[0]}
         pickled = [file for file in here if file in pickles]
-        if pickled and not variants:
+        chosen = variant if variant in variants else None
+        lacking = chosen not in variants and bool(variants or pickled)
+        lacking = lacking and (folder in components() if is_pipeline else folder == ".")
+        if lacking and not variants:
             raise ModelError(
                 f"{repo_id} holds the pickle {pickled[0]} instead of safetensors: loading it could run any code, so it "
                 "is refused; ask its author for safetensors."
             )
         known |= variants
-        chosen = variant if variant in variants else None
-        if variants and chosen not in variants:
-            raise ModelError(f"{repo_id} has only the variants {_listed(variants)} of {folder}: give one by --variant.")
+        if lacking:
+            place = "its weights" if folder == "." else folder
+            hint = (
+                "`looc-ldm pull --variant` takes one" if variant is None else f"neither {variant!r} nor the plain one"
+            )
+            raise ModelError(f"{repo_id} has only the variants {_listed(variants)} of {place}: {hint}.")
         needed = ((False, None), (True, chosen))
         wanted += [file for file in here if file not in pickles and weights_variant(file) in needed]
     if variant is not None and variant not in known:

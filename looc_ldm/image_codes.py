@@ -26,6 +26,7 @@ from looc_ldm.codes import FINGERPRINT_BYTES, CodesError, ImageCodes, index_dtyp
 from looc_ldm.errors import DataError
 from looc_ldm.fingerprint import model_fingerprint
 from looc_ldm.images import to_float, to_pil, to_uint8
+from looc_ldm.small import LooCSmallVQModel
 
 MODES = {1: "L", 3: "RGB"}  # of PIL, by channels
 
@@ -83,6 +84,17 @@ def check_codes(codes: ImageCodes, model: LooCVQModel, fingerprint: str) -> None
         )
 
 
+def set_tiling(model: LooCVQModel, pixels: int, budget: int) -> None:
+    """Have the model take images of so many pixels in tiles if they are more than `budget`, and else in one piece.
+
+    The small model has no tiling, and takes all images in one piece.
+    """
+    if pixels <= budget or isinstance(model, LooCSmallVQModel):
+        model.disable_tiling()
+    else:
+        model.enable_tiling()
+
+
 def encode_pixels(model: LooCVQModel, pixels: np.ndarray) -> np.ndarray:
     """Codes `(B, h, w, C)`, of the smallest unsigned integers that hold them, of uint8 images `(B, H, W, channels)`.
 
@@ -133,5 +145,7 @@ def read_pixels(file: Path | BinaryIO, name: str, channels: int) -> np.ndarray:
     try:
         with Image.open(file) as image:
             return pixels_of(image, channels)
+    except MemoryError:
+        raise DataError(f"cannot read {name!r}: not enough memory.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read {name!r}: {' '.join(str(error).split())}") from None

@@ -7,18 +7,37 @@ Stable Diffusion XL pipelines. Works for any autoencoder of diffusers.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from diffusers import ModelMixin
 
 
 def check_scaling(autoencoder: ModelMixin) -> None:
-    """Raise ValueError for an autoencoder whose latents were never measured, saying how that is done."""
+    """Raise ValueError for an autoencoder whose latents were never measured, saying how that is done.
+
+    Also for a mean or deviation that does not fit its channels.
+    """
     if autoencoder.config.get("scaling_factor") is None:
         raise ValueError(
             "vqvae.config.scaling_factor is None: measure it on training images with "
             "looc_ldm.training.latents.measure_scaling_factor, and store it with "
             "vqvae.register_to_config(scaling_factor=...)."
         )
+    channels = autoencoder.config.get("vq_embed_dim") or autoencoder.config.latent_channels
+    for name in ("latents_mean", "latents_std"):
+        values = autoencoder.config.get(name)
+        if values is not None:
+            check_channel_values(name, values, channels)
+
+
+def check_channel_values(name: str, values: Sequence[float], channels: int) -> None:
+    """Raise ValueError for a `latents_mean` or `latents_std` that cannot be one."""
+    if len(values) != channels or not all(math.isfinite(value) for value in values):
+        raise ValueError(f"{name} must be vq_embed_dim={channels} finite numbers, got {list(values)}.")
+    if name == "latents_std" and min(values) <= 0:
+        raise ValueError(f"latents_std must be positive, got {list(values)}.")
 
 
 def scale_latents(autoencoder: ModelMixin, latents: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +12,7 @@ from diffusers.configuration_utils import register_to_config
 
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.quantizer import LooCQuantizer
+from looc_ldm.scaling import check_channel_values
 
 
 class LooCSmallVQModel(LooCVQModel):
@@ -91,10 +91,8 @@ class LooCSmallVQModel(LooCVQModel):
         ModelMixin.__init__(self)  # not LooCVQModel's, which makes the networks of diffusers' VQModel
         vq_embed_dim = vq_embed_dim if vq_embed_dim is not None else hidden_channels
         for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
-            if values is not None and (len(values) != vq_embed_dim or not all(map(math.isfinite, values))):
-                raise ValueError(f"{name} must be vq_embed_dim={vq_embed_dim} finite numbers, got {list(values)}.")
-        if latents_std is not None and min(latents_std) <= 0:
-            raise ValueError(f"latents_std must be positive, got {list(latents_std)}.")
+            if values is not None:
+                check_channel_values(name, values, vq_embed_dim)
         self.encoder = _Encoder(in_channels, hidden_channels, residual_channels, layers_per_block)
         self.quant_conv = nn.Conv2d(hidden_channels, vq_embed_dim, 1)
         self.quantize = LooCQuantizer(

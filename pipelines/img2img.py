@@ -65,16 +65,21 @@ class LooCLDMImg2ImgPipeline(LDMBase):
             ValueError: Before the UNet runs, for inputs that do not fit the model, or so few steps that `strength`
                 leaves none.
         """
-        batch_size = count_images(image)
+        pixels = self.preprocess_image(image)
+        batch_size = len(pixels)
         self.check_inputs(
             batch_size,
             class_labels,
             num_inference_steps,
             guidance_scale,
+            eta,
+            generator,
             guidance_interval,
             guidance_rescale,
             num_images_per_label,
+            latents,
             output_type,
+            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
         labels = self.prepare_labels(class_labels, batch_size, num_images_per_label)
@@ -82,26 +87,18 @@ class LooCLDMImg2ImgPipeline(LDMBase):
         device = self._execution_device
         noise = self.prepare_noise(count, device, generator, latents)
         timesteps = self.prepare_timesteps(num_inference_steps, strength, device)
-        latents = self.prepare_image_latents(image, labels, num_images_per_label)
+        latents = self.prepare_image_latents(pixels, count)
 
         latents = self.denoise(
             noised(self.scheduler, latents, noise, timesteps[0]),
             timesteps,
             None if labels is None else labels.to(device),
-            guidance_scale,
-            guidance_interval,
-            guidance_rescale,
-            generator,
-            eta,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            generator=generator,
+            eta=eta,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         return self.finish(latents, output_type, return_dict)
-
-
-def count_images(image) -> int:
-    """How many images a call was given."""
-    if isinstance(image, list | tuple):
-        return sum(count_images(one) for one in image)
-    shape = getattr(image, "shape", ())  # not of PIL images
-    return shape[0] if len(shape) == 4 else 1

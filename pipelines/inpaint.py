@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 
 from looc_ldm.pipelines.base import LDMBase
-from looc_ldm.pipelines.img2img import count_images
 from looc_ldm.pipelines.schedulers import noised
 
 
@@ -61,7 +61,8 @@ class LooCLDMInpaintPipeline(LDMBase):
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them): As in `LooCLDMImg2ImgPipeline`.
             mask_image (the same): White (1) where new content is wanted, black (0) where the image stays; one for all
-                images, or one an image. A latent position is drawn anew if any of its pixels is.
+                images, or one an image; resized to the nearest pixels. A latent position is drawn anew if any of its
+                pixels is.
             strength (`float`, defaults to 1.0): As in `LooCLDMImg2ImgPipeline`; below 1 the new content keeps something
                 of the old.
             The other arguments: See `LooCLDMImg2ImgPipeline.__call__`.
@@ -73,16 +74,21 @@ class LooCLDMInpaintPipeline(LDMBase):
         Raises:
             ValueError: Before the UNet runs, for inputs that do not fit the model or each other.
         """
-        batch_size = count_images(image)
+        pixels = self.preprocess_image(image)
+        batch_size = len(pixels)
         self.check_inputs(
             batch_size,
             class_labels,
             num_inference_steps,
             guidance_scale,
+            eta,
+            generator,
             guidance_interval,
             guidance_rescale,
             num_images_per_label,
+            latents,
             output_type,
+            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
         labels = self.prepare_labels(class_labels, batch_size, num_images_per_label)
@@ -92,7 +98,7 @@ class LooCLDMInpaintPipeline(LDMBase):
         mask = self.prepare_mask(mask_image, count, num_images_per_label).to(device)  # (n, 1, H, W)
         open_latents = F.max_pool2d(mask, self.downsampling_factor)  # (n, 1, h, w)
         timesteps = self.prepare_timesteps(num_inference_steps, strength, device)
-        known = self.prepare_image_latents(image, labels, num_images_per_label)
+        known = self.prepare_image_latents(pixels, count)
 
         def keep_known(step: int, latents: torch.Tensor) -> torch.Tensor:
             last = step + 1 == len(timesteps)
@@ -107,19 +113,19 @@ class LooCLDMInpaintPipeline(LDMBase):
             start,
             timesteps,
             None if labels is None else labels.to(device),
-            guidance_scale,
-            guidance_interval,
-            guidance_rescale,
-            generator,
-            eta,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            generator=generator,
+            eta=eta,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             after_step=keep_known,
         )
+        latents = torch.where(open_latents > 0, latents, known)  # also after an interrupt
         if output_type == "latent":
             return self.finish(latents, output_type, return_dict)
-        pixels = self.preprocess_image(image).to(device)
-        pixels = pixels.repeat_interleave(count // len(pixels), dim=0)
+        pixels = pixels.to(device).repeat_interleave(count // len(pixels), dim=0)
         images = torch.where(mask > 0, self.decode_latents(latents), pixels)
         return self.finish_images(images, output_type, return_dict)
 
@@ -130,7 +136,9 @@ class LooCLDMInpaintPipeline(LDMBase):
         processor = VaeImageProcessor(
             vae_scale_factor=f, do_normalize=False, do_binarize=True, do_convert_grayscale=True, resample="nearest"
         )
-        mask = processor.preprocess(mask_image, height * f, width * f).to(torch.float32)
+        if isinstance(mask_image, np.ndarray | torch.Tensor):
+            mask_image = mask_image.astype(np.float32) if isinstance(mask_image, np.ndarray) else mask_image.float()
+        mask = processor.preprocess(mask_image, height * f, width * f)
         if mask.shape[1] != 1:
             raise ValueError(f"mask_image must have one channel, got {mask.shape[1]}.")
         if len(mask) not in (1, count // copies):

@@ -17,18 +17,21 @@ class LooCLDMPipeline(LDMBase):
         vqvae (`LooCVQModel` or `VQModel`): First stage; its config holds the measured `scaling_factor`.
         unet (`UNet2DModel` or `UNet2DConditionModel`): Denoises scaled latents. Class-conditional if it has
             `num_class_embeds` or comes with a `class_embedding`.
-        scheduler (`SchedulerMixin`): Any of `KarrasDiffusionSchedulers` but EDMEulerScheduler, LCMScheduler or, for
-            models trained by flow matching, FlowMatchEulerDiscreteScheduler.
+        scheduler (`SchedulerMixin`): Any of `KarrasDiffusionSchedulers` but EDMEulerScheduler, LCM, TCD or SASolver,
+            or, for models trained by flow matching, FlowMatchEulerDiscreteScheduler.
         class_embedding (`ClassEmbedding`, *optional*): Class token of a `UNet2DConditionModel`.
         id2label (`dict[int, str]`, *optional*): Names of the classes; several names of one class with commas between.
         null_class_label (`int`, *optional*): The label that stands for no class, which guidance needs.
         prediction_type (`str`, *optional*): What the UNet was trained to predict, `"epsilon"`, `"v_prediction"`,
             `"sample"` or `"flow_prediction"`; if not given, what the scheduler says. Saved with the pipeline: a
             scheduler that takes the output for something else is refused.
+        noise_schedule (`dict`, *optional*): The settings that say how noisy the UNet's training timesteps were
+            (`num_train_timesteps`, `beta_start`, ...); if not given, those of the scheduler. Saved with the pipeline,
+            which warns of a scheduler with others.
 
     Raises:
-        ValueError: `null_class_label` is not a label of the model, a `UNet2DConditionModel` without a class token, or a
-            scheduler for another kind of model.
+        ValueError: `null_class_label` or `id2label` hold what is not a label of the model, components that do not fit
+            each other, or a scheduler for another kind of model.
 
     Example:
 
@@ -97,10 +100,14 @@ class LooCLDMPipeline(LDMBase):
             class_labels,
             num_inference_steps,
             guidance_scale,
+            eta,
+            generator,
             guidance_interval,
             guidance_rescale,
             num_images_per_label,
+            latents,
             output_type,
+            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
         labels = self.prepare_labels(class_labels, batch_size, num_images_per_label)
@@ -108,17 +115,17 @@ class LooCLDMPipeline(LDMBase):
         device = self._execution_device
         noise = self.prepare_noise(count, device, generator, latents)
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.set_timesteps(num_inference_steps, device)
         latents = self.denoise(
             noise * getattr(self.scheduler, "init_noise_sigma", 1.0),  # 1 for those of flow matching
             self.scheduler.timesteps,
             None if labels is None else labels.to(device),
-            guidance_scale,
-            guidance_interval,
-            guidance_rescale,
-            generator,
-            eta,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            generator=generator,
+            eta=eta,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         return self.finish(latents, output_type, return_dict)

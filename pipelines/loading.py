@@ -18,9 +18,18 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> LooCLDMPipel
     """
     folder = model_folder(name, kind="pipeline")
     if not (folder / "model_index.json").is_file():
-        raise ModelError(f"no pipeline in {name!r}: it holds no model_index.json.")
+        hint = ""
+        if (folder / "pipeline" / "model_index.json").is_file():
+            hint = f" Give {str(folder / 'pipeline')!r}."
+        elif (folder / "config.json").is_file():
+            hint = " It is a model by itself, not a pipeline."
+        raise ModelError(f"no pipeline in {name!r}: it holds no model_index.json.{hint}")
+    shown = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()  # of loading a handful of files
     try:
         return LooCLDMPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, AttributeError, TypeError, KeyError) as error:
         raise ModelError(f"cannot load {name!r}: {' '.join(str(error).split())[:400]}") from error
+    finally:
+        if shown:
+            diffusers_logging.enable_progress_bar()

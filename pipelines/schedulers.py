@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 
 import torch
 from diffusers import (
+    DDIMParallelScheduler,
+    DDIMScheduler,
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
     DPMSolverSDEScheduler,
+    DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
     KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
+    SASolverScheduler,
     SchedulerMixin,
+    TCDScheduler,
+    UniPCMultistepScheduler,
 )
 
 logger = logging.getLogger(__name__)
@@ -21,6 +35,29 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 # A UNet has learned to denoise at the noise levels of these settings.
 NOISE_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
+# Others go by the same settings, also when made with `from_config`, and mean something else by them.
+FITTING = (
+    DDIMScheduler,
+    DDIMParallelScheduler,
+    DDPMScheduler,
+    DDPMParallelScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSDEScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    SASolverScheduler,
+    TCDScheduler,
+    UniPCMultistepScheduler,
+)
 # These know no UNets that predict the clean latents, and say so only when the UNet has run.
 WITHOUT_SAMPLE = (
     PNDMScheduler,
@@ -29,6 +66,7 @@ WITHOUT_SAMPLE = (
     KDPM2AncestralDiscreteScheduler,
     DPMSolverSDEScheduler,
 )
+LMS_ORDER = 4
 
 
 def prediction_type_of(scheduler: SchedulerMixin) -> str:
@@ -38,34 +76,31 @@ def prediction_type_of(scheduler: SchedulerMixin) -> str:
         ValueError: It is for another kind of model.
     """
     name = type(scheduler).__name__
+    if not isinstance(scheduler, SchedulerMixin):
+        raise ValueError(f"the scheduler must be a diffusers scheduler, got {name}.")
     if name.startswith("EDM"):
         raise ValueError(
             f"{name} takes the UNet for one with EDM's preconditioning, whose input and output are scaled by the noise "
             "level; with this one it would draw garbage. EulerDiscreteScheduler and DPMSolverMultistepScheduler take "
             "the same steps."
         )
-    if not callable(getattr(scheduler, "step", None)) or not hasattr(scheduler, "config"):
-        raise ValueError(f"the scheduler must be a diffusers scheduler, got {name}.")
-    needed = [
-        parameter
-        for parameter in list(inspect.signature(scheduler.step).parameters.values())[3:]
-        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
-    ]
-    if name.startswith("FlowMatch"):
-        return "flow_prediction"
-    prediction_type = scheduler.config.get("prediction_type")
-    if needed or prediction_type not in PREDICTION_TYPES or scheduler.config.get("beta_start") is None:
+    if not isinstance(scheduler, FITTING):
         raise ValueError(
-            f"{name} is for another kind of model; KarrasDiffusionSchedulers (but EDMEulerScheduler), LCMScheduler "
-            "and, for models trained by flow matching, FlowMatchEulerDiscreteScheduler fit."
+            f"{name} is for another kind of model; these fit: {', '.join(sorted(kind.__name__ for kind in FITTING))}."
         )
-    flow = (prediction_type == "flow_prediction", bool(scheduler.config.get("use_flow_sigmas")))
+    config = scheduler.config
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        for setting in ("invert_sigmas", "use_dynamic_shifting"):
+            if config.get(setting):
+                raise ValueError(f"{name} has {setting}=True, which is for other models; make it without.")
+        return "flow_prediction"
+    flow = (config.prediction_type == "flow_prediction", bool(config.get("use_flow_sigmas")))
     if flow[0] != flow[1]:
         raise ValueError(
-            f'{name} has prediction_type="{prediction_type}" with use_flow_sigmas={flow[1]}; for models trained by '
-            'flow matching give prediction_type="flow_prediction" and use_flow_sigmas=True, for others neither.'
+            f'{name} has prediction_type="{config.prediction_type}" with use_flow_sigmas={flow[1]}; for models trained '
+            'by flow matching give prediction_type="flow_prediction" and use_flow_sigmas=True, for others neither.'
         )
-    return prediction_type
+    return config.prediction_type
 
 
 def check_scheduler(scheduler: SchedulerMixin, prediction_type: str, noise_schedule: dict) -> None:
@@ -82,8 +117,7 @@ def check_scheduler(scheduler: SchedulerMixin, prediction_type: str, noise_sched
     taken_for = prediction_type_of(scheduler)
     if taken_for != prediction_type:
         raise ValueError(
-            f'the UNet was trained to predict "{prediction_type}", but {name} takes its output for "{taken_for}"; make '
-            f"the scheduler with {name}.from_config(pipe.scheduler.config), if that is of the same family."
+            f'the UNet was trained to predict "{prediction_type}", but {name} takes its output for "{taken_for}".'
         )
     if prediction_type == "sample" and isinstance(scheduler, WITHOUT_SAMPLE):
         raise ValueError(f'{name} does not know UNets that predict "sample"; DDIM, DPMSolver and UniPC schedulers do.')
@@ -111,17 +145,40 @@ def seed_scheduler(
     """Make the noise of DPMSolverSDEScheduler, which takes no generator, that of the images' generators."""
     if not isinstance(scheduler, DPMSolverSDEScheduler):
         return
+    if generator is None and isinstance(scheduler.noise_sampler_seed, int):
+        return  # seeded by its owner; what a call has left is a list
     generators = generator if isinstance(generator, list) else [generator] * count
     draws = (torch.randint(2**62, (), generator=g, device="cpu" if g is None else g.device) for g in generators)
     scheduler.noise_sampler_seed = [int(seed) for seed in draws]
     scheduler.noise_sampler = None  # of an earlier call
 
 
+def order_of_step(scheduler: SchedulerMixin) -> dict[str, int]:
+    """For LMSDiscreteScheduler, which takes as many earlier outputs for granted as the step's number says.
+
+    Started midway (image to image), it has fewer.
+    """
+    if not isinstance(scheduler, LMSDiscreteScheduler):
+        return {}
+    return {"order": min(len(scheduler.derivatives) + 1, LMS_ORDER)}
+
+
 def noised(
     scheduler: SchedulerMixin, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
 ) -> torch.Tensor:
-    """Latents `(B, c, h, w)` as they are at a timestep `()` of the scheduler's, in its own scale."""
+    """Latents `(B, c, h, w)` with the noise of the step to come, in the scheduler's own scale.
+
+    Args:
+        timestep (`torch.Tensor` of shape `()`): That step's, of the scheduler's `timesteps`.
+    """
+    if not getattr(scheduler, "state_in_first_order", True):  # the next step starts between two noise levels
+        if isinstance(scheduler, DPMSolverSDEScheduler):
+            return latents + scheduler.mid_point_sigma * noise
+        if isinstance(scheduler, KDPM2DiscreteScheduler):
+            return latents + scheduler.sigmas_interpol[scheduler.step_index] * noise
+        if isinstance(scheduler, KDPM2AncestralDiscreteScheduler):
+            return latents + scheduler.sigmas_interpol[scheduler.step_index - 1] * noise
     timesteps = timestep.expand(len(latents))
-    if hasattr(scheduler, "scale_noise"):  # flow matching
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return scheduler.scale_noise(latents, timesteps, noise)
     return scheduler.add_noise(latents, noise, timesteps)

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 import looc_ldm
 from looc_ldm import LooCLDMPipeline, LooCVQModel
 from looc_ldm.cli import main
+from looc_ldm.errors import UserError
 from looc_ldm.files import write_image
 from looc_ldm.training.latents import LatentCache
 
@@ -202,6 +203,16 @@ def test_padding_is_not_counted_as_pixels(pipeline, image_folder, capsys):
     assert f"{512 / 14**2:.4g} bits per pixel" in printed
 
 
+def test_images_become_square_as_in_training_unless_told_otherwise(pipeline, image_folder, capsys):
+    folder = Path(pipeline).parent / "trained"
+    shutil.copytree(pipeline, folder)
+    (folder / "training.json").write_text(json.dumps({"data": {"fit": "pad"}}))
+    padded, cropped = f"{512 / 14**2:.4g} bits per pixel", "2 bits per pixel"
+    assert padded in run(capsys, "reconstruct", folder, image_folder)
+    assert cropped in run(capsys, "reconstruct", folder, image_folder, "--fit", "crop")
+    assert cropped in run(capsys, "reconstruct", pipeline, image_folder)
+
+
 def test_evaluate_reconstruction_prints_quality_beside_rate_and_keeps_the_command(pipeline, image_folder, capsys):
     arguments = ["evaluate", "reconstruction", pipeline, "--data", image_folder, "--output", "new/a figure.json"]
     printed = run(capsys, *arguments)
@@ -359,6 +370,6 @@ def test_a_file_that_cannot_be_written_leaves_nothing_half_written(in_an_empty_f
             Path(file).write_bytes(b"half")
             raise OSError("no space left")
 
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UserError, match=r"cannot write 'image.png': no space left"):
         write_image(Broken(), Path("image.png"))
     assert list(in_an_empty_folder.iterdir()) == []

@@ -1,6 +1,8 @@
 """`looc-ldm encode` and `looc-ldm decode` as somebody types them, and the examples of docs/looc_format.md."""
 
+import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -15,10 +17,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
-from looc_ldm import LooCLDMPipeline, LooCVQModel, cli
+from looc_ldm import LooCLDMPipeline, LooCSmallVQModel, LooCVQModel, autoencoder, cli
 from looc_ldm.arguments import make_parser
 from looc_ldm.cli import main
 from looc_ldm.codes import HEADER_BYTES, read_codes
+from looc_ldm.commands import many_files
+from looc_ldm.errors import UserError
+from looc_ldm.files import renamed_when_complete
 from looc_ldm.image_codes import encode_image
 from looc_ldm.images import to_float
 
@@ -204,7 +209,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_encoded(models
     lines = stopped(capsys, "encode", models / "grey", "photos", "--output", "codes")
     assert lines[0].startswith("cannot read 'photos/cats/a.png': ")
     assert lines[1].startswith("cannot read 'photos/dogs/d.tiff': its pixels have 32 bits")
-    assert lines[2:] == ["error: 2 of 5 images could not be read and are left out."]
+    assert lines[2:] == ["error: 2 of 5 images could not be encoded and are left out."]
     assert files("codes") == ["cats/b.looc", "cats/more/c.looc", "dogs/e.looc"]
 
 
@@ -218,7 +223,7 @@ def test_damaged_codes_are_named_and_the_others_are_decoded(models, capsys):
     assert lines == [
         "cannot read 'codes/cats/a.looc': damaged: its checksum does not fit.",
         f"cannot read 'codes/cats/b.looc': cut off: {len(content) - 1} bytes, and its header promises {len(content)}.",
-        "error: 2 of 5 files could not be read and are left out.",
+        "error: 2 of 5 images could not be decoded and are left out.",
     ]
     assert files("images") == ["cats/more/c.png", "dogs/d.png", "dogs/e.png"]
 
@@ -283,6 +288,16 @@ def test_padding_of_a_table_is_not_counted_as_pixels(models, capsys):
     assert f"{100 * C * 7 / (14 * 17):.4f} bits per pixel packed" in printed
 
 
+def test_images_of_a_table_become_square_as_in_training(models, capsys):
+    shutil.rmtree("photos/dogs")
+    shutil.copytree(models / "grey", "trained")
+    Path("trained/training.json").write_text(json.dumps({"data": {"fit": "pad"}}))
+    told = encode_table(capsys, models / "grey", "photos", "--fit", "pad", "--resolution", 20, "--output", "told")
+    trained = encode_table(capsys, "trained", "photos", "--resolution", 20, "--output", "table")
+    assert Path("told/train.parquet").read_bytes() == Path("table/train.parquet").read_bytes()
+    assert told.replace("told", "table") == trained
+
+
 def test_an_image_that_cannot_be_read_leaves_no_table(models, capsys):
     Path("photos/cats/b.jpg").write_text("no image")
     lines = stopped(capsys, "encode", models / "grey", "photos", "--format", "parquet", "--output", "table")
@@ -296,7 +311,10 @@ def test_a_damaged_table_is_refused(models, capsys):
     content = bytearray(Path("table/train.parquet").read_bytes())
     content[200] ^= 1
     Path("table/train.parquet").write_bytes(content)
-    assert "cannot read 'table/train.parquet'" in refusal(capsys, "decode", models / "grey", "table", "--output", "o")
+    lines = stopped(capsys, "decode", models / "grey", "table", "--output", "o")
+    assert "cannot read 'table/train.parquet'" in lines[0]
+    assert lines[1:] == ["error: 5 of 5 images could not be decoded and are left out."]
+    assert not Path("o").exists()
     Path("table/train.parquet").write_bytes(content[:-10])
     assert "cannot read 'table/train.parquet'" in refusal(capsys, "decode", models / "grey", "table", "--output", "o")
 
@@ -309,6 +327,144 @@ def test_a_table_cannot_write_outside_of_the_output(name, models, capsys):
     pq.write_table(table.set_column(table.schema.get_field_index("file"), "file", column), "table/train.parquet")
     message = refusal(capsys, "decode", models / "grey", "table", "--output", "images")
     assert f"{name!r} is not a relative name of a file" in message
+
+
+def with_column(name: str, values: pa.Array) -> None:
+    """Put other values into a column of `table/train.parquet`."""
+    table = pq.read_table("table/train.parquet")
+    table = table.set_column(table.schema.get_field_index(name), name, values)
+    pq.write_table(table.replace_schema_metadata(None), "table/train.parquet")
+
+
+def with_names(*names: str) -> None:
+    """Give the first rows of `table/train.parquet` these names."""
+    column = pq.read_table("table/train.parquet")["file"].to_pylist()
+    with_column("file", pa.array([*names, *column[len(names) :]]))
+
+
+def test_codes_of_another_model_are_named_and_all_others_decoded(models, capsys):
+    run(capsys, "encode", models / "grey", "photos", "--output", "codes")
+    run(capsys, "encode", models / "other", "photos/dogs/d.tiff", "--output", "codes/cats")
+    encode_table(capsys, models / "other", "photos", "--output", "codes/table")
+    lines = stopped(capsys, "decode", models / "grey", "codes", "--output", "images", "--batch-size", 8)
+    assert lines[0].startswith("'codes/cats/d.looc' is of another model: its fingerprint is ")
+    assert lines[1].startswith("'codes/table/train.parquet, row cats/a.png' is of another model: its fingerprint is ")
+    assert lines[1].endswith("(5 rows are left out)")
+    assert lines[2:] == ["error: 6 of 11 images could not be decoded and are left out."]
+    assert files("images") == ["cats/a.png", "cats/b.png", "cats/more/c.png", "dogs/d.png", "dogs/e.png"]
+
+
+def test_rows_whose_names_differ_in_their_suffix_only_are_decoded(models, capsys):
+    encode_table(capsys, models / "grey", "photos", "--output", "table")
+    with_names("x/4.png", "x/4.webp", "y.jpg", "y.png/z.png")
+    run(capsys, "decode", models / "grey", "table", "--output", "images")
+    names = ["dogs/e.png.png", "x/4.png.png", "x/4.webp.png", "y.jpg.png", "y.png/z.png.png"]
+    assert files("images") == names
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a\0b.png"], "there is a NUL in its name"),
+        (["n" * 300], "names of folders may have 255 bytes"),
+        (["n" * 300 + "/a.png"], "names of folders may have 255 bytes"),
+        (["n/" * 2100 + "a.png"], "paths may have 4095 bytes"),
+        (["x", "x.png/y"], "row x' would become the file 'images/x.png', and"),
+        (["x", "x"], "row x' and 'table/train.parquet, row x' would both become"),
+    ],
+    ids=["NUL", "long", "long folder", "long path", "parent", "same"],
+)
+def test_names_in_a_table_that_cannot_be_written_are_refused(names, message, models, capsys):
+    encode_table(capsys, models / "grey", "photos", "--output", "table")
+    with_names(*names)
+    assert message in refusal(capsys, "decode", models / "grey", "table", "--output", "images")
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("codes", ["a"] * 5, "'codes' holds string, not lists of integers"),
+        ("codes", [["a"]] * 5, "not lists of integers"),
+        ("height", [8.0] * 5, "'height' holds double, not integers"),
+        ("file", [1] * 5, "'file' holds int64, not text"),
+    ],
+)
+def test_a_table_with_columns_of_other_types_is_refused(column, values, message, models, capsys):
+    encode_table(capsys, models / "grey", "photos", "--output", "table")
+    with_column(column, pa.array(values))
+    error = refusal(capsys, "decode", models / "grey", "table", "--output", "images")
+    assert "'table/train.parquet' is not a table of codes: its column " in error
+    assert message in error
+
+
+# What is large --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_only_images_above_the_budget_of_pixels_go_through_in_tiles(command, models, capsys, monkeypatch):
+    PIL.Image.effect_noise((150, 140), 50).save("photos/dogs/large.png")
+    run(capsys, "encode", models / "grey", "photos", "--output", "whole")
+    run(capsys, "decode", models / "grey", "whole", "--output", "whole images")
+    monkeypatch.setitem(many_files.PIXELS_PER_BATCH, "cpu", 150 * 140 - 1)
+    tiled = []
+    for name in "encode_in_tiles", "decode_in_tiles":
+        original = getattr(autoencoder, name)
+        spy = lambda *arguments, original=original: (tiled.append(arguments[1].shape), original(*arguments))[1]  # noqa: E731
+        monkeypatch.setattr(autoencoder, name, spy)
+    source = "photos" if command == "encode" else "whole"
+    run(capsys, command, models / "grey", source, "--output", "tiled", "--device", "cpu")
+    assert [tuple(shape[-2:]) for shape in tiled] == [(140, 150) if command == "encode" else (70, 75)]
+    for name in files("tiled"):
+        if command == "encode":
+            a, b = (read_codes(Path(folder, name)).indices for folder in ("whole", "tiled"))
+            assert (a != b).mean() < 1e-3
+        else:
+            a, b = (np.array(PIL.Image.open(f"{folder}/{name}"), int) for folder in ("whole images", "tiled"))
+            assert abs(a - b).max() <= 1
+
+
+@pytest.fixture
+def little_memory():
+    """A quarter of a GiB more than is used."""
+    resource = pytest.importorskip("resource")
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("needs Linux")
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+
+    def limit():
+        used = int(statm.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, hard))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def test_an_image_too_large_for_memory_is_named_and_the_others_are_encoded(capsys, little_memory):
+    model = LooCSmallVQModel(in_channels=1, out_channels=1, hidden_channels=256, sample_size=16)
+    model.save_pretrained("small")
+    PIL.Image.new("L", (2400, 2000)).save("photos/cats/huge.png")
+    run(capsys, "encode", "small", "photos/dogs", "--output", "warm", "--device", "cpu")
+    little_memory()
+    lines = stopped(capsys, "encode", "small", "photos", "--output", "codes", "--device", "cpu")
+    assert lines == [
+        "not enough memory for 'photos/cats/huge.png', of 2400x2000 pixels.",
+        "error: 1 of 6 images could not be encoded and are left out.",
+    ]
+    assert len(files("codes")) == 5
+
+
+def test_where_memory_runs_out_for_a_batch_its_images_are_tried_alone():
+    def compute(batch):
+        if len(batch) > 1 or batch[0] > 9:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return [-number for number in batch]
+
+    refused = []
+    assert list(many_files.those_that_fit([1, 2, 10], compute, refused.append)) == [(1, -1), (2, -2)]
+    assert refused == [10]
+    with pytest.raises(RuntimeError, match="another"):
+        list(many_files.those_that_fit([1], lambda batch: (_ for _ in ()).throw(RuntimeError("another")), print))
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -340,8 +496,6 @@ def test_a_table_cannot_write_outside_of_the_output(name, models, capsys):
         (["encode", "grey", "photos", "--output", "full", "--format", "parquet"], "'full/train.parquet'"),
         (["decode", "grey", "photos", "--output", "o"], "nothing to read in the folder photos (looked for .looc"),
         (["decode", "grey", "codes.looc", "--output", "o"], "no file or folder 'codes.looc'"),
-        (["decode", "other", "codes", "--output", "o"], "'codes/a.looc' is of another model: its fingerprint is"),
-        (["decode", "other", "table", "--output", "o"], "'table/train.parquet' is of another model"),
         (["decode", "grey", "full", "--output", "o"], "'full/train.parquet'"),
         (["decode", "grey", "foreign.parquet", "--output", "o"], "not a table of codes: it has no column 'codes'"),
     ],
@@ -355,11 +509,48 @@ def test_bad_input_ends_in_one_line_and_status_2_with_nothing_written(arguments,
     for name in "a.png", "a.jpg":
         PIL.Image.new("L", (8, 8)).save(f"same/{name}")
     pq.write_table(pa.table({"text": ["a"]}), "foreign.parquet")
-    if arguments[:2] == ["decode", "other"]:
-        run(capsys, "encode", models / "grey", "same/a.png", "--output", "codes")
-        encode_table(capsys, models / "grey", "photos", "--output", "table")
     arguments[1] = str(models / arguments[1])
     assert message in refusal(capsys, *arguments)
+
+
+def test_an_image_whose_codes_could_not_be_written_is_refused_before_any_work(models, capsys):
+    shutil.copy("photos/cats/a.png", f"photos/{'n' * 245}.png")
+    assert "of files 246" in refusal(capsys, "encode", models / "grey", "photos", "--output", "codes")
+
+
+def test_a_folder_that_one_image_would_become_a_file_in_place_of_is_refused(models, capsys):
+    Path("photos/a.looc").mkdir()
+    shutil.copy("photos/cats/a.png", "photos/a.png")
+    shutil.copy("photos/cats/a.png", "photos/a.looc/b.png")
+    message = refusal(capsys, "encode", models / "grey", "photos", "--output", "codes")
+    assert "'photos/a.png' would become the file 'codes/a.looc'" in message
+
+
+def test_a_dangling_link_is_not_replaced(models, capsys):
+    Path("codes").mkdir()
+    Path("codes/a.looc").symlink_to("nowhere")
+    message = refusal(capsys, "encode", models / "grey", "photos/cats/a.png", "--output", "codes")
+    assert "outputs are there already" in message
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line_and_the_first_error_is_seen():
+    def fill():
+        with renamed_when_complete(Path("a")) as partial:
+            partial.symlink_to("/dev/full")
+            partial.write_text("full")
+
+    def fail():
+        with renamed_when_complete(Path("b")) as partial:
+            partial.mkdir()  # which unlink cannot remove
+            raise KeyError("first")
+
+    with pytest.raises(UserError, match=r"^cannot write 'a': No space left on device\.$"):
+        fill()
+    assert not os.path.lexists("a")
+    assert not os.path.lexists(".a.partial")
+    with pytest.raises(KeyError, match="first"):
+        fail()
 
 
 @pytest.mark.parametrize("command", ["encode", "decode"])

@@ -74,7 +74,7 @@ class ImageSet(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        row = self.rows[index]
+        row = self.rows[int(index)]  # older versions of datasets know no NumPy integers
         image = self._square(self._open(row, index), index)
         pixels = np.asarray(image).reshape(*image.size, -1)  # (side, side, channels)
         label = row[self.config.label_column] if self.classes else -1

@@ -11,7 +11,9 @@ from dataclasses import replace
 
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.errors import ConfigError, ModelError
+from looc_ldm.fingerprint import model_fingerprint
 from looc_ldm.loading import load_autoencoder
+from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.loading import load_pipeline
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, construct
 
@@ -59,7 +61,7 @@ def denoiser_from(config: DiffusionConfig, build, classes: list[str]):
         classes (`list[str]`): Names of the classes that are trained on.
 
     Raises:
-        ConfigError: The config describes another network, or its latents have other channels.
+        ConfigError: The config describes another network or prediction, or its latents have other channels.
         ModelError: There is no pipeline.
     """
     trained = load_pipeline(config.init_from)
@@ -81,8 +83,22 @@ def denoiser_from(config: DiffusionConfig, build, classes: list[str]):
             f"init_from={config.init_from!r} denoises latents of {channels} channels, those of the autoencoder have "
             f"{denoiser.unet.config.in_channels}."
         )
-    if trained.config.prediction_type != config.scheduler.get("prediction_type", "epsilon"):
-        logger.warning("init_from=%r was trained to predict %s.", config.init_from, trained.config.prediction_type)
+    predicts, asked = trained.config.prediction_type, config.scheduler.get("prediction_type", "epsilon")
+    if predicts != asked:
+        raise ConfigError(f"scheduler.prediction_type is {asked} in the config and {predicts} in init_from.")
+    for name, value in trained.config.noise_schedule.items():
+        if config.scheduler.get(name, value) != value:
+            given = config.scheduler[name]
+            logger.warning("scheduler.%s is %r, and init_from was trained with %r.", name, given, value)
+    if not config.autoencoder or config.autoencoder == config.init_from:
+        return _with_weights(config, denoiser, trained, classes)
+    if model_fingerprint(load_autoencoder(config.autoencoder)) != model_fingerprint(trained.vqvae):
+        logger.warning("init_from=%r was trained on the latents of another autoencoder.", config.init_from)
+    return _with_weights(config, denoiser, trained, classes)
+
+
+def _with_weights(config: DiffusionConfig, denoiser, trained: LooCLDMPipeline, classes: list[str]):
+    """The denoiser with the pipeline's weights, but for embeddings of other classes."""
     weights = {f"unet.{name}": tensor for name, tensor in trained.unet.state_dict().items()}
     if trained.class_embedding is not None:
         weights |= {f"class_embedding.{name}": tensor for name, tensor in trained.class_embedding.state_dict().items()}

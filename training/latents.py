@@ -63,13 +63,13 @@ class Moments:
     def channel_std(self) -> list[float]:
         """The standard deviation of each channel about its mean."""
         pairs = zip(self.channel_mean, self.squares, strict=True)
-        return [math.sqrt(squares / self.count - mean**2) for mean, squares in pairs]
+        return [math.sqrt(max(squares / self.count - mean**2, 0.0)) for mean, squares in pairs]
 
     @property
     def standard_deviation(self) -> float:
         """Of all values about their common mean."""
         count = self.count * len(self.total)
-        return math.sqrt(sum(self.squares) / count - (sum(self.total) / count) ** 2)
+        return math.sqrt(max(sum(self.squares) / count - (sum(self.total) / count) ** 2, 0.0))
 
 
 class LatentCache:
@@ -173,8 +173,15 @@ def cache_latents(model: LooCVQModel, images: ImageSet, folder: Path, accelerato
 
 @torch.no_grad()
 def measure_scaling_factor(model: LooCVQModel, batches: Iterable[torch.Tensor]) -> float:
-    """1 / standard deviation of the latents of images `(B, C, H, W)` in [-1, 1]."""
-    return 1 / measure_latents(model, batches).standard_deviation
+    """1 / standard deviation of the latents of images `(B, C, H, W)` in [-1, 1].
+
+    Raises:
+        ValueError: There are no images, or all latents are equal.
+    """
+    moments = measure_latents(model, batches)
+    if not moments.count or not moments.standard_deviation:
+        raise ValueError(f"no scaling factor: {'all latents are equal' if moments.count else 'there are no images'}.")
+    return 1 / moments.standard_deviation
 
 
 @torch.no_grad()

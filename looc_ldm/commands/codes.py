@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from looc_ldm.arguments import DATA_HELP, add_device_option, add_dtype_option, positive
-from looc_ldm.commands.many_files import check_targets, one_size_batches, read_ahead, targets_of
+from looc_ldm.commands.many_files import (
+    check_targets,
+    one_size_batches,
+    pixel_budget,
+    read_ahead,
+    targets_of,
+    those_that_fit,
+)
 from looc_ldm.commands.shared import as_user_errors, choose_device, load_images
 from looc_ldm.errors import DataError, ModelError, UserError
 
@@ -48,7 +55,7 @@ def add_parsers(commands) -> None:
         "--fit",
         choices=("crop", "pad", "none"),
         help="how images become square; none leaves each at its own size, so that sequences differ in length "
-        "(default: crop)",
+        "(default: as in the model's training, as far as its folder says, else crop)",
     )
     _add_shared_options(encode)
     encode.set_defaults(command=_encode)
@@ -57,7 +64,7 @@ def add_parsers(commands) -> None:
         "decode",
         help="packed codes back to images",
         description="Decode .looc files, and tables of `looc-ldm encode --format parquet`, to PNG files. Codes that "
-        "are damaged or of another model are refused.",
+        "are damaged or of another model are named and left out.",
     )
     decode.add_argument("model", metavar="MODEL", help="the model that encoded them: folder or hub id")
     decode.add_argument("codes", metavar="CODES", nargs="+", help=".looc or .parquet files, or folders of them")
@@ -90,7 +97,8 @@ def _encode_files(options: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
 
     from looc_ldm.codes import HEADER_BYTES, ImageCodes, write_codes
-    from looc_ldm.image_codes import encode_pixels, read_pixels
+    from looc_ldm.files import make_folder
+    from looc_ldm.image_codes import encode_pixels, read_pixels, set_tiling
     from looc_ldm.training.data import IMAGE_SUFFIXES
 
     for name in ("split", "resolution", "fit"):
@@ -100,24 +108,32 @@ def _encode_files(options: argparse.Namespace) -> None:
     check_targets(targets, options.overwrite)
     model, fingerprint = _load(options)
     channels, num_codevectors = model.config.in_channels, model.config.num_vq_embeddings
-    done, unreadable, size = _Tally(num_codevectors), 0, 0
+    done, left_out, size = _Tally(num_codevectors), 0, 0
+    budget = pixel_budget(model.device.type)
 
-    def readable() -> Iterator[tuple[np.ndarray, Path]]:
-        nonlocal unreadable
-        for (_, target), result in read_ahead(targets, lambda pair: read_pixels(pair[0], str(pair[0]), channels)):
+    def leave_out(message: str) -> None:
+        nonlocal left_out
+        left_out += 1
+        tqdm.write(message, file=sys.stderr)
+
+    def readable() -> Iterator[tuple[np.ndarray, Path, Path]]:
+        for (source, target), result in read_ahead(targets, lambda pair: read_pixels(pair[0], str(pair[0]), channels)):
             try:
-                yield result.result(), target
+                yield result.result(), source, target
             except DataError as error:
-                unreadable += 1
-                tqdm.write(str(error), file=sys.stderr)
+                leave_out(str(error))
+
+    def encode(batch: list[tuple[np.ndarray, Path, Path]]) -> np.ndarray:
+        return encode_pixels(model, np.stack([pixels for pixels, _, _ in batch]))
 
     batches = one_size_batches(readable(), _size, options.batch_size, model.device.type)
     with tqdm(total=len(targets), desc="encoding", unit="img") as bar, as_user_errors(ValueError):
         for batch in batches:
-            indices = encode_pixels(model, np.stack([pixels for pixels, _ in batch]))
-            for (pixels, target), codes in zip(batch, indices, strict=True):
+            set_tiling(model, math.prod(_size(batch[0])), budget)
+            encoded = those_that_fit(batch, encode, lambda item: leave_out(_too_large(item[1], _size(item))))
+            for (pixels, _, target), codes in encoded:
                 coded = ImageCodes(codes, *pixels.shape[:2], num_codevectors, fingerprint)
-                target.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(target.parent)
                 size += write_codes(coded, target)
                 done.add(codes.size, math.prod(pixels.shape[:2]))
             bar.update(len(batch))
@@ -125,8 +141,8 @@ def _encode_files(options: argparse.Namespace) -> None:
         share = done.images * HEADER_BYTES / size
         print(f"{options.output}: {done.images} images, {size:,} bytes, {share:.1%} of them headers")
         print(done.rates())
-    if unreadable:
-        raise DataError(f"{unreadable} of {len(targets)} images could not be read and are left out.")
+    if left_out:
+        raise DataError(f"{left_out} of {len(targets)} images could not be encoded and are left out.")
 
 
 def _encode_data_set(options: argparse.Namespace) -> None:
@@ -135,7 +151,8 @@ def _encode_data_set(options: argparse.Namespace) -> None:
 
     from looc_ldm.code_table import TableRow, write_code_table
     from looc_ldm.codes import ImageCodes
-    from looc_ldm.image_codes import encode_pixels
+    from looc_ldm.files import make_folder
+    from looc_ldm.image_codes import encode_pixels, set_tiling
 
     if len(options.images) > 1:
         raise UserError(f"--format parquet takes one data set, got {len(options.images)}.")
@@ -146,7 +163,7 @@ def _encode_data_set(options: argparse.Namespace) -> None:
     file = options.output / f"{options.split}.parquet"
     check_targets([(Path(options.data), file)], options.overwrite)
     model, fingerprint = _load(options)
-    options.fit = "crop" if own_size else options.fit or "crop"
+    options.fit = "crop" if own_size else options.fit  # None: as in training
     images = load_images(options, model)
     num_codevectors = model.config.num_vq_embeddings
     done = _Tally(num_codevectors)
@@ -157,16 +174,22 @@ def _encode_data_set(options: argparse.Namespace) -> None:
         pixels = _at_own_size(images, row, index) if own_size else images[index][0].permute(1, 2, 0).numpy()
         return pixels, _name(images, row, index), label
 
+    def encode(batch: list[tuple[np.ndarray, str, int | None]]) -> np.ndarray:
+        return encode_pixels(model, np.stack([pixels for pixels, _, _ in batch]))
+
+    def refuse(item: tuple[np.ndarray, str, int | None]) -> None:
+        raise DataError(_too_large(item[1], _size(item)))
+
     def rows() -> Iterator[TableRow]:
         examples = (result.result() for _, result in read_ahead(range(len(images)), read))
         for batch in one_size_batches(examples, _size, options.batch_size, model.device.type, in_order=True):
-            indices = encode_pixels(model, np.stack([pixels for pixels, _, _ in batch]))
-            for (pixels, name, label), codes in zip(batch, indices, strict=True):
+            set_tiling(model, math.prod(_size(batch[0])), pixel_budget(model.device.type))
+            for (pixels, name, label), codes in those_that_fit(batch, encode, refuse):
                 size = pixels.shape[:2]
                 done.add(codes.size, math.prod((not own_size and images.content_size) or size))
                 yield TableRow(ImageCodes(codes, *size, num_codevectors, fingerprint), name, label)
 
-    options.output.mkdir(parents=True, exist_ok=True)
+    make_folder(options.output)
     bar = tqdm(rows(), total=len(images), desc="encoding", unit="img", delay=1)
     with as_user_errors(ValueError):
         write_code_table(file, bar, num_codevectors, images.classes)
@@ -182,58 +205,77 @@ def _decode(options: argparse.Namespace) -> None:
     import numpy as np
     from tqdm.auto import tqdm
 
-    from looc_ldm.code_table import file_names, read_code_table
-    from looc_ldm.codes import CodesError, ImageCodes, read_codes
-    from looc_ldm.files import write_image
-    from looc_ldm.image_codes import check_codes, decode_pixels, image_of
+    from looc_ldm.code_table import file_names, image_names
+    from looc_ldm.codes import CodesError, ImageCodes
+    from looc_ldm.files import make_folder, write_image
+    from looc_ldm.image_codes import check_codes, decode_pixels, image_of, set_tiling
 
-    targets = []
+    # Of each file, what its images are called in messages, and the files that they become.
+    sources: list[tuple[Path, list[str], list[Path]]] = []
     for source, target in targets_of(options.codes, (".looc", ".parquet"), options.output, ".png"):
         if source.suffix.lower() == ".parquet":
-            targets += [(source, target.parent / name.with_suffix(".png")) for name in file_names(source)]
+            rows = file_names(source)
+            names = [f"{source}, row {row}" for row in rows]
+            sources.append((source, names, [target.parent / name for name in image_names(rows)]))
         else:
-            targets.append((source, target))
-    check_targets(targets, options.overwrite)
+            sources.append((source, [str(source)], [target]))
+    named = [pair for _, names, targets in sources for pair in zip(names, targets, strict=True)]
+    check_targets(named, options.overwrite)
     model, fingerprint = _load(options)
-    damaged = 0
+    budget, left_out = pixel_budget(model.device.type), 0
 
-    def readable() -> Iterator[tuple[Path, ImageCodes]]:
-        nonlocal damaged
-        tables = {}
-        for source, target in targets:
-            try:
-                if source.suffix.lower() == ".parquet":
-                    codes = next(tables.setdefault(source, read_code_table(source))).codes
-                else:
-                    codes = read_codes(source)
-            except CodesError as error:
-                if source in tables:
-                    raise
-                damaged += 1
-                tqdm.write(str(error), file=sys.stderr)
-                continue
-            try:
-                check_codes(codes, model, fingerprint)
-            except CodesError as error:
-                raise CodesError(f"{str(source)!r} is {error}") from None
-            yield target, codes
+    def leave_out(message: str, count: int = 1) -> None:
+        nonlocal left_out
+        left_out += count
+        tqdm.write(message, file=sys.stderr)
 
-    def write(pixels: np.ndarray, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_image(image_of(pixels), target)
+    def readable() -> Iterator[tuple[str, Path, ImageCodes]]:
+        for source, names, targets in sources:
+            read = 0
+            try:
+                for codes in _codes_in(source):
+                    try:
+                        check_codes(codes, model, fingerprint)
+                    except CodesError as error:
+                        raise CodesError(f"{names[read]!r} is {error}") from None
+                    read += 1
+                    yield names[read - 1], targets[read - 1], codes
+            except CodesError as error:
+                rest = len(targets) - read
+                leave_out(f"{error} ({rest} rows are left out)" if rest > 1 else str(error), rest)
+
+    def decode(batch: list[tuple[str, Path, ImageCodes]]) -> np.ndarray:
+        codes = batch[0][2]
+        return decode_pixels(model, np.stack([codes.indices for _, _, codes in batch]), codes.height, codes.width)
+
+    def too_large(item: tuple[str, Path, ImageCodes]) -> None:
+        leave_out(_too_large(item[0], (item[2].height, item[2].width)))
+
+    def write(item: tuple[str, Path, ImageCodes], pixels: np.ndarray) -> None:
+        make_folder(item[1].parent)
+        write_image(image_of(pixels), item[1])
 
     batches = one_size_batches(
-        readable(), lambda pair: (pair[1].height, pair[1].width), options.batch_size, model.device.type
+        readable(), lambda item: (item[2].height, item[2].width), options.batch_size, model.device.type
     )
-    with tqdm(total=len(targets), desc="decoding", unit="img") as bar, ThreadPoolExecutor() as pool:
+    with tqdm(total=len(named), desc="decoding", unit="img") as bar, ThreadPoolExecutor() as pool:
         for batch in batches:
-            height, width = batch[0][1].height, batch[0][1].width
-            pixels = decode_pixels(model, np.stack([codes.indices for _, codes in batch]), height, width)
-            list(pool.map(write, pixels, [target for target, _ in batch]))
+            set_tiling(model, batch[0][2].height * batch[0][2].width, budget)
+            list(pool.map(lambda pair: write(*pair), those_that_fit(batch, decode, too_large)))
             bar.update(len(batch))
-    print(f"{options.output}: {len(targets) - damaged} images")
-    if damaged:
-        raise CodesError(f"{damaged} of {len(targets)} files could not be read and are left out.")
+    print(f"{options.output}: {len(named) - left_out} images")
+    if left_out:
+        raise CodesError(f"{left_out} of {len(named)} images could not be decoded and are left out.")
+
+
+def _codes_in(source: Path):
+    """The codes of one `.looc` file, or of each row of a table."""
+    from looc_ldm.code_table import read_code_table
+    from looc_ldm.codes import read_codes
+
+    if source.suffix.lower() == ".parquet":
+        return (row.codes for row in read_code_table(source))
+    return iter([read_codes(source)])
 
 
 # What they share ------------------------------------------------------------------------------------------------------
@@ -284,6 +326,10 @@ def _load(options: argparse.Namespace):
 def _size(example: tuple) -> tuple[int, int]:
     """Height and width of the pixels that an example starts with."""
     return example[0].shape[:2]
+
+
+def _too_large(name: object, size: tuple[int, int]) -> str:
+    return f"not enough memory for {str(name)!r}, of {size[1]}x{size[0]} pixels."
 
 
 def _at_own_size(images, row: dict, index: int):

@@ -12,9 +12,19 @@ from pathlib import Path
 from looc_ldm.arguments import positive
 from looc_ldm.commands.shared import as_user_errors
 from looc_ldm.errors import UserError
-from looc_ldm.files import check_folder
+from looc_ldm.files import check_folder, check_name, partial_of
 
 KINDS = ("looc", "cvq", "vqgan", "ldm")
+# Flags that not every kind uses.
+KINDS_OF_FLAGS = {
+    "no_ema": ("vqgan", "ldm"),
+    "interpolation_factor": ("looc", "vqgan", "ldm"),
+    "num_heads": ("ldm",),
+    "num_head_channels": ("ldm",),
+    "prediction_type": ("ldm",),
+    "scaling_factor": ("ldm",),
+    "null_class_label": ("ldm",),
+}
 
 
 def add_parsers(commands: argparse._SubParsersAction) -> None:
@@ -58,14 +68,16 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    if options.output.exists():
+    if options.output.exists() or options.output.is_symlink():
         raise UserError(f"--output {str(options.output)!r} exists already: give a new folder.")
+    check_name(options.output)
     check_folder(options.output)
 
     from looc_ldm.convert import Settings, kind_of, read_checkpoint, read_original_config, settings_of
 
     tensors = read_checkpoint(options.checkpoint)
     kind = options.kind or kind_of(tensors)
+    _check_flags(options, kind, tensors)
     settings = Settings()
     if options.original_config is not None:
         settings = settings_of(read_original_config(options.original_config), kind)
@@ -87,6 +99,25 @@ def _convert(options: argparse.Namespace) -> None:
         else:
             notes = _convert_autoencoder(tensors, kind, settings, options)
     print("\n".join([*notes, f"{kind}: {options.output}"]))
+
+
+def _check_flags(options: argparse.Namespace, kind: str, tensors: dict) -> None:
+    """Refuse flags that would change nothing."""
+    for name, kinds in KINDS_OF_FLAGS.items():
+        if getattr(options, name) not in (None, False) and kind not in kinds:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} goes with {' and '.join(kinds)} only, and this is of the kind {kind}.")
+    quantizer = "_vq_vae" if kind in ("looc", "cvq") else "quantize"
+    kept = {key.rpartition(".")[2] for key in tensors if f"{quantizer}." in key}
+    if kept and "embed_prob" not in kept:
+        for name in ("distance", "interpolation_factor"):
+            if getattr(options, name) is not None:
+                raise UserError(
+                    f"--{name.replace('_', '-')} goes with quantizers of LooC and CVQ-VAE only: this one keeps no use "
+                    "of its codevectors (embed_prob), as theirs do, and has euclidean distance and no interpolation."
+                )
+    if "scale_factor" in tensors and options.scaling_factor is not None:
+        raise UserError("--scaling-factor: the weights hold it already (scale_factor).")
 
 
 def _convert_autoencoder(tensors: dict, kind: str, settings, options: argparse.Namespace) -> list[str]:
@@ -152,12 +183,14 @@ def _notes_on_model(model) -> list[str]:
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder`, renamed to it at the end."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         yield partial
         os.rename(partial, folder)
+    except OSError as error:
+        raise UserError(f"cannot write {str(folder)!r}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 from looc_ldm.errors import DataError, UserError
-from looc_ldm.files import check_folder
+from looc_ldm.files import check_folder, check_name
 
 READERS = min(8, os.cpu_count() or 1)  # threads: Pillow decodes without holding the interpreter
 # At a time, where no batch size is given. On a CPU batches are worth something for small images only.
@@ -47,24 +47,35 @@ def targets_of(inputs: list[str], suffixes: tuple[str, ...], output: Path, suffi
     return targets
 
 
-def check_targets(targets: list[tuple[Path, Path]], overwrite: bool) -> None:
-    """Refuse, before any work, what would lose a file or cannot be written."""
-    sources: dict[Path, Path] = {}
+def check_targets(targets: list[tuple[Path | str, Path]], overwrite: bool) -> None:
+    """Refuse, before any work, what would lose a file or cannot be written. Sources are only named."""
+    sources: dict[Path, Path | str] = {}
     for source, target in targets:
+        check_name(target)
         if target in sources:
             raise UserError(f"{str(sources[target])!r} and {str(source)!r} would both become {str(target)!r}.")
         sources[target] = source
+    for target, parent in parents_among(sources):
+        raise UserError(
+            f"{str(sources[parent])!r} would become the file {str(parent)!r}, and {str(sources[target])!r} "
+            f"{str(target)!r} in a folder of that name."
+        )
     for folder in {target.parent for target in sources}:
         check_folder(folder)
     for target in sources:
         if target.is_dir():
             raise UserError(f"cannot write {str(target)!r}: it is a folder.")
-    existing = [target for target in sources if target.exists()]
+    existing = [target for target in sources if os.path.lexists(target)]
     if existing and not overwrite:
         raise UserError(
             f"{len(existing)} of {len(sources)} outputs are there already, such as {str(existing[0])!r}: "
             "--overwrite replaces them, or give another --output."
         )
+
+
+def parents_among(targets: Collection[Path]) -> Iterator[tuple[Path, Path]]:
+    """Each target with another one that it would lie in, as if that were a folder."""
+    return ((target, parent) for target in targets for parent in target.parents if parent in targets)
 
 
 def read_ahead(sources: Iterable[T], read: Callable[[T], Result]) -> Iterator[tuple[T, Future[Result]]]:
@@ -76,6 +87,42 @@ def read_ahead(sources: Iterable[T], read: Callable[[T], Result]) -> Iterator[tu
             if len(pending) > 2 * READERS:
                 yield pending.popleft()
         yield from pending
+
+
+def pixel_budget(device: str) -> int:
+    """Pixels that go through the network at a time on this kind of device."""
+    return PIXELS_PER_BATCH.get(device, PIXELS_PER_BATCH_ELSEWHERE)
+
+
+def those_that_fit(
+    batch: list[T], compute: Callable[[list[T]], Iterable[Result]], too_large: Callable[[T], None]
+) -> Iterator[tuple[T, Result]]:
+    """Each item of a batch with what `compute` makes of it; where memory runs out, of each alone.
+
+    Args:
+        batch: Items of one size.
+        compute: Gives a result for each of the items it is given.
+        too_large: Called with an item for which memory runs out even alone; it is then left out.
+    """
+    try:
+        results = compute(batch)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        results = None
+    if results is not None:
+        yield from zip(batch, results, strict=True)
+    elif len(batch) == 1:
+        too_large(batch[0])
+    else:
+        for item in batch:
+            yield from those_that_fit([item], compute, too_large)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of NumPy, or of PyTorch, which on CPUs tells by the message of a RuntimeError only."""
+    texts = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
 
 
 def one_size_batches(
@@ -90,7 +137,7 @@ def one_size_batches(
         device: Kind of device, for instance "cpu".
         in_order: Keep the order of the items: then only neighbours come together.
     """
-    pixels_per_batch = PIXELS_PER_BATCH.get(device, PIXELS_PER_BATCH_ELSEWHERE)
+    pixels_per_batch = pixel_budget(device)
     waiting: dict[tuple[int, int], list[T]] = {}
     pixels_waiting = 0
     for item in items:

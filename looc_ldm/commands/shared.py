@@ -61,8 +61,20 @@ def load_images(options: argparse.Namespace, model):
     resolution = options.resolution or model.config.sample_size
     with as_user_errors(ValueError):
         model.bits_per_image(resolution, resolution)  # refuses a side that the model cannot take
-    config = DataConfig(path=options.data, split=options.split or "", resolution=resolution, fit=options.fit)
+    fit = options.fit or fit_in_training(options.model)
+    config = DataConfig(path=options.data, split=options.split or "", resolution=resolution, fit=fit)
     return load_image_set(config, model.config.in_channels)
+
+
+def fit_in_training(name: str) -> str:
+    """How images became square when the model was trained, from the training.json beside its weights; else "crop"."""
+    from looc_ldm.loading import model_folder
+
+    file = model_folder(name) / "training.json"
+    try:
+        return json.loads(file.read_text())["data"]["fit"] if file.is_file() else "crop"
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{str(file)!r} does not say how images became square: give --fit.") from None
 
 
 def model_and_images(options: argparse.Namespace):
@@ -83,7 +95,7 @@ def rate_of(model, images) -> tuple[float, int]:
 
 def data_of(images) -> dict[str, str]:
     """What was measured on, for the record."""
-    return {"data": images.config.path, "split": images.config.split}
+    return {"data": images.config.path, "split": images.config.split, "fit": images.config.fit}
 
 
 def inception_features(options: argparse.Namespace):
@@ -116,13 +128,25 @@ def check_file(file: Path | None) -> None:
     check_folder(file.parent)
 
 
-def report_figures(figures: dict, options: argparse.Namespace) -> None:
-    """Print the figures, and write them with what is needed to repeat them."""
+def fingerprints_for(options: argparse.Namespace, generation: bool = False) -> dict[str, str]:
+    """Of which model the figures are, for a record of them; nothing where none is written."""
+    from looc_ldm.loading import model_folder
+    from looc_ldm.stored_fingerprints import stored_fingerprints
+
+    if options.output is None:
+        return {}
+    folder = model_folder(options.model, component=None if generation else "vqvae")
+    return stored_fingerprints(folder, generation)
+
+
+def report_figures(figures: dict, fingerprints: dict[str, str], options: argparse.Namespace) -> None:
+    """Print the figures, and write them with what is needed to repeat them and to know of which model they are."""
     for name, value in figures.items():
         print(f"{name:20} {value:.4f}" if isinstance(value, float) else f"{name:20} {value}")
     if options.output is not None:
         from looc_ldm.files import replace_text
 
-        record = {**figures, "dtype": options.dtype, "command": options.command_line, "version": __version__}
+        record = {**figures, "fingerprints": fingerprints, "dtype": options.dtype}
+        record |= {"command": options.command_line, "version": __version__}
         options.output.parent.mkdir(parents=True, exist_ok=True)
         replace_text(options.output, json.dumps(record, indent=2) + "\n")

@@ -12,13 +12,15 @@ from __future__ import annotations
 import torch
 
 from looc_ldm.autoencoder import LooCVQModel
-from looc_ldm.convert.checkpoint import Sources, Tensors, load_renamed, numbered
+from looc_ldm.convert.checkpoint import Sources, Tensors, load_renamed, need, numbered
 from looc_ldm.convert.settings import Settings, require
 from looc_ldm.errors import ModelError
 from looc_ldm.small import LooCSmallVQModel
 
 # The discriminator and LPIPS, their averages, and the average's own state (LDM's VQModel with use_ema).
 IGNORED = ("loss.", "model_ema.loss", "model_ema.decay", "model_ema.num_updates")
+# Dimensions of what latents and codevectors are read off.
+_SMALL_LATENTS = {"_pre_vq_conv.weight": 4, "_vq_vae.embedding.weight": 2}
 
 
 def small_kind(tensors: Tensors) -> str | None:
@@ -26,6 +28,7 @@ def small_kind(tensors: Tensors) -> str | None:
 
     LooC's pre-quantization convolution always keeps the channels; CVQ-VAE's brings them to those of a codevector.
     """
+    need(tensors, _SMALL_LATENTS)
     latent, hidden = tensors["_pre_vq_conv.weight"].shape[:2]
     if latent != hidden:
         return "cvq"
@@ -34,9 +37,11 @@ def small_kind(tensors: Tensors) -> str | None:
 
 def convert_small(tensors: Tensors, kind: str, settings: Settings) -> LooCSmallVQModel:
     """The small VQ-VAE of LooC (`kind` `"looc"`) or CVQ-VAE (`"cvq"`)."""
-    _need(tensors, "_encoder._conv_1.weight", "_decoder._conv_trans_2.weight", "_encoder._residual_stack._layers.0")
+    first_layer = "_encoder._residual_stack._layers.0._block.1.weight"
+    ends = ("_encoder._conv_1.weight", "_decoder._conv_trans_2.weight")
+    need(tensors, {**_SMALL_LATENTS, **dict.fromkeys((*ends, first_layer), 4)})
     hidden, layers = tensors["_pre_vq_conv.weight"].shape[1], numbered(tensors, "_encoder._residual_stack._layers.#")
-    residual = tensors["_encoder._residual_stack._layers.0._block.1.weight"].shape[0]
+    residual = tensors[first_layer].shape[0]
     channels = tensors["_encoder._conv_1.weight"].shape[1]
     codebook = tensors["_vq_vae.embedding.weight"]
     settings.check_architecture(
@@ -110,10 +115,12 @@ def convert_vqgan(
         prefix (`str`): Of the keys in the file, for errors.
     """
     check_vqgan(tensors, prefix)
-    _need(tensors, "quant_conv.weight", "encoder.conv_in.weight", "encoder.conv_out.weight", "decoder.conv_out.weight")
+    ends = ("quant_conv.weight", "encoder.conv_in.weight", "encoder.conv_out.weight", "decoder.conv_out.weight")
+    need(tensors, {**dict.fromkeys(ends, 4), "quantize.embedding.weight": 2}, prefix)
     levels, layers = vqgan_levels(tensors), numbered(tensors, "encoder.down.0.block.#")
-    _need(tensors, *(f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)))
-    channels = tuple(tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels))
+    firsts = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]
+    need(tensors, dict.fromkeys(firsts, 4), prefix)
+    channels = tuple(tensors[first].shape[0] for first in firsts)
     latent, z_channels = tensors["quant_conv.weight"].shape[:2]
     codebook = tensors["quantize.embedding.weight"]
     width = tensors["encoder.conv_in.weight"].shape[0]
@@ -221,11 +228,3 @@ def _with_usage(tensors: Tensors, module: str) -> Tensors:
     """With the use of the codevectors; even where it was not kept, so that none counts as unused."""
     codebook = tensors[f"{module}.embedding.weight"]
     return {f"{module}.embed_prob": torch.full((len(codebook),), 1 / len(codebook)), **tensors}
-
-
-def _need(tensors: Tensors, *keys: str) -> None:
-    """Weights that the architecture is read off."""
-    missing = [key for key in keys if key not in tensors and not any(name.startswith(f"{key}.") for name in tensors)]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(f"the checkpoint is not complete: missing {missing[0]}{more}.")

@@ -49,6 +49,8 @@ def read_checkpoint(file: Path) -> Tensors:
     """
     if not file.is_file():
         raise ModelError(f"no checkpoint {str(file)!r}: not a file.")
+    if file.stat().st_size == 0:
+        raise ModelError(f"cannot read {str(file)!r}: the file is empty.")
     if file.suffix == ".safetensors":
         try:
             return load_file(file)
@@ -69,7 +71,7 @@ def read_checkpoint(file: Path) -> Tensors:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split()).split(". ")[0]
-        raise ModelError(f"cannot read {str(file)!r}: {reason[:300]}") from error
+        raise ModelError(f"cannot read {str(file)!r}: {reason[:300] or type(error).__name__}") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]  # Lightning
     if not isinstance(content, Mapping) or not content:
@@ -116,7 +118,30 @@ def with_ema(tensors: Tensors, module: str = "") -> tuple[Tensors, int | None]:
         result[key] = tensor
     # What is left is reported as surplus, unless it is ignored.
     result.update({f"model_ema.{name}": tensor for name, tensor in averages.items() if name not in used})
-    return result, -1 if updates is None else int(updates)
+    return result, -1 if updates is None else int(scalar(updates, "model_ema.num_updates"))
+
+
+def need(tensors: Tensors, dimensions: Mapping[str, int], prefix: str = "") -> None:
+    """Check the weights that an architecture is read off: that they are there, with so many dimensions, none of size 0.
+
+    Raises:
+        ModelError: The first that is missing, with the number of others, or the first of another shape.
+    """
+    missing = [key for key in dimensions if key not in tensors]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"the checkpoint is not complete: missing {prefix}{missing[0]}{more}.")
+    for key, ndim in dimensions.items():
+        shape = tuple(tensors[key].shape)
+        if len(shape) != ndim or 0 in shape:
+            raise ModelError(f"mis-shaped: {prefix}{key} is {shape} instead of {ndim} dimensions, none of size 0.")
+
+
+def scalar(tensor: torch.Tensor, key: str) -> float:
+    """The only number in a tensor. Raises ModelError if it has more or none."""
+    if tensor.numel() != 1:
+        raise ModelError(f"mis-shaped: {key} is {tuple(tensor.shape)} instead of one number.")
+    return tensor.item()
 
 
 def load_renamed(
@@ -143,7 +168,7 @@ def load_renamed(
         used.add(theirs)
         tensor = tensors[theirs]
         if isinstance(source, Fused):
-            if len(tensor) % (3 * source.groups):
+            if tensor.ndim == 0 or tensor.numel() == 0 or len(tensor) % (3 * source.groups):
                 wrong.append(f"{theirs} is {tuple(tensor.shape)} instead of three times {source.groups} heads")
                 continue
             tensor = tensor.unflatten(0, (source.groups, 3, -1))[:, source.part].flatten(0, 1)

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.class_embedding import ClassEmbedding
 from looc_ldm.convert.autoencoders import check_vqgan, convert_vqgan, has_revival, vqgan_levels
-from looc_ldm.convert.checkpoint import Tensors, load_renamed, under, with_ema
+from looc_ldm.convert.checkpoint import Tensors, load_renamed, need, scalar, under, with_ema
 from looc_ldm.convert.settings import Settings, require
 from looc_ldm.convert.unet import architecture_of, convert_unet
 from looc_ldm.errors import ModelError
@@ -89,7 +89,11 @@ def convert_ldm(tensors: Tensors, settings: Settings, use_ema: bool = True) -> L
         )
     class_embedding = _class_embedding(under(tensors, CLASSES), architecture.context)
 
-    scaling_factor = float(tensors["scale_factor"]) if "scale_factor" in tensors else settings.scaling_factor
+    scaling_factor = settings.scaling_factor
+    if "scale_factor" in tensors:
+        scaling_factor = float(scalar(tensors["scale_factor"], "scale_factor"))
+    if "betas" in tensors:
+        need(tensors, {"betas": 1})
     betas = tensors.get("betas")
     factor = 2 ** (vqgan_levels(first_stage) - 1)
     latent_size = settings.latent_size or (settings.resolution and settings.resolution // factor)
@@ -129,6 +133,7 @@ def _class_embedding(tensors: Tensors, context: int | None) -> ClassEmbedding | 
             "only unconditional models and those with classes through cross-attention are converted: the UNet has "
             f"{'no ' if context is None else ''}cross-attention, and {CLASSES} holds {found}."
         )
+    need(tensors, {"embedding.weight": 2}, CLASSES)
     count, channels = tensors["embedding.weight"].shape
     if channels != context:
         raise ModelError(f"class tokens of {channels} channels do not fit cross-attention on {context}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def read_original_config(file: Path) -> dict:
     """The YAML that a checkpoint was trained with."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date like 2022-13-01
         raise ConfigError(f"cannot read --original-config {str(file)!r}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--original-config {str(file)!r} is not a mapping of settings.")
@@ -118,12 +119,12 @@ def _settings_of_small(config: dict) -> Settings:
     if config.get("dataset") == "imagenet":
         # main.py normalizes these by mean and deviation of ImageNet.
         raise ConfigError("--original-config: models of dataset 'imagenet' do not take images in [-1, 1].")
-    anchor = config.get("anchor")
-    factor = config.get("shuffle_scale")
+    anchor = _name(config, "anchor")
+    factor = _number(config, "shuffle_scale", int, least=0)
     return Settings(
-        resolution=SIDES.get(config.get("dataset")),
+        resolution=SIDES.get(_name(config, "dataset")),
         distance=_one_of(DISTANCES, config, "distance"),
-        interpolation_factor=None if factor is None else max(int(factor), 1),  # 0 is off
+        interpolation_factor=None if factor is None else max(factor, 1),  # 0 is off
         anchor=None if anchor == "disturbance" else anchor,
         architecture=_sizes(config, "hidden_size", "num_residual_hidden", "num_residual_layers", "num_embedding"),
     )
@@ -133,34 +134,36 @@ def _settings_of_vqgan(model: dict) -> Settings:
     """CompVis/taming-transformers, configs/*vqgan.yaml; CompVis/latent-diffusion, models/first_stage_models."""
     network = _part(model, "ddconfig")
     for name in ("tanh_out", "give_pre_end"):
-        if network.get(name):
+        if _flag(network, name):
             raise ConfigError(f"--original-config: {name} is not supported.")
     sizes = {
         **_sizes(model, "embed_dim", "n_embed"),
         **_sizes(network, "ch", "ch_mult", "num_res_blocks", "z_channels"),
     }
-    return Settings(resolution=network.get("resolution"), architecture=sizes)
+    return Settings(resolution=_number(network, "resolution", int), architecture=sizes)
 
 
 def _settings_of_ldm(model: dict) -> Settings:
     """CompVis/latent-diffusion, configs/latent-diffusion/*.yaml; defaults are those of ldm/models/diffusion/ddpm.py."""
     unet = _part(model, "unet_config", "params")
     first_stage = _settings_of_vqgan(_part(model, "first_stage_config", "params"))
-    heads, head_channels = unet.get("num_heads", -1), unet.get("num_head_channels", -1)
+    heads, head_channels = (
+        None if unet.get(name) == -1 else _number(unet, name, int) for name in ("num_heads", "num_head_channels")
+    )
     names = ("model_channels", "channel_mult", "num_res_blocks", "context_dim")
     return Settings(
-        num_heads=None if heads == -1 or head_channels != -1 else heads,
-        num_head_channels=None if head_channels == -1 else head_channels,
-        qkv_by_head=not unet.get("use_new_attention_order", False),
+        num_heads=heads if head_channels is None else None,
+        num_head_channels=head_channels,
+        qkv_by_head=not _flag(unet, "use_new_attention_order"),
         prediction_type=_one_of(PREDICTIONS, {"parameterization": "eps", **model}, "parameterization"),
-        scaling_factor=None if model.get("scale_by_std") else float(model.get("scale_factor", 1.0)),
+        scaling_factor=None if _flag(model, "scale_by_std") else _number(model, "scale_factor", float, 1.0),
         betas=(
-            model.get("beta_schedule", "linear"),
-            float(model.get("linear_start", 1e-4)),
-            float(model.get("linear_end", 2e-2)),
-            int(model.get("timesteps", 1000)),
+            _name(model, "beta_schedule", "linear"),
+            _number(model, "linear_start", float, 1e-4),
+            _number(model, "linear_end", float, 2e-2),
+            _number(model, "timesteps", int, 1000),
         ),
-        latent_size=model.get("image_size"),
+        latent_size=_number(model, "image_size", int),
         architecture={**first_stage.architecture, **_sizes(unet, *names)},
     )
 
@@ -174,10 +177,40 @@ def _part(config: dict, *names: str) -> dict:
 
 
 def _one_of(allowed: dict[str, str], config: dict, name: str) -> str | None:
-    value = config.get(name)
+    value = _name(config, name)
     if value is not None and value not in allowed:
         raise ConfigError(f"--original-config: {name} must be one of {', '.join(allowed)}, got {value!r}.")
     return allowed.get(value)
+
+
+def _number(config: dict, name: str, kind: type, default: float | None = None, least: int = 1):
+    """An int of at least `least`, or a finite positive float. `null` is as good as nothing."""
+    value = config.get(name)
+    if value is None:
+        return default
+    given = value
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            value = float(value)  # YAML 1.1 takes 1e-4 for text
+    good = type(value) is int and value >= least if kind is int else type(value) is float and 0 < value < float("inf")
+    if not good:
+        allowed = f"a whole number from {least} on" if kind is int else "a positive number"
+        raise ConfigError(f"--original-config: {name} must be {allowed}, got {given!r}.")
+    return value
+
+
+def _flag(config: dict, name: str) -> bool:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"--original-config: {name} must be true or false, got {value!r}.")
+    return bool(value)
+
+
+def _name(config: dict, name: str, default: str | None = None) -> str | None:
+    value = config.get(name, default)
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"--original-config: {name} must be a name, got {value!r}.")
+    return value
 
 
 def _sizes(config: dict, *names: str) -> dict[str, object]:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
-from looc_ldm.convert.checkpoint import Fused, Sources, Tensors, load_renamed, numbered
+from looc_ldm.convert.checkpoint import Fused, Sources, Tensors, load_renamed, need, numbered
 from looc_ldm.convert.settings import Settings, require
 from looc_ldm.errors import ModelError
 from looc_ldm.unet import FixedHeadsUNet2DModel
@@ -51,26 +51,24 @@ class Architecture:
 
 def architecture_of(tensors: Tensors, prefix: str = "") -> Architecture:
     """Read an architecture off keys and shapes. Raises ModelError if they are not of LDM's UNet."""
-    try:
-        return _architecture_of(tensors)
-    except KeyError as error:
-        raise ModelError(f"the checkpoint is not complete: missing {prefix}{error.args[0]}.") from None
-
-
-def _architecture_of(tensors: Tensors) -> Architecture:
     outputs = numbered(tensors, "output_blocks.#")
+    if outputs == 0:
+        raise ModelError(f"the checkpoint is not complete: missing {prefix}output_blocks.")
     # The last block of a level also enlarges: by a convolution, or by a second residual block.
     by_convolution = [i for i in range(outputs) for j in (1, 2) if f"output_blocks.{i}.{j}.conv.weight" in tensors]
     by_block = [i for i in range(outputs) for j in (1, 2) if f"output_blocks.{i}.{j}.in_layers.0.weight" in tensors]
     ends = by_convolution or by_block
-    per_level = ends[0] + 1 if ends else max(outputs, 1)
+    per_level = ends[0] + 1 if ends else outputs
     levels, layers = outputs // per_level, per_level - 1
     # Input blocks: the first convolution, then `layers` blocks a level and one that halves the resolution.
     firsts = [f"input_blocks.{1 + level * per_level}" for level in range(levels)]
     transformer = "middle_block.1.transformer_blocks"
+    convolutions = ["input_blocks.0.0.weight", "out.2.weight", *(f"{first}.0.out_layers.3.weight" for first in firsts)]
+    need(tensors, dict.fromkeys(convolutions, 4), prefix)
     channels = tuple(tensors[f"{first}.0.out_layers.3.weight"].shape[0] for first in firsts)
-    embedded = tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0]
-    to_context = tensors.get(f"{transformer}.0.attn2.to_k.weight")
+    time, key = "input_blocks.1.0.emb_layers.1.weight", f"{transformer}.0.attn2.to_k.weight"
+    need(tensors, {time: 2, **({key: 2} if key in tensors else {})}, prefix)
+    embedded, to_context = tensors[time].shape[0], tensors.get(key)
     return Architecture(
         in_channels=tensors["input_blocks.0.0.weight"].shape[1],
         out_channels=tensors["out.2.weight"].shape[0],

@@ -186,3 +186,136 @@ def test_help_names_every_flag(capsys):
     text = capsys.readouterr().out
     for flag in ("--output", "--kind", "--original-config", "--no-ema", "--num-head-channels", "--null-class-label"):
         assert flag in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"shuffle_scale": "abc"}, "shuffle_scale must be a whole number from 0 on, got 'abc'"),
+        ({"dataset": ["mnist"]}, "dataset must be a name, got ['mnist']"),
+        ({"distance": ["cos"]}, "distance must be a name, got ['cos']"),
+        ({"anchor": [1]}, "anchor must be a name, got [1]"),
+    ],
+)
+def test_values_of_a_wrong_type_in_a_small_models_config_are_named(small, setting, message, capsys):
+    Path("bad.yaml").write_text(yaml.safe_dump({"dataset": "mnist", "shuffle_scale": 0, "distance": "cos", **setting}))
+    assert message in error_of("convert best.pt --output ours --original-config bad.yaml", capsys)
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "message"),
+    [
+        ("model", {"linear_start": "abc"}, "linear_start must be a positive number, got 'abc'"),
+        ("model", {"linear_end": [1]}, "linear_end must be a positive number, got [1]"),
+        ("model", {"timesteps": "abc"}, "timesteps must be a whole number from 1 on, got 'abc'"),
+        ("model", {"scale_factor": {}}, "scale_factor must be a positive number, got {}"),
+        ("model", {"image_size": [8, 8]}, "image_size must be a whole number from 1 on, got [8, 8]"),
+        ("model", {"beta_schedule": ["linear"]}, "beta_schedule must be a name, got ['linear']"),
+        ("model", {"scale_by_std": "abc"}, "scale_by_std must be true or false, got 'abc'"),
+        ("unet", {"num_heads": "abc"}, "num_heads must be a whole number from 1 on, got 'abc'"),
+        ("unet", {"num_head_channels": 0}, "num_head_channels must be a whole number from 1 on, got 0"),
+        ("vqgan", {"resolution": "abc"}, "resolution must be a whole number from 1 on, got 'abc'"),
+    ],
+)
+def test_values_of_a_wrong_type_in_an_ldms_config_are_named(diffusion, part, setting, message, capsys):
+    parts: dict = {"model": {}, "unet": {"num_head_channels": 16}, "vqgan": {"resolution": 16}}
+    parts[part].update(setting)
+    first_stage = {"params": {"embed_dim": 4, "ddconfig": parts["vqgan"]}}
+    model = {"unet_config": {"params": parts["unet"]}, "first_stage_config": first_stage, **parts["model"]}
+    Path("bad.yaml").write_text(yaml.safe_dump({"model": {"params": model}}))
+    assert message in error_of("convert model.ckpt --output ours --original-config bad.yaml", capsys)
+
+
+def test_a_number_that_yaml_takes_for_text_is_a_number(diffusion, capsys):
+    Path("good.yaml").write_text(
+        "model: {params: {linear_start: 1e-4, unet_config: {params: {num_head_channels: 16}}, "
+        "first_stage_config: {params: {ddconfig: {resolution: 16}}}, image_size: 8}}"
+    )
+    main(shlex.split("convert model.ckpt --output ours --original-config good.yaml"))
+    assert Path("ours/model_index.json").is_file()
+
+
+SMALL_KEYS = ["_pre_vq_conv.weight", "_vq_vae.embedding.weight", "_encoder._conv_1.weight"]
+SMALL_KEYS += ["_decoder._conv_trans_2.weight", "_encoder._residual_stack._layers.0._block.1.weight"]
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(()), torch.ones(3), torch.ones(0, 1, 1, 1), torch.ones(2, 2, 2)])
+@pytest.mark.parametrize("key", SMALL_KEYS)
+def test_weights_of_another_rank_in_a_small_model_are_named(small, key, wrong, capsys):
+    torch.save({**small, key: wrong}, "bad.pt")
+    assert f"mis-shaped: {key} is {tuple(wrong.shape)}" in error_of(f"convert bad.pt --output ours {FLAGS}", capsys)
+
+
+FIRST, NET = "first_stage_model.", "model.diffusion_model."
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "betas",
+        "scale_factor",
+        f"{FIRST}quant_conv.weight",
+        f"{FIRST}quantize.embedding.weight",
+        f"{FIRST}encoder.conv_in.weight",
+        f"{FIRST}encoder.down.1.block.0.conv1.weight",
+        f"{FIRST}decoder.conv_out.weight",
+        f"{NET}input_blocks.0.0.weight",
+        f"{NET}input_blocks.1.0.out_layers.3.weight",
+        f"{NET}input_blocks.1.0.emb_layers.1.weight",
+        f"{NET}middle_block.1.transformer_blocks.0.attn2.to_k.weight",
+        f"{NET}middle_block.1.qkv.weight",
+        f"{NET}out.2.weight",
+    ],
+)
+@pytest.mark.parametrize("wrong", [torch.ones(2, 2, 2), torch.ones(0)])
+def test_weights_of_another_rank_in_an_ldm_are_named(diffusion, key, wrong, capsys):
+    torch.save({**diffusion, key: wrong}, "bad.ckpt")
+    flags = LDM_FLAGS.replace("--scaling-factor 1", "") if key == "scale_factor" else LDM_FLAGS
+    error = error_of(f"convert bad.ckpt --output ours {flags}", capsys)
+    name = key.removeprefix(NET) if "qkv" in key else key
+    assert "mis-shaped: " in error
+    assert f"{name} is {tuple(wrong.shape)}" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--kind cvq --scaling-factor 2", "--scaling-factor goes with ldm only, and this is of the kind cvq"),
+        ("--num-heads 5", "--num-heads goes with ldm only, and this is of the kind looc"),
+        ("--num-head-channels 5", "--num-head-channels goes with ldm only"),
+        ("--null-class-label 3", "--null-class-label goes with ldm only"),
+        ("--prediction-type sample", "--prediction-type goes with ldm only"),
+        ("--no-ema", "--no-ema goes with vqgan and ldm only"),
+        ("--kind cvq --interpolation-factor 2", "--interpolation-factor goes with looc and vqgan and ldm only"),
+    ],
+)
+def test_flags_that_would_change_nothing_are_refused(small, flags, message, capsys):
+    command = f"convert best.pt --output ours --resolution 32 --distance cosine {flags}"
+    assert message in error_of(command, capsys)
+
+
+def test_flags_for_what_an_ldms_weights_hold_are_refused(diffusion, capsys):
+    error = error_of(f"convert model.ckpt --output ours {LDM_FLAGS} --distance cosine", capsys)
+    assert "--distance goes with quantizers of LooC and CVQ-VAE only" in error
+    torch.save({**diffusion, "scale_factor": torch.tensor(0.5)}, "scaled.ckpt")
+    error = error_of(f"convert scaled.ckpt --output ours {LDM_FLAGS}", capsys)
+    assert "--scaling-factor: the weights hold it already" in error
+
+
+def test_an_output_that_is_a_dangling_link_is_refused_before_any_work(small, capsys):
+    Path("ours").symlink_to("nowhere")
+    assert "'ours' exists already" in error_of("convert missing.pt --output ours", capsys)
+    assert "'ours' is not a folder" in error_of("convert missing.pt --output ours/new", capsys)
+
+
+def test_what_a_killed_conversion_left_is_not_in_the_next_one(small):
+    Path(".ours.partial/sub").mkdir(parents=True)
+    Path(".ours.partial/sub/half.safetensors").write_text("half")
+    main(shlex.split(f"convert best.pt --output ours {FLAGS}"))
+    assert {path.name for path in Path("ours").iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert not Path(".ours.partial").exists()
+
+
+def test_an_empty_file_is_called_empty(small, capsys):
+    Path("x.pt").touch()
+    assert "cannot read 'x.pt': the file is empty." in error_of("convert x.pt --output ours", capsys)

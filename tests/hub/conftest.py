@@ -148,7 +148,14 @@ def _run_folder(folder: Path, result: str, settings: dict, validation: dict | No
         Image.new("RGB", (16, 16), colour).save(folder / "previews" / f"{images:09d}.png")
     data = {"path": "/home/ada/pets", "split": "train", "validation_split": "test", "resolution": 16, "fit": "crop"}
     optimizer = {"learning_rate": 0.001, "schedule": "cosine"}
-    common = {"output_dir": str(folder), "seed": 3, "batch_size": 32, "data": data, "optimizer": optimizer}
+    common = {
+        "output_dir": str(folder),
+        "total_images": IMAGES_SEEN,
+        "seed": 3,
+        "batch_size": 32,
+        "data": data,
+        "optimizer": optimizer,
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(common | settings, sort_keys=False))
     training = {"data": data, "images_seen": IMAGES_SEEN} | ({"validation": validation} if validation else {})
     write_json(folder / result / "training.json", training)

@@ -2,14 +2,21 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 from PIL import Image
 
+import looc_ldm
+from looc_ldm import LooCSmallVQModel, LooCVQModel
 from looc_ldm.card import MARK, title, write_card
 from looc_ldm.errors import ModelError, UserError
+from looc_ldm.fingerprint import model_fingerprint
+from looc_ldm.registration import AUTOENCODERS
+from looc_ldm.stored_fingerprints import stored_fingerprints
 
 RECONSTRUCTION = {
     "protocol": "clean",
@@ -49,12 +56,16 @@ GENERATION = {
 
 
 @pytest.fixture
-def figures(tmp_path):
-    """Writes figures as `looc-ldm evaluate` does, with changes; returns the file."""
+def figures(tmp_path, make_pipeline):
+    """Writes figures of the models of conftest.py as `looc-ldm evaluate` does, with changes; returns the file."""
+    pipe = make_pipeline()
+    vqvae, unet = model_fingerprint(pipe.vqvae), model_fingerprint(pipe.unet)
 
     def write(record, **changes):
         file = tmp_path / f"figures{len(list(tmp_path.glob('figures*')))}.json"
-        file.write_text(json.dumps({key: value for key, value in (record | changes).items() if value is not None}))
+        fingerprints = {"vqvae": vqvae} if "images" in record else {"vqvae": vqvae, "unet": unet}
+        record = {"fingerprints": fingerprints, **record, **changes}
+        file.write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
         return file
 
     return write
@@ -113,8 +124,10 @@ def test_the_metadata_is_what_the_hub_reads(pipeline_folder, figures):
 
 def test_every_number_in_the_text_comes_from_a_file(pipeline_folder, figures):
     record = figures(GENERATION)
+    stated = record.with_name("stated.json")  # without the digits of fingerprints
+    stated.write_text(json.dumps(GENERATION))
     text = write_card(pipeline_folder, "ada/pets", [record]).read_text().split("---\n")[2]
-    sources = [record, pipeline_folder / "training.json", pipeline_folder.parent / "config.yaml"]
+    sources = [stated, pipeline_folder / "training.json", pipeline_folder.parent / "config.yaml"]
     sources += [*pipeline_folder.rglob("*.json"), pipeline_folder.parent.parent / "pets_ae" / "model" / "training.json"]
     known = {float(number) for source in sources for number in re.findall(r"\d+(?:\.\d+)?", source.read_text())}
     known.add(16 * 2)  # numbers in the codebook, K times d
@@ -178,20 +191,55 @@ def test_the_training_is_described_as_configured(pipeline_folder):
     assert yaml.safe_load((pipeline_folder.parent / "config.yaml").read_text())["seed"] == 3
 
 
-@pytest.mark.parametrize("kind", ["pipeline", "autoencoder"])
-def test_the_example_in_the_card_runs(kind, pipeline_folder, autoencoder_folder, tmp_path):
-    text = write_card(pipeline_folder if kind == "pipeline" else autoencoder_folder).read_text()
-    code = re.search(r"```py\n(.*?)```", text, re.DOTALL)[1]
-    if kind == "pipeline":
-        assert code.count("\n") == 3
-        assert 'class_labels=["cat"]' in code
+def example(card: Path) -> str:
+    return re.search(r"```py\n(.*?)```", card.read_text(), re.DOTALL)[1]
+
+
+def test_the_example_in_the_card_of_a_pipeline_runs(pipeline_folder, tmp_path):
+    code = example(write_card(pipeline_folder))
+    assert code.count("\n") == 3
+    assert 'class_labels=["cat"]' in code
+    exec(code.replace('save("', f'save("{tmp_path}/'), {})
+    assert Image.open(tmp_path / "sample.png").size == (16, 16)
+
+
+@pytest.mark.parametrize("kind", AUTOENCODERS)
+def test_the_example_in_the_card_of_an_autoencoder_runs(kind, tmp_path):
+    sizes = {"sample_size": 16, "num_vq_embeddings": 16, "in_channels": 1, "out_channels": 1}  # the rest: defaults
+    getattr(looc_ldm, kind)(**sizes).save_pretrained(tmp_path / "model")
     namespace = {}
-    code = code.replace('save("', f'save("{tmp_path}/')
-    exec(code, namespace)
-    if kind == "pipeline":
-        assert Image.open(tmp_path / "sample.png").size == (16, 16)
-    else:
-        assert namespace["model"].decode_indices(namespace["codes"]).sample.shape == (1, 3, 16, 16)
+    exec(example(write_card(tmp_path / "model")), namespace)
+    assert type(namespace["model"]).__name__ == kind
+    assert namespace["model"].decode_indices(namespace["codes"]).sample.shape == (1, 1, 16, 16)
+
+
+def test_the_card_says_shared_codebook_and_network_as_the_config_has_them(tmp_path):
+    def card(model):
+        model.save_pretrained(tmp_path / "model")
+        return write_card(tmp_path / "model").read_text()
+
+    text = card(LooCVQModel(vq_embed_dim=4, codevector_dim=2, interpolation_factor=1))
+    assert "all segments of a feature vector share (LooC). A `VQModel` of diffusers." in text
+    assert "| codebook | 256 codevectors of 2, 512 numbers |" in text
+    assert "share (LooC)" in card(LooCVQModel(vq_embed_dim=4, interpolation_factor=2))
+    text = card(LooCVQModel(latent_channels=4, interpolation_factor=1))  # a VQGAN, with the sizes left to defaults
+    assert "one codevector for each feature vector (VQ). A `VQModel` of diffusers." in text
+    assert "LooC)" not in text
+    assert "| codebook | 256 codevectors of 4, 1,024 numbers |" in text
+    text = card(LooCSmallVQModel(hidden_channels=8, codevector_dim=4, interpolation_factor=1))
+    assert "share (LooC). A small convolutional network" in text
+
+
+def test_the_card_of_a_pipeline_on_a_plain_codebook_claims_no_shared_one(pipeline_folder):
+    file = pipeline_folder / "vqvae" / "config.json"
+    assert "share (LooC)" in write_card(pipeline_folder).read_text()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"codevector_dim": 4}))
+    assert "LooC)" not in write_card(pipeline_folder).read_text()
+
+
+def test_a_model_that_is_no_autoencoder_is_refused(pipeline_folder):
+    with pytest.raises(ModelError, match="holds a UNet2DModel, not a LooCVQModel or LooCSmallVQModel"):
+        write_card(pipeline_folder / "unet")
 
 
 def test_writing_a_card_twice_gives_the_same_card(pipeline_folder):
@@ -202,7 +250,11 @@ def test_writing_a_card_twice_gives_the_same_card(pipeline_folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_codevectors": 32}, "figures of another model: num_codevectors is 32, here 16"),
+        ({"fingerprints": None}, "does not say of which model the figures are"),
+        ({"fingerprints": {}}, "holds figures of another model"),
+        ({"bits_per_pixel": None}, "states no bits_per_pixel"),
+        ({"height": "16"}, "height is '16'"),
+        ({"data": ["a"]}, r"data is \['a'\]"),
         ({"command": None}, "holds no figures that `looc-ldm evaluate"),
         ({"psnr": float("nan")}, "psnr is nan"),
     ],
@@ -211,6 +263,29 @@ def test_figures_that_do_not_belong_here_are_refused(pipeline_folder, figures, c
     with pytest.raises(UserError, match=message):
         write_card(pipeline_folder, metrics=[figures(RECONSTRUCTION, **changes)])
     assert not (pipeline_folder / "README.md").exists()
+
+
+def test_figures_of_other_weights_are_refused(pipeline_folder, figures, make_pipeline):
+    records = [figures(RECONSTRUCTION), figures(GENERATION)]
+    write_card(pipeline_folder, metrics=records)
+    pipe = make_pipeline()
+    torch.nn.init.normal_(pipe.unet.conv_in.weight)
+    pipe.unet.save_pretrained(pipeline_folder / "unet")
+    write_card(pipeline_folder, metrics=records[:1])  # the first stage is the same
+    with pytest.raises(UserError, match="holds figures of another model"):
+        write_card(pipeline_folder, metrics=records[1:])
+    torch.nn.init.normal_(pipe.vqvae.quant_conv.weight)
+    pipe.vqvae.save_pretrained(pipeline_folder / "vqvae")
+    with pytest.raises(UserError, match="holds figures of another model"):
+        write_card(pipeline_folder, metrics=records[:1])
+
+
+def test_a_class_token_belongs_to_the_model_that_was_measured(tmp_path, make_pipeline):
+    pipe = make_pipeline("cross_attention")
+    pipe.save_pretrained(tmp_path / "pets")
+    assert stored_fingerprints(tmp_path / "pets", generation=True) == {
+        name: model_fingerprint(getattr(pipe, name)) for name in ("vqvae", "unet", "class_embedding")
+    }
 
 
 def test_figures_of_samples_do_not_belong_to_an_autoencoder(autoencoder_folder, figures):
@@ -254,9 +329,11 @@ def test_what_evaluate_writes_is_what_the_card_reads(autoencoder_folder, say, tm
     for i in range(3):
         Image.effect_noise((16, 16), 60).convert("RGB").save(tmp_path / "animals" / "test" / f"{i}.png")
     evaluate = ["evaluate", "reconstruction", autoencoder_folder, "--data", "animals", "--output", "figures.json"]
-    status, _, errors = say(*evaluate)
+    evaluate += ["--dtype", "bfloat16"]  # the record names the weights as they are stored
+    status, printed, errors = say(*evaluate)
     assert status == 0, errors
     measured = json.loads((tmp_path / "figures.json").read_text())
+    assert "fingerprints" not in printed
     own = results(write_card(autoencoder_folder, metrics=[tmp_path / "figures.json"]))[1]
     assert own["dataset"] == {"name": "animals", "type": "animals", "split": "test"}
     assert own["metrics"][0]["value"] == measured["psnr"]

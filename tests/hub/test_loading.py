@@ -243,3 +243,14 @@ def test_a_pickle_instead_of_safetensors_is_refused(loader, pushed, tmp_path):
     with pytest.raises((OSError, ModelError), match=r"(?i)safetensors|pickle"):
         loader("eve/pets")
     assert not list((tmp_path / "cache").rglob("*.bin"))
+
+
+def test_an_autoencoder_is_loaded_from_pickles_only_where_that_is_asked_for(autoencoder_folder):
+    model = LooCVQModel.from_pretrained(autoencoder_folder)
+    for file in autoencoder_folder.glob("*.safetensors"):
+        file.unlink()
+    model.save_pretrained(autoencoder_folder, safe_serialization=False)
+    with pytest.raises(OSError, match="safetensors"):
+        LooCVQModel.from_pretrained(autoencoder_folder)
+    loaded = LooCVQModel.from_pretrained(autoencoder_folder, use_safetensors=False)
+    assert torch.equal(loaded.quant_conv.weight, model.quant_conv.weight)

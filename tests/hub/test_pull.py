@@ -141,6 +141,51 @@ def test_a_pickle_beside_safetensors_is_left_there(pushed, say, tmp_path):
     assert not [path for path in files_in(tmp_path / "pets") if path.endswith(".bin")]
 
 
+STRAY = {"training_args.bin", "checkpoints/optimizer.pt", "old_unet/config.json", "old_unet/model.bin"}
+
+
+def test_pickles_that_no_component_is_loaded_from_are_left_there(pushed, say, tmp_path):
+    unlisted = {"old_unet/model.fp16.safetensors": b""}  # nor is a variant missed there
+    stray = dict.fromkeys(STRAY, b"")
+    pushed.add(ID, pushed.repositories[ID].files() | stray | {"old_vae/config.json": b""} | unlisted)
+    status, _, errors = say("pull", ID, "--output", "pets")
+    assert status == 0, errors
+    assert not files_in(tmp_path / "pets") & (STRAY - {"old_unet/config.json"})
+    LooCLDMPipeline.from_pretrained(tmp_path / "pets")
+
+
+def test_pickles_in_folders_of_an_autoencoder_are_left_there_and_in_its_root_refused():
+    weights = "diffusion_pytorch_model.safetensors"
+    files = ["config.json", weights, "training_args.bin", "checkpoints/optimizer.pt"]
+    assert wanted_files(ID, files) == ["config.json", weights]
+    with pytest.raises(ModelError, match=r"holds the pickle model\.bin instead of safetensors"):
+        wanted_files(ID, ["config.json", "model.bin", f"old/{weights}"])
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        (None, "has only the variants ema, fp16 of unet: `looc-ldm pull --variant` takes one."),
+        ("non_ema", "has only the variants ema, fp16 of unet: neither 'non_ema' nor the plain one."),
+    ],
+)
+def test_a_component_without_plain_weights_is_refused_and_the_reason_is_true(variant, message):
+    files = ["model_index.json", "vqvae/m.safetensors", "vqvae/m.non_ema.safetensors"]
+    files += ["unet/m.ema.safetensors", "unet/m.fp16.safetensors"]
+    with pytest.raises(ModelError, match=message):
+        wanted_files(ID, files, variant, components=lambda: {"unet", "vqvae"})
+
+
+def test_what_was_listed_is_what_comes_when_the_branch_moves_on_meanwhile(pushed):
+    listed = pushed.repositories[ID].branches["main"]
+    moved = pushed.repositories[ID].files() | {"README.md": b"another\n"}
+    pushed.after_listing = lambda: pushed.add(ID, moved)
+    folder = download(ID)
+    assert pushed.repositories[ID].branches["main"] != listed
+    assert folder.name == listed
+    assert (folder / "README.md").read_bytes() == pushed.repositories[ID].commits[listed]["README.md"]
+
+
 @pytest.mark.parametrize("command", ["pull", "sample", "reconstruct", "evaluate reconstruction"])
 def test_a_missing_repository_is_one_line_that_says_what_to_do(hub, say, command):
     rest = {"reconstruct": ["fashion_mnist"], "evaluate reconstruction": ["--data", "fashion_mnist"]}
@@ -200,6 +245,16 @@ def test_a_folder_that_is_not_empty_is_left_alone(pushed, say, tmp_path):
     assert files_in(tmp_path / "pets") == {"mine.txt"}
     (tmp_path / "pets" / "mine.txt").unlink()
     assert say("pull", ID, "--output", "pets")[0] == 0
+
+
+def test_a_link_to_an_empty_folder_is_filled(pushed, say, tmp_path):
+    (tmp_path / "disk" / "pets").mkdir(parents=True)
+    (tmp_path / "pets").symlink_to(tmp_path / "disk" / "pets")
+    status, printed, errors = say("pull", ID, "--output", "pets")
+    assert (status, printed) == (0, "pets\n"), errors
+    assert (tmp_path / "pets").is_symlink()
+    assert "model_index.json" in files_in(tmp_path / "disk" / "pets")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["pets"]
 
 
 def test_of_a_pipeline_only_the_first_stage_is_downloaded_where_no_more_is_needed(pushed, tmp_path):

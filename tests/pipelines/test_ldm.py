@@ -14,8 +14,11 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DModel,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import PipelineCallback
 from diffusers.utils import logging as diffusers_logging
 
 from looc_ldm import LooCLDMPipeline
@@ -391,24 +394,44 @@ def test_the_progress_bar_counts_steps_and_can_be_switched_off(make_pipeline, ca
 # Inputs that do not fit -----------------------------------------------------------------------------------------------
 
 
+class Foreign(PipelineCallback):
+    """A callback for text-to-image pipelines."""
+
+    tensor_inputs = ["prompt_embeds"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size must be a positive whole number, got 0"),
         ({"batch_size": 1.5}, "batch_size must be a positive whole number, got 1.5"),
         ({"num_inference_steps": -1}, "num_inference_steps must be a positive whole number, got -1"),
-        ({"num_inference_steps": 1001}, "1001"),
+        ({"num_inference_steps": 1001}, r"num_inference_steps must be in \[1, 1000\] for DDIMScheduler, got 1001"),
         ({"num_images_per_label": 0}, "num_images_per_label must be a positive whole number, got 0"),
         ({"output_type": "png"}, "output_type must be one of pil, np, pt, latent, got 'png'"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "must be of latents, model_output, got noise"),
         ({"guidance_interval": (0.6, 0.2)}, "guidance_interval must be 0 <= low <= high <= 1"),
         ({"guidance_interval": (0.0, 1.2)}, "guidance_interval must be 0 <= low <= high <= 1"),
+        ({"guidance_interval": 0.3}, "guidance_interval must be 0 <= low <= high <= 1, got 0.3"),
+        ({"guidance_interval": (0.1,)}, "guidance_interval must be 0 <= low <= high <= 1"),
         ({"guidance_rescale": 1.5}, r"guidance_rescale must be in \[0, 1\], got 1.5"),
+        ({"guidance_rescale": None}, r"guidance_rescale must be in \[0, 1\], got None"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a number, got nan"),
+        ({"guidance_scale": "2"}, "guidance_scale must be a number, got '2'"),
+        ({"eta": 2.0}, r"eta must be in \[0, 1\], got 2.0"),
+        ({"eta": None}, r"eta must be in \[0, 1\], got None"),
+        ({"class_labels": 1.5}, r"class label must be in \[0, 4\) or a class name, got 1.5"),
+        ({"generator": 5}, "generator must be a torch.Generator or a list of them, got 5"),
+        ({"generator": [5]}, "generator must be a torch.Generator or a list of them"),
+        ({"generator": (torch.Generator(),) * 3}, "3 generators for 1 images"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, "latents must be a tensor, got ndarray"),
+        ({"callback_on_step_end": Foreign()}, "must be of latents, model_output, got prompt_embeds"),
         ({"class_labels": 4}, r"class label must be in \[0, 4\) or a class name, got 4"),
         ({"class_labels": [0, -1]}, r"class label must be in \[0, 4\) or a class name, got -1"),
+        ({"class_labels": True}, r"class label must be in \[0, 4\) or a class name, got True"),
         ({"class_labels": [1.5]}, r"class label must be in \[0, 4\) or a class name, got 1.5"),
-        ({"class_labels": []}, "does not fit 0 class_labels"),
-        ({"class_labels": [0, 1, 2], "batch_size": 2}, "batch_size=2 does not fit 3 class_labels"),
+        ({"class_labels": []}, "0 class_labels do not fit 1 images"),
+        ({"class_labels": [0, 1, 2], "batch_size": 2}, "3 class_labels do not fit 2 images"),
         ({"class_labels": "trouser"}, "unknown class name 'trouser'"),
         ({"latents": torch.zeros(1, 4, 8, 9)}, r"latents must have the shape \(1, 4, 8, 8\), got \(1, 4, 8, 9\)"),
         ({"generator": [torch.Generator()] * 3, "batch_size": 2}, "3 generators for 2 images"),
@@ -459,3 +482,63 @@ def test_a_first_stage_without_scaling_factor_is_refused_with_how_to_measure_it(
     measured = measure_scaling_factor(pipe.vqvae, [torch.rand(4, 3, 16, 16) * 2 - 1])
     pipe.vqvae.register_to_config(scaling_factor=measured)
     assert draw(pipe).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "allowed"),
+    [
+        (DDIMScheduler(clip_sample=False, steps_offset=1), 1000, r"\[1, 999\] for DDIMScheduler"),
+        (EulerDiscreteScheduler(beta_start=0.0001, beta_end=0.02), 1001, r"\[1, 1000\] for EulerDiscreteScheduler"),
+        (PNDMScheduler(), 3, r"\[4, 1000\] for PNDMScheduler"),
+    ],
+    ids=["offset", "many", "few"],
+)
+def test_steps_that_a_scheduler_has_no_timesteps_for_are_refused(scheduler, steps, allowed, make_pipeline):
+    pipe = make_pipeline()
+    pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match=f"num_inference_steps must be in {allowed}, got {steps}"):
+        draw(pipe, num_inference_steps=steps)
+
+
+# Components that do not fit -------------------------------------------------------------------------------------------
+
+
+def test_components_that_do_not_fit_each_other_are_refused_at_once(make_pipeline):
+    plain, attending = make_pipeline("unconditional"), make_pipeline("cross_attention")
+    other = UNet2DModel(block_out_channels=(32,) * 4, in_channels=3)
+    with pytest.raises(ValueError, match="denoises latents of 3 channels, those of the first stage have 4"):
+        LooCLDMPipeline(plain.vqvae, other, plain.scheduler)
+    with pytest.raises(ValueError, match="UNet2DConditionModel, and no other UNet, needs a class_embedding"):
+        LooCLDMPipeline(plain.vqvae, plain.unet, plain.scheduler, attending.class_embedding)
+
+
+@pytest.mark.parametrize("names", [{9: "z"}, {0: None}, {-1: "z"}])
+def test_names_of_classes_that_do_not_exist_are_refused(names, make_pipeline):
+    with pytest.raises(ValueError, match=r"id2label must give names to labels in \[0, 4\), got"):
+        make_pipeline(id2label=names)
+
+
+def test_a_mean_of_a_wrong_length_is_refused_before_the_unet_runs(make_pipeline):
+    pipe = make_pipeline()
+    pipe.vqvae.register_to_config(latents_mean=[0.0, 1.0])
+    batches = unet_batches(pipe)
+    with pytest.raises(ValueError, match="latents_mean must be vq_embed_dim=4 finite numbers"):
+        draw(pipe)
+    assert batches == []
+
+
+def test_the_class_token_is_made_once(make_pipeline):
+    pipe = make_pipeline("cross_attention")
+    calls = []
+    pipe.class_embedding.register_forward_pre_hook(lambda _, arguments: calls.append(arguments[0].tolist()))
+    draw(pipe, class_labels=[0, 1], guidance_scale=2.0, num_inference_steps=4)
+    assert calls == [[0, 1, 3, 3]]
+
+
+def test_the_models_are_let_go_at_the_end(make_pipeline):
+    pipe = make_pipeline()
+    freed = []
+    pipe.maybe_free_model_hooks = lambda: freed.append(True)
+    draw(pipe)
+    draw(pipe, "latent")
+    assert freed == [True, True]

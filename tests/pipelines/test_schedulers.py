@@ -11,7 +11,10 @@ import pytest
 import torch
 from diffusers import (
     CMStochasticIterativeScheduler,
+    CogVideoXDDIMScheduler,
+    DDIMInverseScheduler,
     DDIMScheduler,
+    DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
@@ -24,10 +27,12 @@ from diffusers import (
 )
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
-from looc_ldm import LooCLDMPipeline
+from looc_ldm import LooCLDMImg2ImgPipeline, LooCLDMInpaintPipeline, LooCLDMPipeline
+from looc_ldm.pipelines.schedulers import noised
 
 MEAN, DEVIATION = 0.4, 0.6
 NAMES = [kind.name for kind in KarrasDiffusionSchedulers if kind.name != "EDMEulerScheduler"]
+OTHERS = ["DDIMParallelScheduler", "DDPMParallelScheduler", "SASolverScheduler"]
 SETTINGS = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195, "timestep_spacing": "trailing"}
 IMAGES = 32
 WITHOUT_SAMPLE = {
@@ -44,18 +49,23 @@ class GaussianUNet(UNet2DModel):
 
     prediction_type = "epsilon"
 
+    @staticmethod
+    def levels(timestep):
+        """Shares of signal and noise at a timestep, which may lie between two whole ones."""
+        products = DDIMScheduler(**SETTINGS).alphas_cumprod.double()
+        levels = ((1 - products) / products).log() / 2  # log of sigma / alpha at whole timesteps
+        low = timestep.double().floor().long().clamp(0, 999)
+        share = timestep.double() - low
+        ratio = torch.lerp(levels[low], levels[(low + 1).clamp(max=999)], share).exp()
+        alpha = (1 + ratio**2).rsqrt()
+        return alpha, ratio * alpha
+
     def forward(self, sample, timestep, return_dict=True):
         if self.prediction_type == "flow_prediction":
             sigma = timestep.double() / 1000
             alpha = 1 - sigma
         else:
-            products = DDIMScheduler(**SETTINGS).alphas_cumprod.double()
-            levels = ((1 - products) / products).log() / 2  # log of sigma / alpha at whole timesteps
-            low = timestep.double().floor().long().clamp(0, 999)
-            share = timestep.double() - low
-            ratio = torch.lerp(levels[low], levels[(low + 1).clamp(max=999)], share).exp()
-            alpha = (1 + ratio**2).rsqrt()
-            sigma = ratio * alpha
+            alpha, sigma = self.levels(timestep)
         x = sample.double()
         variance = (alpha * DEVIATION) ** 2 + sigma**2
         noise = sigma * (x - alpha * MEAN) / variance
@@ -100,7 +110,7 @@ def scheduler_from(name: str, prediction_type: str = "epsilon"):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *OTHERS])
 def test_every_scheduler_draws_from_the_distribution_the_unet_knows(name, prediction_type, gaussian_pipeline):
     if prediction_type == "sample" and name in WITHOUT_SAMPLE:
         pytest.skip("diffusers' own does not know it")
@@ -172,6 +182,59 @@ def test_in_half_precision_every_scheduler_draws_the_images_of_float32_but_for_r
     assert pipe(num_inference_steps=4, output_type="pt").images.dtype == torch.float32
 
 
+# From an image --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*NAMES, "FlowMatchEulerDiscreteScheduler"])
+def test_started_midway_from_its_distribution_every_scheduler_ends_there(name, gaussian_pipeline):
+    flow = name.startswith("FlowMatch")
+    scheduler = FlowMatchEulerDiscreteScheduler() if flow else scheduler_from(name)
+    if name == "PNDMScheduler":
+        scheduler = diffusers.PNDMScheduler.from_config(scheduler.config, skip_prk_steps=True)
+    pipe = gaussian_pipeline(scheduler, "flow_prediction" if flow else "epsilon")
+    steps = 20 if name == "DPMSolverSDEScheduler" else 60
+    timesteps = LooCLDMImg2ImgPipeline.from_pipe(pipe).prepare_timesteps(steps, 0.3, torch.device("cpu"))
+    noise = torch.randn(2, IMAGES, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    start = noised(scheduler, MEAN + DEVIATION * noise[0], noise[1], timesteps[0])
+    end = pipe.denoise(
+        start,
+        timesteps,
+        None,
+        guidance_scale=1.0,
+        guidance_interval=(0.0, 1.0),
+        guidance_rescale=0.0,
+        generator=generators(),
+        eta=0.0,
+        callback_on_step_end=None,
+        callback_on_step_end_tensor_inputs=[],
+    )
+    assert end.mean().item() == pytest.approx(MEAN, abs=0.03)
+    assert end.std().item() == pytest.approx(DEVIATION, rel=0.12)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "LCMScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_while_inpainting_the_unet_sees_the_known_part_with_the_noise_of_each_timestep(name, gaussian_pipeline):
+    flow = name.startswith("FlowMatch")
+    scheduler = FlowMatchEulerDiscreteScheduler() if flow else scheduler_from(name)
+    pipe = LooCLDMInpaintPipeline.from_pipe(gaussian_pipeline(scheduler, "flow_prediction" if flow else "epsilon"))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.prepare_image_latents = lambda pixels, count: torch.zeros(count, 4, 8, 8)  # what is left of it is noise
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :8] = 1
+    ratios = []
+
+    def look(unet, arguments):
+        sample, timestep = arguments
+        sigma = timestep.double() / 1000 if flow else unet.levels(timestep)[1]
+        ratios.append((sample[..., 4:].std() / noise[..., 4:].std() / sigma).item())
+
+    pipe.unet.register_forward_pre_hook(look)
+    pipe(torch.zeros(1, 3, 16, 16), mask, num_inference_steps=8, latents=noise, generator=generators(1), eta=0.0)
+    assert len(ratios) >= 8
+    assert ratios[1:] == pytest.approx([1] * (len(ratios) - 1), abs=0.02)
+
+
 # Schedulers that do not fit -------------------------------------------------------------------------------------------
 
 
@@ -181,6 +244,12 @@ def test_in_half_precision_every_scheduler_draws_the_images_of_float32_but_for_r
         (EDMEulerScheduler(), "EDM's preconditioning"),
         (EDMDPMSolverMultistepScheduler(), "EDM's preconditioning"),
         (CMStochasticIterativeScheduler(), "for another kind of model"),
+        (CMStochasticIterativeScheduler.from_config(DDIMScheduler().config), "for another kind of model"),
+        (DDIMInverseScheduler.from_config(DDIMScheduler().config), "for another kind of model"),
+        (DPMSolverMultistepInverseScheduler.from_config(DDIMScheduler().config), "for another kind of model"),
+        (CogVideoXDDIMScheduler.from_config(DDIMScheduler().config), "for another kind of model"),
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas=True"),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting=True"),
         (RePaintScheduler(), "for another kind of model"),
         (FlowMatchEulerDiscreteScheduler.from_config(DDIMScheduler().config), '"epsilon".*"flow_prediction"'),
         (DDIMScheduler(prediction_type="v_prediction"), '"epsilon".*"v_prediction"'),
@@ -210,7 +279,9 @@ def test_what_the_unet_predicts_is_saved_with_the_pipeline(make_pipeline, tmp_pa
     pipe = LooCLDMPipeline(pipe.vqvae, pipe.unet, DDIMScheduler(prediction_type="v_prediction", clip_sample=False))
     assert pipe.config.prediction_type == "v_prediction"
     pipe.save_pretrained(tmp_path)
+    assert pipe.config.noise_schedule["beta_end"] == 0.02
     loaded = LooCLDMPipeline.from_pretrained(tmp_path, scheduler=EulerDiscreteScheduler())
+    assert loaded.config.noise_schedule == pipe.config.noise_schedule
     with pytest.raises(ValueError, match='"v_prediction", but EulerDiscreteScheduler takes its output for "epsilon"'):
         loaded(class_labels=0)
 
