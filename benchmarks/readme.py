@@ -5,6 +5,7 @@ python benchmarks/readme.py quickstart FOLDER      pictures and figures of a fin
                                                    the FID that benchmarks/fashion_mnist_fid.py measured on it
 python benchmarks/readme.py quantizer              the speeds that benchmarks/quantizer.py measured
 python benchmarks/readme.py sampling               the speeds that benchmarks/sampling.py measured
+python benchmarks/readme.py tiling                 what tiling costs and changes, as benchmarks/tiling.py measured
 python benchmarks/readme.py recipes                docs/quantizer_recipes.md, from what benchmarks/quantizer_recipes.py
                                                    measured
 """
@@ -254,6 +255,37 @@ def sampling() -> str:
     return "\n".join(parts).rstrip()
 
 
+def tiling() -> str:
+    """A Markdown table: decoding a large image at once, in our tiles, and in blended tiles."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "tiling.json").read_text())
+    rows = {(row["image"], row["job"], row["tiling"]): row for row in record["rows"]}
+    names = {"none": "at once", "tiled": "`enable_tiling()`", "diffusers": "blended tiles, as in `AutoencoderKL`"}
+    side, model, versions = record["side"], record["model"], record["versions"]
+    f = 2 ** (len(model["block_out_channels"]) - 1)
+    parts = [
+        f"Decoding {side}x{side} pixels with a trained f = {f} model, tiles of {record['tile']} pixels, "
+        f"{record['threads']} CPU thread;",
+        "differences to decoding at once as shares of the pixel range. Measured by "
+        f"`{record['command']}`, torch {versions['torch']}, diffusers {versions['diffusers']}.",
+        "",
+        "| image | decoded | mean difference | largest | codes that differ | peak memory | time |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for (image, job, kind), row in rows.items():
+        if job != "decode":
+            continue
+        whole = rows[image, job, "none"]
+        differences = [
+            f"{row[key]:.2g}" if key in row else "-"
+            for key in ("mean_difference", "largest_difference", "codes_that_differ")
+        ]
+        parts.append(
+            f"| {image} | {names[kind]} | {' | '.join(differences)} | {row['peak_mib'] / whole['peak_mib']:.2f}× | "
+            f"{row['seconds'] / whole['seconds']:.1f}× |"
+        )
+    return "\n".join(parts)
+
+
 def recipes() -> str:
     """A Markdown page: PSNR and start of every recipe, a table for each setting."""
     lines = (ROOT / "benchmarks" / "results" / "quantizer_recipes.jsonl").read_text().splitlines()
@@ -313,6 +345,8 @@ if __name__ == "__main__":
         replace_section("quantizer", quantizer())
     elif sys.argv[1:] == ["sampling"]:
         replace_section("sampling", sampling())
+    elif sys.argv[1:] == ["tiling"]:
+        replace_section("tiling", tiling())
     elif sys.argv[1:] == ["recipes"]:
         (ROOT / "docs" / "quantizer_recipes.md").write_text(recipes())
     elif len(sys.argv) == 3 and sys.argv[1] == "quickstart":
