@@ -28,31 +28,48 @@ class DataConfig:
     """Where the images come from and how they are brought to one size.
 
     Args:
-        path: A bundled set (`fashion_mnist`), a folder of images (one sub-folder a class, or none), a folder of parquet
-            files, or the id of a data set on the hub.
+        path: A bundled set (`fashion_mnist`), a folder of images (one sub-folder a class, or none; ImageNet as it is
+            distributed), of parquet files, of WebDataset shards (.tar) or of LSUN's LMDBs, or the id of a data set on
+            the hub.
         split: The split to train on. Sub-folders named train, val, validation or test are splits; a folder without
             them is all `train`.
         validation_split: The split to measure on; if not given, `validation_images` of the training split are held out.
         validation_images: Images measured during and after training.
+        validation_labels: File with the classes of a flat folder of validation images, as ImageNet is distributed:
+            `LOC_val_solution.csv`, lines of file name and class (folder name or number), or the development kit's
+            `ILSVRC2012_validation_ground_truth.txt` with `meta.mat` beside it.
         image_column: The column that holds the image.
         label_column: The column that holds the class; if the data has none, there are no classes.
+        num_classes: Number of classes where the label column holds numbers without names.
+        streaming: Read parquet files, WebDataset shards or a hub data set as they come, without preparing them on the
+            disk first. Needs at least as many shards as processes times `num_workers`, and a `validation_split`.
+        shuffle_images: Images of a shard that are shuffled together when streaming; shards are shuffled, too.
         resolution: Side in pixels of the square images the networks see.
-        fit: How an image becomes square. `crop`: the shorter side is resized, then the centre is cropped. `pad`: an
-            image that is smaller than the resolution is put in the centre of a black one.
+        fit: How an image becomes square. `crop`: the shorter side is resized (Lanczos), then the centre is cropped.
+            `random_crop`: the same, cropped at a random place in training and at the centre elsewhere. `adm`: halved by
+            box filters while that leaves both sides twice the resolution, resized (bicubic), cropped at the centre.
+            `pad`: an image that is smaller than the resolution is put in the centre of a black one.
         flip: Mirror every second image, at random. Training only.
         num_workers: Processes that load images, for each training process.
+        max_unreadable_share: Share of the images that may be unreadable. They are named in `unreadable.txt` and
+            skipped; when there are more, the run stops.
     """
 
     path: str = "fashion_mnist"
     split: str = "train"
     validation_split: str | None = None
     validation_images: int = 1000
+    validation_labels: str | None = None
     image_column: str = "image"
     label_column: str = "label"
+    num_classes: int | None = None
+    streaming: bool = False
+    shuffle_images: int = 4096
     resolution: int = 256
-    fit: Literal["crop", "pad"] = "crop"
+    fit: Literal["crop", "random_crop", "adm", "pad"] = "crop"
     flip: bool = True
     num_workers: int = 4
+    max_unreadable_share: float = 0.001
 
 
 @dataclass
@@ -77,6 +94,26 @@ class OptimizerConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Measuring while training runs. Figures go to the log with the prefix `val_`.
+
+    Args:
+        every_images: Interval; not at all if not given.
+        images: Held-out images that are reconstructed (stage 1), or samples that are drawn (stage 2).
+        fid: Measure rFID (stage 1, between the images and their reconstructions) or FID (stage 2, between the samples
+            and the training images). Needs at least 2 images.
+        inception_weights: File of torch-fidelity's Inception network; if not given, torch-fidelity downloads it.
+        feature_layer: Its features; only 2048 compares with published figures.
+    """
+
+    every_images: int | None = None
+    images: int = 1000
+    fid: bool = False
+    inception_weights: str | None = None
+    feature_layer: Literal["64", "192", "768", "2048"] = "2048"
+
+
+@dataclass
 class RunConfig:
     """What both stages share.
 
@@ -90,12 +127,19 @@ class RunConfig:
         gradient_accumulation_steps: Forward passes per optimizer step.
         mixed_precision: `auto` is bf16 where the hardware computes in it, else `no`.
         channels_last: Keep convolution weights in the layout that is faster on most hardware.
+        compile: Compile the networks with `torch.compile`; the first steps take minutes.
+        gradient_checkpointing: Compute activations anew in the backward pass: less memory, about a third more time.
         ema_halflife_images: Images after which a weight counts half in the average; it rises with 5 % of the images
             seen, so that early averages follow.
         log_every_images: Interval of log lines.
         preview_every_images: Interval of image grids.
         checkpoint_every_images: Interval of checkpoints; one more is written at the end.
-        keep_checkpoints: Newest checkpoints that are kept.
+        keep_last: Newest checkpoints that are kept.
+        keep_every_images: Interval of checkpoints that are kept for good, a multiple of `checkpoint_every_images`.
+        max_skipped_steps: Steps in a row that may be skipped because a gradient is not finite; one more stops the run.
+        push_to_hub: Repository (`user/name`) that the averaged model is uploaded to at every checkpoint, in the
+            background. A failing upload is logged and does not stop the run.
+        push_private: Make that repository a private one.
         tracker: Where scalars and grids go besides the run's folder: `tensorboard`, `wandb` or `none`.
     """
 
@@ -107,11 +151,17 @@ class RunConfig:
     gradient_accumulation_steps: int = 1
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     channels_last: bool = True
+    compile: bool = False
+    gradient_checkpointing: bool = False
     ema_halflife_images: int = 100_000
     log_every_images: int = 10_000
     preview_every_images: int = 100_000
     checkpoint_every_images: int = 100_000
-    keep_checkpoints: int = 2
+    keep_last: int = 2
+    keep_every_images: int | None = None
+    max_skipped_steps: int = 10
+    push_to_hub: str | None = None
+    push_private: bool = True
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
 
 
@@ -121,9 +171,19 @@ RESUMABLE = {
     "log_every_images",
     "preview_every_images",
     "checkpoint_every_images",
-    "keep_checkpoints",
+    "keep_last",
+    "keep_every_images",
+    "max_skipped_steps",
+    "push_to_hub",
+    "push_private",
     "tracker",
     "data.num_workers",
+    "data.max_unreadable_share",
+    "evaluation.every_images",
+    "evaluation.images",
+    "evaluation.fid",
+    "evaluation.inception_weights",
+    "evaluation.feature_layer",
     "output_dir",
 }
 
@@ -142,8 +202,11 @@ class LossConfig:
             given, torchvision downloads them.
         adversarial_weight: Weight of the PatchGAN term; 0 leaves it out.
         adversarial_start_images: Images seen before the PatchGAN counts; it is not trained before that.
+        adversarial_ramp_images: Images over which its weight then rises from 0; it is trained in full meanwhile.
         adaptive_weight: Scale the PatchGAN term so that its gradient at the last layer is as large as the
             reconstruction's.
+        lecam_weight: Weight of the LeCam regularization of the PatchGAN, which holds its logits near moving averages of
+            those of the other kind; for little data. 0 leaves it out.
         discriminator_channels: Channels of the PatchGAN's first layer.
         discriminator_layers: Its strided layers; 3 see patches of 70x70 pixels.
     """
@@ -156,7 +219,9 @@ class LossConfig:
     lpips_weights: str | None = None
     adversarial_weight: float = 0.0
     adversarial_start_images: int = 0
+    adversarial_ramp_images: int = 0
     adaptive_weight: bool = True
+    lecam_weight: float = 0.0
     discriminator_channels: int = 64
     discriminator_layers: int = 3
 
@@ -170,12 +235,14 @@ class AutoencoderConfig(RunConfig):
         model: Arguments of `LooCVQModel`.
         loss: Terms of the loss.
         optimizer: Of the autoencoder, and with the same settings of the PatchGAN.
+        evaluation: Measuring while it runs.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = field(default_factory=dict)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 @dataclass
@@ -186,6 +253,8 @@ class DiffusionConfig(RunConfig):
         autoencoder: Folder or hub id of the first stage, or of a pipeline that holds one. If not given, that of
             `init_from`.
         data: The images.
+        cache_latents: Encode all images once, before training. Otherwise they are encoded in the loop, which data that
+            is streamed or cropped at random needs.
         latents: Folder of the cached latents; made before training where it does not hold them yet.
         latent_scaling: How latents are brought to unit variance. `scalar`: by the first stage's `scaling_factor`,
             measured where it has none. `channel`: each channel by its own mean and deviation over the training images;
@@ -194,18 +263,26 @@ class DiffusionConfig(RunConfig):
         class_dropout: Share of images, drawn one by one, whose label is replaced by the null class, which
             classifier-free guidance needs. 0 leaves the null class out.
         unet: `type`, one of `UNet2DModel`, `UNet2DConditionModel` and `FixedHeadsUNet2DModel`, and the arguments of its
-            constructor. What the data decides (`sample_size`, channels, `num_class_embeds`) is filled in.
+            constructor. What the data decides (`sample_size`, channels, `num_class_embeds`) is filled in, and refused
+            where the config says something else.
         class_embedding_dim: Channels of the learned class token that a `UNet2DConditionModel` attends to.
         scheduler: `type`, the scheduler saved with the pipeline, and its arguments, the noise schedule and
-            `prediction_type` (`epsilon` or `v_prediction`) among them.
+            `prediction_type` (`epsilon`, `v_prediction` or `sample`) among them. `FlowMatchEulerDiscreteScheduler` is
+            flow matching. `rescale_betas_zero_snr` is for `v_prediction` and `sample`.
         loss: `l2` or `l1` between the prediction and its target.
+        loss_weighting: `min_snr` weighs timesteps by min(SNR, gamma), as a loss on the latents; not for flow matching.
+        min_snr_gamma: Its gamma.
+        timestep_sampling: `uniform`, or `logit_normal` (the logistic function of a standard normal variable, as a share
+            of the timesteps), which is usual for flow matching.
         optimizer: Of the UNet.
+        evaluation: Measuring while it runs.
         preview_steps: Denoising steps of the sample grids.
         preview_guidance_scale: Their guidance scale, on conditional models with a null class.
     """
 
     autoencoder: str = ""
     data: DataConfig = field(default_factory=DataConfig)
+    cache_latents: bool = True
     latents: str | None = None
     latent_scaling: Literal["scalar", "channel"] = "scalar"
     class_conditional: bool = False
@@ -214,7 +291,11 @@ class DiffusionConfig(RunConfig):
     class_embedding_dim: int | None = None
     scheduler: dict[str, Any] = field(default_factory=dict)
     loss: Literal["l1", "l2"] = "l2"
+    loss_weighting: Literal["uniform", "min_snr"] = "uniform"
+    min_snr_gamma: float = 5.0
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     preview_steps: int = 50
     preview_guidance_scale: float = 1.0
 
@@ -255,16 +336,36 @@ def load_config(config_class: type[T], name: str, **overrides) -> T:
 
 def check_config(config: T) -> T:
     """Refuse values that no run could use. Returns the config."""
-    positive = ("total_images", "batch_size", "gradient_accumulation_steps", "keep_checkpoints", "ema_halflife_images")
+    positive = ("total_images", "batch_size", "gradient_accumulation_steps", "keep_last", "ema_halflife_images")
     intervals = ("log_every_images", "preview_every_images", "checkpoint_every_images")
     for name in (*positive, *intervals):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}.")
     if not 0 <= config.seed < 2**32:
         raise ConfigError(f"seed must be in [0, 2**32), got {config.seed}.")
-    for name, least in (("resolution", 1), ("validation_images", 1), ("num_workers", 0)):
-        if getattr(config.data, name) < least:
-            raise ConfigError(f"data.{name} must be at least {least}, got {getattr(config.data, name)}.")
+    if config.keep_every_images is not None and (
+        config.keep_every_images < 1 or config.keep_every_images % config.checkpoint_every_images
+    ):
+        raise ConfigError(
+            f"keep_every_images must be a multiple of checkpoint_every_images={config.checkpoint_every_images}, "
+            f"got {config.keep_every_images}."
+        )
+    if config.max_skipped_steps < 0:
+        raise ConfigError(f"max_skipped_steps must not be negative, got {config.max_skipped_steps}.")
+    if config.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.push_to_hub):
+        raise ConfigError(f"push_to_hub must be a repository (user/name), got {config.push_to_hub!r}.")
+    least = {"resolution": 1, "validation_images": 1, "num_workers": 0, "shuffle_images": 1, "num_classes": 2}
+    for name, minimum in least.items():
+        value = getattr(config.data, name)
+        if value is not None and value < minimum:
+            raise ConfigError(f"data.{name} must be at least {minimum}, got {value}.")
+    if not 0 <= config.data.max_unreadable_share <= 1:
+        raise ConfigError(f"data.max_unreadable_share must be in [0, 1], got {config.data.max_unreadable_share}.")
+    evaluation = config.evaluation
+    for name, minimum in (("every_images", 1), ("images", 2 if evaluation.fid else 1)):
+        value = getattr(evaluation, name)
+        if value is not None and value < minimum:
+            raise ConfigError(f"evaluation.{name} must be at least {minimum}, got {value}.")
     optimizer = config.optimizer
     if not optimizer.learning_rate > 0:
         raise ConfigError(f"optimizer.learning_rate must be above 0, got {optimizer.learning_rate}.")
@@ -278,7 +379,15 @@ def check_config(config: T) -> T:
             f"batch_size={config.batch_size} must be a multiple of "
             f"gradient_accumulation_steps={config.gradient_accumulation_steps}."
         )
+    if isinstance(config, AutoencoderConfig):
+        for name in ("adversarial_start_images", "adversarial_ramp_images", "lecam_weight"):
+            if getattr(config.loss, name) < 0:
+                raise ConfigError(f"loss.{name} must not be negative, got {getattr(config.loss, name)}.")
     if isinstance(config, DiffusionConfig):
+        if not config.min_snr_gamma > 0:
+            raise ConfigError(f"min_snr_gamma must be above 0, got {config.min_snr_gamma}.")
+        if config.cache_latents and (config.data.streaming or config.data.fit == "random_crop"):
+            raise ConfigError("cache_latents must be false for data that is streamed or cropped at random.")
         if not 0 <= config.class_dropout < 1:
             raise ConfigError(f"class_dropout must be in [0, 1), got {config.class_dropout}.")
         num_timesteps = config.scheduler.get("num_train_timesteps", 1000)

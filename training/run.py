@@ -109,7 +109,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             os.replace(partial, final)
-            for old in self._checkpoints()[: -self.config.keep_checkpoints]:
+            for old in self._checkpoints()[: -self.config.keep_last]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 

@@ -211,7 +211,7 @@ def test_the_newest_checkpoint_is_the_one_of_most_images_whatever_the_length_of_
 
 
 def test_only_the_newest_checkpoints_are_kept(autoencoder_config, tmp_path):
-    autoencoder.train(autoencoder_config(tmp_path, checkpoint_every_images=8, keep_checkpoints=1))
+    autoencoder.train(autoencoder_config(tmp_path, checkpoint_every_images=8, keep_last=1))
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["000000048"]
 
 

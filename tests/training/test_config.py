@@ -176,7 +176,7 @@ def test_differences_leave_out_length_reporting_and_place_of_a_run():
         log_every_images=1,
         preview_every_images=1,
         checkpoint_every_images=1,
-        keep_checkpoints=9,
+        keep_last=9,
         tracker="none",
         data=DataConfig(num_workers=0),
     )
