@@ -6,6 +6,7 @@ python benchmarks/readme.py quickstart FOLDER      pictures and figures of a fin
 python benchmarks/readme.py quantizer              the speeds that benchmarks/quantizer.py measured
 python benchmarks/readme.py sampling               the speeds that benchmarks/sampling.py measured
 python benchmarks/readme.py tiling                 what tiling costs and changes, as benchmarks/tiling.py measured
+python benchmarks/readme.py training               images a second of the trainers, as benchmarks/training.py measured
 python benchmarks/readme.py recipes                docs/quantizer_recipes.md, from what benchmarks/quantizer_recipes.py
                                                    measured
 """
@@ -286,6 +287,49 @@ def tiling() -> str:
     return "\n".join(parts)
 
 
+def training() -> str:
+    """Tables of both stages: images a second of every contestant, on every device that was measured."""
+    parts = []
+    for file in sorted((ROOT / "benchmarks" / "results").glob("training_*.json")):
+        record = json.loads(file.read_text())
+        versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+        parts += [
+            f"Measured on {record['threads']} threads of a {record['processor']} by `{record['command']}`,",
+            f"contestants in turns in one run, the fastest of {record['turns']} turns each. The bare loop trains the "
+            "same networks on random",
+            f"numbers without Accelerate, data, logs and checkpoints. {versions}.",
+            "",
+            "| `" + record["config"] + "` | precision | batch | images a second | against the bare loop |",
+            "|---|---|---:|---:|---:|",
+        ]
+        for stage in ("autoencoder", "diffusion"):
+            part = record["parts"].get(stage, {"contestants": {}})
+            for name, figures in part["contestants"].items():
+                precision = {"no": "float32", "bf16": "bfloat16"}[part["precision"]]
+                if "recipe" in name:
+                    name, precision = name.split(", ")
+                cells = [f"{stage}, {name}", precision, f"{part['batch_size']}", f"{figures['images_per_second']:.3g}"]
+                parts.append(f"| {' | '.join(cells)} | {figures['ratio']:.2f}× |")
+        parts.append("")
+        if "autoencoder" in record["parts"]:
+            theirs = record["parts"]["autoencoder"]["bits_per_pixel_of_recipe"]
+            parts += [
+                f"Rates: {record['bits_per_pixel']:.3g} bits per pixel here, {theirs:.3g} in the recipe of diffusers' "
+                "examples with the same encoder,",
+                "decoder and number of codevectors. A batch trains one of its two networks; one of ours trains both.",
+                "",
+            ]
+        if "data" in record["parts"]:
+            data = record["parts"]["data"]
+            parts += [
+                f"On {data['jpeg_side']}-pixel JPEGs the autoencoder's trainer waits for data "
+                f"{max(data['data_wait']):.1%} of the time (`imagenette/autoencoder`, "
+                f"{data['num_workers']} workers).",
+                "",
+            ]
+    return "\n".join(parts).rstrip()
+
+
 def recipes() -> str:
     """A Markdown page: PSNR and start of every recipe, a table for each setting."""
     lines = (ROOT / "benchmarks" / "results" / "quantizer_recipes.jsonl").read_text().splitlines()
@@ -347,6 +391,8 @@ if __name__ == "__main__":
         replace_section("sampling", sampling())
     elif sys.argv[1:] == ["tiling"]:
         replace_section("tiling", tiling())
+    elif sys.argv[1:] == ["training"]:
+        replace_section("training", training())
     elif sys.argv[1:] == ["recipes"]:
         (ROOT / "docs" / "quantizer_recipes.md").write_text(recipes())
     elif len(sys.argv) == 3 and sys.argv[1] == "quickstart":

@@ -13,13 +13,14 @@ from looc_ldm import __version__
 from looc_ldm.errors import UserError
 
 TRAINERS = ("autoencoder", "diffusion")
-DATA_HELP = "bundled name, folder of images or parquet files, or hub id"
-COMMAND_MODULES = ("codes", "convert", "hub")  # of looc_ldm.commands; each has `add_parsers(commands)`
+DATA_HELP = "bundled name, folder of images, parquet files, WebDataset shards or LSUN's LMDBs, or hub id"
+FITS = ("crop", "random_crop", "adm", "pad")
+COMMAND_MODULES = ("codes", "convert", "hub", "latents")  # of looc_ldm.commands; each has `add_parsers(commands)`
 DTYPES = ("float32", "bfloat16", "float16")
 REPORTED_PACKAGES = ("torch", "torchvision", "diffusers", "accelerate", "transformers", "datasets", "torch-fidelity")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Ends at bad arguments as at any other bad input: in one line."""
 
     def error(self, message: str):
@@ -32,7 +33,7 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], None]
     Args:
         commands_by_name: What each command calls with its options, by the words of the command.
     """
-    parser = _Parser(prog="looc-ldm", description="Latent diffusion for diffusers on a LooC first stage.")
+    parser = Parser(prog="looc-ldm", description="Latent diffusion for diffusers on a LooC first stage.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print versions and devices, for bug reports")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -47,14 +48,6 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], None]
 
     train = commands.add_parser("train", help="train an autoencoder (stage 1) or a diffusion model (stage 2)")
     train.add_argument("stage", choices=TRAINERS, help="`looc-ldm train STAGE --help` lists its settings and defaults")
-
-    cache = commands.add_parser("cache-latents", help="encode a data set once, for stage 2")
-    cache.add_argument("--config", required=True, help="diffusion config: name or file")
-    cache.add_argument("--autoencoder", help="folder or hub id of the first stage (default: the config's)")
-    cache.add_argument("--data", help="bundled name, folder or hub id (default: the config's)")
-    cache.add_argument("--output", type=Path, help="folder (default: the config's `latents`, or latents in its output)")
-    add_device_option(cache)
-    cache.set_defaults(command=commands_by_name["cache-latents"])
 
     sample = commands.add_parser("sample", help="draw images, and a grid of them, from a trained model")
     sample.add_argument("model", metavar="MODEL", help="pipeline: folder or hub id")
@@ -103,6 +96,27 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], None]
     return parser
 
 
+def add_cache_options(parser: argparse.ArgumentParser) -> None:
+    """Of `cache-latents`, which is also a module that a launcher starts on several processes."""
+    parser.add_argument("--config", required=True, help="diffusion config: name or file")
+    parser.add_argument("--autoencoder", help="folder or hub id of the first stage (default: the config's)")
+    parser.add_argument("--data", help=f"{DATA_HELP} (default: the config's)")
+    parser.add_argument(
+        "--output", type=Path, help="folder (default: the config's `latents`, or latents in its output_dir)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        help="images a process encodes at a time (default: by device and resolution)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the encoder; latents are stored as float16 (default: float32, or what a complete cache has)",
+    )
+    add_device_option(parser)
+
+
 def add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the best there is)")
 
@@ -129,8 +143,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--fit",
-        choices=("crop", "pad"),
-        help="how images become square (default: as in the model's training, as far as its folder says, else crop)",
+        choices=FITS,
+        help="how images become square; random_crop is crop here, adm the centre crop that most published FIDs are "
+        "measured with (default: as in the model's training, as far as its folder says, else crop)",
     )
 
 

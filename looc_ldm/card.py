@@ -216,7 +216,9 @@ def _training(facts: Facts) -> list[tuple[str, str]]:
     rows = []
     if data:
         rows.append(("data set", f"`{data.get('path')}`, split `{data.get('split')}`"))
-        if "resolution" in data:
+        if "transform" in facts.training:
+            rows.append(("transform", facts.training["transform"]))  # FID depends on it
+        elif "resolution" in data:
             rows.append(("resolution", f"{data['resolution']}x{data['resolution']}, {data.get('fit')}"))
     if "images_seen" in facts.training:
         rows.append(("images seen", f"{facts.training['images_seen']:,}"))

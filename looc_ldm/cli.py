@@ -6,14 +6,12 @@ import argparse
 import logging
 import shlex
 import sys
-from pathlib import Path
 
 from looc_ldm.arguments import TRAINERS, make_parser
 from looc_ldm.commands.shared import (
     as_user_errors,
     by_index,
     check_file,
-    choose_device,
     data_of,
     draw_samples,
     fingerprints_for,
@@ -24,7 +22,7 @@ from looc_ldm.commands.shared import (
     rate_of,
     report_figures,
 )
-from looc_ldm.errors import UserError, one_line_errors
+from looc_ldm.errors import one_line_errors
 from looc_ldm.files import check_folder
 
 GRID_COLUMNS, GRID_ROWS = 16, 100  # of the grid of samples, at most
@@ -33,11 +31,11 @@ GRID_COLUMNS, GRID_ROWS = 16, 100  # of the grid of samples, at most
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     with one_line_errors():
         if arguments[:1] == ["train"] and arguments[1:2] and arguments[1] in TRAINERS:
-            _train(arguments[1], arguments[2:])  # its flags come from the config's dataclasses
+            _train(arguments[1], arguments[2:])  # its flags come from the config's dataclasses; it logs more
             return
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         options = make_parser(COMMANDS).parse_args(arguments)
         options.command_line = shlex.join(["looc-ldm", *arguments])
         options.command(options)
@@ -60,32 +58,6 @@ def _quickstart(options: argparse.Namespace) -> None:
     features = inception_features(options) if options.inception_weights else None
     report = quickstart(options.output, features)
     print(f"report: {report}")
-
-
-def _cache_latents(options: argparse.Namespace) -> None:
-    import torch
-    from accelerate import Accelerator
-
-    from looc_ldm.loading import load_autoencoder
-    from looc_ldm.training.config import DiffusionConfig, load_config
-    from looc_ldm.training.data import load_image_sets
-    from looc_ldm.training.latents import cache_latents, check_cache_folder
-
-    overrides = {"autoencoder": options.autoencoder, "data__path": options.data, "latents": options.output}
-    config = load_config(DiffusionConfig, options.config, **{k: v for k, v in overrides.items() if v is not None})
-    if not config.autoencoder:
-        raise UserError(f"the config {options.config!r} names no autoencoder: give --autoencoder.")
-    folder = Path(config.latents or Path(config.output_dir) / "latents")
-    check_folder(folder)
-    check_cache_folder(folder)
-    device = choose_device(options.device)
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    model = load_autoencoder(config.autoencoder).to(accelerator.device)
-    images, _ = load_image_sets(config.data, model.config.in_channels)
-    cache = cache_latents(model, images, folder, accelerator)
-    print(f"{folder}: {len(cache)} images, standard deviation {cache.standard_deviation:.4g}")
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -113,11 +85,11 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _reconstruct(options: argparse.Namespace) -> None:
     from looc_ldm.files import write_image
-    from looc_ldm.training.autoencoder import preview
+    from looc_ldm.training.validation import reconstruction_grid
 
     check_file(options.output)
     model, images = model_and_images(options)
-    grid = preview(model, images, options.images)
+    grid = reconstruction_grid([model], images, options.images)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_image(grid, options.output)
     bits, pixels = rate_of(model, images)
@@ -132,8 +104,7 @@ def _evaluate_reconstruction(options: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
 
     from looc_ldm.metrics import evaluate_reconstruction
-    from looc_ldm.training.autoencoder import float_batches
-    from looc_ldm.training.data import spread
+    from looc_ldm.training.data import float_batches, spread
 
     check_file(options.output)
     features = inception_features(options) if options.inception_weights else None
@@ -171,7 +142,6 @@ def _evaluate_generation(options: argparse.Namespace) -> None:
 
 COMMANDS = {
     "quickstart": _quickstart,
-    "cache-latents": _cache_latents,
     "sample": _sample,
     "reconstruct": _reconstruct,
     "evaluate reconstruction": _evaluate_reconstruction,

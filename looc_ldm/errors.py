@@ -20,13 +20,32 @@ class DataError(UserError):
     """Images that are missing or cannot be read."""
 
 
+class UnreadableImage(DataError):
+    """One image that cannot be decoded. `name` is what it is called."""
+
+    def __init__(self, message: str, name: str = ""):  # a loader raises errors of its workers anew from the message
+        super().__init__(message)
+        self.name = name
+
+
 class ModelError(UserError):
     """A folder or id that is not a model of the kind that is needed."""
 
 
+class TrainingError(UserError):
+    """A run that cannot go on. Its checkpoints are as they were."""
+
+
+class Terminated(KeyboardInterrupt):
+    """A run that SIGTERM ended, after it was saved."""
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Command lines run in this: bad input ends in one line and exit status 2, Ctrl-C in one line and status 130."""
+    """Command lines run in this: bad input ends in one line and exit status 2, Ctrl-C in one line and status 130.
+
+    SIGTERM during training ends in one line and status 143.
+    """
     try:
         yield
     except UserError as error:
@@ -36,4 +55,4 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"\n{interrupt or 'interrupted'}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if isinstance(interrupt, Terminated) else 130)

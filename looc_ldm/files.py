@@ -72,13 +72,17 @@ def copy_file(source: Path, file: Path) -> None:
 
 
 @contextmanager
-def renamed_when_complete(file: Path) -> Iterator[Path]:
+def renamed_when_complete(file: Path, partial: Path | None = None) -> Iterator[Path]:
     """The path beside `file` to write to; it is renamed to `file` at the end, or removed where an error ends it.
+
+    Args:
+        file: What is written.
+        partial: That path; `partial_of(file)` if not given.
 
     Raises:
         UserError: The system refused something, for instance because the disk is full.
     """
-    partial = partial_of(file)
+    partial = partial_of(file) if partial is None else partial
     try:
         yield partial
         os.replace(partial, file)

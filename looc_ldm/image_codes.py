@@ -19,16 +19,14 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.codes import FINGERPRINT_BYTES, CodesError, ImageCodes, index_dtype
 from looc_ldm.errors import DataError
 from looc_ldm.fingerprint import model_fingerprint
-from looc_ldm.images import to_float, to_pil, to_uint8
+from looc_ldm.images import MODES, as_shown, to_float, to_pil, to_uint8
 from looc_ldm.small import LooCSmallVQModel
-
-MODES = {1: "L", 3: "RGB"}  # of PIL, by channels
 
 
 def short_fingerprint(model: LooCVQModel) -> str:
@@ -120,23 +118,12 @@ def image_of(pixels: np.ndarray) -> Image.Image:
 
 
 def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
-    """A PIL image as a viewer shows it, as uint8 `(H, W, channels)`; 1 channel is grey, 3 are RGB.
-
-    It is turned as its EXIF data says, transparency is put on white, and 16 bits become 8. Palettes, CMYK and other
-    modes are converted; colour profiles are not applied; of several frames the first is taken.
+    """A PIL image as a viewer shows it (`as_shown`), as uint8 `(H, W, channels)`; 1 channel is grey, 3 are RGB.
 
     Raises:
         DataError: 32-bit pixels, whose range is not known.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F"):
-        raise DataError(f"its pixels have 32 bits (mode {image.mode}), whose range is not known; 8 or 16 are read.")
-    if image.mode.startswith("I;16"):  # which convert() would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels = np.asarray(image.convert(MODES[channels]))
+    pixels = np.asarray(as_shown(image, MODES[channels]))
     return pixels.reshape(*pixels.shape[:2], channels)
 
 

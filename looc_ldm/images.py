@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
+
+from looc_ldm.errors import DataError
+
+MODES = {1: "L", 3: "RGB"}  # of PIL, by channels
+# How an image is stored, by the EXIF orientation, and what turns it upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def to_float(image: torch.Tensor) -> torch.Tensor:
     """uint8 pixels in [0, 255] as float32 in [-1, 1]."""
-    return image.float() / 127.5 - 1
+    # In place: memory for a batch of photographs costs more than the arithmetic.
+    return image.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
 def to_uint8(image: torch.Tensor) -> torch.Tensor:
@@ -20,3 +36,29 @@ def to_pil(image: torch.Tensor) -> Image.Image:
     """A uint8 image `(C, H, W)`, C = 1 or 3, as a grey or RGB PIL image."""
     pixels = image.cpu().permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def as_shown(image: Image.Image, mode: str) -> Image.Image:
+    """A PIL image as a viewer shows it, in mode `L` or `RGB`.
+
+    It is turned as its EXIF data says, transparency is put on white, and 16 bits become 8. Palettes, CMYK and other
+    modes are converted; colour profiles are not applied; of several frames the first is taken. Damaged EXIF data turns
+    nothing, as in viewers.
+
+    Raises:
+        DataError: 32-bit pixels, whose range is not known.
+    """
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # what Pillow raises on damaged EXIF data has no common base
+        turn = None
+    if image.mode in ("I", "F"):
+        raise DataError(f"its pixels have 32 bits (mode {image.mode}), whose range is not known; 8 or 16 are read.")
+    if image.mode.startswith("I;16"):  # which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image.load()  # truncated data is found here
+    image = image if image.mode == mode else image.convert(mode)
+    return image if turn is None else image.transpose(turn)

@@ -203,7 +203,7 @@ def read_yaml(file: Path) -> dict:
 def read_training(file: Path) -> dict:
     """The training.json of a model. Raises UserError if it is not as the trainers write it."""
     training = read_json(file)
-    _check_kinds(file, training, {"data": dict, "validation": dict, "images_seen": int})
+    _check_kinds(file, training, {"data": dict, "validation": dict, "transform": str, "images_seen": int})
     _check_kinds(file, training.get("data", {}), {"path": str, "split": str, "validation_split": (str, type(None))})
     return training
 

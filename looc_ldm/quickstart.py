@@ -15,7 +15,8 @@ from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.report import Curve, Report, side_by_side
 from looc_ldm.training import autoencoder, diffusion
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, load_config
-from looc_ldm.training.data import load_image_sets
+from looc_ldm.training.data import float_batches, load_image_sets
+from looc_ldm.training.validation import reconstruction_grid
 
 SAMPLES_PER_CLASS = 10
 RECONSTRUCTIONS = 20
@@ -57,9 +58,7 @@ def quickstart(output: Path, features: InceptionFeatures | None, say=print) -> P
     say("4/4 evaluating")
     model = load_autoencoder(str(autoencoder_folder))
     _, validation = load_image_sets(first.data, model.config.in_channels)
-    reconstruction = evaluate_reconstruction(
-        model, autoencoder.float_batches(validation), validation.content_size, features
-    )
+    reconstruction = evaluate_reconstruction(model, float_batches(validation), validation.content_size, features)
     generation = {}
     if features is not None:
         balanced = [i % len(names) for i in range(FID_SAMPLES)]
@@ -77,7 +76,7 @@ def quickstart(output: Path, features: InceptionFeatures | None, say=print) -> P
     for label, name in enumerate(names):
         report.row(name, side_by_side([s for s, drawn_as in zip(samples, labels, strict=True) if drawn_as == label]))
     report.heading("Held-out images above, reconstructions below")
-    reconstructions = autoencoder.preview(model, validation, RECONSTRUCTIONS)
+    reconstructions = reconstruction_grid([model], validation, RECONSTRUCTIONS)
     report.image(reconstructions)
     report.heading("Figures")
     report.table(_reconstruction_rows(reconstruction))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from tqdm.auto import tqdm
@@ -18,6 +18,7 @@ def sample_images(
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,
+    indices: Sequence[int] | None = None,
     **arguments,
 ) -> Iterator[torch.Tensor]:
     """Images one by one, uint8 `(C, H, W)`, on the CPU.
@@ -29,6 +30,8 @@ def sample_images(
         seed (`int`): Of the whole set, in [0, 2**32).
         batch_size (`int`): Images drawn at a time.
         progress (`bool`): Show a progress bar over images.
+        indices (`Sequence[int]`, *optional*): The images of the set to draw, for instance the share of one of several
+            processes; all if not given.
         **arguments: Of the pipeline's call (`num_inference_steps`, `guidance_scale`, ...).
 
     Raises:
@@ -36,10 +39,12 @@ def sample_images(
     """
     pipe = copy.copy(pipe)  # with the same models, so that the caller's pipeline keeps its progress bar
     pipe.set_progress_bar_config(disable=True)
-    with tqdm(total=len(labels), desc="sampling", unit="img", delay=1, disable=not progress) as bar:
-        for start in range(0, len(labels), batch_size):
-            chunk = labels[start : start + batch_size]
-            generators = [torch.Generator().manual_seed(_seed_of(seed, start + i)) for i in range(len(chunk))]
+    indices = range(len(labels)) if indices is None else indices
+    with tqdm(total=len(indices), desc="sampling", unit="img", delay=1, disable=not progress) as bar:
+        for start in range(0, len(indices), batch_size):
+            drawn = indices[start : start + batch_size]
+            chunk = [labels[i] for i in drawn]
+            generators = [torch.Generator().manual_seed(_seed_of(seed, i)) for i in drawn]
             images = pipe(
                 batch_size=len(chunk),
                 class_labels=None if set(chunk) == {None} else chunk,

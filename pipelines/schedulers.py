@@ -33,7 +33,14 @@ logger = logging.getLogger(__name__)
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 # A UNet has learned to denoise at the noise levels of these settings.
-NOISE_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+NOISE_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
 
 # Others go by the same settings, also when made with `from_config`, and mean something else by them.
 FITTING = (

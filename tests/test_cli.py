@@ -26,7 +26,7 @@ COMMANDS = {
     "train": ["autoencoder", "diffusion"],
     "train autoencoder": ["--config", "--data.path", "--model", "images per optimizer step"],
     "train diffusion": ["--config", "--data.path", "--unet", "images per optimizer step"],
-    "cache-latents": ["--config", "--autoencoder", "--device"],
+    "cache-latents": ["--config", "--autoencoder", "--batch-size", "--dtype", "--device", "accelerate launch"],
     "sample": ["MODEL", "--labels", "--images", "--steps", "--seed", "--device", "--dtype"],
     "reconstruct": ["MODEL", "IMAGES", "--images", "side of the images in pixels", "--device"],
     "evaluate": ["reconstruction", "generation"],
@@ -213,6 +213,20 @@ def test_images_become_square_as_in_training_unless_told_otherwise(pipeline, ima
     assert cropped in run(capsys, "reconstruct", pipeline, image_folder)
 
 
+def test_images_cropped_at_random_in_training_are_cropped_at_the_centre_to_be_measured(pipeline, image_folder, capsys):
+    folder = Path(pipeline).parent / "cropped"
+    shutil.copytree(pipeline, folder)
+    (folder / "training.json").write_text(json.dumps({"data": {"fit": "random_crop"}}))
+    figures = {}
+    for model, fit in ((folder, []), (pipeline, ["--fit", "random_crop"]), (pipeline, ["--fit", "crop"])):
+        arguments = ["evaluate", "reconstruction", model, "--data", image_folder, *fit]
+        run(capsys, *arguments, "--output", "figures.json")
+        record = json.loads(Path("figures.json").read_text())
+        figures[str(model), *fit] = {name: record[name] for name in ("fit", "psnr", "images")}
+    assert len({json.dumps(each) for each in figures.values()}) == 1
+    assert record["fit"] == "crop"
+
+
 def test_evaluate_reconstruction_prints_quality_beside_rate_and_keeps_the_command(pipeline, image_folder, capsys):
     arguments = ["evaluate", "reconstruction", pipeline, "--data", image_folder, "--output", "new/a figure.json"]
     printed = run(capsys, *arguments)
@@ -258,8 +272,9 @@ def test_cache_latents_encodes_the_data_of_a_config(pipeline, image_folder, caps
     command = ["cache-latents", "--config", "diffusion.yaml", "--autoencoder", pipeline, "--data", image_folder]
     printed = run(capsys, *command, "--output", "new/latents", "--device", "cpu")
     cache = LatentCache(Path("new/latents"))
-    assert cache.latents.shape == (9, 4, 8, 8)
-    assert cache.standard_deviation == pytest.approx(float(cache.latents.std()), rel=1e-3)
+    assert (len(cache), cache.shape) == (9, (4, 8, 8))
+    latents = torch.stack([cache.read(index)[0] for index in range(9)]).double()
+    assert cache.standard_deviation == pytest.approx(latents.std(correction=0).item(), rel=1e-6)
     assert f"9 images, standard deviation {cache.standard_deviation:.4g}" in printed
 
 

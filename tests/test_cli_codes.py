@@ -491,7 +491,7 @@ def test_where_memory_runs_out_for_a_batch_its_images_are_tried_alone():
         (["encode", "grey", "photos", "--output", "o", "--format", "parquet", "--resolution", "7"], "divisible by 2"),
         (
             ["encode", "grey", "photos", "--output", "o", "--format", "parquet", "--fit", "none", "--resolution", "8"],
-            "--resolution goes with crop and pad",
+            "--resolution goes with crop, adm and pad",
         ),
         (["encode", "grey", "photos", "--output", "full", "--format", "parquet"], "'full/train.parquet'"),
         (["decode", "grey", "photos", "--output", "o"], "nothing to read in the folder photos (looked for .looc"),

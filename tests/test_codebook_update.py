@@ -12,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from looc_ldm import LooCQuantizer
 from looc_ldm.images import to_float
-from looc_ldm.training.data import BUNDLED
+from looc_ldm.training.sources import BUNDLED
 
 
 def small_quantizer(**kwargs) -> LooCQuantizer:

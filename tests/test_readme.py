@@ -39,8 +39,9 @@ def test_python_examples_run_one_after_the_other(quickstart_folder):
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_command_examples_parse(command):
     if command[0] == "accelerate":
-        config_class = AutoencoderConfig if command[3].endswith("autoencoder") else DiffusionConfig
-        parse_config(config_class, command[4:], "accelerate")
+        module = command.index("-m") + 1
+        config_class = AutoencoderConfig if command[module].endswith("autoencoder") else DiffusionConfig
+        parse_config(config_class, command[module + 1 :], "accelerate")
     elif command[1] == "train":
         config_class = AutoencoderConfig if command[2] == "autoencoder" else DiffusionConfig
         parse_config(config_class, command[3:], "looc-ldm")

@@ -255,6 +255,33 @@ def test_where_training_does_not_wait_for_the_device_a_bad_step_changes_nothing_
     assert quantizer.usage.sum() > before["usage"].sum()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("gradient", ["straight-through", "rotation"])
+def test_an_owner_that_watches_gradients_is_not_interrupted_and_sees_them_not_finite(value, gradient):
+    quantizer = small_quantizer(gradient=gradient)
+    quantizer.raise_on_nonfinite = False
+    z = torch.randn(2, 8, 4, 4)
+    z[1, 3, 2, 1] = value
+    z.requires_grad_()
+    quantized, loss, _ = quantizer(z)
+    (quantized.square().mean() + loss).backward()
+    assert not loss.isfinite()
+    assert not z.grad.isfinite().all()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        quantizer.eval()(z)
+
+
+def test_what_a_skipped_step_collected_can_be_discarded():
+    quantizer = small_quantizer()
+    quantizer.revive()
+    before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+    quantizer(torch.randn(2, 8, 4, 4))
+    quantizer.discard()
+    quantizer.revive()
+    for name, tensor in quantizer.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
 def moved_by(quantizer: LooCQuantizer, *batches: torch.Tensor) -> torch.Tensor:
     """(K,): which codevectors one step, of several forwards, moves although none of them chose these."""
     before, chosen = codebook_of(quantizer), torch.zeros(32, dtype=torch.bool)

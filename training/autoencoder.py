@@ -10,49 +10,62 @@ The same command again goes on where it stopped.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import set_seed
-from diffusers.utils import make_image_grid
-from PIL import Image
-from torch.utils.data import DataLoader, Subset
+from accelerate.utils import DistributedType, set_seed
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from looc_ldm.autoencoder import LooCVQModel
-from looc_ldm.errors import one_line_errors
+from looc_ldm.errors import ConfigError, one_line_errors
 from looc_ldm.files import check_folder
-from looc_ldm.images import to_float, to_pil, to_uint8
 from looc_ldm.metrics.reconstruction import evaluate_reconstruction
 from looc_ldm.training.config import AutoencoderConfig, construct, parse_command_line
-from looc_ldm.training.data import ImageSet, ImageStream, StreamBatches, load_image_sets, spread, stream_loader
+from looc_ldm.training.data import (
+    StreamBatches,
+    float_batches,
+    load_image_sets,
+    make_stream,
+    spread,
+    stream_loader,
+)
 from looc_ldm.training.ema import EMA
 from looc_ldm.training.init_from import autoencoder_from
-from looc_ldm.training.latents import latent_side, measure_scaling_factor
+from looc_ldm.training.latents import SCALING_IMAGES, latent_side, measure_scaling_factor
+from looc_ldm.training.log import show_log_lines
 from looc_ldm.training.losses import (
+    LeCam,
     PatchDiscriminator,
     adaptive_adversarial_weight,
+    adversarial_weight_at,
     hinge_discriminator_loss,
     load_lpips,
 )
+from looc_ldm.training.result import write_description
 from looc_ldm.training.run import Run, adamw, set_learning_rate
+from looc_ldm.training.validation import (
+    check_evaluation,
+    codebook_use,
+    reconstruction_figures,
+    reconstruction_grid,
+)
 
 logger = logging.getLogger(__name__)
 
 PROG = "looc-ldm train autoencoder"
 PREVIEW_IMAGES = 8
-SCALING_IMAGES = 2_000  # images that the standard deviation of the latents is measured on
 
 
 def train(config: AutoencoderConfig) -> Path:
     """Train, or go on with, the autoencoder of a config; returns the folder of the finished model."""
     # 1. Data and models, before anything is written
     check_folder(Path(config.output_dir))
+    check_evaluation(config)
     set_seed(config.seed)
     if config.init_from:
         model = autoencoder_from(config)
@@ -62,11 +75,12 @@ def train(config: AutoencoderConfig) -> Path:
     images, validation = load_image_sets(config.data, model.config.in_channels)
     terms = config.loss
     lpips = load_lpips(terms.lpips_network, terms.lpips_weights) if terms.lpips_weight else None
-    discriminator = None
+    discriminator = lecam = None
     if terms.adversarial_weight:
         discriminator = PatchDiscriminator(
             model.config.out_channels, terms.discriminator_channels, terms.discriminator_layers
         )
+        lecam = LeCam() if terms.lecam_weight else None
 
     # 2. Devices, processes, precision; the newest checkpoint
     run = Run(config, result="model")
@@ -74,6 +88,10 @@ def train(config: AutoencoderConfig) -> Path:
         logger.info("%s is finished", run.folder)
         return run.result
     accelerator = run.accelerator
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ConfigError("stage 1 trains two networks of moderate size: use DDP, FSDP is for stage 2.")
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model = model.to(accelerator.device)
@@ -81,14 +99,20 @@ def train(config: AutoencoderConfig) -> Path:
     accelerator.register_for_checkpointing(ema)
     optimizer = adamw(model, config.optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
+    live = accelerator.unwrap_model(model)
+    if config.compile:
+        live.compile()  # in place: the names of its weights stay
     if lpips is not None:
         lpips = lpips.to(accelerator.device)
     if discriminator is not None:
         discriminator_optimizer = adamw(discriminator, config.optimizer)
         discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
+    if lecam is not None:
+        lecam = lecam.to(accelerator.device)
+        accelerator.register_for_checkpointing(lecam)
     run.resume()
-    live = accelerator.unwrap_model(model)
     live.quantize.revive()  # tells the quantizer that we call it, once per optimizer step
+    live.quantize.raise_on_nonfinite = False  # gradients are watched, on all processes together
     batches = StreamBatches(
         run.images_seen,
         config.total_images,
@@ -97,17 +121,23 @@ def train(config: AutoencoderConfig) -> Path:
         accelerator.process_index,
         accelerator.num_processes,
     )
-    loader = stream_loader(
-        ImageStream(images, config.seed), batches, config.data.num_workers, accelerator.device.type == "cuda"
-    )
+    stream = make_stream(images, config.seed, batches, config.data.num_workers, run.cursors)
+    loader = stream_loader(stream, batches, config.data.num_workers, accelerator.device.type == "cuda")
+
+    loading = {"batch_size": batches.per_forward, "num_workers": config.data.num_workers}
+
+    def save(folder: Path, **figures) -> None:
+        """Averaged weights under the plain name, live ones as the variant `non_ema`, and how they were made."""
+        ema.model.save_pretrained(folder)
+        live.save_pretrained(folder, variant="non_ema")
+        write_description(folder, config, run, **figures)
 
     # 3. Training
     model.train()
     with run.stopping_cleanly(), run.progress_bar("autoencoder") as bar:
-        for batch, _ in loader:
-            batch = batch.to(accelerator.device, non_blocking=True)
+        for batch, _ in run.batches(loader):
             with accelerator.accumulate(*(m for m in (model, discriminator) if m is not None)):
-                # 3a. Autoencoder
+                # 3a. Autoencoder. The losses are outside of autocast: float32.
                 output = model(batch)
                 reconstruction = output.sample.float()
                 distance = F.l1_loss if terms.reconstruction == "l1" else F.mse_loss
@@ -124,19 +154,23 @@ def train(config: AutoencoderConfig) -> Path:
                     critic = accelerator.unwrap_model(discriminator).requires_grad_(False)
                     generator_loss = -critic(reconstruction).float().mean()
                     critic.requires_grad_(True)
-                    weight = torch.tensor(terms.adversarial_weight, device=accelerator.device)
+                    weight = torch.tensor(adversarial_weight_at(terms, run.images_seen), device=accelerator.device)
                     if terms.adaptive_weight:
-                        ratio = adaptive_adversarial_weight(
-                            reconstruction_loss, generator_loss, live.decoder.conv_out.weight
+                        weight = weight * adaptive_adversarial_weight(
+                            reconstruction_loss,
+                            generator_loss,
+                            live.decoder.conv_out.weight,
+                            partial(accelerator.reduce, reduction="mean"),  # a collective
                         )
-                        weight = weight * accelerator.reduce(ratio, reduction="mean")
                     loss = loss + weight * generator_loss
                     run.record(loss_generator=generator_loss, adversarial_weight=weight)
                 accelerator.backward(loss)
-                if accelerator.sync_gradients and config.optimizer.max_grad_norm:
-                    accelerator.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
+                finite = True
+                if accelerator.sync_gradients:
+                    finite = run.gradients_finite(model.parameters(), config.optimizer.max_grad_norm)
                 set_learning_rate(optimizer, run.learning_rate(config.optimizer))
-                optimizer.step()
+                if finite:
+                    optimizer.step()
                 optimizer.zero_grad()
                 run.record(
                     loss=loss,
@@ -148,51 +182,60 @@ def train(config: AutoencoderConfig) -> Path:
                 # 3b. Discriminator, on the same images
                 if adversarial:
                     logits = discriminator(torch.cat([batch, reconstruction.detach()])).float()
-                    discriminator_loss = hinge_discriminator_loss(*logits.chunk(2))
-                    accelerator.backward(discriminator_loss)
-                    if accelerator.sync_gradients and config.optimizer.max_grad_norm:
-                        accelerator.clip_grad_norm_(discriminator.parameters(), config.optimizer.max_grad_norm)
-                    set_learning_rate(discriminator_optimizer, run.learning_rate(config.optimizer))
-                    discriminator_optimizer.step()
-                    discriminator_optimizer.zero_grad()
+                    real, fake = logits.chunk(2)
+                    discriminator_loss = hinge_discriminator_loss(real, fake)
                     run.record(loss_discriminator=discriminator_loss)
+                    if lecam is not None:
+                        regularization = lecam(real, fake, accelerator)  # a collective
+                        discriminator_loss = discriminator_loss + terms.lecam_weight * regularization
+                        run.record(loss_lecam=regularization)
+                    accelerator.backward(discriminator_loss)
+                    steady = finite
+                    if accelerator.sync_gradients:
+                        norm = config.optimizer.max_grad_norm
+                        steady &= run.gradients_finite(discriminator.parameters(), norm, "discriminator_grad_norm")
+                    set_learning_rate(discriminator_optimizer, run.learning_rate(config.optimizer))
+                    if steady:
+                        discriminator_optimizer.step()
+                    discriminator_optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
 
             # 3c. After an optimizer step
-            live.quantize.revive()  # a collective
             run.images_seen += config.batch_size
-            ema.update(live, run.images_seen, config.batch_size)
+            if finite:
+                live.quantize.revive()  # a collective
+                ema.update(live, run.images_seen, config.batch_size)
+            else:
+                live.quantize.discard()
             bar.update(config.batch_size)
-            if run.due(config.log_every_images) or run.due(config.checkpoint_every_images):
-                live.quantize.check_finite()  # before anything of it is kept
             if run.due(config.log_every_images):
-                run.log(bar, learning_rate=run.learning_rate(config.optimizer))
-            if run.due(config.checkpoint_every_images):
-                run.save_checkpoint()
+                rate = run.learning_rate(config.optimizer)
+                run.log(bar, learning_rate=rate, **codebook_use(live.quantize))
             if run.due(config.preview_every_images) and accelerator.is_main_process:
-                run.save_preview(preview(ema.model, validation))
-            run.stop_if_asked()
-        live.quantize.check_finite()
+                run.save_preview(reconstruction_grid([ema.model, live], validation, PREVIEW_IMAGES))
+            if run.due(config.evaluation.every_images) and accelerator.is_main_process:
+                figures = reconstruction_figures(ema.model, validation, config.evaluation, **loading, lpips=lpips)
+                run.log_evaluation(figures)
+            if run.due(config.checkpoint_every_images):
+                run.save_checkpoint()  # last, so that going on from it repeats nothing
+                run.push(save)
+            run.stop_if_asked()  # a collective
         run.save_checkpoint()
 
-    # 4. The result: averaged weights under the plain name, live ones as the variant `non_ema`
+    # 4. The result
     if accelerator.is_main_process:
-        loading = {"batch_size": batches.per_forward, "num_workers": config.data.num_workers}
-        some = Subset(images, spread(len(images), SCALING_IMAGES))
-        scaling_factor = measure_scaling_factor(ema.model, tqdm(float_batches(some, **loading), "scaling factor"))
-        ema.model.register_to_config(scaling_factor=scaling_factor)
-        live.register_to_config(scaling_factor=ema.model.config.scaling_factor)
+        known = validation if config.data.streaming else Subset(images, spread(len(images), SCALING_IMAGES))
+        latents_of = tqdm(float_batches(known, **loading), "scaling factor")
+        scaling_factor = measure_scaling_factor(ema.model, latents_of)
+        for trained in (ema.model, live):
+            trained.register_to_config(scaling_factor=scaling_factor)
         held_out = tqdm(float_batches(validation, **loading), "validation")
         measured = evaluate_reconstruction(ema.model, held_out, validation.content_size)
         with run.writing_result() as folder:
-            ema.model.save_pretrained(folder)
-            live.save_pretrained(folder, variant="non_ema")
-            description = {"validation": measured, "data": asdict(config.data), "images_seen": run.images_seen}
-            (folder / "training.json").write_text(json.dumps(description, indent=2))
-        run.save_preview(preview(ema.model, validation))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+            save(folder, validation=measured)
+        run.save_preview(reconstruction_grid([ema.model, live], validation, PREVIEW_IMAGES))
+    run.finish()  # a collective
     return run.result
 
 
@@ -201,26 +244,9 @@ def as_rgb(*images: torch.Tensor) -> list[torch.Tensor]:
     return [image.expand(-1, 3, -1, -1) if image.shape[1] == 1 else image for image in images]
 
 
-def float_batches(images: ImageSet | Subset, batch_size: int = 64, num_workers: int = 0) -> DataLoader:
-    """Batches `(B, C, H, W)` in [-1, 1], in order, not augmented."""
-    return DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=_float_pixels)
-
-
-def _float_pixels(rows: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
-    return to_float(torch.stack([pixels for pixels, _ in rows]))
-
-
-@torch.no_grad()
-def preview(model: LooCVQModel, images: ImageSet, count: int = PREVIEW_IMAGES) -> Image.Image:
-    """A grid of images, taken at even distances from the set, above their reconstructions."""
-    chosen = spread(len(images), count)
-    originals = torch.stack([images[int(i)][0] for i in chosen])
-    reconstructions = to_uint8(model(to_float(originals).to(model.device, model.dtype)).sample).cpu()
-    return make_image_grid([to_pil(image) for image in [*originals, *reconstructions]], 2, len(chosen))
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
+    show_log_lines()
     with one_line_errors():
         config = parse_command_line(AutoencoderConfig, sys.argv[1:] if arguments is None else arguments, PROG)
         print(train(config))

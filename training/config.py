@@ -47,7 +47,8 @@ class DataConfig:
         resolution: Side in pixels of the square images the networks see.
         fit: How an image becomes square. `crop`: the shorter side is resized (Lanczos), then the centre is cropped.
             `random_crop`: the same, cropped at a random place in training and at the centre elsewhere. `adm`: halved by
-            box filters while that leaves both sides twice the resolution, resized (bicubic), cropped at the centre.
+            box filters while the shorter side is at least twice the resolution, resized (bicubic), cropped at the
+            centre.
             `pad`: an image that is smaller than the resolution is put in the centre of a black one.
         flip: Mirror every second image, at random. Training only.
         num_workers: Processes that load images, for each training process.

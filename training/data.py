@@ -6,38 +6,27 @@ or that is divided over another number of processes, sees the same images with t
 
 from __future__ import annotations
 
-import glob
-import io
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
-import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
-import looc_ldm
-from looc_ldm.errors import ConfigError, DataError
+from looc_ldm.errors import ConfigError, DataError, UnreadableImage
 from looc_ldm.images import to_float
 from looc_ldm.training.config import DataConfig
+from looc_ldm.training.sources import Source, Stored, open_sources
+from looc_ldm.training.transforms import CENTRE, decode, mode_of, to_pixels, to_square
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
-SPLIT_FOLDERS = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
-}
-MODES = {1: "L", 3: "RGB"}
-BUNDLED = Path(looc_ldm.__file__).resolve().parent / "data"  # one folder of parquet files a data set
+logger = logging.getLogger(__name__)
+
+SUBSTITUTES = 1000  # images in a row that may be unreadable; the share of the whole run is the run's affair
 
 # Streams of random numbers of one seed must not overlap: each use has its own number.
-ORDER, FLIP, NOISE = range(3)
+ORDER, FLIP, NOISE, CROP, SUBSTITUTE, SHARDS, BLOCKS = range(7)
 
 
 def random_at(seed: int, use: int, position: int) -> np.random.Generator:
@@ -45,10 +34,31 @@ def random_at(seed: int, use: int, position: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[(seed << 8) + use, position]))
 
 
+@dataclass
+class Report:
+    """What a loader's worker has to say besides its tensors.
+
+    Attributes:
+        unreadable (`list[str]`): Names of images that could not be read; others took their places.
+        cursor (`tuple[int, ...]`, *optional*): Where the lane of a streamed data set goes on after this batch.
+    """
+
+    unreadable: list[str] = field(default_factory=list)
+    cursor: tuple[int, ...] | None = None
+
+
 class ImageSet(Dataset):
     """The images of one split, brought to one size.
 
     Item i is `(image, label)`: a uint8 tensor `(channels, resolution, resolution)` and an int, -1 without classes.
+    `fit="random_crop"` is a centre crop here.
+
+    Args:
+        source (`Source`): The images, encoded.
+        config (`DataConfig`): Their settings.
+        channels (`int`): 1 (grey) or 3.
+        skip_unreadable (`bool`, default False): Give, as an item that cannot be read, the next one that can, and log
+            its name. Otherwise reading it raises `UnreadableImage`.
 
     Attributes:
         classes (`list[str]`): Names of the classes; empty where the data has none.
@@ -56,66 +66,91 @@ class ImageSet(Dataset):
             is `pad`; metrics are measured there.
     """
 
-    def __init__(self, rows: datasets.Dataset, config: DataConfig, channels: int):
+    def __init__(self, source: Source, config: DataConfig, channels: int, skip_unreadable: bool = False):
+        self.source = source
         self.config = config
-        if channels not in MODES:
-            raise ConfigError(f"images have 1 (grey) or 3 channels, the model asks for {channels}.")
-        self.mode = MODES[channels]
-        feature = rows.features.get(config.label_column)
-        self.classes = list(feature.names) if isinstance(feature, datasets.ClassLabel) else []
-        # Undecoded, so that an image that cannot be read can be named.
-        self.rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
-        self.content_size = None
-        if config.fit == "pad" and len(rows):
-            width, height = self._open(self.rows[0], 0).size
+        self.mode = mode_of(channels)
+        self.skip_unreadable = skip_unreadable
+        self.classes = source.classes
+        self.content_size: tuple[int, int] | None = None
+        if config.fit == "pad" and len(source):
+            width, height = self._readable(self.open, 0)[0].size
             self.content_size = (height, width)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        row = self.rows[int(index)]  # older versions of datasets know no NumPy integers
-        image = self._square(self._open(row, index), index)
-        pixels = np.asarray(image).reshape(*image.size, -1)  # (side, side, channels)
-        label = row[self.config.label_column] if self.classes else -1
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1), label
+        return self._readable(self.read, range(len(self))[int(index)])  # IndexError ends a loop over the images
+
+    def read(self, index: int) -> tuple[torch.Tensor, int]:
+        """Item `index` itself.
+
+        Raises:
+            UnreadableImage: It cannot be read.
+            DataError: `fit` is `pad`, and its size is not that of the others.
+        """
+        image, stored = self.open(index)
+        return bring_to_size(image, self, stored.name), stored.label
+
+    def open(self, index: int) -> tuple[Image.Image, Stored]:
+        """Image `index` at its own size, and how it is stored. Raises UnreadableImage."""
+        stored = self.source.read(index)
+        return decode(stored.content, self.mode, stored.name), stored
 
     def labels(self) -> np.ndarray:
         """All labels, int64 `(len,)`; -1 without classes."""
-        if not self.classes:
-            return np.full(len(self), -1)
-        return np.asarray(self.rows.with_format(None)[self.config.label_column])
+        return self.source.labels()
 
     def pixels(self) -> Sequence[torch.Tensor]:
         """The images alone, without labels, read when they are asked for."""
         return _Pixels(self)
 
-    def _open(self, row: dict, index: int) -> Image.Image:
-        stored = row[self.config.image_column]
-        if stored is None:
-            raise DataError(f"image {index} of {self.config.path} is missing.")
-        name = stored["path"] or f"image {index} of {self.config.path}"
-        try:
-            with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]) as image:
-                if image.mode.startswith("I;16"):  # which convert() would clip at 255
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                return ImageOps.exif_transpose(image).convert(self.mode)
-        except (OSError, SyntaxError, UnidentifiedImageError) as error:
-            raise DataError(f"cannot read {name}: {' '.join(str(error).split())}") from None
+    def _readable(self, read: Callable, index: int):
+        if not self.skip_unreadable:
+            return read(index)
+        for offset in range(min(SUBSTITUTES, len(self))):
+            try:
+                return read((index + offset) % len(self))
+            except UnreadableImage as error:
+                logger.warning("%s; the next image takes its place", error)
+        raise _too_many_unreadable(self.config, min(SUBSTITUTES, len(self)))
 
-    def _square(self, image: Image.Image, index: int) -> Image.Image:
-        side = self.config.resolution
-        if self.config.fit == "crop":
-            return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
-        size = f"image {index} of {self.config.path} is {image.width}x{image.height}"
-        if max(image.size) > side:
-            raise DataError(f"{size}: fit=pad needs images of at most {side}x{side} (the resolution).")
-        if image.size[::-1] != self.content_size:
-            height, width = self.content_size
-            raise DataError(f"{size}: fit=pad needs images of one size, and the first is {width}x{height}.")
-        canvas = Image.new(self.mode, (side, side))
-        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        return canvas
+
+def bring_to_size(image: Image.Image, images, name: str, place: tuple[float, float] = CENTRE) -> torch.Tensor:
+    """The uint8 tensor `(C, resolution, resolution)` that an image of a set becomes.
+
+    Args:
+        image: At its own size.
+        images (`ImageSet` or `StreamedSet`): The set, for its `config` and `content_size`.
+        name: What the image is called in errors.
+        place: Where it is cropped; see `to_square`.
+
+    Raises:
+        DataError: `fit` is `pad`, and its size is not that of the others.
+    """
+    if images.content_size not in (None, image.size[::-1]):
+        height, width = images.content_size
+        raise DataError(
+            f"{name} is {image.width}x{image.height}: fit=pad needs images of one size, and the first is "
+            f"{width}x{height}."
+        )
+    return to_pixels(to_square(image, images.config.fit, images.config.resolution, name, place))
+
+
+def augment(image: Image.Image, images, seed: int, position: int, name: str) -> torch.Tensor:
+    """`bring_to_size` for training: cropped at the place, and mirrored if, the position in the stream says so."""
+    place = CENTRE
+    if images.config.fit == "random_crop":
+        across, down = random_at(seed, CROP, position).random(2)
+        place = (across, down)
+    pixels = bring_to_size(image, images, name, place)
+    mirrored = images.config.flip and random_at(seed, FLIP, position).random() < 0.5
+    return pixels.flip(-1) if mirrored else pixels
+
+
+def _too_many_unreadable(config: DataConfig, count: int) -> DataError:
+    return DataError(f"{count} images of {config.path} in a row cannot be read.")
 
 
 class _Pixels(Sequence):
@@ -135,88 +170,52 @@ def load_image_set(config: DataConfig, channels: int) -> ImageSet:
     Raises:
         DataError: No such data, a folder without images, an unknown split or column.
     """
-    splits = _load(config)
+    splits = open_sources(config)
     if not config.split:
         held_out = [name for name in ("test", "validation") if name in splits]
         config = replace(config, split=[*held_out, *splits][0])
-    _check_names(config, splits)
-    return ImageSet(splits[config.split], config, channels)
+    return ImageSet(_split(splits, "split", config), config, channels)
 
 
-def load_image_sets(config: DataConfig, channels: int) -> tuple[ImageSet, ImageSet]:
-    """The training and the validation images that a config describes.
+def load_image_sets(config: DataConfig, channels: int):
+    """The training images (`ImageSet`, or where they are streamed, `streaming.StreamedSet`) and the validation images.
+
+    An image of either that cannot be read is replaced by the next one.
 
     Raises:
         DataError: No such data, a folder without images, an unknown split or column.
     """
-    splits = _load(config)
-    _check_names(config, splits)
-    rows = splits[config.split]
+    if config.streaming:
+        from looc_ldm.training.streaming import open_streamed
+
+        return open_streamed(config, channels)
+    splits = open_sources(config)
+    images = _split(splits, "split", config)
     if config.validation_split is not None:
-        held_out = splits[config.validation_split]
+        held_out = _split(splits, "validation_split", config)
         held_out = held_out.select(spread(len(held_out), config.validation_images))
     else:
-        if config.validation_images >= len(rows):
+        if config.validation_images >= len(images):
             raise DataError(
-                f"{config.path} has {len(rows)} images: data.validation_images={config.validation_images} leaves none "
-                f"to train on; at most {len(rows) - 1} can be held out."
+                f"{config.path} has {len(images)} images: data.validation_images={config.validation_images} leaves "
+                f"none to train on; at most {len(images) - 1} can be held out."
             )
-        chosen = spread(len(rows), config.validation_images)
-        held_out = rows.select(chosen)
-        rows = rows.select(np.setdiff1d(np.arange(len(rows)), chosen))
-    return ImageSet(rows, config, channels), ImageSet(held_out, config, channels)
+        chosen = spread(len(images), config.validation_images)
+        held_out = images.select(chosen)
+        images = images.select(np.setdiff1d(np.arange(len(images)), chosen))
+    return ImageSet(images, config, channels, True), ImageSet(held_out, config, channels, True)
+
+
+def _split(splits: dict[str, Source], setting: str, config: DataConfig) -> Source:
+    name = getattr(config, setting)
+    if name not in splits:
+        raise DataError(f"data.{setting}={name!r}: {config.path} has the splits {', '.join(splits)}.")
+    return splits[name]
 
 
 def spread(length: int, count: int) -> np.ndarray:
     """Up to `count` of `length` positions at even distances: of a set sorted by class, as many of each."""
     return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(np.int64))
-
-
-def _load(config: DataConfig) -> dict[str, datasets.Dataset]:
-    try:
-        return _load_unchecked(config)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"cannot load data.path={config.path!r}: {_first_line(error)}") from error
-
-
-def _load_unchecked(config: DataConfig) -> dict[str, datasets.Dataset]:
-    folder = BUNDLED / config.path if (BUNDLED / config.path).is_dir() else Path(config.path)
-    if folder.is_dir():
-        parquet = sorted(folder.glob("*.parquet"))
-        if parquet:
-            files: dict[str, list[str]] = {}
-            for file in parquet:  # "train.parquet", or the hub's "train-00000-of-00002.parquet"
-                files.setdefault(file.stem.split("-")[0], []).append(str(file))
-            return datasets.load_dataset("parquet", data_files=files)
-        if not any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.rglob("*")):
-            raise DataError(f"no images in the folder {folder} (looked for {', '.join(IMAGE_SUFFIXES)}).")
-        # Named here: left to itself, the loader also takes words in file names ("ILSVRC2012_val_00000293") for splits.
-        places = [entry for entry in folder.iterdir() if entry.is_dir() and entry.name.lower() in SPLIT_FOLDERS]
-        splits = {SPLIT_FOLDERS[place.name.lower()]: place for place in places} or {"train": folder}
-        files = {split: f"{glob.escape(str(place.resolve()))}/**" for split, place in splits.items()}
-        return datasets.load_dataset("imagefolder", data_files=files)
-    bundled = ", ".join(sorted(entry.name for entry in BUNDLED.iterdir()))
-    if folder.exists() or folder.is_absolute() or config.path.count("/") != 1:
-        raise DataError(
-            f"data.path={config.path!r} is neither bundled ({bundled}), a folder, nor a hub id (user/name)."
-        )
-    return datasets.load_dataset(config.path)
-
-
-def _check_names(config: DataConfig, splits: dict[str, datasets.Dataset]) -> None:
-    for setting in ("split", "validation_split"):
-        name = getattr(config, setting)
-        if name is not None and name not in splits:
-            raise DataError(f"data.{setting}={name!r}: {config.path} has the splits {', '.join(splits)}.")
-    columns = splits[config.split].column_names
-    if config.image_column not in columns:
-        raise DataError(f"data.image_column={config.image_column!r}: {config.path} has {', '.join(columns)}.")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 class Stream(Dataset):
@@ -231,6 +230,10 @@ class Stream(Dataset):
         self._epoch = -1
         self._order = np.empty(0, np.int64)
 
+    def __getitems__(self, positions: list[int]) -> list[tuple]:
+        """The items of one batch; what a loader's worker calls."""
+        return [self[position] for position in positions]
+
     def index_at(self, position: int) -> int:
         """The item of the data set that stands at a position of the stream."""
         epoch, place = divmod(position, self.length)
@@ -241,17 +244,54 @@ class Stream(Dataset):
 
 
 class ImageStream(Stream):
-    """Training images: item p is `(image, label)` with the image a float tensor `(C, H, W)` in [-1, 1]."""
+    """Training images: item p is `(image, label, report)` with the image a float tensor `(C, H, W)` in [-1, 1].
+
+    An image that cannot be read is replaced by one that is drawn for that position, and reported.
+    """
 
     def __init__(self, images: ImageSet, seed: int):
         super().__init__(len(images), seed)
         self.images = images
 
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
-        image, label = self.images[self.index_at(position)]
-        if self.images.config.flip and random_at(self.seed, FLIP, position).random() < 0.5:
-            image = image.flip(-1)
-        return to_float(image), label
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, int, Report]:
+        unreadable: list[str] = []
+        index = self.index_at(position)
+        instead = None  # random numbers, made where they are needed
+        while len(unreadable) < SUBSTITUTES:
+            try:
+                image, stored = self.images.open(index)
+            except UnreadableImage as error:
+                unreadable.append(error.name)
+                instead = instead or random_at(self.seed, SUBSTITUTE, position)
+                index = int(instead.integers(self.length))
+                continue
+            pixels = augment(image, self.images, self.seed, position, stored.name)
+            return to_float(pixels), stored.label, Report(unreadable)
+        raise _too_many_unreadable(self.images.config, SUBSTITUTES)
+
+
+def make_stream(
+    images, seed: int, batches: StreamBatches, num_workers: int, cursors: dict[int, tuple[int, ...]] | None = None
+) -> Stream:
+    """The stream of training images of a map-style or a streamed set.
+
+    Args:
+        images (`ImageSet` or `StreamedSet`): The training images.
+        seed: Of order, flips and crops.
+        batches: The batches of this process.
+        num_workers: Of the loader that will read the stream.
+        cursors: Streamed sets only: lane -> where it goes on, from the newest checkpoint. Replaced, in place, by the
+            cursors of all lanes of this run, so that the next checkpoint's are complete.
+    """
+    if isinstance(images, ImageSet):
+        return ImageStream(images, seed)
+    from looc_ldm.training.streaming import StreamedImages
+
+    stream = StreamedImages(images, seed, batches, num_workers, cursors or {})
+    if cursors is not None:
+        cursors.clear()
+        cursors.update(stream.cursors)
+    return stream
 
 
 class StreamBatches:
@@ -281,12 +321,38 @@ class StreamBatches:
 
 
 def stream_loader(stream: Stream, batches: StreamBatches, num_workers: int, pin_memory: bool) -> DataLoader:
-    """A loader over the batches of this process. It is not to be prepared by Accelerate: it is divided already."""
+    """A loader over the batches of this process. It is not to be prepared by Accelerate: it is divided already.
+
+    Items of the stream are tuples that end with a `Report`, and so are the batches: stacked tensors and one report.
+    """
     return DataLoader(
         stream,
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        collate_fn=collate,
         # Its own: a loader that is made draws a number, which would part a resumed run from an uninterrupted one.
         generator=torch.Generator(),
     )
+
+
+def collate(items: list[tuple]) -> tuple:
+    """Items `(*values, report)` as one batch: the values stacked, the reports joined, the last cursor kept."""
+    *values, reports = zip(*items, strict=True)
+    unreadable = [name for report in reports for name in report.unreadable]
+    return *default_collate(list(zip(*values, strict=True))), Report(unreadable, reports[-1].cursor)
+
+
+def float_batches(images: ImageSet | Subset, batch_size: int = 64, num_workers: int = 0) -> DataLoader:
+    """Batches `(B, C, H, W)` in [-1, 1], in order, not augmented."""
+    return DataLoader(
+        images,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=_float_pixels,
+        generator=torch.Generator(),  # its own, as in `stream_loader`
+    )
+
+
+def _float_pixels(rows: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
+    return to_float(torch.stack([pixels for pixels, _ in rows]))

@@ -10,20 +10,19 @@ command again goes on where it stopped.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import diffusers
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from accelerate.utils import set_seed
-from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from accelerate.utils import broadcast_object_list, set_seed
+from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.utils import make_image_grid
 from PIL import Image
+from torch.utils.data import Subset
 
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.class_embedding import ClassEmbedding
@@ -33,12 +32,32 @@ from looc_ldm.images import to_pil
 from looc_ldm.loading import load_autoencoder
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
+from looc_ldm.scaling import scale_latents
 from looc_ldm.training.config import DiffusionConfig, construct, parse_command_line
-from looc_ldm.training.data import StreamBatches, load_image_sets, stream_loader
+from looc_ldm.training.data import (
+    StreamBatches,
+    float_batches,
+    load_image_sets,
+    make_stream,
+    spread,
+    stream_loader,
+)
 from looc_ldm.training.ema import EMA
+from looc_ldm.training.fsdp import prepare_fsdp, whole
 from looc_ldm.training.init_from import denoiser_from
-from looc_ldm.training.latents import LatentStream, cache_latents, latent_side
+from looc_ldm.training.latents import (
+    SCALING_IMAGES,
+    LatentStream,
+    OnlineLatentStream,
+    cache_latents,
+    latent_side,
+    measure_latents,
+)
+from looc_ldm.training.log import show_log_lines
+from looc_ldm.training.objectives import Objective
+from looc_ldm.training.result import write_description
 from looc_ldm.training.run import Run, adamw, set_learning_rate
+from looc_ldm.training.validation import check_evaluation, generation_figures
 from looc_ldm.unet import FixedHeadsUNet2DModel
 
 logger = logging.getLogger(__name__)
@@ -49,7 +68,6 @@ UNETS = {
     "UNet2DConditionModel": UNet2DConditionModel,
     "FixedHeadsUNet2DModel": FixedHeadsUNet2DModel,
 }
-PREDICTIONS = ("epsilon", "v_prediction")
 PREVIEW_IMAGES = 40
 
 
@@ -57,11 +75,12 @@ def train(config: DiffusionConfig) -> Path:
     """Train, or go on with, the diffusion model of a config; returns the folder of the finished pipeline."""
     # 1. Data and models, before anything is written
     check_folder(Path(config.output_dir))
+    check_evaluation(config)
     set_seed(config.seed)
     if not config.autoencoder and not config.init_from:
         raise ConfigError("autoencoder: give the folder or hub id of a trained first stage.")
     vqvae = load_autoencoder(config.autoencoder or config.init_from).requires_grad_(False)
-    images, _ = load_image_sets(config.data, vqvae.config.in_channels)
+    images, validation = load_image_sets(config.data, vqvae.config.in_channels)
     classes = images.classes if config.class_conditional else []
     if config.class_conditional and not classes:
         raise ConfigError(f"class_conditional=true, but {config.data.path} has no classes.")
@@ -70,6 +89,7 @@ def train(config: DiffusionConfig) -> Path:
     else:
         denoiser = Denoiser.from_config(config, vqvae, len(classes))
     scheduler = make_scheduler(config.scheduler)
+    objective = Objective.from_config(config, scheduler)
 
     # 2. Devices, processes, precision; latents; the newest checkpoint
     run = Run(config, result="pipeline")
@@ -77,24 +97,34 @@ def train(config: DiffusionConfig) -> Path:
         logger.info("%s is finished", run.folder)
         return run.result
     accelerator = run.accelerator
+    sharded = prepare_fsdp(accelerator)
     vqvae = vqvae.to(accelerator.device)
-    cache = cache_latents(vqvae, images, Path(config.latents or run.folder / "latents"), accelerator)
+    if config.cache_latents:
+        cache = cache_latents(vqvae, images, Path(config.latents or run.folder / "latents"), accelerator)
+        moments = cache.moments
+    else:
+        known = validation if config.data.streaming else Subset(images, spread(len(images), SCALING_IMAGES))
+        moments = measure_latents(vqvae, float_batches(known, num_workers=config.data.num_workers))
+        (moments,) = broadcast_object_list([moments])  # a collective: one measurement for all processes
     if config.latent_scaling == "channel":
-        vqvae.register_to_config(scaling_factor=1.0, latents_mean=cache.channel_mean, latents_std=cache.channel_std)
+        vqvae.register_to_config(scaling_factor=1.0, latents_mean=moments.channel_mean, latents_std=moments.channel_std)
     elif vqvae.config.scaling_factor is None:
-        vqvae.register_to_config(scaling_factor=1 / cache.standard_deviation)
-    if config.channels_last:
+        vqvae.register_to_config(scaling_factor=1 / moments.standard_deviation)
+    if config.gradient_checkpointing:
+        denoiser.unet.enable_gradient_checkpointing()
+    if config.channels_last and not sharded:  # FSDP cannot divide such weights
         denoiser = denoiser.to(memory_format=torch.channels_last)
     denoiser = denoiser.to(accelerator.device)
     ema = EMA(denoiser, config.ema_halflife_images)
     accelerator.register_for_checkpointing(ema)
     optimizer = adamw(denoiser, config.optimizer)
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
-    run.resume()
     live = accelerator.unwrap_model(denoiser)
+    ema.follow(live)
+    if config.compile:
+        live.compile()  # in place: the names of its weights stay
+    run.resume()
     null_label = live.null_label
-    noise_schedule = DDPMScheduler.from_config(scheduler.config)
-    num_timesteps = noise_schedule.config.num_train_timesteps
     batches = StreamBatches(
         run.images_seen,
         config.total_images,
@@ -103,37 +133,48 @@ def train(config: DiffusionConfig) -> Path:
         accelerator.process_index,
         accelerator.num_processes,
     )
-    stream = LatentStream(cache, vqvae, config.seed)
+    if config.cache_latents:
+        stream = LatentStream(cache, vqvae, config.seed)
+    else:
+        stream = make_stream(images, config.seed, batches, config.data.num_workers, run.cursors)
+        side = latent_side(vqvae, config.data)
+        stream = OnlineLatentStream(stream, (vqvae.quantize.vq_embed_dim, side, side), config.seed)
     loader = stream_loader(stream, batches, config.data.num_workers, accelerator.device.type == "cuda")
 
     def pipeline() -> LooCLDMPipeline:
-        """The averaged weights as a pipeline."""
+        """The averaged weights as a pipeline. A collective."""
         id2label = dict(enumerate(classes)) if classes else None
-        unet, token = ema.model.unet, ema.model.class_embedding
-        return LooCLDMPipeline(vqvae, unet, scheduler, token, id2label, null_label)
+        averaged = ema.gathered()
+        return LooCLDMPipeline(vqvae, averaged.unet, scheduler, averaged.class_embedding, id2label, null_label)
+
+    def save(folder: Path, pipe: LooCLDMPipeline, live: Denoiser) -> None:
+        """Averaged weights under the plain name, live ones as the variant `non_ema`, and how they were made."""
+        pipe.save_pretrained(folder)
+        live.unet.save_pretrained(folder / "unet", variant="non_ema")
+        if live.class_embedding is not None:
+            live.class_embedding.save_pretrained(folder / "class_embedding", variant="non_ema")
+        write_description(folder, config, run)
 
     # 3. Training
     denoiser.train()
     with run.stopping_cleanly(), run.progress_bar("diffusion") as bar:
-        for batch in loader:
-            latents, labels, noise, time, dropout = (part.to(accelerator.device, non_blocking=True) for part in batch)
+        for latents, labels, noise, time, dropout in run.batches(loader):
+            if not config.cache_latents:
+                latents = encode(vqvae, latents)  # they were images
             with accelerator.accumulate(denoiser):
-                timesteps = (time * num_timesteps).long()
-                noisy = noise_schedule.add_noise(latents, noise, timesteps)
-                if scheduler.config.prediction_type == "epsilon":
-                    target = noise
-                else:
-                    target = noise_schedule.get_velocity(latents, noise, timesteps)
+                noisy, timesteps, target, weight = objective.example(latents, noise, time)
                 if null_label is not None:
                     labels = torch.where(dropout < config.class_dropout, null_label, labels)
-                prediction = denoiser(noisy, timesteps, labels if classes else None).float()
-                distance = F.mse_loss if config.loss == "l2" else F.l1_loss
-                loss = distance(prediction, target)
+                with accelerator.autocast():
+                    prediction = denoiser(noisy, timesteps, labels if classes else None).float()
+                loss = objective.loss(prediction, target, weight)
                 accelerator.backward(loss)
-                if accelerator.sync_gradients and config.optimizer.max_grad_norm:
-                    accelerator.clip_grad_norm_(denoiser.parameters(), config.optimizer.max_grad_norm)
+                finite = True
+                if accelerator.sync_gradients:
+                    finite = run.gradients_finite(denoiser.parameters(), config.optimizer.max_grad_norm)
                 set_learning_rate(optimizer, run.learning_rate(config.optimizer))
-                optimizer.step()
+                if finite:
+                    optimizer.step()
                 optimizer.zero_grad()
                 run.record(loss=loss)
             if not accelerator.sync_gradients:
@@ -141,30 +182,39 @@ def train(config: DiffusionConfig) -> Path:
 
             # After an optimizer step
             run.images_seen += config.batch_size
-            ema.update(live, run.images_seen, config.batch_size)
+            if finite:
+                ema.update(live, run.images_seen, config.batch_size)
             bar.update(config.batch_size)
             if run.due(config.log_every_images):
                 run.log(bar, learning_rate=run.learning_rate(config.optimizer))
+            if run.due(config.preview_every_images):
+                pipe = pipeline()  # a collective
+                if accelerator.is_main_process:
+                    run.save_preview(preview(pipe, config))
+            if run.due(config.evaluation.every_images):
+                resembled = validation if config.data.streaming else images
+                run.log_evaluation(generation_figures(pipeline(), resembled, config, accelerator))  # a collective
             if run.due(config.checkpoint_every_images):
-                run.save_checkpoint()
-            if run.due(config.preview_every_images) and accelerator.is_main_process:
-                run.save_preview(preview(pipeline(), config))
-            run.stop_if_asked()
+                run.save_checkpoint()  # last, so that going on from it repeats nothing
+                if config.push_to_hub:
+                    run.push(partial(save, pipe=pipeline(), live=whole(denoiser, ema, accelerator)))  # collectives
+            run.stop_if_asked()  # a collective
         run.save_checkpoint()
 
-    # 4. The result: averaged weights under the plain name, live ones as the variant `non_ema`
+    # 4. The result
+    pipe, live = pipeline(), whole(denoiser, ema, accelerator)  # collectives
     if accelerator.is_main_process:
         with run.writing_result() as folder:
-            pipeline().save_pretrained(folder)
-            live.unet.save_pretrained(folder / "unet", variant="non_ema")
-            if live.class_embedding is not None:
-                live.class_embedding.save_pretrained(folder / "class_embedding", variant="non_ema")
-            description = {"data": asdict(config.data), "images_seen": run.images_seen}
-            (folder / "training.json").write_text(json.dumps(description, indent=2))
-        run.save_preview(preview(pipeline(), config))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+            save(folder, pipe, live)
+        run.save_preview(preview(pipe, config))
+    run.finish()  # a collective
     return run.result
+
+
+@torch.no_grad()
+def encode(vqvae: LooCVQModel, images: torch.Tensor) -> torch.Tensor:
+    """The scaled latents of images `(B, C, H, W)` in [-1, 1], as `LatentStream` gives them from the cache."""
+    return scale_latents(vqvae, vqvae.encode(images).latents)
 
 
 class Denoiser(nn.Module):
@@ -179,6 +229,9 @@ class Denoiser(nn.Module):
         self.unet = unet
         self.class_embedding = class_embedding
         self.null_label = null_label
+        # The parts that FSDP gathers one at a time (Accelerate's name for them): they hold nearly all weights.
+        parts = {type(module).__name__ for module in unet.modules()}
+        self._no_split_modules = sorted({"ResnetBlock2D", "BasicTransformerBlock"} & parts)
 
     @classmethod
     def from_config(cls, config: DiffusionConfig, vqvae: LooCVQModel, num_classes: int) -> Denoiser:
@@ -188,18 +241,23 @@ class Denoiser(nn.Module):
         if kind not in UNETS:
             raise ConfigError(f"unet.type must be one of {', '.join(UNETS)}, got {kind!r}.")
         channels = vqvae.quantize.vq_embed_dim
-        arguments["sample_size"] = latent_side(vqvae, config.data)
-        arguments["in_channels"] = arguments["out_channels"] = channels
         null_label = num_classes if num_classes and config.class_dropout else None
         num_class_embeds = num_classes + (null_label is not None)
+        of_data = {
+            "sample_size": latent_side(vqvae, config.data),
+            "in_channels": channels,
+            "out_channels": channels,
+            "num_class_embeds": num_class_embeds if kind != "UNet2DConditionModel" and num_classes else None,
+        }
+        for name, value in of_data.items():
+            if arguments.setdefault(name, value) != value:
+                raise ConfigError(f"unet.{name} is {arguments[name]} in the config, but {value} by the data.")
         class_embedding = None
         if kind == "UNet2DConditionModel":
             if not num_classes or config.class_embedding_dim is None:
                 raise ConfigError("unet.type=UNet2DConditionModel needs class_conditional and class_embedding_dim.")
             class_embedding = ClassEmbedding(num_class_embeds, config.class_embedding_dim)
             arguments["cross_attention_dim"] = config.class_embedding_dim
-        elif num_classes:
-            arguments["num_class_embeds"] = num_class_embeds
         return cls(construct(UNETS[kind], arguments, "unet"), class_embedding, null_label)
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
@@ -221,11 +279,6 @@ def make_scheduler(settings: dict):
     if kind in ("DDIMScheduler", "DDPMScheduler"):
         arguments = {"clip_sample": False, **arguments}
     scheduler = construct(scheduler_class, arguments, "scheduler")
-    prediction_type = scheduler.config.get("prediction_type")
-    if prediction_type not in PREDICTIONS:
-        raise ConfigError(
-            f"scheduler.prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r} ({kind})."
-        )
     return scheduler
 
 
@@ -249,6 +302,7 @@ def preview(pipe: LooCLDMPipeline, config: DiffusionConfig) -> Image.Image:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
+    show_log_lines()
     with one_line_errors():
         config = parse_command_line(DiffusionConfig, sys.argv[1:] if arguments is None else arguments, PROG)
         print(train(config))

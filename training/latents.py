@@ -1,260 +1,144 @@
-"""Latents of a data set, encoded once for stage 2, and their statistics."""
+"""Training examples of stage 2, from cached latents or from images; and the command that caches the latents.
+
+    looc-ldm cache-latents --config imagenet/diffusion --data /data/imagenet
+    accelerate launch -m looc_ldm.training.latents --config imagenet/diffusion --data /data/imagenet
+
+Several processes encode a share each; the folder must be one that all of them see. Interrupted, the same command goes
+on, also with another number of processes.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
+import argparse
 import os
-import shutil
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from operator import add
+import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
+from accelerate.utils import InitProcessGroupKwargs
+from torch.utils.data import Dataset
 
+from looc_ldm.arguments import Parser, add_cache_options
 from looc_ldm.autoencoder import LooCVQModel
-from looc_ldm.errors import ConfigError
-from looc_ldm.images import to_float
+from looc_ldm.devices import choose_device
+from looc_ldm.errors import UserError, one_line_errors
+from looc_ldm.files import check_folder
+from looc_ldm.loading import load_autoencoder
 from looc_ldm.scaling import scale_latents
-from looc_ldm.training.config import DataConfig
-from looc_ldm.training.data import FLIP, NOISE, ImageSet, Stream, random_at
-
-FORMAT = 2  # of a cache's files; an older one is made anew
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Sums over latents, from which means and deviations follow; sums of parts add up.
-
-    Attributes:
-        count (`int`): Values of a channel.
-        total, squares (`tuple[float, ...]`): Sum and sum of squares of each channel; empty before the first latents.
-    """
-
-    count: int = 0
-    total: tuple[float, ...] = ()
-    squares: tuple[float, ...] = ()
-
-    @classmethod
-    def of(cls, latents: torch.Tensor) -> Moments:
-        """Of latents `(B, c, h, w)`."""
-        wide = latents.cpu().double().transpose(0, 1).flatten(1)  # (c, B * h * w)
-        return cls(wide.shape[1], tuple(wide.sum(1).tolist()), tuple(wide.square().sum(1).tolist()))
-
-    def __add__(self, other: Moments) -> Moments:
-        if not self.count or not other.count:
-            return self if self.count else other
-        total = tuple(map(add, self.total, other.total))
-        return Moments(self.count + other.count, total, tuple(map(add, self.squares, other.squares)))
-
-    @property
-    def channel_mean(self) -> list[float]:
-        """The mean of each channel."""
-        return [total / self.count for total in self.total]
-
-    @property
-    def channel_std(self) -> list[float]:
-        """The standard deviation of each channel about its mean."""
-        pairs = zip(self.channel_mean, self.squares, strict=True)
-        return [math.sqrt(max(squares / self.count - mean**2, 0.0)) for mean, squares in pairs]
-
-    @property
-    def standard_deviation(self) -> float:
-        """Of all values about their common mean."""
-        count = self.count * len(self.total)
-        return math.sqrt(max(sum(self.squares) / count - (sum(self.total) / count) ** 2, 0.0))
-
-
-class LatentCache:
-    """Cached latents, memory-mapped.
-
-    Attributes:
-        latents (`np.ndarray` of shape `(n, c, h, w)`, float16): Latents before quantization, not scaled. Rounding to
-            half precision moves them by at most 0.05 %, far less than the noise that they are trained with.
-        flipped (`np.ndarray`, *optional*): Those of the mirrored images, where the data is flipped.
-        labels (`np.ndarray` of shape `(n,)`, int64): -1 without classes.
-        classes (`list[str]`): Names of the classes.
-        standard_deviation (`float`): Of all latents about their mean.
-        channel_mean, channel_std (`list[float]`): Of each channel.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        description = json.loads((folder / "description.json").read_text())
-        self.latents = np.load(folder / "latents.npy", mmap_mode="r")
-        flipped = folder / "flipped.npy"
-        self.flipped = np.load(flipped, mmap_mode="r") if flipped.is_file() else None
-        self.labels = np.load(folder / "labels.npy")
-        self.classes = description["classes"]
-        self.standard_deviation = description["standard_deviation"]
-        self.channel_mean, self.channel_std = description["channel_mean"], description["channel_std"]
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def __reduce__(self):
-        # A loader's worker that is not forked opens the files itself, instead of getting a copy of all latents.
-        return LatentCache, (self.folder,)
+from looc_ldm.training.config import DiffusionConfig, load_config
+from looc_ldm.training.data import FLIP, NOISE, Report, Stream, load_image_sets, random_at
+from looc_ldm.training.latent_cache import LatentCache, check_cache_folder
+from looc_ldm.training.latent_encoding import cache_latents, check_cacheable
+from looc_ldm.training.latent_encoding import latent_side as latent_side
+from looc_ldm.training.moments import SCALING_IMAGES as SCALING_IMAGES
+from looc_ldm.training.moments import measure_latents as measure_latents
+from looc_ldm.training.moments import measure_scaling_factor as measure_scaling_factor
 
 
 class LatentStream(Stream):
     """Training examples of stage 2.
 
-    Item p is `(latents, label, noise, time, dropout)`: the scaled latents `(c, h, w)`, their class, noise of the same
-    shape, and two uniform numbers in [0, 1) that decide the timestep and whether the label is dropped. All that is
-    random belongs to the position p, so that no loop or process has randomness of its own.
+    Item p is `(latents, label, noise, time, dropout, report)`: the scaled latents `(c, h, w)`, their class, noise of
+    the same shape, two uniform numbers in [0, 1) that decide the timestep and whether the label is dropped, and an
+    empty `Report`. All that is random belongs to the position p, so that no loop or process has randomness of its own.
     """
 
     def __init__(self, cache: LatentCache, model: LooCVQModel, seed: int):
         super().__init__(len(cache), seed)
         self.cache = cache
         # Scaling is affine: its values at 0 and 1 say all, and a loader's workers need not hold the model.
-        ends = torch.arange(2.0).view(2, 1, 1, 1).expand(2, cache.latents.shape[1], 1, 1)
+        ends = torch.arange(2.0).view(2, 1, 1, 1).expand(2, cache.shape[0], 1, 1)
         self.shift, one = scale_latents(model, ends).unbind()
         self.scale = one - self.shift  # (c, 1, 1)
 
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, int, torch.Tensor, np.float32, np.float32]:
-        index = self.index_at(position)
-        source = self.cache.latents
-        if self.cache.flipped is not None and random_at(self.seed, FLIP, position).random() < 0.5:
-            source = self.cache.flipped
-        latents = torch.from_numpy(source[index].astype(np.float32)) * self.scale + self.shift
-        random = random_at(self.seed, NOISE, position)
-        time, dropout = random.random(2, dtype=np.float32)
-        noise = torch.from_numpy(random.standard_normal(latents.shape, dtype=np.float32))
-        return latents, int(self.cache.labels[index]), noise, time, dropout
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, int, torch.Tensor, np.float32, np.float32, Report]:
+        flipped = self.cache.flipped and random_at(self.seed, FLIP, position).random() < 0.5
+        latents, label = self.cache.read(self.index_at(position), flipped)
+        latents = latents.float() * self.scale + self.shift
+        return latents, label, *draws_at(self.seed, position, self.cache.shape), Report()
 
 
-def cache_latents(model: LooCVQModel, images: ImageSet, folder: Path, accelerator: Accelerator) -> LatentCache:
-    """Encode a data set, or read the cache that an earlier call with the same model and data has left.
+class OnlineLatentStream(Dataset):
+    """Training examples of stage 2 that are encoded in the loop.
 
-    Every process encodes its share; the folder must be one that all of them see. Collective.
+    Item p is `(image, label, noise, time, dropout, report)`: the image, label and report of another stream, and the
+    numbers that `LatentStream` gives at that position.
 
-    Raises:
-        ConfigError: The folder holds something else, or latents of another model, data set or transform.
+    Args:
+        stream (`Stream` or `StreamedImages`): Of items `(image, label, report)`.
+        latent_shape (`tuple[int, int, int]`): c, h, w of the latents, which the noise has.
+        seed (`int`): Of noise, time and dropout.
     """
+
+    def __init__(self, stream: Dataset, latent_shape: tuple[int, int, int], seed: int):
+        self.stream = stream
+        self.latent_shape = tuple(latent_shape)
+        self.seed = seed
+        self.length = getattr(stream, "length", None)  # unknown where images are streamed
+
+    def __getitems__(self, positions: list[int]) -> list[tuple]:
+        """The items of one batch; what a loader's worker calls."""
+        return [
+            (image, label, *draws_at(self.seed, position, self.latent_shape), report)
+            for position, (image, label, report) in zip(positions, self.stream.__getitems__(positions), strict=True)
+        ]
+
+
+def draws_at(seed: int, position: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, np.float32, np.float32]:
+    """Noise of a shape, and two uniform numbers in [0, 1), that belong to one position of the stream."""
+    random = random_at(seed, NOISE, position)
+    time, dropout = random.random(2, dtype=np.float32)
+    return torch.from_numpy(random.standard_normal(shape, dtype=np.float32)), time, dropout
+
+
+def cache_data_set(options: argparse.Namespace) -> None:
+    """What `looc-ldm cache-latents` and this module do with their options, by one process or several. Collective."""
+    overrides = {"autoencoder": options.autoencoder, "data__path": options.data, "latents": options.output}
+    config = load_config(DiffusionConfig, options.config, **{k: v for k, v in overrides.items() if v is not None})
+    if not config.autoencoder:
+        raise UserError(f"the config {options.config!r} names no autoencoder: give --autoencoder.")
+    folder = Path(config.latents or Path(config.output_dir) / "latents")
+    check_cacheable(config.data)
+    check_folder(folder)
     check_cache_folder(folder)
-    fingerprint = cache_fingerprint(model, images)
-    if (folder / "description.json").is_file():
-        _check_current(folder, fingerprint)
+    accelerator = _accelerator(options.device)
+    model = load_autoencoder(config.autoencoder).to(accelerator.device)
+    images, _ = load_image_sets(config.data, model.config.in_channels)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    cache = cache_latents(model, images, folder, accelerator, options.batch_size, dtype)
+    if accelerator.is_main_process:
+        print(
+            f"{folder}: {len(cache)} images, standard deviation {cache.standard_deviation:.4g}, "
+            f"{cache.unreadable} unreadable, {cache.size / 2**20:.1f} MiB, encoded in {cache.precision}"
+        )
+    accelerator.end_training()
+
+
+def _accelerator(device_name: str | None) -> Accelerator:
+    """On the device of that name, or the best there is; of several processes, each has its own."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device_name not in (None, "cpu"):
+            raise UserError(f"--device {device_name}: of several processes each takes its own; only cpu can be given.")
+        on_cpu = device_name == "cpu"
     else:
-        partial = folder.with_name(folder.name + ".partial")
-        if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            side = latent_side(model, images.config)
-            shape = (len(images), model.quantize.vq_embed_dim, side, side)
-            for name in ("latents", "flipped") if images.config.flip else ("latents",):
-                np.lib.format.open_memmap(partial / f"{name}.npy", mode="w+", dtype=np.float16, shape=shape).flush()
-        accelerator.wait_for_everyone()
-        shares = gather_object([_encode_share(model, images, partial, accelerator)])
-        moments = sum(shares, start=Moments())
-        if accelerator.is_main_process:
-            np.save(partial / "labels.npy", images.labels())
-            description = {
-                "fingerprint": fingerprint,
-                "classes": images.classes,
-                "standard_deviation": moments.standard_deviation,
-                "channel_mean": moments.channel_mean,
-                "channel_std": moments.channel_std,
-            }
-            (partial / "description.json").write_text(json.dumps(description))
-            os.replace(partial, folder)
-        accelerator.wait_for_everyone()
-    return LatentCache(folder)
+        device = choose_device(device_name)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)
+        on_cpu = device.type == "cpu"
+    # A process that has encoded its share waits for the others.
+    return Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
 
 
-@torch.no_grad()
-def measure_scaling_factor(model: LooCVQModel, batches: Iterable[torch.Tensor]) -> float:
-    """1 / standard deviation of the latents of images `(B, C, H, W)` in [-1, 1].
-
-    Raises:
-        ValueError: There are no images, or all latents are equal.
-    """
-    moments = measure_latents(model, batches)
-    if not moments.count or not moments.standard_deviation:
-        raise ValueError(f"no scaling factor: {'all latents are equal' if moments.count else 'there are no images'}.")
-    return 1 / moments.standard_deviation
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    with one_line_errors():
+        parser = Parser(prog="looc-ldm cache-latents", description="Encode a data set once, for stage 2.")
+        add_cache_options(parser)
+        cache_data_set(parser.parse_args(sys.argv[1:] if arguments is None else arguments))
 
 
-@torch.no_grad()
-def measure_latents(model: LooCVQModel, batches: Iterable[torch.Tensor]) -> Moments:
-    """Mean and deviation of the latents of images `(B, C, H, W)` in [-1, 1].
-
-    To whiten each channel: `model.register_to_config(scaling_factor=1.0, latents_mean=moments.channel_mean,
-    latents_std=moments.channel_std)`.
-    """
-    moments = Moments()
-    for batch in batches:
-        moments += Moments.of(model.encode(batch.to(model.device, model.dtype)).latents)
-    return moments
-
-
-def latent_side(model: LooCVQModel, data: DataConfig) -> int:
-    """Height and width of the latents of a data set. Raises ConfigError for a resolution that f does not divide."""
-    f = model.downsampling_factor
-    if data.resolution % f:
-        raise ConfigError(
-            f"data.resolution must be a multiple of {f}, as the autoencoder needs, got {data.resolution}."
-        )
-    return data.resolution // f
-
-
-def cache_fingerprint(model: LooCVQModel, images: ImageSet) -> str:
-    """Identifies latents by what made them: weights of the encoder, images and transform."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
-            digest.update(name.encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    data = asdict(images.config)
-    del data["num_workers"]
-    digest.update(json.dumps([FORMAT, data, len(images), images.classes], sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def check_cache_folder(folder: Path) -> None:
-    """Raises ConfigError for a folder that holds something else than cached latents."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "description.json").is_file():
-        raise ConfigError(f"latents={str(folder)!r} holds something else than cached latents; give a new folder.")
-
-
-def _check_current(folder: Path, fingerprint: str) -> None:
-    if json.loads((folder / "description.json").read_text())["fingerprint"] != fingerprint:
-        raise ConfigError(
-            f"latents={str(folder)!r} holds latents of another autoencoder, data set or transform; "
-            "delete it, and the checkpoints trained on it, or give a new folder."
-        )
-
-
-@torch.no_grad()
-def _encode_share(model: LooCVQModel, images: ImageSet, folder: Path, accelerator: Accelerator) -> Moments:
-    """Encode this process's contiguous share into the files; returns the moments of its latents."""
-    first = len(images) * accelerator.process_index // accelerator.num_processes
-    last = len(images) * (accelerator.process_index + 1) // accelerator.num_processes
-    files = {
-        flip: np.lib.format.open_memmap(folder / f"{name}.npy", mode="r+")
-        for flip, name in ((False, "latents"), (True, "flipped"))
-        if images.config.flip or not flip
-    }
-    loader = DataLoader(Subset(images, range(first, last)), batch_size=64, num_workers=images.config.num_workers)
-    moments = Moments()
-    with tqdm(total=last - first, desc="encoding latents", unit="img", disable=not accelerator.is_main_process) as bar:
-        for pixels, _ in loader:
-            batch = to_float(pixels).to(accelerator.device)
-            for flip, file in files.items():
-                latents = model.encode(batch.flip(-1) if flip else batch).latents.float().cpu()
-                file[first : first + len(batch)] = latents.numpy()
-                moments += Moments.of(latents)
-            first += len(batch)
-            bar.update(len(batch))
-    for file in files.values():
-        file.flush()
-    return moments
+if __name__ == "__main__":
+    main()

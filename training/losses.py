@@ -1,18 +1,26 @@
-"""Terms of the autoencoder's loss: LPIPS, the PatchGAN, and the weight between them (VQGAN, taming-transformers)."""
+"""Terms of the autoencoder's loss: LPIPS, the PatchGAN, and the weight between them (VQGAN, taming-transformers).
+
+The networks here compute in float32 whatever autocast surrounds them.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from looc_ldm.errors import ConfigError
+from looc_ldm.training.config import LossConfig
+
+LECAM_DECAY = 0.99  # of its moving averages, as its authors'
 
 
 class PatchDiscriminator(nn.Module):
@@ -46,8 +54,9 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """`(B, C, H, W)` images in [-1, 1] to `(B, 1, h, w)` logits, positive where a patch looks real."""
-        return self.layers(images)
+        """`(B, C, H, W)` images in [-1, 1] to `(B, 1, h, w)` float32 logits, positive where a patch looks real."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.layers(images.float())
 
 
 def hinge_discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
@@ -55,16 +64,92 @@ def hinge_discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Te
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
+class LeCam(nn.Module):
+    """LeCam regularization of a discriminator: mean(relu(D(x) - a_fake)^2) + mean(relu(a_real - D(x'))^2).
+
+    Tseng et al. 2021, "Regularizing Generative Adversarial Networks under Limited Data"; the paper has the squares
+    without relu, its authors' code and experiments are this. a_real and a_fake are moving averages of the mean logits,
+    free of the bias of a start at 0. They move with each forward pass, so with gradient accumulation faster than with
+    the same batch in one pass.
+
+    Args:
+        decay (`float`): Of the averages.
+
+    Attributes:
+        totals (`torch.Tensor` of shape `(2,)`), weight (`torch.Tensor` of shape `()`): a_real and a_fake are
+            `totals / weight`. Buffers: saved and loaded with the module.
+    """
+
+    def __init__(self, decay: float = LECAM_DECAY):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("totals", torch.zeros(2))
+        self.register_buffer("weight", torch.zeros(()))
+
+    def forward(self, real: torch.Tensor, fake: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+        """The regularization, a float32 scalar, after these logits, of any shape, have been taken into the averages.
+
+        A collective: the averages are those of all processes' logits.
+        """
+        real, fake = real.float(), fake.float()
+        with torch.no_grad():
+            means = accelerator.reduce(torch.stack([real.mean(), fake.mean()]), reduction="mean")
+            # The step of logits that are not finite is skipped: nothing of it may stay here either.
+            rate = torch.where(means.isfinite().all(), 1 - self.decay, 0.0)
+            self.totals.lerp_(means.nan_to_num(0, 0, 0), rate)
+            self.weight.lerp_(torch.ones_like(self.weight), rate)
+            of_real, of_fake = self.totals / self.weight
+        return F.relu(real - of_fake).square().mean() + F.relu(of_real - fake).square().mean()
+
+
+def adversarial_weight_at(loss: LossConfig, images_seen: int) -> float:
+    """Weight of the PatchGAN term in the step that starts after `images_seen` images: 0, then a ramp, then in full."""
+    since_start = images_seen - loss.adversarial_start_images
+    if since_start < 0:
+        return 0.0
+    risen = min(1.0, since_start / loss.adversarial_ramp_images) if loss.adversarial_ramp_images else 1.0
+    return loss.adversarial_weight * risen
+
+
 def adaptive_adversarial_weight(
-    reconstruction_loss: torch.Tensor, generator_loss: torch.Tensor, last_layer: torch.Tensor
+    reconstruction_loss: torch.Tensor,
+    generator_loss: torch.Tensor,
+    last_layer: torch.Tensor,
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The ratio of the two losses' gradient norms at the decoder's last layer, at most 1e4; detached, float32."""
-    (reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
-    (adversarial,) = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
-    return (reconstruction.float().norm() / (adversarial.float().norm() + 1e-4)).clamp(0, 1e4).detach()
+    """The ratio of the two losses' gradient norms at the decoder's last layer, at most 1e4; detached, float32.
+
+    Args:
+        reduce (`Callable`, *optional*): The mean of a tensor over all processes, which this then is a collective of:
+            norms of mean gradients, unlike a mean of norms, are those that one process has for the whole batch. (With
+            gradient accumulation the ratio is that of each forward pass.)
+    """
+    gradients = torch.stack(
+        [
+            torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().flatten()
+            for loss in (reconstruction_loss, generator_loss)
+        ]
+    )
+    if reduce is not None:
+        gradients = reduce(gradients)
+    reconstruction, adversarial = gradients.norm(dim=1)
+    return (reconstruction / (adversarial + 1e-4)).clamp(0, 1e4)
 
 
-def load_lpips(network: str, weights: str | None) -> nn.Module:
+class Perceptual(nn.Module):
+    """A network that compares images, frozen: LPIPS of two batches `(B, 3, H, W)` in [-1, 1], as `(B, 1, 1, 1)`."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """The distances, float32."""
+        with torch.autocast(first.device.type, enabled=False):
+            return self.network(first.float(), second.float())
+
+
+def load_lpips(network: str, weights: str | None) -> Perceptual:
     """LPIPS on images in [-1, 1], frozen.
 
     Args:
@@ -85,7 +170,7 @@ def load_lpips(network: str, weights: str | None) -> nn.Module:
     else:
         model = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
         _fill_convolutions(model.net, _read_weights(weights), weights)
-    return model.eval().requires_grad_(False)
+    return Perceptual(model).eval()
 
 
 def _read_weights(file: str) -> dict[str, torch.Tensor]:

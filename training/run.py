@@ -1,13 +1,17 @@
 """What the two training loops share: the output folder, checkpoints, logs, stopping and resuming.
 
-A run is resumed by repeating its command. It owns its output folder:
+A run is resumed by repeating its command. It owns its output folder, which all processes must see:
 
     config.yaml           the resolved settings
-    checkpoints/000123/   Accelerate's state after that many images, renamed into place when complete
+    checkpoints/000123/   Accelerate's state after that many images; see `training/checkpoints.py`
     metrics.jsonl         one line a log interval, cut back to the checkpoint on resuming
+    unreadable.txt        names of images that could not be read, one a line; cut back likewise
     previews/000123.png   image grids
     logs/                 the tracker's files
     model/ or pipeline/   the result, written at the end; its training.json says after how many images
+
+What belongs to a step, its log line, grid and evaluation, comes before its checkpoint: what a checkpoint is followed
+by is not made again when the run goes on from it.
 
 Methods marked *collective* must be called by every process.
 """
@@ -15,12 +19,14 @@ Methods marked *collective* must be called by every process.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
 import signal
 import time
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,12 +34,26 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from looc_ldm.errors import ConfigError
+from looc_ldm.errors import ConfigError, Terminated, TrainingError
 from looc_ldm.files import replace_text, write_image
+from looc_ldm.training import log as logs
+from looc_ldm.training.checkpoints import Checkpoints, checkpoints_in, passes
 from looc_ldm.training.config import OptimizerConfig, RunConfig, config_text, differences, to_dict
+from looc_ldm.training.log import Means, means_of
+from looc_ldm.training.pushing import Pusher
+from looc_ldm.training.reports import Reports
+from looc_ldm.training.stopping import StopSignals, leave_signals_to_the_trainer
+from looc_ldm.training.together import write_together
+
+logger = logging.getLogger(__name__)
+
+# With several processes, they ask each other every so many optimizer steps whether a signal came: a tiny collective.
+STOP_CHECK_STEPS = 4
 
 
 class Run:
@@ -46,6 +66,8 @@ class Run:
     Attributes:
         accelerator (`Accelerator`): Devices, processes, precision, accumulation.
         images_seen (`int`): Progress, in images.
+        skipped_steps (`int`): Optimizer steps that were left out because a gradient was not finite.
+        cursors (`dict`): Of streamed data: lane -> where it goes on. Known after `resume`.
 
     Raises:
         ConfigError: The folder holds another run's checkpoints, or cannot be written.
@@ -56,6 +78,7 @@ class Run:
         self.folder = Path(config.output_dir)
         self.result = self.folder / result
         self.images_seen = 0
+        self.skipped_steps = 0
         self._make_folder()
         self._check_same_config()
         self.accelerator = Accelerator(
@@ -66,10 +89,23 @@ class Run:
             # The other processes wait while the first one measures and writes the result.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
-        self._stop_signal: int | None = None
-        self._sums: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self.checkpoints = Checkpoints(
+            self._checkpoint_folder, self.accelerator, config.batch_size, config.keep_last, config.keep_every_images
+        )
+        self._reports = Reports(self.folder / "unreadable.txt", self.accelerator, config.data.max_unreadable_share)
+        self._stop = StopSignals()
+        self._steps = 0  # of this process since it started
+        self._means = Means(self.accelerator.device)
         self._logged_at = (0, time.monotonic())
+        self._waited = 0.0  # seconds that this process waited for data since the last log line
+        self._skipped_in_a_row: dict[str, int] = {}
+        self._pusher = None
+        if config.push_to_hub and self.accelerator.is_main_process:
+            self._pusher = Pusher(self.folder / "upload.partial", config.push_to_hub, config.push_private)
+
+    @property
+    def cursors(self) -> dict[int, tuple[int, ...]]:
+        return self._reports.cursors
 
     @property
     def finished(self) -> bool:
@@ -80,116 +116,221 @@ class Run:
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Load the newest checkpoint, if there is one. Collective; after `accelerator.prepare`."""
+        """Load the newest checkpoint that is complete, if there is one. Collective; after `accelerator.prepare`.
+
+        With another number of processes than before, the count of images and the schedule go on. Processes that were
+        not there before draw their random numbers (dropout, random anchors) from seeds of their own.
+
+        Raises:
+            TrainingError: There are checkpoints, and none of them can be used.
+        """
         self.accelerator.wait_for_everyone()  # all have compared their config with the one that is replaced here
         if self.accelerator.is_main_process:
+            self._warn_of_another_length()
             replace_text(self.folder / "config.yaml", config_text(self.config))
         # Models are made by now, equal on all processes; dropout and random anchors must not be.
-        set_seed(self.config.seed, device_specific=True)
-        checkpoints = self._checkpoints()
-        if checkpoints:
-            newest = checkpoints[-1]
-            self.accelerator.load_state(str(newest))
-            self.images_seen = int(newest.name)
+        self._seed(0)
+        state = self.checkpoints.load_newest(before_load=self._seed)
+        if state is not None:
+            self.images_seen, self.skipped_steps = state["images_seen"], state["skipped_steps"]
+            self._reports.load_state(state)
+            if len(state["means"]) == self.accelerator.num_processes:
+                self._means.reset(state["means"][self.accelerator.process_index])
         if self.accelerator.is_main_process:
-            self._cut_log()
+            logs.cut_lines(self.folder / "metrics.jsonl", self.images_seen)
+            self._reports.write_names()
         if self.config.tracker != "none":
             # TensorBoard hides what was logged after the checkpoint.
             self.accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.images_seen + 1}})
         self._logged_at = (self.images_seen, time.monotonic())
 
-    def save_checkpoint(self) -> None:
-        """Write the state beside its place, then rename it. Collective."""
-        folder = self.folder / "checkpoints"
-        final = folder / f"{self.images_seen:09d}"
-        if final.is_dir():
-            return
-        partial = folder / f"{final.name}.partial"
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            os.replace(partial, final)
-            for old in self._checkpoints()[: -self.config.keep_last]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+    def _seed(self, images_seen: int) -> None:
+        # NumPy's seeds end at 2**32, and the number of the process is added.
+        set_seed((self.config.seed + images_seen) % 2**31, device_specific=True)
 
-    def _checkpoints(self) -> list[Path]:
-        complete = [path for path in (self.folder / "checkpoints").glob("*") if path.name.isdigit()]
-        return sorted(complete, key=lambda path: int(path.name))
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint, unless there is one of this moment. Collective.
+
+        Raises:
+            TrainingError: The disk is full or cannot be written, on any process; or too many images are unreadable.
+        """
+        if self.checkpoints.newest == self.images_seen:
+            return
+        state = self._reports.state()
+        means = gather_object([self._means.state()])
+        self.checkpoints.save(self.images_seen, {"skipped_steps": self.skipped_steps, "means": means, **state})
+        self._stop_if_too_many_unreadable()
+
+    # Data ------------------------------------------------------------------------------------------------------------
+
+    def batches(self, loader: DataLoader) -> Iterator[list[torch.Tensor]]:
+        """The tensors of each batch, on the device; measures the time waited for data and keeps the reports.
+
+        Args:
+            loader (`DataLoader`): Of tuples of tensors that end with a `looc_ldm.training.data.Report`.
+
+        Raises:
+            TrainingError: Too many images were unreadable when the run was stopped, and nothing has changed since.
+        """
+        self._reports.listen(loader)
+        self._stop_if_too_many_unreadable()
+        loader.worker_init_fn = leave_signals_to_the_trainer
+        batches = iter(loader)
+        while True:
+            asked_at = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - asked_at
+            if batch is None:
+                return
+            *tensors, report = batch
+            self._reports.take(report)
+            yield [tensor.to(self.accelerator.device, non_blocking=True) for tensor in tensors]
+
+    def _stop_if_too_many_unreadable(self) -> None:
+        error = self._reports.too_many(self.images_seen)
+        if error is not None:
+            raise error
 
     # The loop's questions --------------------------------------------------------------------------------------------
 
-    def due(self, interval: int) -> bool:
-        """Whether the last optimizer step passed a multiple of `interval` images."""
-        return self.images_seen // interval > (self.images_seen - self.config.batch_size) // interval
+    def due(self, interval: int | None) -> bool:
+        """Whether the last optimizer step reached or passed a multiple of `interval` images; never if it is None."""
+        return interval is not None and passes(self.images_seen, self.config.batch_size, interval)
 
     def learning_rate(self, optimizer: OptimizerConfig) -> float:
         """The rate for the step that starts now."""
         return learning_rate_at(optimizer, self.images_seen, self.config.total_images)
 
+    def gradients_finite(
+        self, parameters: Iterable[torch.nn.Parameter], max_norm: float, name: str = "grad_norm"
+    ) -> bool:
+        """Clip the gradients and say whether the optimizer may step. Waits for the device.
+
+        Gradients are reduced by now, so that all processes come to the same answer without asking each other.
+
+        Args:
+            parameters: Of one model that was prepared by the accelerator.
+            max_norm: Norm that gradients are clipped to; 0 only measures it.
+            name: What the norm is called in the log.
+
+        Raises:
+            TrainingError: More than `max_skipped_steps` steps in a row were not finite.
+        """
+        parameters = list(parameters)
+        norm = self.accelerator.clip_grad_norm_(parameters, max_norm or math.inf).item()
+        self.record(**{name: norm})
+        if math.isfinite(norm):
+            self._skipped_in_a_row[name] = 0
+            return True
+        self.skipped_steps += 1
+        in_a_row = self._skipped_in_a_row[name] = self._skipped_in_a_row.get(name, 0) + 1
+        if in_a_row > self.config.max_skipped_steps:
+            newest = self.checkpoints.newest
+            good = "there is no checkpoint yet" if newest is None else f"checkpoint {newest} is the last good one"
+            raise TrainingError(
+                f"{in_a_row} steps in a row, up to step {self.images_seen // self.config.batch_size + 1} "
+                f"({self.images_seen} images seen), were skipped because of what was not finite: "
+                f"{', '.join(self._means.not_finite())}; {good}."
+            )
+        return False
+
     @contextmanager
     def stopping_cleanly(self):
-        """Turn Ctrl-C and SIGTERM into a checkpoint after the step under way, then KeyboardInterrupt.
+        """Turn Ctrl-C and SIGTERM into a checkpoint after the step under way; see `stop_if_asked`.
 
-        With several processes signals arrive at different steps, so there the default handling stays.
+        A second signal, a second or more after the first, ends the process at once.
         """
-        if self.accelerator.num_processes > 1:
-            yield
-            return
-
-        def remember(number, frame):
-            self._stop_signal = number
-
-        previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            with self._stop:
+                yield
+        except BaseException:
+            if self._pusher is not None:
+                self._pusher.finish(seconds=0)
+            raise
 
     def stop_if_asked(self) -> None:
-        """Save and raise KeyboardInterrupt if a signal came since the last step."""
-        if self._stop_signal is not None:
-            self.save_checkpoint()
-            raise KeyboardInterrupt(f"stopped at {self.images_seen} images; the same command goes on from there")
+        """After an optimizer step: save and stop if a signal came, to any of the processes. Collective.
 
-    def progress_bar(self, description: str) -> tqdm:
-        """A bar over images, on the main process."""
-        return tqdm(
+        Several processes ask each other every `STOP_CHECK_STEPS` steps.
+
+        Raises:
+            KeyboardInterrupt: After SIGINT; `Terminated`, which is one, after SIGTERM.
+        """
+        self._steps += 1
+        received = self._stop.received
+        if self.accelerator.num_processes > 1:
+            if self._steps % STOP_CHECK_STEPS:
+                return
+            asked = torch.tensor([received], device=self.accelerator.device)
+            received = int(self.accelerator.gather(asked).max())
+        if received:
+            self.save_checkpoint()
+            self._leave()
+            kind = Terminated if received == signal.SIGTERM else KeyboardInterrupt
+            raise kind(f"stopped at {self.images_seen} images; the same command goes on from there")
+
+    @contextmanager
+    def progress_bar(self, description: str) -> Iterator[tqdm]:
+        """A bar over images, on the main process where stderr is a terminal. Log lines are written above it."""
+        bar = tqdm(
             total=self.config.total_images,
             initial=self.images_seen,
             desc=description,
             unit="img",
             unit_scale=True,
             mininterval=0.5,
-            disable=not self.accelerator.is_main_process,
+            disable=None if self.accelerator.is_main_process else True,  # None: unless it is a terminal
         )
+        with bar, nullcontext() if bar.disable else logging_redirect_tqdm():
+            yield bar
 
     # Logs ------------------------------------------------------------------------------------------------------------
 
     def record(self, **values: torch.Tensor | float) -> None:
         """Add scalars of one forward pass to the next log line, without waiting for the device."""
-        for name, value in values.items():
-            value = value.detach().float() if isinstance(value, torch.Tensor) else torch.tensor(float(value))
-            self._sums[name] = self._sums.get(name, 0) + value.to(self.accelerator.device)
-            self._counts[name] = self._counts.get(name, 0) + 1
+        self._means.record(**values)
 
     def log(self, bar: tqdm, **extra: float) -> None:
-        """Write the means since the last line, over all processes. Collective; waits for the device."""
-        names = sorted(self._sums)
-        means = torch.stack([self._sums[name] / self._counts[name] for name in names])
-        means = self.accelerator.reduce(means, reduction="mean").tolist()
-        self._sums, self._counts = {}, {}
-        images, now = self._logged_at
-        self._logged_at = (self.images_seen, time.monotonic())
-        values = dict(zip(names, means, strict=True))
-        values["images_per_second"] = (self.images_seen - images) / (time.monotonic() - now)
-        values.update(extra)
-        self.accelerator.log(values, step=self.images_seen)
+        """One line: the means since the last one, over all processes. Collective; waits for the device.
+
+        Scalars that were not finite are left out of the means.
+        """
+        images, then = self._logged_at
+        now = time.monotonic()
+        self._logged_at = (self.images_seen, now)
+        device = self.accelerator.device
+        parts = gather_object([(self._means.state(), self._waited, logs.memory_gib(device))])
+        self._means.reset()
+        self._waited = 0.0
+        states, waits, memory = zip(*parts, strict=True)
+        means = means_of(states)
+        values = {
+            "images_per_second": (self.images_seen - images) / (now - then),
+            "data_wait": max(waits) / (now - then),  # the slowest process holds up the others
+            "memory_gib": max(memory),
+            **means,
+            **extra,
+            "skipped_steps": self.skipped_steps,
+        }
+        self._reports.gather()
+        write_together(self.accelerator, "the log", self.folder, lambda: self._append(values), main_only=True)
+        bar.set_postfix({name: f"{value:.3g}" for name, value in means.items() if name.startswith("loss")})
+        if self._reports.too_many(self.images_seen):
+            self.save_checkpoint()  # and stop
+
+    def log_evaluation(self, figures: dict) -> None:
+        """Add figures of an evaluation to the log, with the prefix `val_`. Main process only."""
         if self.accelerator.is_main_process:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"images": self.images_seen, **values}) + "\n")
-            bar.set_postfix({name: f"{values[name]:.3g}" for name in names if name.startswith("loss")})
+            try:
+                self._append({f"val_{name}": value for name, value in figures.items()})
+            except OSError as error:
+                raise TrainingError(f"cannot write the log in {str(self.folder)!r}: {error.strerror}.") from error
+
+    def _append(self, values: dict) -> None:
+        line = {name: value for name, value in values.items() if _is_sayable(value)}
+        self.accelerator.log(line, step=self.images_seen)
+        logs.append_line(self.folder / "metrics.jsonl", {"images": self.images_seen, **line})
+        logger.info(logs.progress_line(self.images_seen, self.config.total_images, line))
 
     def save_preview(self, image) -> None:
         """Write a PIL image as this moment's preview, and hand it to the tracker. Main process only."""
@@ -203,18 +344,62 @@ class Run:
             elif tracker.name == "wandb":
                 tracker.log_images({"preview": [image]}, step=self.images_seen)
 
-    def _cut_log(self) -> None:
-        """Forget lines written after the checkpoint that the run goes on from."""
-        file = self.folder / "metrics.jsonl"
-        if file.is_file():
-            kept = [line for line in file.read_text().splitlines() if json.loads(line)["images"] <= self.images_seen]
-            replace_text(file, "".join(line + "\n" for line in kept))
+    # The hub ---------------------------------------------------------------------------------------------------------
+
+    def push(self, save: Callable[[Path], None]) -> None:
+        """Upload a model to `push_to_hub`, in the background. Does nothing without that, and on other processes.
+
+        It is saved at once and uploaded while training goes on. Nothing is done while an upload still runs; one that
+        fails is a warning in the log.
+
+        Args:
+            save: Writes the model as it is now into a folder that does not exist yet.
+        """
+        if self._pusher is None:
+            return
+
+        def snapshot(folder: Path) -> Path:
+            """As the run's folder, so that the model card finds settings and pictures."""
+            shutil.copyfile(self.folder / "config.yaml", folder / "config.yaml")
+            preview = self.folder / "previews" / f"{self.images_seen:09d}.png"
+            if preview.is_file():
+                (folder / "previews").mkdir()
+                shutil.copyfile(preview, folder / "previews" / preview.name)
+            save(folder / self.result.name)
+            return folder / self.result.name
+
+        self._pusher.push_snapshot(snapshot, self._commit_message)
+
+    @property
+    def _commit_message(self) -> str:
+        return f"{self.result.name.capitalize()} after {self.images_seen:,} images"
+
+    def finish(self) -> None:
+        """At the end, after `writing_result`: upload the result, wait for it some minutes; end trackers. Collective."""
+        if self._pusher is not None:
+            self._pusher.finish()
+            self._pusher.push(self.result, f"{self._commit_message}, the end of training")
+            self._pusher.finish()
+        self._leave()
+
+    def _leave(self) -> None:
+        """End trackers and the group of processes. Collective."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.num_processes > 1:
+            # Gloo's threads need the interpreter's lock to let go of the tensors of the last collectives. Who frees the
+            # group first waits for these threads, lock in hand, for ever.
+            time.sleep(0.1)
+        self.accelerator.end_training()
 
     # The folder ------------------------------------------------------------------------------------------------------
 
+    @property
+    def _checkpoint_folder(self) -> Path:
+        return self.folder / "checkpoints"
+
     def _make_folder(self) -> None:
         try:
-            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self._checkpoint_folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / f".write-test-{os.getpid()}"
             probe.touch()
             probe.unlink(missing_ok=True)
@@ -222,14 +407,29 @@ class Run:
             raise ConfigError(f"cannot write to output_dir={str(self.folder)!r}: {error.strerror}.") from None
 
     def _check_same_config(self) -> None:
-        file = self.folder / "config.yaml"
-        if file.is_file() and (self._checkpoints() or self.result.is_dir()):
-            changed = differences(yaml.safe_load(file.read_text()), to_dict(self.config))
+        old = self._old_settings()
+        if old and (checkpoints_in(self._checkpoint_folder) or self.result.is_dir()):
+            changed = differences(old, to_dict(self.config))
             if changed:
                 raise ConfigError(
                     f"output_dir={str(self.folder)!r} holds a run with other settings ({'; '.join(changed)}); "
                     "give another output_dir, or delete this one."
                 )
+
+    def _old_settings(self) -> dict:
+        """What the run in this folder was started with; nothing if there is none."""
+        file = self.folder / "config.yaml"
+        return yaml.safe_load(file.read_text()) if file.is_file() else {}
+
+    def _warn_of_another_length(self) -> None:
+        before, now = self._old_settings().get("total_images"), self.config.total_images
+        if checkpoints_in(self._checkpoint_folder) and before != now and self.config.optimizer.schedule == "cosine":
+            logger.warning(
+                "total_images was %s and is %s: from here on the learning rate follows another cosine, and the run is "
+                "not the one that it would have been with that number from the start",
+                before,
+                now,
+            )
 
     @contextmanager
     def writing_result(self):
@@ -240,6 +440,11 @@ class Run:
         yield partial
         shutil.rmtree(self.result, ignore_errors=True)
         os.replace(partial, self.result)
+
+
+def _is_sayable(value) -> bool:
+    """Whether JSON and trackers have a place for a figure."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def learning_rate_at(optimizer: OptimizerConfig, images_seen: int, total_images: int) -> float:
@@ -259,6 +464,7 @@ def adamw(model: torch.nn.Module, settings: OptimizerConfig) -> torch.optim.Adam
         lr=settings.learning_rate,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
+        fused=True,  # one kernel over all parameters, on CPUs as well
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from looc_ldm.arguments import DATA_HELP, add_device_option, add_dtype_option, positive
+from looc_ldm.arguments import DATA_HELP, FITS, add_device_option, add_dtype_option, positive
 from looc_ldm.commands.many_files import (
     check_targets,
     one_size_batches,
@@ -53,8 +53,9 @@ def add_parsers(commands) -> None:
     )
     table.add_argument(
         "--fit",
-        choices=("crop", "pad", "none"),
-        help="how images become square; none leaves each at its own size, so that sequences differ in length "
+        choices=(*FITS, "none"),
+        help="how images become square, random_crop at the centre; none leaves each at its own size, so that sequences "
+        "differ in length "
         "(default: as in the model's training, as far as its folder says, else crop)",
     )
     _add_shared_options(encode)
@@ -99,7 +100,7 @@ def _encode_files(options: argparse.Namespace) -> None:
     from looc_ldm.codes import HEADER_BYTES, ImageCodes, write_codes
     from looc_ldm.files import make_folder
     from looc_ldm.image_codes import encode_pixels, read_pixels, set_tiling
-    from looc_ldm.training.data import IMAGE_SUFFIXES
+    from looc_ldm.training.sources import IMAGE_SUFFIXES
 
     for name in ("split", "resolution", "fit"):
         if getattr(options, name) is not None:
@@ -158,7 +159,7 @@ def _encode_data_set(options: argparse.Namespace) -> None:
         raise UserError(f"--format parquet takes one data set, got {len(options.images)}.")
     own_size = options.fit == "none"
     if own_size and options.resolution is not None:
-        raise UserError("--fit none leaves images at their own size: --resolution goes with crop and pad.")
+        raise UserError("--fit none leaves images at their own size: --resolution goes with crop, adm and pad.")
     options.data, options.split = options.images[0], options.split or "train"
     file = options.output / f"{options.split}.parquet"
     check_targets([(Path(options.data), file)], options.overwrite)
@@ -169,10 +170,10 @@ def _encode_data_set(options: argparse.Namespace) -> None:
     done = _Tally(num_codevectors)
 
     def read(index: int) -> tuple[np.ndarray, str, int | None]:
-        row = images.rows[index]
-        label = row[images.config.label_column] if images.classes else None
-        pixels = _at_own_size(images, row, index) if own_size else images[index][0].permute(1, 2, 0).numpy()
-        return pixels, _name(images, row, index), label
+        stored = images.source.read(index)
+        label = stored.label if images.classes else None
+        pixels = _at_own_size(images, stored) if own_size else images[index][0].permute(1, 2, 0).numpy()
+        return pixels, _name(images, stored, index), label
 
     def encode(batch: list[tuple[np.ndarray, str, int | None]]) -> np.ndarray:
         return encode_pixels(model, np.stack([pixels for pixels, _, _ in batch]))
@@ -332,19 +333,18 @@ def _too_large(name: object, size: tuple[int, int]) -> str:
     return f"not enough memory for {str(name)!r}, of {size[1]}x{size[0]} pixels."
 
 
-def _at_own_size(images, row: dict, index: int):
+def _at_own_size(images, stored):
     from looc_ldm.image_codes import read_pixels
 
-    stored, name = row[images.config.image_column], f"image {index} of {images.config.path}"
-    if stored is None:
-        raise DataError(f"{name} is missing.")
-    file = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
-    return read_pixels(file, stored["path"] or name, 1 if images.mode == "L" else 3)
+    if stored.content is None:
+        raise DataError(f"{stored.name} is missing.")
+    file = io.BytesIO(stored.content) if isinstance(stored.content, bytes) else stored.content
+    return read_pixels(file, stored.name, 1 if images.mode == "L" else 3)
 
 
-def _name(images, row: dict, index: int) -> str:
+def _name(images, stored, index: int) -> str:
     """Of the image in the table: the path in the folder of images, or split and number."""
-    stored, folder = row[images.config.image_column], Path(images.config.path).resolve()
-    if stored["bytes"] is None and Path(stored["path"]).is_relative_to(folder):
-        return Path(stored["path"]).relative_to(folder).as_posix()
+    folder = Path(images.config.path).resolve()
+    if isinstance(stored.content, str) and Path(stored.content).is_relative_to(folder):
+        return Path(stored.content).relative_to(folder).as_posix()
     return f"{images.config.split}/{index:08d}.png"

@@ -10,19 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from looc_ldm import __version__
+from looc_ldm.devices import choose_device
 from looc_ldm.errors import UserError
 from looc_ldm.files import check_folder
-
-
-def choose_device(name: str | None):
-    import torch
-
-    if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def load_pipeline(options: argparse.Namespace):
@@ -62,6 +52,7 @@ def load_images(options: argparse.Namespace, model):
     with as_user_errors(ValueError):
         model.bits_per_image(resolution, resolution)  # refuses a side that the model cannot take
     fit = options.fit or fit_in_training(options.model)
+    fit = "crop" if fit == "random_crop" else fit  # what that is where nothing is trained
     config = DataConfig(path=options.data, split=options.split or "", resolution=resolution, fit=fit)
     return load_image_set(config, model.config.in_channels)
 

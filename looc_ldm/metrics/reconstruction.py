@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,7 @@ def evaluate_reconstruction(
     batches: Iterable[torch.Tensor],
     measured_size: tuple[int, int] | None = None,
     features: InceptionFeatures | None = None,
+    lpips: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, float | int | str]:
     """Encode, quantize and decode images, and measure what came back and what it cost.
 
@@ -85,6 +86,8 @@ def evaluate_reconstruction(
             not flatter the figures. Where the margin is odd, the smaller half is above and to the left. The whole
             image if not given.
         features (`InceptionFeatures`, *optional*): Measure rFID too, with these features.
+        lpips (`Callable`, *optional*): Measure LPIPS too: the distances of two batches of RGB images in [-1, 1], for
+            instance `lpips.LPIPS(net="vgg")`.
 
     Returns:
         `dict`, ready for JSON:
@@ -93,6 +96,7 @@ def evaluate_reconstruction(
         - `images`: their number; `height`, `width`: the measured size in pixels.
         - `psnr` in dB, `ssim` in [-1, 1], `l1` (mean absolute error in [0, 1]): means over images. In the mean an
           image's PSNR counts as at most 100 dB, so that a single exact reconstruction does not make it infinite.
+          `lpips`, where it is given: of whole images, since its networks need some size, padding included.
         - `codebook_use`: the share of the codevectors that were used at least once over all images, in [0, 1].
         - `perplexity`: exp of the entropy of the codes of all images, in [1, K].
         - `bits_per_image`: the rate of the image the network was given, padding included.
@@ -107,13 +111,15 @@ def evaluate_reconstruction(
     if features is not None:
         features.check()
     totals = {"psnr": 0.0, "ssim": 0.0, "l1": 0.0}
+    if lpips is not None:
+        totals["lpips"] = 0.0
     code_counts = torch.zeros(model.config.num_vq_embeddings, dtype=torch.int64)
     images = 0
     given_size = None
     originals: list[torch.Tensor] = []
     reconstructions: list[torch.Tensor] = []
 
-    with _eval_mode(model):
+    with eval_mode(model):
         for batch in batches:
             _check_batch(batch, given_size)
             given_size = tuple(batch.shape[-2:])
@@ -125,6 +131,9 @@ def evaluate_reconstruction(
             totals["psnr"] += psnr(original, reconstruction).clamp(max=PSNR_CEILING).sum().item()
             totals["ssim"] += ssim(original, reconstruction).sum().item()
             totals["l1"] += (original - reconstruction).abs().mean(dim=(1, 2, 3)).cpu().double().sum().item()
+            if lpips is not None:
+                whole = (x.to(model.device, torch.float32).clamp(-1, 1) for x in (batch, output.sample))
+                totals["lpips"] += lpips(*(x.expand(-1, 3, -1, -1) for x in whole)).sum().item()  # grey ones as RGB
             code_counts += torch.bincount(output.indices.flatten(), minlength=len(code_counts)).cpu()
             images += len(batch)
             if features is not None:
@@ -206,7 +215,7 @@ def _window_means(x: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Every module gets its own mode back: `model.train()` would also wake what its owner has frozen."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -53,6 +53,7 @@ class Hub:
         failing_upload: From which upload on (counted from 1) connections are cut in the middle; None for never.
         corrupted: Paths whose contents are served with a flipped bit.
         after_listing: Called once, when the files of a repository have been listed.
+        messages: Of the commits, in order.
         refused_yaml: What `validate-yaml` answers with an error, if not empty.
     """
 
@@ -62,6 +63,7 @@ class Hub:
         self.requests: Counter[str] = Counter()
         self.uploads: list[str] = []
         self.started_uploads = 0
+        self.messages: list[str] = []
         self.failing_upload: int | None = None
         self.corrupted: set[str] = set()
         self.refused_yaml = ""
@@ -259,6 +261,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
+            elif line["key"] == "header":
+                self.hub.messages.append(value["summary"])
         answer = {}
         if self.query.get("create_pr") == ["1"]:
             repository.pull_requests += 1

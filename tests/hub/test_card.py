@@ -191,6 +191,14 @@ def test_the_training_is_described_as_configured(pipeline_folder):
     assert yaml.safe_load((pipeline_folder.parent / "config.yaml").read_text())["seed"] == 3
 
 
+def test_the_transform_of_the_images_is_stated(pipeline_folder):
+    assert "| resolution | 16x16, crop |" in write_card(pipeline_folder).read_text()
+    file = pipeline_folder / "training.json"
+    transform = "halved by box filters, centre crop 16x16"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"transform": transform}))
+    assert f"| transform | {transform} |" in write_card(pipeline_folder).read_text()
+
+
 def example(card: Path) -> str:
     return re.search(r"```py\n(.*?)```", card.read_text(), re.DOTALL)[1]
 

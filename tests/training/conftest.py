@@ -65,7 +65,7 @@ def garments(bundled, tmp_path_factory) -> Path:
     for label, name in enumerate(train.classes):
         (folder / name.replace("/", "-")).mkdir(parents=True)
         for index in np.flatnonzero(train.labels() == label)[:IMAGES_PER_CLASS].tolist():
-            stored = train.rows[index]["image"]["bytes"]
+            stored = train.source.read(index).content
             (folder / name.replace("/", "-") / f"{index:04d}.png").write_bytes(stored)
     return folder
 

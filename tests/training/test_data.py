@@ -1,229 +1,122 @@
-"""Images of any source at one size, and the stream of training images that depends on nothing but seed and position."""
+"""The stream of training images depends on nothing but seed and position, and survives images that cannot be read."""
 
-import os
-import shutil
-import subprocess
-import sys
-import time
+import pickle
 from dataclasses import replace
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
-from looc_ldm.errors import ConfigError, DataError, one_line_errors
-from looc_ldm.training.data import ImageStream, Stream, StreamBatches, load_image_set, load_image_sets, stream_loader
-
-CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-
-
-def write_image(file, color=(200, 100, 50), size=(40, 20)):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, color).save(file)
+from looc_ldm.errors import ConfigError, DataError, UnreadableImage, one_line_errors
+from looc_ldm.training.config import DataConfig
+from looc_ldm.training.data import (
+    ImageStream,
+    Report,
+    Stream,
+    StreamBatches,
+    load_image_set,
+    load_image_sets,
+    make_stream,
+    stream_loader,
+)
 
 
 def positions(total=32, start=0, batch_size=8, accumulation=1, rank=0, world_size=1) -> list[list[int]]:
     return list(StreamBatches(start, total, batch_size, accumulation, rank, world_size))
 
 
-# Sources ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_bundled_set_has_ten_balanced_classes(bundled):
-    train, validation = bundled
-    assert train.classes == validation.classes == CLASSES
-    assert np.bincount(train.labels()).tolist() == [800] * 10
-    assert np.bincount(validation.labels()).tolist() == [100] * 10
-    assert train.content_size == (28, 28)
-
-
-def test_fewer_validation_images_are_as_many_of_each_class(bundled):
-    train, _ = bundled
-    _, fewer = load_image_sets(replace(train.config, validation_images=50), channels=1)
-    assert len(fewer) == 50
-    by_class = np.bincount(fewer.labels(), minlength=10)
-    assert by_class.min() >= 1
-
-
-def test_folders_are_classes(small_data):
-    train, validation = load_image_sets(small_data, channels=1)
-    assert train.classes == validation.classes
-    assert len(train.classes) == 10
-    assert (len(train), len(validation)) == (64, 16)
-    image, label = train[0]
-    assert image.shape == (1, 32, 32)
-    assert image.dtype == torch.uint8
-    assert label == train.labels()[0]
-
-
-def test_held_out_images_are_not_trained_on(small_data):
-    train, validation = load_image_sets(small_data, channels=1)
-    name = {split: {row["image"]["path"] for row in split.rows} for split in (train, validation)}
-    assert len(name[train]) == 64
-    assert not name[train] & name[validation]
-
-
-def test_a_flat_folder_has_no_classes(tmp_path, small_data):
-    for i in range(3):
-        write_image(tmp_path / f"{i}.jpg")
-    train, _ = load_image_sets(replace(small_data, path=str(tmp_path), fit="crop", validation_images=1), channels=3)
-    assert train.classes == []
-    assert train[0][1] == -1
-    assert train.labels().tolist() == [-1, -1]
-
-
-def test_train_and_val_folders_are_splits_with_classes(tmp_path, small_data):
-    for split, count in (("train", 3), ("val", 2)):
-        for name in ("cat", "dog"):
-            for i in range(count):
-                write_image(tmp_path / split / name / f"{i}.png")
-    config = replace(small_data, path=str(tmp_path), fit="crop", validation_split="validation")
-    train, validation = load_image_sets(config, channels=3)
-    assert (len(train), len(validation)) == (6, 4)
-    assert train.classes == ["cat", "dog"]
-    assert train.labels().tolist() == [0, 0, 0, 1, 1, 1]
-    assert len(load_image_set(replace(config, split="", validation_split=None), channels=3)) == 4
-
-
-def test_parquet_files_are_splits_also_in_the_hubs_shards(tmp_path, bundled, small_data):
-    train, _ = bundled
-    rows = train.rows.cast_column("image", datasets.Image())
-    rows.select([0, 1]).to_parquet(tmp_path / "train-00000-of-00002.parquet")
-    rows.select([2]).to_parquet(tmp_path / "train-00001-of-00002.parquet")
-    rows.select([3]).to_parquet(tmp_path / "test.parquet")
-    loaded, held_out = load_image_sets(replace(small_data, path=str(tmp_path), validation_split="test"), channels=1)
-    assert (len(loaded), len(held_out)) == (3, 1)
-    assert loaded.classes == CLASSES
-    for ours, original in ((loaded[2], train[2]), (held_out[0], train[3])):
-        assert torch.equal(ours[0], original[0])
-        assert ours[1] == original[1]
-
-
-# Size and colour -------------------------------------------------------------------------------------------------
-
-
-def test_pad_puts_the_very_pixels_in_the_middle(bundled):
-    train, _ = bundled
-    original = train.rows.cast_column("image", datasets.Image())[5]["image"]
-    pixels = torch.from_numpy(np.array(original))
-    padded = train[5][0][0]
-    assert torch.equal(padded[2:30, 2:30], pixels)
-    assert padded.sum() == pixels.sum()  # black around it
-    assert pixels.sum() > 0
-
-
-def test_crop_keeps_the_middle_of_the_longer_side(tmp_path, small_data):
-    wide = Image.new("RGB", (96, 32), "red")
-    wide.paste((0, 0, 255), (32, 0, 64, 32))
-    (tmp_path / "a").mkdir()
-    for i in range(2):
-        wide.save(tmp_path / "a" / f"{i}.png")
-    config = replace(small_data, path=str(tmp_path), fit="crop", validation_images=1)
-    image, _ = load_image_sets(config, channels=3)[0][0]
-    assert torch.equal(image, torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None].expand(3, 32, 32))
-
-
-def test_crop_resizes_the_shorter_side(tmp_path, small_data):
-    for i in range(2):
-        write_image(tmp_path / f"{i}.png", size=(200, 100))
-    config = replace(small_data, path=str(tmp_path), fit="crop", validation_images=1)
-    image, _ = load_image_sets(config, channels=3)[0][0]
-    assert torch.equal(image[:, 0, 0], torch.tensor([200, 100, 50], dtype=torch.uint8))
-    assert torch.equal(image, image[:, :1, :1].expand(3, 32, 32))
-
-
-def test_one_channel_is_grey_and_three_are_colour(tmp_path, small_data):
-    for i in range(2):
-        write_image(tmp_path / f"{i}.png", color=(255, 0, 0))
-    config = replace(small_data, path=str(tmp_path), fit="crop", validation_images=1)
-    grey, colour = (load_image_sets(config, channels)[0][0][0] for channels in (1, 3))
-    assert grey.shape == (1, 32, 32)
-    assert grey[0, 0, 0] == 76  # 0.299 * 255: ITU-R 601 luma
-    assert colour[:, 0, 0].tolist() == [255, 0, 0]
-
-
-def test_other_numbers_of_channels_are_refused(small_data):
-    with pytest.raises(ConfigError, match=r"1 \(grey\) or 3 channels, the model asks for 4"):
-        load_image_sets(small_data, channels=4)
-
-
-# Bad input -------------------------------------------------------------------------------------------------------
-
-
-def test_pad_refuses_an_image_larger_than_the_resolution(small_data):
-    train, _ = load_image_sets(replace(small_data, resolution=24), channels=1)
-    with pytest.raises(DataError, match="28x28: fit=pad needs images of at most 24x24"):
-        train[0]
-
-
-def test_a_folder_without_images_is_refused(tmp_path, small_data):
-    (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(DataError, match="no images in the folder"):
-        load_image_sets(replace(small_data, path=str(tmp_path)), channels=1)
-
-
-def test_a_path_that_is_nothing_is_answered_with_what_is_allowed(small_data):
-    with pytest.raises(DataError, match=r"'garmets' is neither bundled \(fashion_mnist\), a folder, nor a hub id"):
-        load_image_sets(replace(small_data, path="garmets"), channels=1)
-
-
-def test_unknown_splits_and_columns_are_answered_with_the_known_ones(small_data):
-    for wrong, answer in (
-        ({"split": "training"}, "data.split='training': .* has the splits train"),
-        ({"validation_split": "val"}, "data.validation_split='val': .* has the splits train"),
-        ({"image_column": "picture"}, "data.image_column='picture': .* has image, label"),
-    ):
-        with pytest.raises(DataError, match=answer):
-            load_image_sets(replace(small_data, **wrong), channels=1)
-
-
-def test_holding_out_everything_is_refused(small_data):
-    with pytest.raises(DataError, match=r"data\.validation_images=80 leaves none to train on; at most 79"):
-        load_image_sets(replace(small_data, validation_images=80), channels=1)
-
-
 @pytest.fixture
-def truncated(tmp_path, small_data):
-    """A data set whose second image is a JPEG that ends too early."""
-    for i in range(4):
+def damaged(tmp_path, small_data) -> DataConfig:
+    """Twelve photographs, number 2 of which is a JPEG that ends too early and number 7 an empty file."""
+    for i in range(12):
         noise = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / f"{i}.jpg")
-    file = tmp_path / "1.jpg"
+        Image.fromarray(noise).save(tmp_path / f"{i:02d}.jpg")
+    file = tmp_path / "02.jpg"
     file.write_bytes(file.read_bytes()[:1000])
-    return load_image_sets(replace(small_data, path=str(tmp_path), fit="crop", validation_images=1), channels=3)[0]
+    (tmp_path / "07.jpg").write_bytes(b"")
+    return replace(small_data, path=str(tmp_path), fit="crop", validation_images=2)
 
 
-def test_a_truncated_image_is_named(truncated):
-    with pytest.raises(DataError, match=r"cannot read .*1\.jpg: .*truncated"):
-        [truncated[i] for i in range(len(truncated))]
+# Images that cannot be read --------------------------------------------------------------------------------------
 
 
-def test_a_truncated_image_read_by_a_worker_process_is_one_line(truncated, capsys):
-    loader = stream_loader(ImageStream(truncated, seed=0), StreamBatches(0, 3, 3, 1, 0, 1), 2, pin_memory=False)
+def test_what_cannot_be_read_is_named_where_nothing_may_be_left_out(damaged):
+    images = load_image_set(damaged, channels=3)
+    with pytest.raises(UnreadableImage, match=r"cannot read .*02\.jpg: .*truncated"):
+        images[2]
+    with pytest.raises(UnreadableImage, match=r"cannot read .*07\.jpg: the file is empty"):
+        images[7]
+
+
+def test_an_unreadable_image_met_by_a_worker_process_is_one_line(damaged, capsys):
+    loader = DataLoader(load_image_set(damaged, channels=3), batch_size=4, num_workers=1)
     with pytest.raises(SystemExit) as caught, one_line_errors():
         list(loader)
     assert caught.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: cannot read ")
-    assert "1.jpg" in lines[0]
+    assert "02.jpg" in lines[0]
 
 
-def test_a_hub_id_out_of_reach_is_one_line_at_once(tmp_path):
-    command = [sys.executable, "-m", "looc_ldm.training.autoencoder", "--config", "fashion_mnist/autoencoder"]
-    command += ["--data.path", "nobody/nothing"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    started = time.monotonic()
-    ended = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "run")], env=environment, capture_output=True, text=True, timeout=100
+def test_training_replaces_and_reports_what_cannot_be_read(damaged):
+    train, _ = load_image_sets(damaged, channels=3)
+    names = [train.source.read(index).name for index in range(len(train))]
+    readable = {index for index, name in enumerate(names) if not name.endswith(("02.jpg", "07.jpg"))}
+    stream = ImageStream(train, seed=0)
+    reported = 0
+    for position in range(3 * len(train)):
+        image, label, report = stream[position]
+        meant = stream.index_at(position)
+        assert report.unreadable[:1] == ([] if meant in readable else [names[meant]])
+        reported += len(report.unreadable)
+        originals = [train.read(index)[0].float() / 127.5 - 1 for index in readable]
+        matches = [torch.equal(image, o) or torch.equal(image, o.flip(-1)) for o in originals]
+        assert sum(matches) == 1
+        assert label == -1
+    assert reported >= 6  # each of the two in each of the three epochs
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_replacements_belong_to_positions_so_that_resuming_stays_exact(damaged, num_workers):
+    train, _ = load_image_sets(damaged, channels=3)
+
+    def batches(start):
+        division = StreamBatches(start, 40, 4, 1, 0, 1)
+        return list(stream_loader(make_stream(train, 5, division, num_workers), division, num_workers, False))
+
+    whole, rest = batches(0), batches(12)
+    assert sum(len(report.unreadable) for *_, report in rest) > 0
+    for (images, labels, report), (resumed_images, resumed_labels, resumed_report) in zip(whole[3:], rest, strict=True):
+        assert torch.equal(images, resumed_images)
+        assert torch.equal(labels, resumed_labels)
+        assert report == resumed_report
+
+
+def test_a_training_does_not_end_at_an_unreadable_validation_image(damaged, caplog):
+    _, validation = load_image_sets(replace(damaged, validation_images=12, validation_split="train"), channels=3)
+    pixels = list(validation.pixels())
+    assert len(pixels) == 12
+    assert torch.equal(pixels[2], pixels[3])  # the next one takes its place
+    assert torch.equal(pixels[7], pixels[8])
+    named = [record.getMessage() for record in caplog.records]
+    assert sum("02.jpg" in message for message in named) == 1
+    with pytest.raises(UnreadableImage, match=r"02\.jpg"):
+        validation.read(2)
+
+
+def test_data_without_a_readable_image_ends_training_with_one_line(tmp_path, small_data):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    train, validation = load_image_sets(
+        replace(small_data, path=str(tmp_path), fit="crop", validation_images=1), channels=3
     )
-    assert time.monotonic() - started < 60
-    assert ended.returncode == 2
-    assert len(ended.stderr.strip().splitlines()) == 1
-    assert ended.stderr.startswith("error: cannot load data.path='nobody/nothing'")
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(DataError, match="in a row cannot be read"):
+        ImageStream(train, seed=0)[0]
+    with pytest.raises(DataError, match="in a row cannot be read"):
+        validation[0]
 
 
 # The stream ------------------------------------------------------------------------------------------------------
@@ -251,7 +144,7 @@ def test_half_of_the_images_are_mirrored_anew_in_each_epoch(small_data):
     stream = ImageStream(train, seed=0)
     mirrored = {}
     for position in range(4 * len(train)):
-        index, (image, _) = stream.index_at(position), stream[position]
+        index, image = stream.index_at(position), stream[position][0]
         original = train[index][0].float() / 127.5 - 1
         if not torch.equal(original, original.flip(-1)):
             assert torch.equal(image, original) or torch.equal(image, original.flip(-1))
@@ -293,7 +186,7 @@ def test_a_resumed_stream_gives_the_images_and_flips_of_an_uninterrupted_one(sma
 
     whole, rest = batches(0), batches(72)  # in the middle of the second epoch of 64 images
     assert len(rest) == 11
-    for (images, labels), (resumed_images, resumed_labels) in zip(whole[9:], rest, strict=True):
+    for (images, labels, _), (resumed_images, resumed_labels, _) in zip(whole[9:], rest, strict=True):
         assert torch.equal(images, resumed_images)
         assert torch.equal(labels, resumed_labels)
 
@@ -305,43 +198,63 @@ def test_making_a_loader_draws_no_random_numbers(small_data):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_data_put_in_place_of_other_data_is_the_data_that_is_read(tmp_path, garments, small_data):
-    shutil.copytree(garments, tmp_path / "images")
-    config = replace(small_data, path=str(tmp_path / "images"))
-    before, _ = load_image_sets(config, channels=1)
-    shutil.rmtree(next((tmp_path / "images").iterdir()))
-    after, _ = load_image_sets(config, channels=1)
-    assert (len(before), len(after)) == (64, 56)
-    assert len(after.classes) == 9
+def test_random_crops_belong_to_positions_and_reach_both_ends(tmp_path, small_data):
+    columns = Image.fromarray(np.tile(np.arange(96, dtype=np.uint8), (32, 1)))  # 96 wide: left edges 0 to 64 fit
+    for i in range(4):
+        columns.save(tmp_path / f"{i}.png")
+    config = replace(small_data, path=str(tmp_path), fit="random_crop", flip=False, validation_images=1)
+    train, validation = load_image_sets(config, channels=1)
+    stream, again = ImageStream(train, seed=0), ImageStream(train, seed=0)
+    left = [round((stream[position][0][0, 0, 0].item() + 1) * 127.5) for position in range(90)]
+    assert left == [round((again[position][0][0, 0, 0].item() + 1) * 127.5) for position in range(90)]
+    assert min(left) < 8
+    assert max(left) > 56
+    assert 24 < np.mean(left) < 40
+    assert validation[0][0][0, 0, 0] == train[0][0][0, 0, 0] == 32  # the centre, where nothing is trained
 
 
-def test_pad_refuses_images_of_several_sizes(small_data, tmp_path):
-    for i, size in enumerate([(28, 28), (28, 28), (20, 24)]):
-        Image.new("L", size).save(tmp_path / f"{i}.png")
-    train, held_out = load_image_sets(replace(small_data, path=str(tmp_path), validation_images=1), channels=1)
-    with pytest.raises(DataError, match="20x24: fit=pad needs images of one size, and the first is 28x28"):
-        [images[i] for images in (train, held_out) for i in range(len(images))]
-
-
-def test_a_broken_parquet_file_is_one_line(small_data, tmp_path):
-    (tmp_path / "train.parquet").write_text("not parquet")
-    with pytest.raises(DataError, match=r"cannot load data\.path"):
-        load_image_sets(replace(small_data, path=str(tmp_path)), channels=1)
-
-
-def test_sixteen_bit_images_keep_their_greys(small_data, tmp_path):
+def test_crops_and_flips_are_drawn_independently(tmp_path, small_data):
+    columns = Image.fromarray(np.tile(np.arange(96, dtype=np.uint8), (32, 1)))
     for i in range(2):
-        Image.fromarray(np.full((28, 28), 30000, np.uint16)).save(tmp_path / f"{i}.png")
-    train, _ = load_image_sets(replace(small_data, path=str(tmp_path), validation_images=1), channels=1)
-    assert train[0][0][0, 16, 16] == 30000 // 256
+        columns.save(tmp_path / f"{i}.png")
+    train, _ = load_image_sets(
+        replace(small_data, path=str(tmp_path), fit="random_crop", validation_images=1), channels=1
+    )
+    stream = ImageStream(train, seed=0)
+    rows = torch.stack([stream[position][0][0, 0] for position in range(200)])
+    mirrored = (rows[:, 0] > rows[:, -1]).numpy()
+    left = rows.amin(1).numpy()
+    assert 0.35 < mirrored.mean() < 0.65
+    assert abs(np.corrcoef(mirrored, left)[0, 1]) < 0.25
 
 
-def test_words_in_file_names_are_not_splits(small_data, tmp_path):
-    folder = tmp_path / "odd [1] name"
-    for label in ("a", "b"):
-        (folder / label).mkdir(parents=True)
-        for name in ("ILSVRC2012_val_1", "test_2", "3"):
-            Image.new("L", (28, 28)).save(folder / label / f"{name}.png")
-    train, held_out = load_image_sets(replace(small_data, path=str(folder), validation_images=1), channels=1)
-    assert len(train) + len(held_out) == 6
-    assert train.classes == ["a", "b"]
+def test_a_stream_can_be_sent_to_workers_that_share_no_memory(small_data, bundled):
+    for train in (load_image_sets(small_data, channels=1)[0], bundled[0]):
+        stream = ImageStream(train, seed=2)
+        sent = pickle.loads(pickle.dumps(stream))
+        for position in (0, 5, 200):
+            assert torch.equal(sent[position][0], stream[position][0])
+            assert sent[position][1:] == stream[position][1:]
+
+
+def test_batches_are_tensors_and_one_report(small_data):
+    train, _ = load_image_sets(small_data, channels=1)
+    batches = StreamBatches(0, 8, 8, 1, 0, 1)
+    images, labels, report = next(iter(stream_loader(make_stream(train, 0, batches, 0), batches, 0, False)))
+    assert images.shape == (8, 1, 32, 32)
+    assert images.is_contiguous()
+    assert (labels.shape, labels.dtype) == ((8,), torch.int64)
+    assert report == Report(unreadable=[], cursor=None)
+
+
+def test_a_worker_computes_on_one_thread(small_data):
+    batches = StreamBatches(0, 4, 2, 1, 0, 1)
+    loader = stream_loader(ThreadCounts(), batches, 1, False)
+    assert [counts.tolist() for counts, _ in loader] == [[1, 1], [1, 1]]
+
+
+class ThreadCounts(Dataset):
+    """A stream of the number of threads that PyTorch may use where it is read."""
+
+    def __getitem__(self, position):
+        return torch.get_num_threads(), Report()

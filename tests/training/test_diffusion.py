@@ -13,11 +13,18 @@ from looc_ldm import LooCLDMPipeline
 from looc_ldm.errors import ConfigError, ModelError
 from looc_ldm.loading import load_autoencoder
 from looc_ldm.training import diffusion
-from looc_ldm.training.config import DataConfig
+from looc_ldm.training.config import DataConfig, check_config
 from looc_ldm.training.diffusion import Denoiser, make_scheduler
 from looc_ldm.training.latents import LatentCache, LatentStream
 from looc_ldm.training.run import Run
 
+UNET = {
+    "type": "UNet2DModel",
+    "down_block_types": ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+    "block_out_channels": [16],
+    "norm_num_groups": 4,
+}
 ATTENDING_UNET = {
     "type": "UNet2DConditionModel",
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
@@ -90,6 +97,79 @@ def test_the_loss_is_the_distance_to_the_noise_or_the_velocity(
     target = noise if prediction_type == "epsilon" else kept.sqrt() * noise - (1 - kept).sqrt() * latents
     distance = (prediction - target).abs() if loss == "l1" else (prediction - target).square()
     assert log_lines(tmp_path)[0]["loss"] == pytest.approx(distance.mean().item(), rel=1e-5)
+
+
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+FLOW = {"type": "FlowMatchEulerDiscreteScheduler"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "prediction_type"),
+    [
+        ({"scheduler": {"prediction_type": "sample"}}, "sample"),
+        ({"scheduler": {"prediction_type": "sample"}, "loss_weighting": "min_snr"}, "sample"),
+        (
+            {"scheduler": ZERO_SNR, "loss_weighting": "min_snr", "min_snr_gamma": 1.0},
+            "v_prediction",
+        ),
+        ({"scheduler": FLOW, "timestep_sampling": "logit_normal"}, "flow_prediction"),
+        ({"scheduler": {**FLOW, "shift": 3.0}}, "flow_prediction"),
+    ],
+)
+def test_what_was_predicted_is_saved_and_the_pipeline_draws_by_it(
+    diffusion_config, tmp_path, settings, prediction_type
+):
+    pipe = LooCLDMPipeline.from_pretrained(diffusion.train(diffusion_config(tmp_path, total_images=16, **settings)))
+    assert pipe.config.prediction_type == prediction_type
+    assert pipe(batch_size=2, num_inference_steps=2, output_type="pt").images.isfinite().all()
+    assert log_lines(tmp_path)[-1]["loss"] > 0
+
+
+def test_latents_encoded_in_the_loop_are_those_of_the_cache(diffusion_config, tmp_path, calls):
+    diffusion.train(diffusion_config(tmp_path / "cached", class_conditional=True))
+    cached = list(calls)
+    calls.clear()
+    diffusion.train(diffusion_config(tmp_path / "online", class_conditional=True, cache_latents=False))
+    assert not (tmp_path / "online" / "latents").exists()
+    assert len(cached) == len(calls)
+    for (noisy, timesteps, labels, _), (other_noisy, other_timesteps, other_labels, _) in zip(
+        cached, calls, strict=True
+    ):
+        assert torch.equal(timesteps, other_timesteps)
+        assert torch.equal(labels, other_labels)
+        torch.testing.assert_close(noisy, other_noisy, rtol=0, atol=5e-3)  # the cache is half precision
+
+
+def test_random_crops_are_encoded_in_the_loop_or_refused(diffusion_config, small_data, tmp_path):
+    data = replace(small_data, fit="random_crop")
+    diffusion.train(diffusion_config(tmp_path, data=data, cache_latents=False, total_images=8))
+    with pytest.raises(ConfigError, match="cache_latents must be false"):
+        check_config(diffusion_config(tmp_path, data=data))
+
+
+def test_a_step_whose_gradients_are_not_finite_changes_nothing_and_is_counted(diffusion_config, tmp_path, monkeypatch):
+    forward, steps = Denoiser.forward, []
+
+    def sometimes_nan(denoiser, noisy, timesteps, labels):
+        steps.append({name: tensor.clone() for name, tensor in denoiser.state_dict().items()})
+        return forward(denoiser, noisy, timesteps, labels) * (torch.nan if len(steps) == 3 else 1.0)
+
+    monkeypatch.setattr(Denoiser, "forward", sometimes_nan)
+    diffusion.train(diffusion_config(tmp_path, preview_every_images=10**6))
+    assert all(torch.equal(steps[2][name], steps[3][name]) for name in steps[2])
+    assert not all(torch.equal(steps[3][name], steps[4][name]) for name in steps[2])
+    assert [line["skipped_steps"] for line in log_lines(tmp_path)] == [0, 0, 1, 1, 1, 1]
+    assert json.loads((tmp_path / "pipeline" / "training.json").read_text())["skipped_steps"] == 1
+
+
+def test_training_with_checkpointed_activations_goes_the_same_way(diffusion_config, tmp_path):
+    runs = {
+        name: weights(diffusion.train(diffusion_config(tmp_path / name, total_images=8, **settings)))
+        for name, settings in (("plain", {}), ("checkpointed", {"gradient_checkpointing": True}))
+    }
+    assert runs["plain"].keys() == runs["checkpointed"].keys()
+    for name, tensor in runs["plain"].items():
+        torch.testing.assert_close(tensor, runs["checkpointed"][name], rtol=0, atol=1e-6)
 
 
 def test_the_saved_scheduler_says_what_was_predicted(diffusion_config, tmp_path):
@@ -284,8 +364,15 @@ def test_an_autoencoder_whose_weights_are_of_another_architecture_is_refused(
         ({"unet": {"layers_per_blok": 1}}, "unet has no argument 'layers_per_blok'; did you mean 'layers_per_block'"),
         ({"unet": ATTENDING_UNET}, "UNet2DConditionModel needs class_conditional and class_embedding_dim"),
         ({"scheduler": {"type": "Euler"}}, r"scheduler\.type must be the name of a diffusers scheduler, got 'Euler'"),
-        ({"scheduler": {"prediction_type": "sample"}}, "must be one of epsilon, v_prediction, got 'sample'"),
-        ({"scheduler": {"type": "FlowMatchEulerDiscreteScheduler"}}, "must be one of epsilon, v_prediction, got None"),
+        ({"scheduler": {"type": "EDMEulerScheduler"}}, "EDMEulerScheduler"),
+        ({"scheduler": {"rescale_betas_zero_snr": True}}, "needs scheduler.prediction_type=v_prediction or sample"),
+        ({"scheduler": FLOW, "loss_weighting": "min_snr"}, "flow matching"),
+        ({"unet": {**UNET, "sample_size": 8}}, r"unet\.sample_size is 8 in the config, but 16 by the data"),
+        ({"unet": {**UNET, "in_channels": 3}}, r"unet\.in_channels is 3 in the config, but 4 by the data"),
+        (
+            {"unet": {**UNET, "num_class_embeds": 10}, "class_conditional": True},
+            r"unet\.num_class_embeds is 10 in the config, but 11 by the data",
+        ),
     ],
 )
 def test_networks_and_schedulers_that_do_not_exist_are_refused(diffusion_config, tmp_path, settings, message):

@@ -1,22 +1,37 @@
 """Latents are what the encoder gives, encoded once, and stage 2's randomness belongs to positions of its stream."""
 
 import json
+import logging
+import os
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from looc_ldm import LooCVQModel
-from looc_ldm.errors import ConfigError
+from looc_ldm.errors import ConfigError, ModelError
 from looc_ldm.images import to_float
-from looc_ldm.training.data import StreamBatches, load_image_sets, stream_loader
-from looc_ldm.training.latents import LatentStream, cache_latents, latent_side, measure_scaling_factor
+from looc_ldm.training.config import DataConfig
+from looc_ldm.training.data import ImageStream, Report, StreamBatches, load_image_sets, stream_loader
+from looc_ldm.training.latent_cache import Shards
+from looc_ldm.training.latents import (
+    LatentCache,
+    LatentStream,
+    OnlineLatentStream,
+    cache_latents,
+    latent_side,
+    measure_scaling_factor,
+)
 
 CLASS_DROPOUT = 0.1
 HALF = 2e-3  # latents of up to 4 in size are stored in half precision
+SHARD_BYTES = 10 * 2 * 2 * 4 * 16 * 16  # of ten images and their mirror images
 
 
 @pytest.fixture
@@ -35,8 +50,9 @@ def accelerator():
 
 
 @pytest.fixture
-def cache(model, images, accelerator, tmp_path):
-    return cache_latents(model, images, tmp_path / "latents", accelerator)
+def cache(model, images, accelerator, tmp_path) -> LatentCache:
+    """In seven shards, the last with four images."""
+    return cache_latents(model, images, tmp_path / "latents", accelerator, shard_bytes=SHARD_BYTES)
 
 
 @pytest.fixture
@@ -56,32 +72,73 @@ def encoded(model, images, index: int, flip: bool = False) -> torch.Tensor:
     return model.encode((image.flip(-1) if flip else image)[None]).latents[0]
 
 
+def everything(cache: LatentCache) -> torch.Tensor:
+    """All latents and then those of all mirrored images, `(2 n, c, h, w)` in float64."""
+    return torch.stack([cache.read(i, flip)[0] for flip in (False, True) for i in range(len(cache))]).double()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+# What is cached ---------------------------------------------------------------------------------------------------
+
+
 def test_cached_latents_are_the_encoders_output_of_each_image_and_of_its_mirror_image(cache, model, images):
-    assert cache.latents.shape == (64, 4, 16, 16)
-    for index in (0, 17, 63):
-        for source, flip in ((cache.latents, False), (cache.flipped, True)):
-            ours, theirs = torch.from_numpy(source[index].copy()), encoded(model, images, index, flip)
-            torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=HALF)
-    assert np.abs(cache.latents - cache.flipped).max() > 0.01
+    assert (len(cache), cache.shape) == (64, (4, 16, 16))
+    for index in (0, 9, 10, 17, 63):
+        for flip in (False, True):
+            latents, _ = cache.read(index, flip)
+            torch.testing.assert_close(latents.float(), encoded(model, images, index, flip), rtol=0, atol=HALF)
+    straight, flipped = everything(cache).chunk(2)
+    assert (straight - flipped).abs().max() > 0.01
 
 
-def test_labels_and_classes_go_with_the_latents(cache, images):
+def test_labels_classes_and_places_in_the_data_set_go_with_the_latents(cache, images):
     assert cache.labels.tolist() == images.labels().tolist()
+    assert [cache.read(index)[1] for index in range(64)] == images.labels().tolist()
+    assert cache.indices.tolist() == list(range(64))
     assert cache.classes == images.classes
+
+
+def test_shards_hold_the_tensors_that_they_are_documented_to_hold(cache):
+    assert names(cache.folder) == ["description.json", *(f"latents-{i:05d}-of-00007.safetensors" for i in range(7))]
+    last = load_file(cache.folder / "latents-00006-of-00007.safetensors")
+    kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in last.items()}
+    rows, latents = ((4,), torch.int64), ((4, 4, 16, 16), torch.float16)
+    assert kinds == {"indices": rows, "labels": rows, "latents": latents, "flipped": latents}
+
+
+@pytest.mark.parametrize(("images", "shards", "largest"), [(64, 1, 64), (70_000, 65, 1093), (1_281_167, 157, 8192)])
+def test_shards_have_at_most_64_mib_and_those_of_small_data_sets_are_smaller(images, shards, largest):
+    cut = Shards.fitting(Path("latents"), images, image_bytes=2 * 4 * 32 * 32)
+    assert len(cut) == shards
+    assert [i for number in range(shards) for i in cut.span(number)] == list(range(images))
+    assert max(len(cut.span(number)) for number in range(shards)) == largest <= 64 * 2**20 / (2 * 4 * 32 * 32)
 
 
 def test_without_flips_no_mirror_images_are_encoded(model, small_data, accelerator, tmp_path):
     images, _ = load_image_sets(replace(small_data, flip=False), channels=1)
-    cache = cache_latents(model, images, tmp_path / "latents", accelerator)
-    assert cache.flipped is None
-    assert not (tmp_path / "latents" / "flipped.npy").exists()
+    cache = cache_latents(model, images, tmp_path, accelerator)
+    assert not cache.flipped
+    assert "flipped" not in load_file(tmp_path / "latents-00000-of-00001.safetensors")
+
+
+def test_only_the_encoder_runs(model, images, accelerator, tmp_path):
+    def refuse(*_):
+        raise AssertionError("not needed for latents")
+
+    for part in (model.decoder, model.quantize, model.post_quant_conv):
+        part.register_forward_pre_hook(refuse)
+    assert len(cache_latents(model, images, tmp_path, accelerator)) == 64
 
 
 def test_mean_and_standard_deviation_are_those_of_all_cached_latents(cache):
-    everything = np.concatenate([cache.latents, cache.flipped]).astype(np.float64)
-    assert cache.standard_deviation == pytest.approx(everything.std(), rel=1e-6)
-    assert cache.channel_mean == pytest.approx(everything.mean((0, 2, 3)), rel=1e-3, abs=1e-5)
-    assert cache.channel_std == pytest.approx(everything.std((0, 2, 3)), rel=1e-5)
+    latents = everything(cache)
+    assert cache.standard_deviation == pytest.approx(latents.std(correction=0).item(), rel=1e-9)
+    assert cache.channel_mean == pytest.approx(latents.mean((0, 2, 3)).tolist(), rel=1e-9)
+    assert cache.channel_std == pytest.approx(latents.std((0, 2, 3), correction=0).tolist(), rel=1e-9)
+    assert cache.moments.count == 2 * 64 * 16 * 16
 
 
 def test_whitened_latents_have_zero_mean_and_unit_deviation_in_each_channel(cache, model):
@@ -99,70 +156,29 @@ def test_the_scaling_factor_is_one_over_the_standard_deviation(model, images):
     assert measure_scaling_factor(model, pixels.split(4)) == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_the_same_model_and_data_are_not_encoded_again(cache, model, images, accelerator, tmp_path, monkeypatch):
-    def refuse(*args):
-        raise AssertionError("encoded again")
+def test_the_encoder_computes_in_bfloat16_only_if_asked(cache, model, images, accelerator, tmp_path):
+    folder = tmp_path / "bfloat16"
+    asked = cache_latents(model, images, folder, accelerator, dtype=torch.bfloat16)
+    assert (cache.precision, asked.precision) == ("float32", "bfloat16")
+    assert 2e-4 < (everything(cache) - everything(asked)).abs().mean() < 2e-2  # rounding to half precision: 2e-6
+    assert cache_latents(model, images, folder, accelerator).precision == "bfloat16"  # complete, and nothing was asked
+    with pytest.raises(ConfigError, match=r"latents of another precision \(bfloat16 -> float32\)"):
+        cache_latents(model, images, folder, accelerator, dtype=torch.float32)
 
-    monkeypatch.setattr(model, "encode", refuse)
-    again = cache_latents(model, images, tmp_path / "latents", accelerator)
-    assert np.array_equal(again.latents, cache.latents)
 
-
-def test_latents_of_other_weights_are_refused_and_kept(cache, model, images, accelerator, tmp_path):
-    old = cache.latents[3].copy()
+def test_latents_that_are_not_finite_in_half_precision_are_an_error(model, images, accelerator, tmp_path):
     with torch.no_grad():
-        model.quant_conv.bias.add_(1)
-    with pytest.raises(ConfigError, match="latents of another autoencoder"):
+        model.quant_conv.weight.mul_(1e6)
+    with pytest.raises(ModelError, match=r"the latents of image \d+ are not finite, or larger than half precision"):
         cache_latents(model, images, tmp_path / "latents", accelerator)
-    assert np.array_equal(np.load(tmp_path / "latents" / "latents.npy")[3], old)
+    assert names(tmp_path / "latents") == []
 
 
-def test_another_codebook_leaves_the_latents_valid(cache, model, images, accelerator, tmp_path):
-    description = (tmp_path / "latents" / "description.json").read_text()
-    with torch.no_grad():
-        model.quantize.embedding.weight.add_(1)
-    cache_latents(model, images, tmp_path / "latents", accelerator)
-    assert (tmp_path / "latents" / "description.json").read_text() == description
-
-
-def test_latents_of_another_transform_are_refused(cache, model, small_data, accelerator, tmp_path):
-    cropped, _ = load_image_sets(replace(small_data, fit="crop"), channels=1)
-    with pytest.raises(ConfigError, match="another autoencoder, data set or transform"):
-        cache_latents(model, cropped, tmp_path / "latents", accelerator)
-
-
-def test_an_empty_folder_will_do(model, images, accelerator, tmp_path):
-    (tmp_path / "empty").mkdir()
-    assert len(cache_latents(model, images, tmp_path / "empty", accelerator)) == len(images)
-
-
-def test_an_interrupted_encoding_leaves_nothing_that_looks_finished(
-    model, small_data, accelerator, tmp_path, monkeypatch
-):
-    images, _ = load_image_sets(replace(small_data, validation_images=1, flip=False), channels=1)  # 79: two batches
-    encode, calls = model.encode, []
-
-    def interrupted(batch):
-        calls.append(len(batch))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return encode(batch)
-
-    monkeypatch.setattr(model, "encode", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+def test_data_that_is_cropped_at_random_is_not_cached(model, small_data, accelerator, tmp_path):
+    images, _ = load_image_sets(replace(small_data, fit="random_crop"), channels=1)
+    with pytest.raises(ConfigError, match=r"latents cannot be cached with data\.fit=random_crop; set"):
         cache_latents(model, images, tmp_path / "latents", accelerator)
     assert not (tmp_path / "latents").exists()
-    cache = cache_latents(model, images, tmp_path / "latents", accelerator)
-    assert calls == [64, 15, 64, 15]
-    assert np.abs(cache.latents).max(axis=(1, 2, 3)).min() > 0  # no image was left out
-    assert [file.name for file in tmp_path.iterdir()] == ["latents"]
-
-
-def test_a_folder_of_something_else_is_not_overwritten(model, images, accelerator, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="holds something else than cached latents"):
-        cache_latents(model, images, tmp_path, accelerator)
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 def test_a_resolution_that_the_autoencoder_cannot_halve_is_refused(model, small_data):
@@ -170,26 +186,174 @@ def test_a_resolution_that_the_autoencoder_cannot_halve_is_refused(model, small_
         latent_side(model, replace(small_data, resolution=31))
 
 
+# What is read again, and what is stale ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_data(garments, tmp_path) -> DataConfig:
+    """All 80 garments in a folder of the test's own."""
+    for file in garments.rglob("*.png"):
+        copied = tmp_path / "own" / file.relative_to(garments)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copied.write_bytes(file.read_bytes())
+    return DataConfig(path=str(tmp_path / "own"), validation_images=1, resolution=32, fit="pad", num_workers=0)
+
+
+def test_the_same_model_and_data_are_not_encoded_again(cache, model, images, accelerator, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(model, "encode", refuse)
+    again = cache_latents(model, images, cache.folder, accelerator)
+    assert torch.equal(everything(again), everything(cache))
+
+
+def test_other_weights_of_the_encoder_are_refused_and_the_latents_kept(cache, model, images, accelerator):
+    before = everything(cache)
+    with torch.no_grad():
+        model.quant_conv.bias.add_(1)
+    with pytest.raises(ConfigError, match=r"holds latents of another autoencoder \(encoder weights\); delete it"):
+        cache_latents(model, images, cache.folder, accelerator)
+    assert torch.equal(everything(LatentCache(cache.folder)), before)
+
+
+def test_another_codebook_leaves_the_latents_valid(cache, model, images, accelerator):
+    description = (cache.folder / "description.json").stat().st_mtime_ns
+    with torch.no_grad():
+        model.quantize.embedding.weight.add_(1)
+    model.register_to_config(scaling_factor=3.0)
+    cache_latents(model, images, cache.folder, accelerator)
+    assert (cache.folder / "description.json").stat().st_mtime_ns == description
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fit": "crop"}, r"another transform \(fit: pad -> crop\)"),
+        ({"flip": False}, r"another transform \(flip: True -> False\)"),
+        ({"resolution": 64}, r"another transform \(resolution: 32 -> 64\)"),
+        ({"validation_images": 15}, r"another data set \(labels, number of images: 64 -> 65, stored images\)"),
+    ],
+)
+def test_latents_of_another_transform_or_data_are_refused_and_the_message_says_what_differs(
+    cache, model, small_data, accelerator, changes, message
+):
+    images, _ = load_image_sets(replace(small_data, **changes), channels=1)
+    with pytest.raises(ConfigError, match=f"holds latents of {message}; delete it"):
+        cache_latents(model, images, cache.folder, accelerator)
+
+
+def test_a_data_set_whose_pixels_were_replaced_is_another_one(own_data, model, accelerator, tmp_path):
+    images, _ = load_image_sets(own_data, channels=1)
+    cache_latents(model, images, tmp_path / "latents", accelerator)
+    one, other = sorted(Path(own_data.path).rglob("*.png"))[10:12]
+    one.write_bytes(other.read_bytes())
+    images, _ = load_image_sets(own_data, channels=1)
+    with pytest.raises(ConfigError, match=r"another data set \(stored images\)"):
+        cache_latents(model, images, tmp_path / "latents", accelerator)
+
+
+def test_a_data_set_that_was_moved_is_the_same(own_data, model, accelerator, tmp_path):
+    cache_latents(model, load_image_sets(own_data, channels=1)[0], tmp_path / "latents", accelerator)
+    Path(own_data.path).rename(tmp_path / "moved")
+    moved, _ = load_image_sets(replace(own_data, path=str(tmp_path / "moved"), num_workers=1), channels=1)
+    assert len(cache_latents(model, moved, tmp_path / "latents", accelerator)) == 79
+
+
+def test_images_in_parquet_files_have_a_fingerprint_too(garments, model, accelerator, tmp_path):
+    stored = [file.read_bytes() for file in sorted(garments.rglob("*.png"))[:12]]
+    features = datasets.Features({"image": datasets.Image()})
+
+    def images_of(name: str, contents: list[bytes]):
+        (tmp_path / name).mkdir()
+        rows = {"image": [{"bytes": content, "path": None} for content in contents]}
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / name / "train.parquet")
+        data = DataConfig(path=str(tmp_path / name), validation_images=1, resolution=32, fit="pad", num_workers=0)
+        return load_image_sets(data, channels=1)[0]
+
+    cache_latents(model, images_of("one", stored), tmp_path / "latents", accelerator)
+    cache_latents(model, images_of("same", stored), tmp_path / "latents", accelerator)
+    with pytest.raises(ConfigError, match=r"another data set \(stored images\)"):
+        cache_latents(
+            model, images_of("other", [*stored[:5], stored[0], *stored[6:]]), tmp_path / "latents", accelerator
+        )
+
+
+def test_the_format_of_an_older_version_is_refused_with_the_way_out(model, images, accelerator, tmp_path):
+    np.save(tmp_path / "latents.npy", np.zeros((64, 4, 16, 16), np.float16))
+    (tmp_path / "description.json").write_text(json.dumps({"fingerprint": "12ab", "classes": []}))
+    with pytest.raises(
+        ConfigError, match=r"in the format of another version of looc-ldm; delete it, and they are enco"
+    ):
+        cache_latents(model, images, tmp_path, accelerator)
+    assert names(tmp_path) == ["description.json", "latents.npy"]
+
+
+def test_an_empty_folder_will_do(model, images, accelerator, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert len(cache_latents(model, images, tmp_path / "empty", accelerator)) == len(images)
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "latents-final.safetensors", "description.json"])
+def test_a_folder_of_something_else_is_not_touched(model, images, accelerator, tmp_path, name):
+    (tmp_path / name).write_text('{"years of": "work"}')
+    with pytest.raises(ConfigError, match=r"holds something else than cached latents|not the description of cached"):
+        cache_latents(model, images, tmp_path, accelerator)
+    assert (tmp_path / name).read_text() == '{"years of": "work"}'
+
+
+def test_a_shard_that_was_lost_or_cut_off_is_encoded_anew_and_the_others_kept(
+    cache, model, images, accelerator, caplog
+):
+    before, shards = everything(cache), sorted(cache.folder.glob("*.safetensors"))
+    shards[2].unlink()
+    os.truncate(shards[4], 100_000 // 4)
+    kept = {file: file.stat().st_mtime_ns for file in shards if file not in (shards[2], shards[4])}
+    with caplog.at_level(logging.WARNING):
+        again = cache_latents(model, images, cache.folder, accelerator, shard_bytes=SHARD_BYTES)
+    assert "latents-00002-of-00007.safetensors is missing or cut off" in caplog.text
+    assert torch.equal(everything(again), before)
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+
+# Reading ----------------------------------------------------------------------------------------------------------
+
+
 def test_a_cache_that_is_sent_to_another_process_is_its_folder(cache):
+    cache.read(5)
     sent = pickle.dumps(cache)
     assert len(sent) < 1000
-    assert np.array_equal(pickle.loads(sent).latents, cache.latents)
+    assert torch.equal(everything(pickle.loads(sent)), everything(cache))
 
 
-# The stream ------------------------------------------------------------------------------------------------------
+def test_an_index_outside_of_the_cache_is_refused(cache):
+    for index in (-1, 64):
+        with pytest.raises(IndexError, match=rf"index must be in \[0, 64\), got {index}"):
+            cache.read(index)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="lists the open files of a process as Linux does")
+def test_no_file_stays_open_however_many_shards_there_are(cache):
+    before = len(os.listdir("/proc/self/fd"))
+    everything(cache)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# The stream -------------------------------------------------------------------------------------------------------
 
 
 def test_an_example_is_the_scaled_latent_of_an_image_or_of_its_mirror_image(cache, scaled_by):
     stream = LatentStream(cache, scaled_by(2.0), seed=0)
     mirrored = []
     for position in range(64):
-        latents, label, noise, *_ = stream[position]
+        latents, label, noise, _, _, report = stream[position]
         index = stream.index_at(position)
-        straight, flipped = (torch.from_numpy(2 * source[index]) for source in (cache.latents, cache.flipped))
+        straight, flipped = (2 * cache.read(index, flip)[0].float() for flip in (False, True))
         assert torch.equal(latents, straight) or torch.equal(latents, flipped)
         mirrored.append(not torch.equal(latents, straight))
         assert label == cache.labels[index]
         assert noise.shape == latents.shape
+        assert report == Report()
     assert 0.3 < np.mean(mirrored) < 0.7
 
 
@@ -204,7 +368,7 @@ def test_all_that_is_random_belongs_to_the_position_not_to_batch_rank_or_worker(
     def examples(batch_size, rank=0, world_size=1, num_workers=0):
         batches = StreamBatches(0, 96, batch_size, 1, rank, world_size)
         loader = stream_loader(stream, batches, num_workers, pin_memory=False)
-        rows = [row for batch in loader for row in zip(*batch, strict=True)]
+        rows = [row for *tensors, _ in loader for row in zip(*tensors, strict=True)]
         return dict(zip([p for batch in batches for p in batch], rows, strict=True))
 
     alone = examples(32)
@@ -216,7 +380,7 @@ def test_all_that_is_random_belongs_to_the_position_not_to_batch_rank_or_worker(
 
 def test_noise_time_and_dropout_are_independent_draws_of_their_laws(cache, scaled_by):
     stream = LatentStream(cache, scaled_by(1.0), seed=0)
-    _, _, noise, time, dropout = zip(*(stream[p] for p in range(2000)), strict=True)
+    _, _, noise, time, dropout, _ = zip(*(stream[p] for p in range(2000)), strict=True)
     noise = torch.stack(noise)
     assert noise.std().item() == pytest.approx(1, abs=0.01)
     assert noise.mean().item() == pytest.approx(0, abs=0.01)
@@ -233,7 +397,27 @@ def test_an_image_gets_new_noise_in_each_epoch_and_with_each_seed(cache, scaled_
     assert not torch.equal(stream[0][2], other[0][2])
 
 
-def test_the_description_says_what_the_latents_are(cache, tmp_path, images):
-    description = json.loads((tmp_path / "latents" / "description.json").read_text())
-    assert description["classes"] == images.classes
-    assert description["standard_deviation"] == cache.standard_deviation
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_encoded_in_the_loop_are_the_same_training_as_cached_latents(cache, scaled_by, images, num_workers):
+    model = scaled_by(1.0)
+    batches = StreamBatches(64, 128, 16, 1, 0, 1)
+    online = OnlineLatentStream(ImageStream(images, seed=3), cache.shape, seed=3)
+    ours = stream_loader(online, batches, num_workers, pin_memory=False)
+    theirs = stream_loader(LatentStream(cache, model, seed=3), batches, num_workers, pin_memory=False)
+    for (pixels, *draws, report), (latents, *cached_draws, cached_report) in zip(ours, theirs, strict=True):
+        assert len(draws) == 4  # labels, noise, time, dropout
+        assert all(torch.equal(one, other) for one, other in zip(draws, cached_draws, strict=True))
+        assert report == cached_report == Report()
+        with torch.no_grad():
+            torch.testing.assert_close(model.encode(pixels).latents, latents, rtol=0, atol=HALF)
+
+
+def test_reports_of_the_images_come_through_where_they_are_encoded_in_the_loop():
+    class Told(torch.utils.data.Dataset):
+        def __getitems__(self, positions):
+            return [(torch.zeros(1, 8, 8), 0, Report([f"{p}.png"], (0, 0, 0, p))) for p in positions]
+
+    loader = stream_loader(OnlineLatentStream(Told(), (4, 2, 2), 0), StreamBatches(0, 4, 4, 1, 0, 1), 0, False)
+    (*tensors, report) = next(iter(loader))
+    assert [tuple(tensor.shape) for tensor in tensors] == [(4, 1, 8, 8), (4,), (4, 4, 2, 2), (4,), (4,)]
+    assert report == Report(["0.png", "1.png", "2.png", "3.png"], (0, 0, 0, 3))

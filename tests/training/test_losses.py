@@ -1,16 +1,28 @@
-"""The terms of the autoencoder's loss, against values worked out by hand and the reference LPIPS."""
+"""The terms of the autoencoder's loss, against values worked out by hand and the reference LPIPS.
+
+This file is also the script that each of two processes runs.
+"""
 
 import importlib.util
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
+from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from looc_ldm.errors import ConfigError
+from looc_ldm.training.config import LossConfig
 from looc_ldm.training.losses import (
+    LeCam,
     PatchDiscriminator,
     adaptive_adversarial_weight,
+    adversarial_weight_at,
     hinge_discriminator_loss,
     load_lpips,
 )
@@ -66,6 +78,119 @@ def test_the_adaptive_weight_is_at_most_ten_thousand():
     assert weight.item() == 1e4
 
 
+# The weight of the PatchGAN -------------------------------------------------------------------------------------------
+
+
+def test_the_adversarial_weight_is_zero_then_rises_and_stays():
+    loss = LossConfig(adversarial_weight=0.8, adversarial_start_images=1000, adversarial_ramp_images=400)
+    weights = [adversarial_weight_at(loss, seen) for seen in (0, 999, 1000, 1100, 1200, 1400, 10**9)]
+    assert weights == pytest.approx([0, 0, 0, 0.2, 0.4, 0.8, 0.8])
+
+
+def test_without_a_ramp_the_adversarial_weight_is_there_at_once():
+    loss = LossConfig(adversarial_weight=0.8, adversarial_start_images=1000)
+    assert [adversarial_weight_at(loss, seen) for seen in (0, 999, 1000)] == [0, 0, 0.8]
+    assert adversarial_weight_at(LossConfig(adversarial_weight=0.8), 0) == 0.8
+
+
+# LeCam ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def test_lecam_by_hand(alone):
+    lecam = LeCam(decay=0.5)
+    # The averages start at the first batch: a_real = 2, a_fake = -1.
+    first = lecam(torch.tensor([1.0, 3.0]), torch.tensor([-1.0, -1.0]), alone)
+    assert first.item() == pytest.approx((2**2 + 4**2) / 2 + 3**2)
+    # Then a_real = (2 * 1/4 + 0 * 1/2) / (3/4) = 2/3, a_fake = (-1 * 1/4 + 1 * 1/2) / (3/4) = 1/3.
+    second = lecam(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0]), alone)
+    torch.testing.assert_close(lecam.totals / lecam.weight, torch.tensor([2 / 3, 1 / 3]))
+    assert second.item() == pytest.approx(0)  # real logits are below a_fake, fake ones above a_real
+    real = torch.zeros(2, requires_grad=True)
+    lecam(real + 5, torch.zeros(2), alone).backward()
+    assert (real.grad > 0).all()  # descending it brings real logits down, towards a_fake
+
+
+def test_a_lecam_that_is_loaded_goes_on_as_the_one_that_was_saved(alone, tmp_path):
+    logits = torch.randn(4, 2, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    one, other = LeCam(), LeCam()
+    one(logits[0], logits[1], alone)
+    alone.register_for_checkpointing(one)
+    alone.save_state(str(tmp_path / "state"))
+    other.load_state_dict(one.state_dict())
+    one.totals.zero_()
+    alone.load_state(str(tmp_path / "state"))
+    assert one(logits[2], logits[3], alone) == other(logits[2], logits[3], alone)
+
+
+def test_logits_that_are_not_finite_leave_nothing_in_the_averages(alone):
+    lecam = LeCam()
+    lecam(torch.ones(2), -torch.ones(2), alone)
+    before = {name: tensor.clone() for name, tensor in lecam.state_dict().items()}
+    for bad in (torch.nan, torch.inf):
+        assert not lecam(torch.tensor([1.0, bad]), -torch.ones(2), alone).isfinite()
+        assert all(torch.equal(before[name], tensor) for name, tensor in lecam.state_dict().items())
+
+
+# Precision ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_patchgan_computes_in_float32_under_autocast():
+    discriminator = PatchDiscriminator(3, channels=8)
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    expected = discriminator(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nn.Conv2d(3, 1, 1)(images).dtype == torch.bfloat16  # what autocast does to others
+        logits = discriminator(images)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, expected)
+    assert discriminator(images.bfloat16()).dtype == torch.float32
+
+
+def test_lpips_computes_in_float32_under_autocast(test_data):
+    lpips = load_lpips("alex", str(test_data / "metrics" / WEIGHTS["alex"]))
+    images = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    expected = lpips(*images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lpips(*images), expected)
+    assert lpips(*images.bfloat16()).dtype == torch.float32
+
+
+# Two processes --------------------------------------------------------------------------------------------------------
+
+
+def divided(process: int, processes: int, accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """What a process that has its share of the batch finds, and has in its averages after two steps."""
+    inputs = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0)).chunk(processes, dim=1)[process]
+    last_layer = nn.Parameter(torch.arange(5.0))
+    reconstruction_loss, generator_loss = (inputs[0] @ last_layer).square().mean(), (inputs[1] @ last_layer).mean()
+    reduce = partial(accelerator.reduce, reduction="mean")
+    weight = adaptive_adversarial_weight(reconstruction_loss, generator_loss, last_layer, reduce)
+    lecam = LeCam()
+    losses = [lecam(inputs[0] * step, inputs[1], accelerator) for step in (1, 2)]
+    return {"ratio": weight, "lecam": accelerator.reduce(torch.stack(losses), "mean"), **lecam.state_dict()}
+
+
+def test_two_processes_have_the_weight_and_the_lecam_of_one(alone, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    ended = subprocess.run([*launcher, __file__, str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    expected = divided(0, 1, alone)
+    for process in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{process}.pt"), expected)
+    # A mean of ratios is another number.
+    apart = [divided(process, 2, alone)["ratio"] for process in range(2)]
+    assert sum(apart) / 2 != pytest.approx(expected["ratio"].item(), rel=0.01)
+
+
+# LPIPS ----------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("network", WEIGHTS)
 def test_lpips_with_local_weights_is_the_reference(network, test_data):
     spec = importlib.util.spec_from_file_location("metric_weights", test_data / "metrics" / "metric_weights.py")
@@ -119,3 +244,11 @@ def test_a_file_that_holds_no_weights_is_refused_in_one_line(tmp_path, name):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nothing\.pth': no such file"):
         load_lpips("alex", str(tmp_path / "nothing.pth"))
+
+
+if __name__ == "__main__":
+    processes = Accelerator()
+    assert processes.num_processes == 2
+    found = divided(processes.process_index, 2, processes)
+    torch.save(found, Path(sys.argv[1]) / f"{processes.process_index}.pt")
+    processes.end_training()

@@ -1,0 +1,183 @@
+"""Which checkpoints are there, which one a run goes on from, and what it does with a damaged one."""
+
+import importlib.util
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from looc_ldm.errors import TrainingError
+from looc_ldm.training.checkpoints import checkpoints_in
+from looc_ldm.training.log import OF_THE_MOMENT
+
+spec = importlib.util.spec_from_file_location("tiny_trainer", Path(__file__).with_name("tiny_trainer.py"))
+tiny_trainer = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny_trainer)
+config_of, train = tiny_trainer.config_of, tiny_trainer.train
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def log_lines(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in OF_THE_MOMENT} for line in lines]
+
+
+def result(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model" / "weights.pt")
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run of 128 images, with dropout. To be read only."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(config_of(folder))
+    return folder
+
+
+@pytest.fixture
+def half(tmp_path) -> Path:
+    """A run of 72 images that has the checkpoints 24, 48 and 72, and is to have 128."""
+    train(config_of(tmp_path, total_images=72, keep_last=3))
+    shutil.rmtree(tmp_path / "model")
+    return tmp_path
+
+
+# Which are there -------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_are_kept_and_one_more_each_so_many_images(tmp_path):
+    train(config_of(tmp_path, total_images=192, keep_last=1, keep_every_images=72))
+    assert names(tmp_path) == ["000000072", "000000144", "000000192"]
+
+
+def test_with_batches_that_do_not_divide_the_interval_the_first_one_after_it_is_kept(tmp_path):
+    train(config_of(tmp_path, total_images=96, keep_last=1, checkpoint_every_images=20, keep_every_images=40))
+    assert names(tmp_path) == ["000000040", "000000080", "000000096"]
+
+
+def test_the_newest_is_the_one_of_most_images_whatever_the_length_of_its_name(tmp_path):
+    for images in (999_999_999, 1_000_000_000):
+        (tmp_path / f"{images:09d}").mkdir()
+    assert checkpoints_in(tmp_path)[-1].name == "1000000000"
+
+
+def test_a_checkpoint_states_the_sizes_of_its_files(whole):
+    for checkpoint in checkpoints_in(whole / "checkpoints"):
+        state = json.loads((checkpoint / "run.json").read_text())
+        sizes = {file.name: file.stat().st_size for file in checkpoint.iterdir() if file.name != "run.json"}
+        assert state["files"] == sizes
+        assert sizes.keys() == {"model.safetensors", "optimizer.bin", "random_states_0.pkl"}
+        assert state["images_seen"] == int(checkpoint.name)
+
+
+def test_what_was_being_written_when_a_process_was_killed_is_removed(half):
+    shutil.copytree(half / "checkpoints" / "000000072", half / "checkpoints" / "000000080.partial")
+    train(config_of(half, keep_last=3))
+    assert names(half) == ["000000096", "000000120", "000000128"]
+
+
+# Which one a run goes on from ------------------------------------------------------------------------------------
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def fill_with_zeros(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("model.safetensors", cut, r"model\.safetensors has \d+ bytes instead of \d+"),
+        ("optimizer.bin", Path.unlink, r"optimizer\.bin is missing"),
+        ("run.json", Path.unlink, r"it has no run\.json"),
+        ("run.json", cut, r"its run\.json is damaged"),
+        ("model.safetensors", fill_with_zeros, r"\w+Error"),
+        ("optimizer.bin", fill_with_zeros, r"\w+Error"),
+    ],
+)
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_and_the_run_ends_as_an_uninterrupted_one(
+    whole, half, caplog, name, damage, reason
+):
+    newest = half / "checkpoints" / "000000072"
+    damage(newest / name)
+    train(config_of(half, keep_last=3))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert str(newest) in warning
+    assert re.search(reason, warning)
+    assert_equal(result(half), result(whole))
+    assert log_lines(half) == log_lines(whole)
+    assert names(half) == ["000000096", "000000120", "000000128"]
+
+
+def test_a_skipped_checkpoint_is_replaced_when_the_run_comes_by_and_costs_no_good_one_its_place(half):
+    cut(half / "checkpoints" / "000000072" / "optimizer.bin")
+    train(config_of(half, total_images=56, keep_last=2))
+    assert names(half) == ["000000048", "000000056", "000000072"]
+    train(config_of(half, total_images=72, keep_last=3))
+    assert names(half) == ["000000048", "000000056", "000000072"]
+    assert load_file(half / "checkpoints" / "000000072" / "model.safetensors")
+
+
+def test_without_any_usable_checkpoint_the_run_is_refused_and_nothing_is_touched(half):
+    for checkpoint in checkpoints_in(half / "checkpoints"):
+        cut(checkpoint / "optimizer.bin")
+    log = (half / "metrics.jsonl").read_text()
+    with pytest.raises(TrainingError, match=r"none of the checkpoints in '.*' can be used; delete the folder"):
+        train(config_of(half, keep_last=3))
+    assert names(half) == ["000000024", "000000048", "000000072"]
+    assert (half / "metrics.jsonl").read_text() == log
+
+
+def test_a_file_that_cannot_be_opened_stops_the_run_and_not_the_use_of_its_checkpoint(half):
+    file = half / "checkpoints" / "000000072" / "run.json"
+    content = file.read_text()
+    file.unlink()
+    file.symlink_to(file.name)  # as opening it for a disk that does not answer: an error of the system
+    with pytest.raises(TrainingError, match=r"process 0 cannot read .*run\.json: "):
+        train(config_of(half, keep_last=3))
+    file.unlink()
+    file.write_text(content)
+    train(config_of(half, keep_last=3))
+    assert log_lines(half)[-1]["images"] == 128
+
+
+# The log ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_half_written_last_line_does_not_break_resuming(whole, half):
+    with open(half / "metrics.jsonl", "a") as file:
+        file.write('{"images": 80, "lo')
+    train(config_of(half, keep_last=3))
+    assert log_lines(half) == log_lines(whole)
+
+
+def test_a_damaged_line_inside_is_left_out_with_a_warning(half, caplog):
+    file = half / "metrics.jsonl"
+    file.write_text("\0\0\0\n" + file.read_text())
+    train(config_of(half, keep_last=3))
+    assert f"{file}: line 1 is damaged" in caplog.text
+    assert [line["images"] for line in log_lines(half)] == list(range(16, 129, 16))
+
+
+def test_scalars_recorded_since_the_last_line_survive_a_checkpoint_between_two_lines(whole, half):
+    # 24 and 72 lie between lines at 16, 32, 64 and 80.
+    shutil.rmtree(half / "checkpoints" / "000000072")
+    shutil.rmtree(half / "checkpoints" / "000000048")
+    train(config_of(half, keep_last=3))
+    assert log_lines(half) == log_lines(whole)

@@ -1,0 +1,124 @@
+"""The same training, divided: two processes with half the batch each, one with all of it or two accumulated halves.
+
+SGD takes the place of AdamW, whose normalization turns rounding errors of vanishing gradients into whole steps.
+This file is also the script that each of two processes runs.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from looc_ldm.training import autoencoder, diffusion
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, config_text, load_config
+
+STEPS, BATCH = 20, 8
+GAN = {
+    "adversarial_weight": 0.1,
+    "discriminator_channels": 8,
+    "discriminator_layers": 1,
+}
+
+
+def sgd(model, settings):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=settings.learning_rate)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Averaged and live weights below the result of a run."""
+    return {
+        f"{file.relative_to(folder)}.{name}": tensor
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
+def settings(autoencoder_config, folder: Path, **changes) -> AutoencoderConfig:
+    """20 steps of stage 1 without revival."""
+    changes = {"total_images": STEPS * BATCH, "batch_size": BATCH, "model": {"anchor": "none"}, **changes}
+    config = autoencoder_config(folder, checkpoint_every_images=10**6, preview_every_images=10**6, **changes)
+    return replace(config, optimizer=replace(config.optimizer, learning_rate=0.02))
+
+
+@pytest.fixture(scope="module")
+def runs(autoencoder_config, diffusion_config, tmp_path_factory) -> Path:
+    """A folder a process count; in each the runs `plain`, `gan`, `revival` (a step from a checkpoint) and `second`."""
+    folder = tmp_path_factory.mktemp("divided")
+    # A state in the middle of a training with revival, made by one process.
+    started = settings(autoencoder_config, folder / "started", model={"anchor": "closest"}, total_images=5 * BATCH)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autoencoder, "adamw", sgd)
+        autoencoder.train(started)
+    for count in (1, 2):
+        place = folder / str(count)
+        place.mkdir()
+        shutil.copytree(folder / "started", place / "revival")
+        first = {
+            "plain": settings(autoencoder_config, place / "plain"),
+            "gan": settings(autoencoder_config, place / "gan", loss={**GAN, "lecam_weight": 0.1}),
+            "revival": replace(started, output_dir=str(place / "revival"), total_images=6 * BATCH),
+        }
+        second = diffusion_config(place / "second", total_images=STEPS * BATCH, class_conditional=True)
+        for name, config in {**first, "second": second}.items():
+            (place / f"{name}.yaml").write_text(config_text(config))
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for count, start in ((1, []), (2, launch)):
+        command = [sys.executable, *start, __file__, str(folder / str(count))]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "result"), [("plain", "model"), ("gan", "model"), ("second", "pipeline"), ("revival", "model")]
+)
+def test_two_processes_end_with_the_weights_of_one(runs, name, result):
+    one, two = (weights(runs / count / name / result) for count in "12")
+    assert (runs / "2" / "processes").read_text() == "2"
+    assert apart(one, two) < 1e-5
+    # They have moved further than that, the codebook of `revival` by revival among them.
+    if name == "revival":
+        before = weights(runs / "started" / result)
+        codebook = next(key for key in before if key.endswith("non_ema.safetensors.quantize.embedding.weight"))
+        assert (one[codebook] - before[codebook]).abs().max() > 1e-3
+        assert apart(one, before) > 1e-3
+
+
+def test_two_accumulated_halves_end_with_the_weights_of_the_whole(runs, autoencoder_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(autoencoder, "adamw", sgd)
+    halves = weights(
+        autoencoder.train(settings(autoencoder_config, tmp_path / "halves", gradient_accumulation_steps=2))
+    )
+    assert apart(weights(runs / "1" / "plain" / "model"), halves) < 1e-5
+
+
+def test_going_on_with_another_number_of_processes_keeps_count_and_schedule(runs):
+    for count in "12":
+        checkpoints = sorted((runs / count / "revival" / "checkpoints").iterdir())
+        assert [int(path.name) for path in checkpoints] == [5 * BATCH, 6 * BATCH]
+
+
+def main(place: Path) -> None:
+    autoencoder.adamw = diffusion.adamw = sgd
+    Accelerator.end_training = lambda accelerator: None  # it would end the processes' group, which the next run needs
+    for name in ("plain", "gan", "revival"):
+        autoencoder.train(load_config(AutoencoderConfig, str(place / f"{name}.yaml")))
+    diffusion.train(load_config(DiffusionConfig, str(place / "second.yaml")))
+    (place / "processes").write_text(os.environ.get("WORLD_SIZE", "1"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,182 @@
+"""Uploads during training, by the genuine client to a hub on loopback, and to hubs that fail."""
+
+import importlib.util
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from looc_ldm import LooCVQModel
+from looc_ldm.training import autoencoder
+from looc_ldm.training.pushing import Pusher
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ID = "ada/garments"
+
+
+def _server_module():
+    spec = importlib.util.spec_from_file_location("hub_server", ROOT / "tests" / "hub" / "server.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["hub_server"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+server = _server_module()
+
+
+@pytest.fixture
+def client(monkeypatch, tmp_path):
+    """`client(url, token)`: what processes that are started from now on believe to be the hub, and log in with."""
+
+    def use(url: str, token: str = server.GOOD_TOKEN) -> None:
+        for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE"))]:
+            if name != "HF_DATASETS_CACHE":
+                monkeypatch.delenv(name)
+        settings = {"HF_ENDPOINT": url, "HF_TOKEN": token, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+
+    return use
+
+
+@pytest.fixture
+def hub(client):
+    with server.Hub() as running:
+        client(running.url)
+        yield running
+
+
+@pytest.fixture
+def silent_hub(client):
+    """A hub that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        client(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        yield
+
+
+@pytest.fixture
+def pusher(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "looc_ldm")
+    pusher = Pusher(tmp_path / "upload.partial", ID, private=True)
+    yield pusher
+    pusher.finish(seconds=0)
+
+
+@pytest.fixture(scope="module")
+def model(autoencoder_config) -> LooCVQModel:
+    return LooCVQModel(sample_size=32, **autoencoder_config(Path("unused")).model)
+
+
+def saver(model: LooCVQModel):
+    def save(folder: Path) -> Path:
+        model.save_pretrained(folder / "model")
+        return folder / "model"
+
+    return save
+
+
+def said(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "looc_ldm.training.pushing"]
+
+
+def test_a_snapshot_is_uploaded_as_it_was_to_a_private_repository(hub, pusher, model, caplog):
+    pusher.push_snapshot(saver(model), "after 16 images")
+    kept = (pusher.folder / "model" / "diffusion_pytorch_model.safetensors").read_bytes()
+    pusher.finish()
+    assert hub.messages == ["after 16 images"]
+    assert hub.repositories[ID].private
+    assert hub.repositories[ID].files()["diffusion_pytorch_model.safetensors"] == kept
+    assert said(caplog)[-1].startswith("pushed to ada/garments in ")
+    assert not pusher.folder.exists()
+
+
+@pytest.mark.slow
+def test_a_run_pushes_its_checkpoints_and_its_result_to_a_private_repository(hub, autoencoder_config, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "looc_ldm")
+    config = autoencoder_config(tmp_path / "run", push_to_hub=ID, checkpoint_every_images=16, total_images=32)
+    result = autoencoder.train(config)
+    repository = hub.repositories[ID]
+    assert repository.private
+    assert hub.messages == ["Model after 16 images", "Model after 32 images, the end of training"]
+    first, last = (repository.commits[sha] for sha in list(repository.commits)[1:])
+    weights = "diffusion_pytorch_model.safetensors"
+    assert last[weights] == (result / weights).read_bytes() != first[weights]
+    assert json.loads(first["training.json"])["images_seen"] == 16
+    assert {"README.md", "config.json", "config.yaml", "diffusion_pytorch_model.non_ema.safetensors"} <= first.keys()
+    # The second checkpoint comes a moment after the first one.
+    assert "not pushed to ada/garments, because the last upload still runs: Model after 32 images" in said(caplog)
+    assert not (tmp_path / "run" / "upload.partial").exists()
+
+
+def test_a_checkpoint_that_comes_while_an_upload_runs_is_left_out_and_the_end_does_not_wait_for_ever(
+    silent_hub, pusher, model, caplog
+):
+    began = time.monotonic()
+    pusher.push_snapshot(saver(model), "after 16 images")
+    assert time.monotonic() - began < 2
+    assert pusher.busy
+    pusher.push_snapshot(lambda folder: pytest.fail("nothing is saved"), "after 32 images")
+    assert said(caplog) == ["not pushed to ada/garments, because the last upload still runs: after 32 images"]
+    pusher.finish(seconds=0.1)
+    assert not pusher.busy
+    assert said(caplog)[-1].startswith("not pushed to ada/garments, training goes on: it was ended after")
+    assert not pusher.folder.exists()
+    assert time.monotonic() - began < 10
+
+
+def test_a_snapshot_that_cannot_be_written_is_a_warning(pusher, caplog):
+    def full(folder: Path) -> Path:
+        with open("/dev/full", "w") as file:
+            file.write("model")
+        return folder
+
+    pusher.push_snapshot(full, "after 16 images")
+    assert said(caplog) == ["not pushed to ada/garments, training goes on: No space left on device"]
+    assert not pusher.folder.exists()
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    (tmp_path / "upload.partial" / "model").mkdir(parents=True)
+    Pusher(tmp_path / "upload.partial", ID, private=True)
+    assert not (tmp_path / "upload.partial").exists()
+
+
+@pytest.mark.slow
+def test_a_token_that_is_refused_is_one_warning(hub, client, pusher, model, caplog):
+    client(hub.url, "hf_bad")
+    pusher.push_snapshot(saver(model), "after 16 images")
+    pusher.finish()
+    (line,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "training goes on: ada/garments: the hub does not accept the token (401)" in line.getMessage()
+    assert "\n" not in line.getMessage()
+    assert ID not in hub.repositories
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_gone_in_the_middle_of_an_upload_and_then_back_gets_the_next_one(hub, pusher, model, caplog):
+    hub.failing_upload = 1
+    pusher.push_snapshot(saver(model), "after 16 images")
+    pusher.finish()
+    assert f"training goes on: cannot reach the hub at {hub.url}" in said(caplog)[-1]
+    hub.failing_upload = None
+    pusher.push_snapshot(saver(model), "after 32 images")
+    pusher.finish()
+    assert hub.messages == ["after 32 images"]
+
+
+@pytest.mark.slow
+def test_without_a_network_the_run_goes_on(client, autoencoder_config, tmp_path, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        client(f"http://127.0.0.1:{free.getsockname()[1]}")  # nobody listens there in a moment
+    result = autoencoder.train(autoencoder_config(tmp_path / "run", push_to_hub=ID))
+    assert json.loads((result / "training.json").read_text())["images_seen"] == 48
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings
+    assert all("not pushed to ada/garments, training goes on: cannot reach the hub" in line for line in warnings)

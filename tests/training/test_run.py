@@ -1,0 +1,237 @@
+"""What a run says of itself, when it skips a step or stops, and which images it names as unreadable."""
+
+import importlib.util
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from looc_ldm.errors import TrainingError
+from looc_ldm.training.run import Run
+
+spec = importlib.util.spec_from_file_location("tiny_trainer", Path(__file__).with_name("tiny_trainer.py"))
+tiny_trainer = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny_trainer)
+Numbers, config_of, train = tiny_trainer.Numbers, tiny_trainer.config_of, tiny_trainer.train
+
+
+def log_lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# Sees all 64 images; 128 steps without checkpoints between.
+LONG = {"total_images": 1024, "log_every_images": 64, "checkpoint_every_images": 1024}
+
+
+def not_finite_in(steps: range):
+    """Losses that are not finite in these steps, counted from 0."""
+    return lambda run, loss: loss * math.nan if run.images_seen // 8 in steps else loss
+
+
+def weights(folder: Path, images: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"{images:09d}" / "model.safetensors")
+
+
+# Log lines -------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_interval_is_one_line_for_people_and_one_of_json(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "looc_ldm"):
+        train(config_of(tmp_path, total_images=48))
+    lines = log_lines(tmp_path)
+    assert [line["images"] for line in lines] == [16, 32, 48]
+    for line in lines:
+        assert line["images_per_second"] > 0
+        assert 0 <= line["data_wait"] <= 1
+        assert 0.05 < line["memory_gib"] < 50
+        assert line["learning_rate"] == 1e-2
+        assert line["skipped_steps"] == 0
+        assert line["loss"] > 0
+        assert line["grad_norm"] > 0
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3
+    for words in (
+        "32/48 images",
+        " images/s",
+        "data wait ",
+        " GiB",
+        "learning rate 0.01",
+        f"loss {lines[1]['loss']:.4g}",
+    ):
+        assert words in said[1]
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_line(tmp_path):
+    losses = []
+
+    def keep(run, loss):
+        losses.append(loss.item())
+        return loss
+
+    train(config_of(tmp_path, total_images=48, gradient_accumulation_steps=2), at_step=keep)
+    assert len(losses) == 12
+    for place, line in enumerate(log_lines(tmp_path)):
+        assert line["loss"] == pytest.approx(sum(losses[4 * place : 4 * place + 4]) / 4, rel=1e-6)
+
+
+class Slow(Numbers):
+    def __getitem__(self, position):
+        time.sleep(0.01)
+        return super().__getitem__(position)
+
+
+def test_data_wait_is_the_share_of_time_that_the_loop_waits_for_data(tmp_path):
+    def busy(run, loss):
+        time.sleep(0.08)  # as long as the eight images take
+        return loss
+
+    train(config_of(tmp_path, total_images=32), Slow(), busy)
+    assert log_lines(tmp_path)[-1]["data_wait"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_figures_of_an_evaluation_get_their_prefix_and_no_place_if_they_are_not_finite(tmp_path):
+    def evaluate(run, loss):
+        if run.images_seen == 8:
+            run.log_evaluation({"psnr": 20.5, "fid": math.nan, "protocol": "clean"})
+        return loss
+
+    train(config_of(tmp_path, total_images=16), at_step=evaluate)
+    assert log_lines(tmp_path)[0] == {"images": 8, "val_psnr": 20.5, "val_protocol": "clean"}
+
+
+# Steps that are not finite ---------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
+    train(config_of(tmp_path, total_images=96), at_step=not_finite_in(range(3, 12)))
+    assert [line["skipped_steps"] for line in log_lines(tmp_path)] == [0, 1, 3, 5, 7, 9]
+    for name, value in weights(tmp_path, 72).items():
+        assert torch.equal(value, weights(tmp_path, 96)[name])
+    assert json.loads((tmp_path / "checkpoints" / "000000096" / "run.json").read_text())["skipped_steps"] == 9
+
+
+def test_values_that_are_not_finite_are_left_out_of_the_means_and_the_log_stays_json(tmp_path):
+    clean, torn = tmp_path / "clean", tmp_path / "torn"
+    train(config_of(clean, total_images=16))
+    train(config_of(torn, total_images=48), at_step=not_finite_in(range(1, 4)))
+    first, second, third = log_lines(torn)
+    assert first["loss"] != pytest.approx(log_lines(clean)[0]["loss"])  # which holds the second step, too
+    assert math.isfinite(first["loss"])
+    assert "loss" not in second
+    assert "grad_norm" not in second
+    assert "loss" in third
+    assert "NaN" not in (torn / "metrics.jsonl").read_text()
+
+
+def test_more_steps_in_a_row_than_allowed_stop_the_run_with_what_was_not_finite_and_the_good_checkpoint(tmp_path):
+    message = (
+        r"3 steps in a row, up to step 7 \(48 images seen\), .* not finite: loss, grad_norm; checkpoint 48 is the last"
+    )
+    with pytest.raises(TrainingError, match=message):
+        train(config_of(tmp_path, max_skipped_steps=2), at_step=not_finite_in(range(4, 99)))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000000024", "000000048"]
+
+
+def test_so_many_steps_in_a_row_as_allowed_and_a_good_one_between_go_on(tmp_path):
+    def every_third_is_good(run, loss):
+        return loss * math.nan if run.images_seen // 8 % 3 else loss
+
+    run = train(config_of(tmp_path, max_skipped_steps=2), at_step=every_third_is_good)
+    assert run.skipped_steps == 10
+
+
+def test_gradients_are_clipped_and_the_norm_before_is_returned_to_the_log(tmp_path):
+    run = Run(config_of(tmp_path), "model")
+    weight = torch.nn.Parameter(torch.zeros(2))
+    for max_norm, expected in ((1.0, [0.6, 0.8]), (0.0, [3.0, 4.0]), (9.0, [3.0, 4.0])):
+        weight.grad = torch.tensor([3.0, 4.0])
+        assert run.gradients_finite([weight], max_norm, "norm")
+        assert weight.grad.tolist() == pytest.approx(expected, rel=1e-5)
+        if max_norm != 1.0:
+            assert weight.grad.tolist() == expected  # to the last bit
+    with run.progress_bar("") as bar:
+        run.log(bar)
+    assert log_lines(tmp_path)[0]["norm"] == pytest.approx(5.0)
+
+
+# Images that cannot be read --------------------------------------------------------------------------------------
+
+
+def test_unreadable_images_are_named_once_each(tmp_path, caplog):
+    train(config_of(tmp_path, **LONG, share=0.05), Numbers(unreadable=[7, 9, 50]))
+    named = (tmp_path / "unreadable.txt").read_text().splitlines()
+    assert sorted(named) == ["image 50", "image 7", "image 9"]
+    assert f"named in {tmp_path / 'unreadable.txt'}" in caplog.text
+
+
+def test_of_a_small_set_one_image_may_be_unreadable(tmp_path):
+    train(config_of(tmp_path, **LONG, share=0.001), Numbers(unreadable=[7]))
+    with pytest.raises(TrainingError, match=r"1 of 64 images cannot be read, more than data\.max_unreadable_share=0"):
+        train(config_of(tmp_path / "none", **LONG, share=0.0), Numbers(unreadable=[7]))
+
+
+def test_more_unreadable_images_than_allowed_stop_the_run_after_it_was_saved(tmp_path):
+    bad = Numbers(unreadable=range(10))
+    config = config_of(tmp_path / "run", **LONG, share=0.1)
+    message = rf"\d of 64 images cannot be read, .*share=0.1 allows; they are named in '{tmp_path}/run/unreadable.txt'"
+    with pytest.raises(TrainingError, match=message):
+        train(config, bad)
+    named = (tmp_path / "run" / "unreadable.txt").read_text().splitlines()
+    assert len(named) == len(set(named)) >= 7
+    newest = max(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert int(newest) == log_lines(tmp_path / "run")[-1]["images"] < 1024
+    with pytest.raises(TrainingError, match=message):  # the same command again stops before it has trained
+        train(config, bad)
+    assert max(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == newest
+    run = train(config_of(tmp_path / "run", **LONG, share=0.2), bad)  # another limit goes on
+    assert run.images_seen == 1024
+    assert len((tmp_path / "run" / "unreadable.txt").read_text().splitlines()) == 10
+
+
+def test_streamed_data_is_judged_by_what_was_seen_of_it(tmp_path):
+    ten_percent = Numbers(unreadable=range(6), streamed=True)
+    train(config_of(tmp_path / "few", total_images=64, share=0.01), ten_percent)  # ten times say nothing yet
+    train(config_of(tmp_path / "allowed", **LONG, share=0.2), ten_percent)
+    with pytest.raises(TrainingError, match=r"\d\d of \d+ images cannot be read"):
+        train(config_of(tmp_path / "many", **LONG, share=0.01), ten_percent)
+
+
+def test_the_names_are_cut_back_to_the_checkpoint(tmp_path):
+    train(config_of(tmp_path, total_images=48, share=0.5), Numbers(unreadable=range(20)))
+    known = (tmp_path / "unreadable.txt").read_text()
+    (tmp_path / "unreadable.txt").write_text(known + "image 1000\n")
+    (tmp_path / "model" / "training.json").unlink()
+    train(config_of(tmp_path, total_images=48, share=0.5), Numbers(unreadable=range(20)))
+    assert (tmp_path / "unreadable.txt").read_text() == known
+
+
+def test_the_checkpoint_holds_where_each_lane_goes_on(tmp_path):
+    train(config_of(tmp_path, total_images=48))
+    run = Run(config_of(tmp_path, total_images=48), "model")
+    run.resume()
+    assert run.cursors == {0: (0, 0, 0, 31), 1: (1, 0, 0, 39), 2: (2, 0, 0, 47)}
+
+
+# Length and schedule ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_another_length_of_a_cosine_schedule_is_said(tmp_path, caplog, schedule):
+    optimizer = {"schedule": schedule}
+    train(config_of(tmp_path, total_images=48, optimizer=optimizer))
+    train(config_of(tmp_path, total_images=96, optimizer=optimizer))
+    assert ("total_images was 48 and is 96" in caplog.text) == (schedule == "cosine")
+
+
+def test_an_interval_that_is_not_given_is_never_due(tmp_path):
+    run = Run(config_of(tmp_path), "model")
+    run.images_seen = 24
+    assert not run.due(None)
+    assert run.due(24)
+    assert run.due(20)  # passed by this step
+    assert not run.due(16)

@@ -1,0 +1,507 @@
+"""Each kind of data as images and classes, and one line for what is not as it should be."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from PIL import Image
+
+from looc_ldm.errors import DataError, UnreadableImage
+from looc_ldm.training.config import DataConfig
+from looc_ldm.training.data import load_image_set, load_image_sets
+
+CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+
+
+def write_image(file, color=(200, 100, 50), size=(40, 20)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(file)
+
+
+# Bundled, folders ------------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_set_has_ten_balanced_classes(bundled):
+    train, validation = bundled
+    assert train.classes == validation.classes == CLASSES
+    assert np.bincount(train.labels()).tolist() == [800] * 10
+    assert np.bincount(validation.labels()).tolist() == [100] * 10
+    assert train.content_size == (28, 28)
+
+
+def test_fewer_validation_images_are_as_many_of_each_class(bundled):
+    train, _ = bundled
+    _, fewer = load_image_sets(replace(train.config, validation_images=50), channels=1)
+    assert len(fewer) == 50
+    by_class = np.bincount(fewer.labels(), minlength=10)
+    assert by_class.min() >= 1
+
+
+def test_folders_are_classes(small_data):
+    train, validation = load_image_sets(small_data, channels=1)
+    assert train.classes == validation.classes
+    assert len(train.classes) == 10
+    assert (len(train), len(validation)) == (64, 16)
+    image, label = train[0]
+    assert image.shape == (1, 32, 32)
+    assert image.dtype == torch.uint8
+    assert label == train.labels()[0]
+
+
+def test_held_out_images_are_not_trained_on(small_data):
+    train, validation = load_image_sets(small_data, channels=1)
+    names = [{images.source.read(index).name for index in range(len(images))} for images in (train, validation)]
+    assert list(map(len, names)) == [64, 16]
+    assert not names[0] & names[1]
+
+
+def test_a_flat_folder_has_no_classes(tmp_path, small_data):
+    for i in range(3):
+        write_image(tmp_path / f"{i}.jpg")
+    train, _ = load_image_sets(replace(small_data, path=str(tmp_path), fit="crop", validation_images=1), channels=3)
+    assert train.classes == []
+    assert train[0][1] == -1
+    assert train.labels().tolist() == [-1, -1]
+
+
+def test_train_and_val_folders_are_splits_with_classes(tmp_path, small_data):
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("cat", "dog"):
+            for i in range(count):
+                write_image(tmp_path / split / name / f"{i}.png")
+    config = replace(small_data, path=str(tmp_path), fit="crop", validation_split="validation")
+    train, validation = load_image_sets(config, channels=3)
+    assert (len(train), len(validation)) == (6, 4)
+    assert train.classes == ["cat", "dog"]
+    assert train.labels().tolist() == [0, 0, 0, 1, 1, 1]
+    assert len(load_image_set(replace(config, split="", validation_split=None), channels=3)) == 4
+
+
+def test_words_in_file_names_are_not_splits(small_data, tmp_path):
+    folder = tmp_path / "odd [1] name"
+    for label in ("a", "b"):
+        (folder / label).mkdir(parents=True)
+        for name in ("ILSVRC2012_val_1", "test_2", "3"):
+            Image.new("L", (28, 28)).save(folder / label / f"{name}.png")
+    train, held_out = load_image_sets(replace(small_data, path=str(folder), validation_images=1), channels=1)
+    assert len(train) + len(held_out) == 6
+    assert train.classes == ["a", "b"]
+
+
+def test_data_put_in_place_of_other_data_is_the_data_that_is_read(tmp_path, garments, small_data):
+    shutil.copytree(garments, tmp_path / "images")
+    config = replace(small_data, path=str(tmp_path / "images"))
+    before, _ = load_image_sets(config, channels=1)
+    shutil.rmtree(next((tmp_path / "images").iterdir()))
+    after, _ = load_image_sets(config, channels=1)
+    assert (len(before), len(after)) == (64, 56)
+    assert len(after.classes) == 9
+
+
+def test_a_folder_without_images_is_refused(tmp_path, small_data):
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(DataError, match="no images in the folder"):
+        load_image_sets(replace(small_data, path=str(tmp_path)), channels=1)
+
+
+def test_the_first_of_nested_folders_is_the_class_and_hidden_files_are_left_out(tmp_path, config):
+    for place in ("cat/a/1.png", "cat/2.png", "dog/b/c/3.png", ".trash/4.png", "dog/.5.png", "__MACOSX/6.png"):
+        write_image(tmp_path / place)
+    (tmp_path / "dog" / "back").symlink_to(tmp_path)  # a link that leads in a circle
+    (tmp_path / "eel").symlink_to(tmp_path / "cat" / "a")
+    images = load_image_set(config, channels=3)
+    assert images.classes == ["cat", "dog", "eel"]
+    assert images.labels().tolist() == [0, 0, 1, 2]
+
+
+def test_folders_are_no_classes_where_the_config_says_so(tmp_path, config):
+    for place in ("00000/1.png", "01000/2.png"):  # as FFHQ is distributed
+        write_image(tmp_path / place)
+    assert load_image_set(config, channels=3).classes == ["00000", "01000"]
+    assert load_image_set(replace(config, label_column=""), channels=3).classes == []
+
+
+def test_images_beside_folders_have_no_classes(tmp_path, config):
+    for place in ("cat/1.png", "dog/2.png", "3.png"):
+        write_image(tmp_path / place)
+    assert load_image_set(config, channels=3).classes == []
+
+
+def test_a_split_without_some_of_the_classes_counts_as_the_others(tmp_path, config):
+    for place in ("train/a/1.png", "train/b/2.png", "train/c/3.png", "val/c/4.png"):
+        write_image(tmp_path / place)
+    train, validation = load_image_sets(replace(config, validation_split="validation"), channels=3)
+    assert train.classes == validation.classes == ["a", "b", "c"]
+    assert validation.labels().tolist() == [2]
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path, config):
+    for place in ("train/1.png", "val/2.png", "validation/3.png"):
+        write_image(tmp_path / place)
+    with pytest.raises(DataError, match="two folders of the split validation: val and validation"):
+        load_image_set(config, channels=3)
+
+
+def test_file_names_that_are_no_text_are_read(tmp_path, config):
+    write_image(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/\xff\xfe.png")
+    assert load_image_set(config, channels=3)[0][0].shape == (3, 32, 32)
+
+
+# Tables ----------------------------------------------------------------------------------------------------------
+
+
+def pictures(count: int, **columns) -> datasets.Dataset:
+    """A table of single-coloured images, number i of brightness 20 i, and further columns."""
+    images = [Image.new("RGB", (32, 32), (20 * i,) * 3) for i in range(count)]
+    return datasets.Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image())
+
+
+def brightness(images) -> list[int]:
+    return [20 * round(images[index][0].float().mean().item() / 20) for index in range(len(images))]
+
+
+@pytest.fixture
+def config(tmp_path, small_data) -> DataConfig:
+    """Of the data that a test puts into its folder, with all training images for validation, too."""
+    return replace(small_data, path=str(tmp_path), fit="crop", validation_split="train")
+
+
+def test_parquet_files_are_splits_also_in_the_hubs_shards(tmp_path, config):
+    rows = (
+        pictures(4).add_column("label", [2, 0, 1, 0]).cast_column("label", datasets.ClassLabel(names=["a", "b", "c"]))
+    )
+    rows.select([0, 1]).to_parquet(tmp_path / "data" / "train-00000-of-00002.parquet")
+    rows.select([2]).to_parquet(tmp_path / "data" / "train-00001-of-00002.parquet")
+    rows.select([3]).to_parquet(tmp_path / "data" / "test.parquet")
+    train, test = load_image_sets(replace(config, validation_split="test"), channels=3)
+    assert (brightness(train), brightness(test)) == ([0, 20, 40], [60])
+    assert train.classes == test.classes == ["a", "b", "c"]
+    assert (train.labels().tolist(), test.labels().tolist()) == ([2, 0, 1], [0])
+    assert [train[index][1] for index in range(3)] == [2, 0, 1]
+
+
+def test_a_saved_data_set_is_read_from_its_folder(tmp_path, config):
+    rows = pictures(3, label=["x", "y", "x"])
+    datasets.DatasetDict(train=rows, validation=rows.select([1])).save_to_disk(tmp_path / "splits")
+    rows.save_to_disk(tmp_path / "one")
+    train, validation = load_image_sets(
+        replace(config, path=str(tmp_path / "splits"), validation_split="validation"), channels=3
+    )
+    assert (brightness(train), brightness(validation)) == ([0, 20, 40], [20])
+    assert brightness(load_image_set(replace(config, path=str(tmp_path / "one")), channels=3)) == [0, 20, 40]
+
+
+def test_text_labels_are_classes_of_all_splits_together(tmp_path, config):
+    pictures(3, label=["dog", "cat", "dog"]).to_parquet(tmp_path / "train.parquet")
+    pictures(2, label=["eel", "dog"]).to_parquet(tmp_path / "test.parquet")
+    train, test = load_image_sets(replace(config, validation_split="test"), channels=3)
+    assert train.classes == test.classes == ["cat", "dog", "eel"]
+    assert (train.labels().tolist(), test.labels().tolist()) == ([1, 0, 1], [2, 1])
+
+
+def test_numbers_are_classes_only_if_the_config_counts_them(tmp_path, config, caplog):
+    pictures(4, label=[3, 0, 1, 1]).to_parquet(tmp_path / "train.parquet")
+    images = load_image_set(config, channels=3)
+    assert images.classes == []
+    assert images.labels().tolist() == [-1] * 4
+    assert "data.num_classes makes them classes" in caplog.text
+    caplog.clear()
+    images = load_image_set(replace(config, num_classes=4), channels=3)
+    assert images.classes == ["0", "1", "2", "3"]
+    assert images.labels().tolist() == [3, 0, 1, 1]
+    assert not caplog.text
+    with pytest.raises(DataError, match=r"image 0 of .*\(train\) has the label 3: the 3 classes are '0' to '2'"):
+        load_image_set(replace(config, num_classes=3), channels=3)
+
+
+def test_the_number_of_classes_must_be_that_of_the_names(tmp_path, config):
+    pictures(2, label=["a", "b"]).to_parquet(tmp_path / "train.parquet")
+    assert load_image_set(replace(config, num_classes=2), channels=3).classes == ["a", "b"]
+    with pytest.raises(DataError, match=r"data\.num_classes=3: the split train of .* has 2 classes"):
+        load_image_set(replace(config, num_classes=3), channels=3)
+    with pytest.raises(DataError, match=r"data\.num_classes=3: .* has no labels"):
+        load_image_set(replace(config, num_classes=3, label_column="kind"), channels=3)
+
+
+def test_a_test_split_without_labels_has_no_classes_and_a_wrong_label_is_named(tmp_path, config):
+    label = datasets.ClassLabel(names=["a", "b"])
+    rows = pictures(3).add_column("label", [0, 1, 1]).cast_column("label", label)
+    rows.to_parquet(tmp_path / "train.parquet")
+    pictures(2).add_column("label", [-1, -1]).cast_column("label", label).to_parquet(tmp_path / "test.parquet")
+    train, test = load_image_sets(replace(config, validation_split="test"), channels=3)
+    assert train.classes == ["a", "b"]
+    assert test.classes == []
+    assert test[0][1] == -1
+    rows = pictures(3).add_column("label", [0, None, 1]).cast_column("label", label)
+    rows.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"image 1 of .* has the label None"):
+        load_image_set(config, channels=3)
+
+
+def test_images_may_be_plain_bytes_and_missing_ones_are_named(tmp_path, config):
+    rows = pictures(3).cast_column("image", datasets.Image(decode=False))
+    content = [rows[0]["image"]["bytes"], None, rows[2]["image"]["bytes"]]
+    datasets.Dataset.from_dict({"picture": content}).to_parquet(tmp_path / "train.parquet")
+    images = load_image_set(replace(config, image_column="picture"), channels=3)
+    assert [int(images[index][0].float().mean()) for index in (0, 2)] == [0, 40]
+    with pytest.raises(UnreadableImage, match=r"image 1 of .*\(train\) is missing"):
+        images[1]
+
+
+def test_a_broken_parquet_file_is_one_line(small_data, tmp_path):
+    (tmp_path / "train.parquet").write_text("not parquet")
+    with pytest.raises(DataError, match=r"cannot load data\.path"):
+        load_image_sets(replace(small_data, path=str(tmp_path)), channels=1)
+
+
+def test_a_hub_id_out_of_reach_is_one_line_at_once(tmp_path):
+    command = [sys.executable, "-m", "looc_ldm.training.autoencoder", "--config", "fashion_mnist/autoencoder"]
+    command += ["--data.path", "nobody/nothing"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    started = time.monotonic()
+    ended = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "run")], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert time.monotonic() - started < 60
+    assert ended.returncode == 2
+    assert len(ended.stderr.strip().splitlines()) == 1
+    assert ended.stderr.startswith("error: cannot load data.path='nobody/nothing'")
+    assert not (tmp_path / "run").exists()
+
+
+# WebDataset ------------------------------------------------------------------------------------------------------
+
+
+def write_shards(folder, examples: list[dict[str, bytes]], name="train-{:04d}.tar", per_shard=2):
+    """Shards as WebDataset has them: `0001.jpg`, `0001.cls`, ... next to each other in a tar."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(0, len(examples), per_shard):
+        with tarfile.open(folder / name.format(shard // per_shard), "w") as tar:
+            for number in range(shard, min(shard + per_shard, len(examples))):
+                for suffix, content in examples[number].items():
+                    member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+def encoded(number: int, format: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (20 * number,) * 3).save(file, format)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("suffix", "format"), [("jpg", "jpeg"), ("png", "png"), ("webp", "webp"), ("jpeg", "jpeg")])
+def test_webdataset_shards_with_numbered_classes(tmp_path, config, suffix, format):
+    examples = [{suffix: encoded(i, format), "cls": str(i % 3).encode()} for i in range(5)]
+    write_shards(tmp_path, examples)
+    write_shards(tmp_path, examples[:1], "mine-val-{:04d}.tar")
+    config = replace(config, num_classes=3, validation_split="validation")
+    train, validation = load_image_sets(config, channels=3)
+    assert (brightness(train), brightness(validation)) == ([0, 20, 40, 60, 80], [0])
+    assert train.classes == ["0", "1", "2"]
+    assert train.labels().tolist() == [0, 1, 2, 0, 1]
+    assert train.source.read(3).name == f"0003.{suffix}"
+
+
+def test_webdataset_classes_in_json_or_in_a_text_of_their_own(tmp_path, config):
+    examples = [
+        {
+            "jpg": encoded(i, "jpeg"),
+            "json": json.dumps({"label": "ab"[i % 2], "id": i}).encode(),
+            "txt": b"xyx"[i : i + 1],
+        }
+        for i in range(3)
+    ]
+    write_shards(tmp_path / "train", examples, "{:04d}.tar")
+    images = load_image_set(config, channels=3)
+    assert (images.classes, images.labels().tolist()) == (["a", "b"], [0, 1, 0])
+    images = load_image_set(replace(config, label_column="txt"), channels=3)
+    assert (images.classes, images.labels().tolist()) == (["x", "y"], [0, 1, 0])
+    images = load_image_set(replace(config, label_column="id", num_classes=3), channels=3)
+    assert (images.classes, images.labels().tolist()) == (["0", "1", "2"], [0, 1, 2])
+
+
+def test_webdataset_without_classes_and_with_two_images(tmp_path, config):
+    write_shards(tmp_path, [{"png": encoded(i, "png"), "mask.png": encoded(2, "png")} for i in range(3)])
+    with pytest.raises(DataError, match=r"data\.image_column='image': .* has png, mask\.png, __key__, __url__"):
+        load_image_set(config, channels=3)
+    images = load_image_set(replace(config, image_column="mask.png"), channels=3)
+    assert brightness(images) == [40, 40, 40]
+    assert images.classes == []
+
+
+def test_webdataset_classes_that_are_no_numbers_are_one_line(tmp_path, config):
+    write_shards(tmp_path, [{"png": encoded(0, "png"), "cls": b"cat"}])
+    with pytest.raises(DataError, match=r"cannot load data\.path=.*invalid literal.*'cat'"):
+        load_image_set(config, channels=3)
+
+
+# Names in the config ---------------------------------------------------------------------------------------------
+
+
+def test_a_path_that_is_nothing_is_answered_with_what_is_allowed(small_data):
+    with pytest.raises(DataError, match=r"'garmets' is neither bundled \(fashion_mnist\), a folder, nor a hub id"):
+        load_image_sets(replace(small_data, path="garmets"), channels=1)
+
+
+def test_unknown_splits_and_columns_are_answered_with_the_known_ones(small_data):
+    for wrong, answer in (
+        ({"split": "training"}, "data.split='training': .* has the splits train"),
+        ({"validation_split": "val"}, "data.validation_split='val': .* has the splits train"),
+        ({"image_column": "picture"}, "data.image_column='picture': .* has image, label"),
+    ):
+        with pytest.raises(DataError, match=answer):
+            load_image_sets(replace(small_data, **wrong), channels=1)
+
+
+def test_holding_out_everything_is_refused(small_data):
+    with pytest.raises(DataError, match=r"data\.validation_images=80 leaves none to train on; at most 79"):
+        load_image_sets(replace(small_data, validation_images=80), channels=1)
+
+
+def test_archives_left_beside_the_folders_of_splits_are_not_read(tmp_path, config):
+    write_image(tmp_path / "train" / "a" / "1.png")
+    write_image(tmp_path / "train" / "b" / "2.png")
+    write_shards(tmp_path, [{"png": encoded(3, "png")}], "ILSVRC2012_img_train.tar")
+    images = load_image_set(config, channels=3)
+    assert (len(images), images.classes) == (2, ["a", "b"])
+
+
+def test_images_beside_shards_are_refused(tmp_path, config):
+    write_image(tmp_path / "a" / "1.png")
+    write_shards(tmp_path, [{"png": encoded(3, "png")}])
+    with pytest.raises(DataError, match="holds images beside webdataset files: give a folder of only one kind"):
+        load_image_set(config, channels=3)
+
+
+# ImageNet as it is distributed -----------------------------------------------------------------------------------
+
+WNIDS = ["n01440764", "n01443537", "n02084071"]
+
+
+@pytest.fixture
+def imagenet(tmp_path, config) -> DataConfig:
+    """Two training images a class, and six validation images in a flat folder, number i of class (i + 1) % 3."""
+    for number, wnid in enumerate(WNIDS):
+        for i in range(2):
+            write_image(tmp_path / "train" / wnid / f"{wnid}_{i}.JPEG", color=(20 * number,) * 3)
+    for i in range(1, 7):
+        write_image(tmp_path / "val" / f"ILSVRC2012_val_{i:08d}.JPEG", color=(20 * ((i + 1) % 3),) * 3)
+    return replace(config, validation_split="validation", validation_labels=str(tmp_path / "labels.csv"))
+
+
+def write_kaggle(config, classes=None, first=1) -> list[str]:
+    """Kaggle's file, whose lines are in no order."""
+    lines = [
+        f"ILSVRC2012_val_{i:08d},{(classes or WNIDS)[(i + 1) % 3]} 85 1 499 272 10 20 30 40 "
+        for i in (3, 6, 1, 2, 5, 4)
+        if i >= first
+    ]
+    Path(config.validation_labels).write_text("\n".join(["ImageId,PredictionString", *lines]) + "\n")
+    return lines
+
+
+def check_imagenet(config) -> None:
+    train, validation = load_image_sets(config, channels=3)
+    assert train.classes == validation.classes == WNIDS
+    assert train.labels().tolist() == [0, 0, 1, 1, 2, 2]
+    assert validation.labels().tolist() == [2, 0, 1, 2, 0, 1]
+    assert brightness(validation) == [20 * label for label in validation.labels()]
+    assert [validation[index][1] for index in range(6)] == validation.labels().tolist()
+
+
+def test_imagenets_validation_classes_from_kaggles_file(imagenet):
+    write_kaggle(imagenet)
+    check_imagenet(imagenet)
+
+
+@pytest.mark.parametrize("by", ["wnid", "number"])
+def test_imagenets_validation_classes_from_lists_of_file_and_class(imagenet, by):
+    classes = WNIDS if by == "wnid" else [0, 1, 2]
+    lines = [f"ILSVRC2012_val_{i:08d}.JPEG {classes[(i + 1) % 3]}" for i in range(1, 7)]
+    Path(imagenet.validation_labels).write_text("\n".join(lines))
+    check_imagenet(imagenet)
+
+
+@pytest.fixture
+def devkit(imagenet, tmp_path) -> DataConfig:
+    """The development kit's files: its ids are not in the order of the folders, and it knows more than the leaves."""
+    numbers = {"n01440764": 3, "n01443537": 1, "n02084071": 2}
+    synsets = np.zeros(4, dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")])
+    for row, (wnid, number) in enumerate([*sorted(numbers.items()), ("n00000000", 4)]):
+        synsets[row] = (float(number), wnid, "some words", 0)
+    scipy.io.savemat(tmp_path / "meta.mat", {"synsets": synsets.reshape(-1, 1)})
+    file = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
+    file.write_text("".join(f"{numbers[WNIDS[(i + 1) % 3]]}\n" for i in range(1, 7)))
+    return replace(imagenet, validation_labels=str(file))
+
+
+def test_imagenets_validation_classes_from_the_development_kit(devkit):
+    check_imagenet(devkit)
+
+
+def test_a_development_kit_that_does_not_fit_is_one_line(devkit, tmp_path):
+    file = Path(devkit.validation_labels)
+    original = file.read_text()
+    for content, answer in (
+        (original + "1\n", "has 7 classes, and there are 6 validation images"),
+        (original.replace("2", "4"), "the class 4 is n00000000, which is no folder of the training images"),
+        (original.replace("2", "9"), "the class 9 is none"),
+    ):
+        file.write_text(content)
+        with pytest.raises(DataError, match=answer):
+            load_image_sets(devkit, channels=3)
+    file.write_text(original)
+    (tmp_path / "meta.mat").write_bytes(b"nothing of Matlab's")
+    with pytest.raises(DataError, match=r"cannot read '.*meta\.mat'"):
+        load_image_sets(devkit, channels=3)
+    (tmp_path / "meta.mat").unlink()
+    with pytest.raises(DataError, match=r"need its meta\.mat beside them"):
+        load_image_sets(devkit, channels=3)
+
+
+def test_labels_that_do_not_fit_the_validation_images_are_one_line(imagenet, tmp_path):
+    file = Path(imagenet.validation_labels)
+    with pytest.raises(DataError, match=r"cannot read data\.validation_labels=.*: No such file"):
+        load_image_sets(imagenet, channels=3)
+    lines = write_kaggle(imagenet)
+    for changed, answer in (
+        (lines[1:], r"has no class for 1 of the 6 validation images: ILSVRC2012_val_00000003"),
+        ([*lines, "ILSVRC2012_val_00000007,n01440764"], r"1 of the 7 validation images in .* are missing: .*0007\.$"),
+        ([*lines, lines[0]], "names ILSVRC2012_val_00000003 twice"),
+        ([*lines[1:], "ILSVRC2012_val_00000003"], "no class beside 'ILSVRC2012_val_00000003'"),
+        ([*lines[1:], "ILSVRC2012_val_00000003 n9"], "has the class 'n9', which is neither one of the 3 folders"),
+        ([*lines[1:], "ILSVRC2012_val_00000003 3"], "has the class '3', .* nor a number below 3"),
+    ):
+        file.write_text("\n".join(changed))
+        with pytest.raises(DataError, match=answer) as caught:
+            load_image_sets(imagenet, channels=3)
+        assert "\n" not in str(caught.value)
+
+
+def test_labels_of_a_validation_split_that_needs_none_are_refused(imagenet, tmp_path, small_data):
+    write_kaggle(imagenet)
+    with pytest.raises(DataError, match="goes with folders of images; fashion_mnist is something else"):
+        load_image_set(replace(imagenet, path="fashion_mnist"), channels=3)
+    with pytest.raises(DataError, match="goes with a folder `train`"):
+        load_image_set(replace(imagenet, path=str(tmp_path / "train")), channels=3)
+
+
+def test_a_flat_validation_folder_without_labels_has_no_classes(imagenet):
+    train, validation = load_image_sets(replace(imagenet, validation_labels=None), channels=3)
+    assert train.classes == WNIDS
+    assert validation.classes == []
+    assert len(validation) == 6

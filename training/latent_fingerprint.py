@@ -1,0 +1,95 @@
+"""What cached latents were made from: enough to notice that a model, a data set or a transform is another one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from looc_ldm.autoencoder import LooCVQModel
+from looc_ldm.training.data import ImageSet, spread
+
+SAMPLED_IMAGES = 256  # whose stored bytes are compared
+PARTS = {"model": "autoencoder", "data": "data set", "transform": "transform"}  # with what a message calls them
+# Of the autoencoder's config, what the encoder is built from; much of it shows in its weights as well.
+ENCODER_SETTINGS = (
+    "in_channels",
+    "down_block_types",
+    "block_out_channels",
+    "layers_per_block",
+    "act_fn",
+    "latent_channels",
+    "norm_num_groups",
+    "mid_block_add_attention",
+    "vq_embed_dim",
+    "hidden_channels",
+    "residual_channels",
+)
+DIGEST = "sha256:"  # of values too long to be shown
+
+
+def cache_fingerprint(model: LooCVQModel, images: ImageSet) -> dict[str, dict]:
+    """What the latents of a data set depend on, as plain JSON values, in the parts `model`, `data` and `transform`.
+
+    The model is its encoder: another codebook or decoder leaves latents valid. The data are the number of images, the
+    classes, all labels and the stored bytes of up to 256 images at even distances; where the data lies does not matter.
+    """
+    return {"model": _of_model(model), "data": _of_data(images), "transform": _of_transform(images)}
+
+
+def differences(old: dict[str, dict], new: dict[str, dict]) -> list[str]:
+    """The parts of two fingerprints that differ, each with what differs in it."""
+    found = []
+    for part, name in PARTS.items():
+        before, after = old.get(part, {}), new[part]
+        changed = [key for key in sorted({**before, **after}) if before.get(key) != after.get(key)]
+        if changed:
+            shown = ", ".join(_change(key, before.get(key), after.get(key)) for key in changed)
+            found.append(f"another {name} ({shown})")
+    return found
+
+
+def _change(key: str, old, new) -> str:
+    if any(str(value).startswith(DIGEST) for value in (old, new)):
+        return key
+    return f"{key}: {old} -> {new}"
+
+
+def _of_model(model: LooCVQModel) -> dict:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    settings = {name: model.config[name] for name in ENCODER_SETTINGS if name in model.config}
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    return {"encoder weights": DIGEST + digest.hexdigest(), **settings}
+
+
+def _of_data(images: ImageSet) -> dict:
+    labels = hashlib.sha256(images.labels().astype("<i8").tobytes())
+    classes = hashlib.sha256(json.dumps(images.classes).encode())
+    stored = hashlib.sha256()
+    for index in spread(len(images), SAMPLED_IMAGES).tolist():
+        stored.update(hashlib.sha256(_stored_bytes(images, index)).digest())
+    return {
+        "number of images": len(images),
+        "names of classes": DIGEST + classes.hexdigest(),
+        "labels": DIGEST + labels.hexdigest(),
+        "stored images": DIGEST + stored.hexdigest(),
+    }
+
+
+def _stored_bytes(images: ImageSet, index: int) -> bytes:
+    content = images.source.read(index).content
+    if isinstance(content, bytes):
+        return content
+    try:
+        return b"" if content is None else Path(content).read_bytes()
+    except OSError:  # one that is left out of the cache, too
+        return b""
+
+
+def _of_transform(images: ImageSet) -> dict:
+    config = images.config
+    return {"resolution": config.resolution, "fit": config.fit, "flip": config.flip, "mode": images.mode}

@@ -1,0 +1,263 @@
+"""Data sets in shards (parquet files, WebDataset's tars, the hub), read as they come, without a copy on the disk.
+
+Which images a process reads, and how it goes on after an interruption: `looc_ldm.training.lanes`. What it costs: each
+worker holds up to two blocks of `data.shuffle_images` encoded images, the one that is given and the one that is read
+ahead, and a run that is resumed reads, without decoding, the head of one shard for each worker (1 to 2 seconds for
+10,000 JPEGs of 256 pixels on a local disk).
+"""
+
+from __future__ import annotations
+
+import logging
+import tarfile
+import time
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+import datasets
+import fsspec
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from looc_ldm.errors import ConfigError, DataError, UnreadableImage
+from looc_ldm.images import to_float
+from looc_ldm.training.config import DataConfig
+from looc_ldm.training.data import SUBSTITUTES, ImageSet, Report, StreamBatches, augment
+from looc_ldm.training.lanes import Cursor, Lane, starting_cursors
+from looc_ldm.training.sources import Source, Stored, find_shards, folder_of
+from looc_ldm.training.tables import Columns, class_names, find_columns, is_text, label_error
+from looc_ldm.training.transforms import decode, mode_of
+
+# `datasets` itself waits for a host that does not answer. This is for shards that break off while they are read.
+RETRIES = 3
+PAUSE_SECONDS = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+class StreamedSet:
+    """The shards of one split, as they lie on the disk or on the hub. Their images are not counted: there is no length.
+
+    Args:
+        rows (`datasets.IterableDataset`): The split.
+        shard_names (`list[str]`): Names of its shards, for messages.
+        config (`DataConfig`): Settings of the data.
+        channels (`int`): 1 (grey) or 3.
+
+    Attributes:
+        classes (`list[str]`): Names of the classes; empty where the data has none.
+        num_shards (`int`): What can be read at the same time.
+        content_size (`tuple[int, int]`, *optional*): Height and width of the images inside their padding, where `fit`
+            is `pad`.
+
+    Raises:
+        DataError: No such column of images.
+    """
+
+    def __init__(self, rows: datasets.IterableDataset, shard_names: list[str], config: DataConfig, channels: int):
+        self.config = config
+        self.mode = mode_of(channels)
+        self.num_shards = rows.num_shards
+        self.shard_names = shard_names
+        self.content_size: tuple[int, int] | None = None
+        self.columns = find_columns(rows.features or {}, config)
+        self.classes = _class_names(self.columns, config)
+        names = [self.columns.image, *(self.columns.label[:1] if self.classes else ())]
+        # Undecoded: images of a shard's head that are only passed over cost nothing, and a broken one can be named.
+        self.rows = rows.select_columns(names).cast_column(self.columns.image, datasets.Image(decode=False))
+
+    def read(self, shard: int, start: int = 0) -> Iterator[Stored]:
+        """The examples of a shard from a place on. Where reading breaks off, it is opened again, a few times.
+
+        Raises:
+            DataError: A shard that cannot be read, or a label that is none of the classes.
+        """
+        failures = 0
+        while True:
+            rows = self.rows.shard(self.num_shards, shard)
+            try:
+                _check_end(Path(self.shard_names[shard]))
+                # iter(1): a plain loop would divide the shard among the loader's workers once more, and larger batches
+                # of tars fail in datasets 4.0.
+                for index, batch in enumerate(rows.iter(batch_size=1)):
+                    if index < start:
+                        continue
+                    stored = self._stored({name: values[0] for name, values in batch.items()}, shard, index)
+                    start, failures = index + 1, 0
+                    yield stored
+                return
+            except DataError:
+                raise
+            except Exception as error:  # those of files, archives, parquet and the network have no common base
+                failures += 1
+                reason = " ".join(str(error).split()) or type(error).__name__
+                reason = f"cannot read {self.shard_names[shard]}: {reason}"
+                if failures > RETRIES:
+                    raise DataError(reason) from error
+                logger.warning("%s; it is opened again (%d of %d)", reason, failures, RETRIES)
+                time.sleep(PAUSE_SECONDS * failures)
+
+    def _stored(self, row: dict, shard: int, index: int) -> Stored:
+        image = row[self.columns.image] or {"bytes": None, "path": None}
+        name = f"{image['path'] or f'image {index}'} of {self.shard_names[shard]}"
+        content = image["path"] if image["bytes"] is None else image["bytes"]
+        if isinstance(content, str) and "://" in content:  # a data set of loose files on the hub
+            with fsspec.open(content, "rb") as file:
+                content = file.read()
+        if not self.classes:
+            return Stored(content, name, -1)
+        label = self.columns.label_in(row)
+        if label is None or not 0 <= label < len(self.classes):
+            raise DataError(label_error(name, label, self.classes))
+        return Stored(content, name, label)
+
+
+def _check_end(file: Path) -> None:
+    """Refuse a tar on this machine that is cut off, which the archive's reader may take for its end."""
+    if file.suffix == ".tar" and file.is_file():
+        with file.open("rb") as tar:
+            tar.seek(max(file.stat().st_size - tarfile.BLOCKSIZE, 0))
+            if any(tar.read()):
+                raise tarfile.ReadError("the archive is cut off: it does not end in zeros")
+
+
+class InMemory(Source):
+    """Encoded images that are held in memory."""
+
+    def __init__(self, images: list[Stored], classes: list[str]):
+        self.images, self.classes = images, classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> Stored:
+        return self.images[index]
+
+    def labels(self) -> np.ndarray:
+        return np.array([image.label for image in self.images], np.int64)
+
+
+def open_streamed(config: DataConfig, channels: int) -> tuple[StreamedSet, ImageSet]:
+    """The training images, streamed, and the first `validation_images` of the validation split, held in memory.
+
+    Raises:
+        ConfigError: No validation split is named.
+        DataError: There is no such data, split or column, or it is neither on the hub nor in shards.
+    """
+    if config.validation_split is None:
+        raise ConfigError(
+            "data.streaming needs data.validation_split: images cannot be held out of what is not counted."
+        )
+    folder = folder_of(config)
+    try:
+        if folder is None:
+            builder = datasets.load_dataset_builder(config.path)
+        else:
+            shards = find_shards(folder)
+            if shards is None:
+                raise DataError(
+                    f"data.streaming=true: {folder} holds neither parquet files nor WebDataset shards (.tar); "
+                    "other data is read as it lies without streaming."
+                )
+            builder = datasets.load_dataset_builder(shards[0], data_files=shards[1])
+        splits = builder.as_streaming_dataset()
+    except DataError:
+        raise
+    except Exception as error:  # those of files, archives, parquet and the network have no common base
+        raise DataError(f"cannot load data.path={config.path!r}: {' '.join(str(error).split())}") from error
+    sets = {}
+    for setting in ("split", "validation_split"):
+        split = getattr(config, setting)
+        if split not in splits:
+            raise DataError(f"data.{setting}={split!r}: {config.path} has the splits {', '.join(splits)}.")
+        sets[setting] = StreamedSet(
+            splits[split], _shard_names(builder, splits[split], split, config), config, channels
+        )
+    train, held_out = sets.values()
+    every = chain.from_iterable(held_out.read(shard) for shard in range(held_out.num_shards))
+    validation = ImageSet(
+        InMemory(list(islice(every, config.validation_images)), held_out.classes),
+        config,
+        channels,
+        skip_unreadable=True,
+    )
+    train.content_size = validation.content_size
+    return train, validation
+
+
+def _shard_names(builder, rows: datasets.IterableDataset, split: str, config: DataConfig) -> list[str]:
+    files = list((builder.config.data_files or {}).get(split, []))
+    if len(files) == rows.num_shards:
+        return [str(file) for file in files]
+    return [f"shard {shard} of {config.path} ({split})" for shard in range(rows.num_shards)]
+
+
+def _class_names(columns: Columns, config: DataConfig) -> list[str]:
+    if is_text(columns.feature):
+        logger.warning(
+            "%s: labels that are text make no classes when streaming, which does not know them all.", config.path
+        )
+        return []
+    return class_names(columns.feature, config)
+
+
+class StreamedImages(Dataset):
+    """Training images of a `StreamedSet`: item p is `(image, label, report)`, the image a float tensor `(C, H, W)` in
+    [-1, 1], the report with the cursor behind it.
+
+    It is read a batch at a time (`__getitems__`), each lane in the order of its positions. Which images come depends on
+    the seed, the number of lanes and the cursors; flips and crops on the seed and the position.
+
+    Args:
+        images (`StreamedSet`): The shards.
+        seed (`int`): Of order, flips and crops.
+        batches (`StreamBatches`): The batches of this process.
+        num_workers (`int`): Of the loader that reads the stream.
+        cursors (`dict[int, Cursor]`): Lane -> where it goes on, from a checkpoint; see `starting_cursors`.
+
+    Attributes:
+        cursors (`dict[int, Cursor]`): Where every lane of this run starts, also those of other processes.
+
+    Raises:
+        ConfigError: There are fewer shards than lanes.
+    """
+
+    def __init__(
+        self, images: StreamedSet, seed: int, batches: StreamBatches, num_workers: int, cursors: dict[int, Cursor]
+    ):
+        self.images = images
+        self.seed = seed
+        self.per_forward = batches.per_forward
+        processes = batches.stride // batches.per_forward
+        self.num_lanes = processes * max(num_workers, 1)
+        if images.num_shards < self.num_lanes:
+            fitting = images.num_shards // processes
+            raise ConfigError(
+                f"{images.config.path} has {images.num_shards} shards, too few for {processes} processes with "
+                f"data.num_workers={num_workers}: "
+                + (f"at most {fitting} workers fit." if fitting else f"at most {images.num_shards} processes fit.")
+            )
+        self.cursors = starting_cursors(cursors, self.num_lanes)
+        self._lanes: dict[int, Lane] = {}  # opened by the process that reads
+
+    def __getitems__(self, positions: list[int]) -> list[tuple[torch.Tensor, int, Report]]:
+        """The items of one forward pass; what a loader's worker calls."""
+        number = positions[0] // self.per_forward % self.num_lanes
+        if number not in self._lanes:
+            self._lanes[number] = Lane(self.images, self.seed, self.num_lanes, self.cursors[number])
+        return [self._item(self._lanes[number], position) for position in positions]
+
+    def _item(self, lane: Lane, position: int) -> tuple[torch.Tensor, int, Report]:
+        unreadable: list[str] = []
+        while len(unreadable) < SUBSTITUTES:
+            content, name, label = next(lane)
+            try:
+                image = decode(content, self.images.mode, name)
+            except UnreadableImage as error:
+                unreadable.append(error.name)
+                continue
+            pixels = augment(image, self.images, self.seed, position, name)
+            return to_float(pixels), label, Report(unreadable, lane.cursor)
+        raise DataError(f"{SUBSTITUTES} images in a row cannot be read, the last is {unreadable[-1]}.")

@@ -1,0 +1,176 @@
+"""Tables of images, as `datasets` reads them from parquet files, WebDataset shards and the hub, as sources."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+
+from looc_ldm.errors import DataError
+from looc_ldm.training.config import DataConfig
+from looc_ldm.training.sources import Source, Stored
+
+logger = logging.getLogger(__name__)
+
+
+def open_tables(splits: dict[str, datasets.Dataset], config: DataConfig) -> dict[str, Source]:
+    """The splits of a data set.
+
+    Raises:
+        DataError: No such column of images, or a label that is none of the classes.
+    """
+    columns = {split: find_columns(rows.features, config) for split, rows in splits.items()}
+    text = [split for split in splits if is_text(columns[split].feature)]
+    named = sorted(set().union(*(columns[split].names(splits[split]) for split in text)))
+    classes: dict[str, list[str]] = {}  # by the feature: that there are none is logged once, not for every split
+    for column in columns.values():
+        key = repr(column.feature)
+        if key not in classes:
+            classes[key] = named if is_text(column.feature) else class_names(column.feature, config)
+    return {
+        split: TableSource(rows, columns[split], classes[repr(columns[split].feature)], f"{config.path} ({split})")
+        for split, rows in splits.items()
+    }
+
+
+class TableSource(Source):
+    """Rows of a `datasets.Dataset`.
+
+    Args:
+        rows: The rows.
+        columns: Where the image and the class are in a row.
+        classes: Names of the classes; empty without.
+        name: What the split is called in messages.
+
+    Raises:
+        DataError: A label that is none of the classes.
+    """
+
+    def __init__(self, rows: datasets.Dataset, columns: Columns, classes: list[str], name: str):
+        self.name = name
+        self.classes = classes
+        self._labels = columns.labels(rows, classes, name)
+        if self._labels is None:
+            self.classes, self._labels = [], np.full(len(rows), -1)
+        # Undecoded, so that an image that cannot be read can be named. As Arrow's tables, which are read without the
+        # detours of rows as dictionaries.
+        images = rows.select_columns([columns.image]).cast_column(columns.image, datasets.Image(decode=False))
+        self._images = images.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, index: int) -> Stored:
+        stored = self._images[index].column(0)[0].as_py() or {"bytes": None, "path": None}
+        name = stored["path"] or f"image {index} of {self.name}"
+        content = stored["path"] if stored["bytes"] is None else stored["bytes"]
+        return Stored(content, name, int(self._labels[index]))
+
+    def labels(self) -> np.ndarray:
+        return self._labels
+
+
+class Columns(NamedTuple):
+    """Where the image and the class are in a row of a table.
+
+    Attributes:
+        image (`str`): Column of the image.
+        label (`tuple[str, ...]`): Column of the class, and where that holds fields, the field; empty without classes.
+        feature: What `datasets` knows of the label; None without classes.
+    """
+
+    image: str
+    label: tuple[str, ...]
+    feature: Any
+
+    def label_in(self, row: dict) -> Any:
+        """The class as a row holds it, a number or a name."""
+        for name in self.label:
+            row = None if row is None else row[name]
+        return row
+
+    def labels(self, rows: datasets.Dataset, classes: list[str], name: str) -> np.ndarray | None:
+        """All labels as indices of the classes, int64 `(len,)`; None where there are no classes or no labels.
+
+        Raises:
+            DataError: A label that is none of the classes.
+        """
+        if not classes or not len(rows):
+            return None
+        values = self._values(rows)
+        if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+            known = {value: index for index, value in enumerate(classes)}
+            labels = np.array([known.get(value, -1) for value in values.to_pylist()], np.int64)
+        else:
+            labels = values.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
+            if (labels == -1).all():  # as the hub's test splits have them
+                return None
+        wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+        if len(wrong):
+            raise DataError(label_error(f"image {wrong[0]} of {name}", values[int(wrong[0])].as_py(), classes))
+        return labels
+
+    def names(self, rows: datasets.Dataset) -> set[str]:
+        """The classes that the rows name, where the label is text."""
+        return {value for value in self._values(rows).unique().to_pylist() if value is not None}
+
+    def _values(self, rows: datasets.Dataset) -> pa.Array:
+        values = rows.select_columns([self.label[0]]).with_format("arrow")[:].column(0).combine_chunks()
+        return pa.compute.struct_field(values, list(self.label[1:])) if len(self.label) > 1 else values
+
+
+def label_error(image: str, label: Any, classes: list[str]) -> str:
+    """What is wrong with a label that is none of the classes."""
+    return f"{image} has the label {label!r}: the {len(classes)} classes are {classes[0]!r} to {classes[-1]!r}."
+
+
+def find_columns(features: datasets.Features, config: DataConfig) -> Columns:
+    """Where a table has its images and classes: in the columns that the config names.
+
+    WebDataset's files are columns named by their suffixes; there, the only image and `cls`, or a field of `json`, are
+    found by themselves.
+
+    Raises:
+        DataError: No such column of images.
+    """
+    image, label = config.image_column, (config.label_column,)
+    if "__key__" in features:  # WebDataset
+        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        if image not in features and len(images) == 1:
+            image = images[0]
+        fields = features.get("json")
+        if label[0] not in features:
+            label = ("json", label[0]) if isinstance(fields, dict) and label[0] in fields else ("cls",)
+    if image not in features:
+        raise DataError(f"data.image_column={image!r}: {config.path} has {', '.join(features)}.")
+    feature: Any = features
+    for name in label:
+        feature = feature.get(name) if isinstance(feature, dict) else None
+    return Columns(image, label if feature is not None else (), feature)
+
+
+def is_text(feature: Any) -> bool:
+    """Whether a label is the name of a class."""
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def class_names(feature: Any, config: DataConfig) -> list[str]:
+    """Names of the classes of a label that is a number; none where nothing names them, which is logged."""
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    is_number = isinstance(feature, datasets.Value) and re.match("u?int", feature.dtype)
+    if is_number and config.num_classes is not None:
+        return [str(index) for index in range(config.num_classes)]
+    if is_number:
+        logger.warning(
+            "%s: the labels are numbers without names, so there are no classes; data.num_classes makes them classes.",
+            config.path,
+        )
+    elif feature is not None:
+        logger.warning("%s: the label column is neither numbers nor text, so there are no classes.", config.path)
+    return []

@@ -1,0 +1,236 @@
+"""What is measured while training runs: reconstructions (stage 1), samples (stage 2), and the use of the codebook.
+
+Nothing here leaves a trace in the training: random number generators and the modes of models are put back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers.utils import make_image_grid
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Subset
+
+from looc_ldm.autoencoder import LooCVQModel
+from looc_ldm.errors import ConfigError
+from looc_ldm.files import renamed_when_complete
+from looc_ldm.images import to_float, to_pil, to_uint8
+from looc_ldm.metrics.reconstruction import eval_mode, evaluate_reconstruction
+from looc_ldm.pipelines.ldm import LooCLDMPipeline
+from looc_ldm.pipelines.sampling import sample_images
+from looc_ldm.quantizer import LooCQuantizer
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, EvaluationConfig
+from looc_ldm.training.data import ImageSet, float_batches, spread
+from looc_ldm.training.features import (
+    features_of_config,
+    fid_and_kid_of_features,
+    gathered,
+    image_features,
+    inception,
+)
+from looc_ldm.training.together import write_together
+
+logger = logging.getLogger(__name__)
+
+READ_BATCH = 32  # images a loader's worker reads at a time
+SAMPLE_BATCH = 64  # images drawn at a time, if the training batch of a process is not smaller
+LOGGED = ("images", "psnr", "ssim", "l1", "lpips", "codebook_use", "perplexity", "bits_per_pixel")
+
+
+def check_evaluation(config: AutoencoderConfig | DiffusionConfig) -> None:
+    """Refuse, before training, an evaluation that could not be made later. Downloads the Inception network if asked.
+
+    Raises:
+        ConfigError: There is nothing to measure, too little to measure it on, or no Inception network.
+    """
+    evaluation = config.evaluation
+    if evaluation.every_images is None:
+        return
+    if not evaluation.fid:
+        if isinstance(config, DiffusionConfig):
+            raise ConfigError("evaluation.every_images: stage 2 measures nothing without evaluation.fid=true.")
+        return
+    if isinstance(config, AutoencoderConfig) and config.data.validation_images < 2:
+        raise ConfigError("evaluation.fid=true needs data.validation_images of at least 2, got 1.")
+    try:
+        features_of_config(evaluation).check()
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
+        raise ConfigError(f"evaluation.inception_weights: {' '.join(str(error).split())}") from None
+
+
+# The codebook ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def codebook_use(quantizer: LooCQuantizer) -> dict[str, float]:
+    """How the codebook was used lately, by the moving averages in `usage`. Waits for the device.
+
+    Returns:
+        `dict`: `dead_codes`: the number of codevectors that revival would move more than half way to their anchor,
+        alpha_k > 1/2 (see `LooCQuantizer.revive`): those whose share is below about log(2) / 10 * (1 - gamma) / K, at
+        gamma=0.99 a 1,400th of the average share. `codebook_use`: the share of the others, in [0, 1].
+        `codebook_perplexity`: exp of the entropy of the average shares, in [1, K].
+    """
+    usage, codes = quantizer.usage.double().cpu(), quantizer.num_codevectors
+    moved = torch.exp(-10 * codes * usage / (1 - quantizer.usage_decay) - 1e-3)  # alpha of `revive`
+    dead = int((moved > 0.5).sum())
+    shares = usage / usage.sum().clamp_min(torch.finfo(usage.dtype).tiny)
+    return {
+        "codebook_use": 1 - dead / codes,
+        "codebook_perplexity": torch.special.entr(shares).sum().exp().item(),
+        "dead_codes": dead,
+    }
+
+
+# Stage 1 --------------------------------------------------------------------------------------------------------------
+
+
+def reconstruction_figures(
+    model: LooCVQModel,
+    images: ImageSet,
+    evaluation: EvaluationConfig,
+    batch_size: int,
+    num_workers: int,
+    lpips: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> dict[str, float | int]:
+    """How well images are reconstructed: of `evaluation.images` of a set, at even distances, those that can be read.
+
+    On one process: not a collective.
+
+    Returns:
+        `dict` of what `evaluate_reconstruction` says that is worth a curve: `images` (how many were measured), `psnr`,
+        `ssim`, `l1`, `lpips` where it is given, `codebook_use` (the share of codevectors that these images used),
+        `perplexity`, `bits_per_pixel`, and with `evaluation.fid` for instance `rfid@2048`.
+    """
+    features = features_of_config(evaluation) if evaluation.fid else None
+    chosen = spread(len(images), evaluation.images)
+    with _random_state_kept(model.device):
+        batches = float_batches(Subset(images, chosen), batch_size, num_workers)
+        report = evaluate_reconstruction(model, batches, images.content_size, features, lpips)
+    return {name: value for name, value in report.items() if name in LOGGED or name.startswith("rfid@")}
+
+
+@torch.no_grad()
+def reconstruction_grid(models: Sequence[LooCVQModel], images: ImageSet, count: int) -> Image.Image:
+    """A row of `count` images of a set, at even distances, and below it a row of each model's reconstructions."""
+    originals = torch.stack([images[int(index)][0] for index in spread(len(images), count)])
+    cells = list(originals)
+    for model in models:
+        with eval_mode(model):
+            pixels = to_float(originals).to(model.device, model.dtype)
+            cells.extend(to_uint8(model.decode(model.encode(pixels).latents).sample).cpu())
+    return make_image_grid([to_pil(cell) for cell in cells], rows=1 + len(models), cols=len(originals))
+
+
+# Stage 2 --------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generation_figures(
+    pipe: LooCLDMPipeline, images: ImageSet, config: DiffusionConfig, accelerator: Accelerator
+) -> dict[str, float | int]:
+    """FID and KID between `evaluation.images` samples and as many images. A collective; all processes get the figures.
+
+    Every process draws its share, and the samples are the same for any number of processes and at every call: same
+    seed, same labels (as many of each class, up to one), with the steps and the guidance of the sample grids. They are
+    compared with `evaluation.images` images of the set, at even distances, those that can be read and not mirrored;
+    their features are computed once and kept in the run's folder `reference`. So few images are for curves: FID falls
+    with their number, and published ones are of 50,000 samples against all training images. KID has no such bias.
+
+    Args:
+        pipe (`LooCLDMPipeline`): The model.
+        images (`ImageSet`): What the samples should look like: the training images, or where these are streamed, the
+            validation images.
+        config (`DiffusionConfig`): Its `evaluation`, `preview_steps`, `preview_guidance_scale` and `seed`.
+        accelerator (`Accelerator`): The processes.
+
+    Returns:
+        `dict`: for instance `fid@2048` and `kid@2048` (the features they are computed with), and what they were
+        measured on and with: `samples`, `reference_images`, `steps`, `guidance_scale`.
+
+    Raises:
+        DataError: Fewer than 2 of the images can be read.
+    """
+    layer, count = config.evaluation.feature_layer, config.evaluation.images
+    guidance = config.preview_guidance_scale if pipe.config.null_class_label is not None else 1.0
+    with _random_state_kept(accelerator.device):
+        network = inception(features_of_config(config.evaluation), accelerator.device)
+        reference = _reference_features(network, images, config, accelerator)
+        samples = sample_images(
+            pipe,
+            _balanced_labels(pipe, count),
+            seed=config.seed,
+            batch_size=min(SAMPLE_BATCH, max(1, config.batch_size // accelerator.num_processes)),
+            progress=accelerator.is_main_process,
+            indices=range(accelerator.process_index, count, accelerator.num_processes),
+            num_inference_steps=config.preview_steps,
+            guidance_scale=guidance,
+        )
+        drawn = gathered(image_features(network, samples, accelerator.device), count, accelerator)
+    figures = {}
+    if accelerator.is_main_process:
+        fid, kid = fid_and_kid_of_features(drawn, reference)
+        figures = {
+            f"fid@{layer}": fid,
+            f"kid@{layer}": kid,
+            "samples": len(drawn),
+            "reference_images": len(reference),
+            "steps": config.preview_steps,
+            "guidance_scale": guidance,
+        }
+    return broadcast_object_list([figures])[0]
+
+
+def _balanced_labels(pipe: LooCLDMPipeline, count: int) -> list[int | None]:
+    classes = [label for label in range(pipe.num_class_embeds) if label != pipe.config.null_class_label]
+    return [classes[i * len(classes) // count] if classes else None for i in range(count)]
+
+
+def _reference_features(
+    network: nn.Module, images: ImageSet, config: DiffusionConfig, accelerator: Accelerator
+) -> torch.Tensor | None:
+    """Features `(n, layer)` of the images compared with, on the main process. A collective."""
+    name = f"{config.evaluation.feature_layer}-{_reference_fingerprint(images, config)}.safetensors"
+    file = Path(config.output_dir) / "reference" / name
+    if broadcast_object_list([file.is_file()])[0]:  # as the main process sees it
+        return load_file(file)["features"] if accelerator.is_main_process else None
+    chosen = spread(len(images), config.evaluation.images)
+    share = chosen[accelerator.process_index :: accelerator.num_processes]
+    batches = float_batches(Subset(images, share), READ_BATCH, config.data.num_workers)
+    pixels = (image for batch in batches for image in to_uint8(batch))
+    features = gathered(image_features(network, pixels, accelerator.device), len(chosen), accelerator)
+
+    def write() -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with renamed_when_complete(file) as partial:
+            save_file({"features": features}, partial)
+
+    write_together(accelerator, "the reference of FID", file.parent, write, main_only=True)
+    return features
+
+
+def _reference_fingerprint(images: ImageSet, config: DiffusionConfig) -> str:
+    """Of all that decides the reference features: the images, their transform, their number, and the network."""
+    weights = config.evaluation.inception_weights
+    if weights is not None:
+        with open(weights, "rb") as file:
+            weights = hashlib.file_digest(file, "sha256").hexdigest()
+    data = {k: v for k, v in asdict(config.data).items() if k not in ("num_workers", "max_unreadable_share")}
+    described = json.dumps([data, len(images), config.evaluation.images, weights], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def _random_state_kept(device: torch.device) -> AbstractContextManager:
+    """Training goes on with the random numbers it would have had: that is what makes resuming exact."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
