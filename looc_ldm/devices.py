@@ -12,6 +12,9 @@ def choose_device(name: str | None):
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        device = torch.empty(0, device=name).device
+    except Exception as error:  # what backends raise that are not there has no common base
+        raise UserError(f"--device {name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+    if device.type == "meta":
+        raise UserError(f"--device {name}: it holds no numbers, so that nothing can be computed there.")
+    return device

@@ -91,6 +91,8 @@ class LooCQuantizer(nn.Module):
         embedding (`nn.Embedding`): `weight` is the codebook, (K, d), float32.
         usage (`torch.Tensor` of shape `(K,)`): Moving average of the share of segments each codevector received. A
             buffer: saved and loaded with the module.
+        raise_on_nonfinite (`bool`): Whether a training forward on a CPU raises for values that are not finite, True
+            unless it is set to False by who watches losses or gradients. Elsewhere it never does.
 
     Raises:
         ValueError: A size that is not positive, a `codevector_dim` that does not divide as said, an unknown name,

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.errors import ConfigError, one_line_errors
 from looc_ldm.files import check_folder
+from looc_ldm.images import to_float
 from looc_ldm.metrics.reconstruction import evaluate_reconstruction
 from looc_ldm.training.config import AutoencoderConfig, construct, parse_command_line
 from looc_ldm.training.data import (
@@ -101,6 +102,9 @@ def train(config: AutoencoderConfig) -> Path:
     model, optimizer = accelerator.prepare(model, optimizer)
     live = accelerator.unwrap_model(model)
     if config.compile:
+        if terms.adversarial_weight and terms.adaptive_weight:
+            # The adaptive weight goes back through the graph more than once, which then may not give its buffers away.
+            torch._functorch.config.donated_buffer = False
         live.compile()  # in place: the names of its weights stay
     if lpips is not None:
         lpips = lpips.to(accelerator.device)
@@ -112,7 +116,8 @@ def train(config: AutoencoderConfig) -> Path:
         accelerator.register_for_checkpointing(lecam)
     run.resume()
     live.quantize.revive()  # tells the quantizer that we call it, once per optimizer step
-    live.quantize.raise_on_nonfinite = False  # gradients are watched, on all processes together
+    # Gradients are watched, on all processes together. (The averaged model, a copy made before, does raise.)
+    live.quantize.raise_on_nonfinite = False
     batches = StreamBatches(
         run.images_seen,
         config.total_images,
@@ -132,10 +137,22 @@ def train(config: AutoencoderConfig) -> Path:
         live.save_pretrained(folder, variant="non_ema")
         write_description(folder, config, run, **figures)
 
+    def look() -> None:
+        """The grid and the figures that are due after the last step."""
+        with run.aside():
+            if run.due(config.preview_every_images) and accelerator.is_main_process:
+                run.save_preview(reconstruction_grid([ema.model, live], validation, PREVIEW_IMAGES))
+            if run.due(config.evaluation.every_images) and accelerator.is_main_process:
+                figures = reconstruction_figures(ema.model, validation, config.evaluation, **loading, lpips=lpips)
+                run.log_evaluation(figures)
+
     # 3. Training
     model.train()
     with run.stopping_cleanly(), run.progress_bar("autoencoder") as bar:
-        for batch, _ in run.batches(loader):
+        if run.look_pending:  # the run was stopped between a checkpoint and what was due with it
+            look()
+        for pixels, _ in run.batches(loader):
+            batch = to_float(pixels)
             with accelerator.accumulate(*(m for m in (model, discriminator) if m is not None)):
                 # 3a. Autoencoder. The losses are outside of autocast: float32.
                 output = model(batch)
@@ -186,18 +203,24 @@ def train(config: AutoencoderConfig) -> Path:
                     discriminator_loss = hinge_discriminator_loss(real, fake)
                     run.record(loss_discriminator=discriminator_loss)
                     if lecam is not None:
-                        regularization = lecam(real, fake, accelerator)  # a collective
+                        regularization = lecam(real, fake)
                         discriminator_loss = discriminator_loss + terms.lecam_weight * regularization
                         run.record(loss_lecam=regularization)
                     accelerator.backward(discriminator_loss)
-                    steady = finite
+                    steady = True
                     if accelerator.sync_gradients:
                         norm = config.optimizer.max_grad_norm
-                        steady &= run.gradients_finite(discriminator.parameters(), norm, "discriminator_grad_norm")
+                        steady = run.gradients_finite(discriminator.parameters(), norm, "discriminator_grad_norm")
+                        steady = steady and finite
                     set_learning_rate(discriminator_optimizer, run.learning_rate(config.optimizer))
                     if steady:
                         discriminator_optimizer.step()
                     discriminator_optimizer.zero_grad()
+                    if lecam is not None and accelerator.sync_gradients:
+                        if steady:
+                            lecam.update(accelerator)  # a collective
+                        else:
+                            lecam.discard()
             if not accelerator.sync_gradients:
                 continue
 
@@ -212,14 +235,10 @@ def train(config: AutoencoderConfig) -> Path:
             if run.due(config.log_every_images):
                 rate = run.learning_rate(config.optimizer)
                 run.log(bar, learning_rate=rate, **codebook_use(live.quantize))
-            if run.due(config.preview_every_images) and accelerator.is_main_process:
-                run.save_preview(reconstruction_grid([ema.model, live], validation, PREVIEW_IMAGES))
-            if run.due(config.evaluation.every_images) and accelerator.is_main_process:
-                figures = reconstruction_figures(ema.model, validation, config.evaluation, **loading, lpips=lpips)
-                run.log_evaluation(figures)
             if run.due(config.checkpoint_every_images):
-                run.save_checkpoint()  # last, so that going on from it repeats nothing
+                run.save_checkpoint()
                 run.push(save)
+            look()
             run.stop_if_asked()  # a collective
         run.save_checkpoint()
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
-from looc_ldm.errors import TrainingError
+from looc_ldm.errors import ConfigError, TrainingError
 from looc_ldm.training.together import write_together
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class Checkpoints:
             `dict`, *optional*: What was saved in `run.json`; None if there are no checkpoints.
 
         Raises:
+            ConfigError: It was written by a run of another `manner`.
             TrainingError: There are checkpoints, and none can be used; or a disk cannot be read.
         """
         if self.accelerator.is_main_process:
@@ -79,6 +80,7 @@ class Checkpoints:
         for path in reversed(candidates):
             problem = self._agree(lambda path=path: problem_of(path), main_only=True)
             if problem is None:
+                self._refuse_another_manner(path)
                 before_load(int(path.name))
                 problem = self._agree(lambda path=path: self._load(path))
             if problem is None:
@@ -96,15 +98,52 @@ class Checkpoints:
             )
         return None
 
+    @property
+    def manner(self) -> dict[str, str]:
+        """What has to be the same that is no setting: how weights are divided, the precision that `auto` became."""
+        divided = self.accelerator.distributed_type == DistributedType.FSDP
+        return {"distributed": "FSDP" if divided else "DDP", "mixed_precision": self.accelerator.mixed_precision}
+
+    def _refuse_another_manner(self, path: Path) -> None:
+        """Collective: refused on all processes, before one of them waits for the others while it loads."""
+
+        def difference() -> str | None:
+            then = {**self.manner, **read_state(path)}
+            if then["distributed"] != self.manner["distributed"]:
+                return f"was written under {then['distributed']}, this start is under {self.manner['distributed']}"
+            if then["mixed_precision"] != self.manner["mixed_precision"]:
+                return (
+                    f"was trained with mixed_precision={then['mixed_precision']}, this start has "
+                    f"{self.manner['mixed_precision']}: give --mixed_precision {then['mixed_precision']}"
+                )
+            return None
+
+        found = self._agree(difference, main_only=True)
+        if found is not None:
+            raise ConfigError(f"checkpoint {str(path)!r} {found}. A run keeps to one of them.")
+
     def _load(self, path: Path) -> str | None:
-        """Load a checkpoint; returns in words what is wrong inside of it."""
+        """Load a checkpoint; returns in words what is wrong inside of it.
+
+        Raises:
+            TrainingError: The same, under FSDP. Loading is a collective there, in which the others wait for a process
+                that has failed: it ends at once, and the launcher ends them.
+        """
         try:
             read_state(path)  # which Accelerate does not look at
             self.accelerator.load_state(str(path))
-        except (OSError, torch.OutOfMemoryError):
+        except torch.OutOfMemoryError:
             raise
         except Exception as error:  # damage inside of a file shows in many kinds of errors
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if self.accelerator.distributed_type == DistributedType.FSDP:
+                raise TrainingError(
+                    f"checkpoint {str(path)!r} cannot be loaded ({reason}); if it is damaged, delete it, and the same "
+                    "command goes on from the one before."
+                ) from error
+            if isinstance(error, OSError):
+                raise
+            return reason
         return None
 
     def _agree(self, find_problem: Callable[[], str | None], main_only: bool = False) -> str | None:
@@ -133,7 +172,7 @@ class Checkpoints:
 
         Args:
             images: Images seen; its name.
-            state: What its `run.json` holds, besides that number and the sizes of all files.
+            state: What its `run.json` holds, besides that number, the `manner` and the sizes of all files.
 
         Raises:
             TrainingError: The disk is full or refuses something else, on any process. What was there is as it was.
@@ -152,7 +191,7 @@ class Checkpoints:
 
     def _complete(self, partial: Path, images: int, state: dict) -> None:
         files = {path.relative_to(partial).as_posix(): path.stat().st_size for path in _files(partial)}
-        (partial / RUN_FILE).write_text(json.dumps({"images_seen": images, **state, "files": files}))
+        (partial / RUN_FILE).write_text(json.dumps({"images_seen": images, **self.manner, **state, "files": files}))
         # The files reach the disk before the name does: after a power cut, too, what has the name is complete.
         for path in [*_files(partial), *(path for path in partial.rglob("*") if path.is_dir()), partial]:
             _to_disk(path)

@@ -42,7 +42,7 @@ class DataConfig:
         label_column: The column that holds the class; if the data has none, there are no classes.
         num_classes: Number of classes where the label column holds numbers without names.
         streaming: Read parquet files, WebDataset shards or a hub data set as they come, without preparing them on the
-            disk first. Needs at least as many shards as processes times `num_workers`, and a `validation_split`.
+            disk first. Needs a `validation_split`.
         shuffle_images: Images of a shard that are shuffled together when streaming; shards are shuffled, too.
         resolution: Side in pixels of the square images the networks see.
         fit: How an image becomes square. `crop`: the shorter side is resized (Lanczos), then the centre is cropped.
@@ -126,9 +126,9 @@ class RunConfig:
         total_images: Images to train on, repeats counted.
         batch_size: Images per optimizer step, over all processes and accumulation steps.
         gradient_accumulation_steps: Forward passes per optimizer step.
-        mixed_precision: `auto` is bf16 where the hardware computes in it, else `no`.
-        channels_last: Keep convolution weights in the layout that is faster on most hardware.
-        compile: Compile the networks with `torch.compile`; the first steps take minutes.
+        mixed_precision: `auto` is bf16 where the hardware computes in it, else `no`. A run keeps to what that was.
+        channels_last: Keep the trained network's convolution weights in the layout that is faster on most hardware.
+        compile: Compile the trained network with `torch.compile`; the first steps take minutes.
         gradient_checkpointing: Compute activations anew in the backward pass: less memory, about a third more time.
         ema_halflife_images: Images after which a weight counts half in the average; it rises with 5 % of the images
             seen, so that early averages follow.
@@ -168,6 +168,7 @@ class RunConfig:
 
 # Settings that may differ when a run is resumed: the length of the run, and how it is reported.
 RESUMABLE = {
+    "mixed_precision",  # `auto` may become the value that it stood for; checkpoints are compared by that
     "total_images",
     "log_every_images",
     "preview_every_images",
@@ -185,8 +186,13 @@ RESUMABLE = {
     "evaluation.fid",
     "evaluation.inception_weights",
     "evaluation.feature_layer",
+    "preview_steps",
+    "preview_guidance_scale",
     "output_dir",
+    "latents",  # which are compared with the autoencoder and the data
 }
+# Settings that say where something lies, which may have moved since.
+MOVABLE = {"data.path", "data.validation_labels", "autoencoder", "loss.lpips_weights"}
 
 
 @dataclass
@@ -412,7 +418,14 @@ def config_text(config) -> str:
 def differences(old: dict, new: dict) -> list[str]:
     """Settings that differ and may not differ when a run is resumed, each as `name: old -> new`."""
     old, new = _flatten(old), _flatten(new)
-    names = [name for name in {**old, **new} if name not in RESUMABLE and old.get(name) != new.get(name)]
+    names = [name for name in {**old, **new} if name not in RESUMABLE | MOVABLE and old.get(name) != new.get(name)]
+    return [f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names]
+
+
+def moves(old: dict, new: dict) -> list[str]:
+    """Settings that say where something lies, and say now that it lies elsewhere, each as `name: old -> new`."""
+    old, new = _flatten(old), _flatten(new)
+    names = [name for name in {**old, **new} if name in MOVABLE and old.get(name) != new.get(name)]
     return [f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names]
 
 

@@ -19,6 +19,7 @@ from looc_ldm.errors import ConfigError, DataError, UnreadableImage
 from looc_ldm.images import to_float
 from looc_ldm.training.config import DataConfig
 from looc_ldm.training.sources import Source, Stored, open_sources
+from looc_ldm.training.stopping import leave_signals_to_the_trainer
 from looc_ldm.training.transforms import CENTRE, decode, mode_of, to_pixels, to_square
 
 logger = logging.getLogger(__name__)
@@ -109,12 +110,14 @@ class ImageSet(Dataset):
     def _readable(self, read: Callable, index: int):
         if not self.skip_unreadable:
             return read(index)
+        last = None
         for offset in range(min(SUBSTITUTES, len(self))):
             try:
                 return read((index + offset) % len(self))
             except UnreadableImage as error:
                 logger.warning("%s; the next image takes its place", error)
-        raise _too_many_unreadable(self.config, min(SUBSTITUTES, len(self)))
+                last = error
+        raise too_many_unreadable(self.config, min(SUBSTITUTES, len(self)), last)
 
 
 def bring_to_size(image: Image.Image, images, name: str, place: tuple[float, float] = CENTRE) -> torch.Tensor:
@@ -149,8 +152,9 @@ def augment(image: Image.Image, images, seed: int, position: int, name: str) -> 
     return pixels.flip(-1) if mirrored else pixels
 
 
-def _too_many_unreadable(config: DataConfig, count: int) -> DataError:
-    return DataError(f"{count} images of {config.path} in a row cannot be read.")
+def too_many_unreadable(config: DataConfig, count: int, last: UnreadableImage) -> DataError:
+    """The error for so many unreadable images one after the other, with what is wrong with the last of them."""
+    return DataError(f"{count} images of {config.path} in a row cannot be read. The last: {last}")
 
 
 class _Pixels(Sequence):
@@ -170,7 +174,7 @@ def load_image_set(config: DataConfig, channels: int) -> ImageSet:
     Raises:
         DataError: No such data, a folder without images, an unknown split or column.
     """
-    splits = open_sources(config)
+    splits = open_sources(config, [config.split] if config.split else None)
     if not config.split:
         held_out = [name for name in ("test", "validation") if name in splits]
         config = replace(config, split=[*held_out, *splits][0])
@@ -189,7 +193,7 @@ def load_image_sets(config: DataConfig, channels: int):
         from looc_ldm.training.streaming import open_streamed
 
         return open_streamed(config, channels)
-    splits = open_sources(config)
+    splits = open_sources(config, [name for name in (config.split, config.validation_split) if name])
     images = _split(splits, "split", config)
     if config.validation_split is not None:
         held_out = _split(splits, "validation_split", config)
@@ -244,7 +248,9 @@ class Stream(Dataset):
 
 
 class ImageStream(Stream):
-    """Training images: item p is `(image, label, report)` with the image a float tensor `(C, H, W)` in [-1, 1].
+    """Training images: item p is `(image, label, report)` with the image a uint8 tensor `(C, H, W)`.
+
+    Loops turn it into numbers in [-1, 1] (`looc_ldm.images.to_float`) on their device: what workers send is small.
 
     An image that cannot be read is replaced by one that is drawn for that position, and reported.
     """
@@ -256,18 +262,20 @@ class ImageStream(Stream):
     def __getitem__(self, position: int) -> tuple[torch.Tensor, int, Report]:
         unreadable: list[str] = []
         index = self.index_at(position)
+        last = None
         instead = None  # random numbers, made where they are needed
         while len(unreadable) < SUBSTITUTES:
             try:
                 image, stored = self.images.open(index)
             except UnreadableImage as error:
                 unreadable.append(error.name)
+                last = error
                 instead = instead or random_at(self.seed, SUBSTITUTE, position)
                 index = int(instead.integers(self.length))
                 continue
             pixels = augment(image, self.images, self.seed, position, stored.name)
-            return to_float(pixels), stored.label, Report(unreadable)
-        raise _too_many_unreadable(self.images.config, SUBSTITUTES)
+            return pixels, stored.label, Report(unreadable)
+        raise too_many_unreadable(self.images.config, SUBSTITUTES, last)
 
 
 def make_stream(
@@ -350,6 +358,7 @@ def float_batches(images: ImageSet | Subset, batch_size: int = 64, num_workers: 
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_float_pixels,
+        worker_init_fn=leave_signals_to_the_trainer,  # which may be measuring
         generator=torch.Generator(),  # its own, as in `stream_loader`
     )
 

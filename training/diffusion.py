@@ -10,8 +10,10 @@ command again goes on where it stopped.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -23,18 +25,20 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch.utils.data import Subset
+from tqdm.auto import tqdm
 
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.class_embedding import ClassEmbedding
 from looc_ldm.errors import ConfigError, one_line_errors
-from looc_ldm.files import check_folder
-from looc_ldm.images import to_pil
+from looc_ldm.files import check_folder, replace_text
+from looc_ldm.images import to_float, to_pil
 from looc_ldm.loading import load_autoencoder
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.scaling import scale_latents
 from looc_ldm.training.config import DiffusionConfig, construct, parse_command_line
 from looc_ldm.training.data import (
+    ImageSet,
     StreamBatches,
     float_batches,
     load_image_sets,
@@ -54,6 +58,7 @@ from looc_ldm.training.latents import (
     measure_latents,
 )
 from looc_ldm.training.log import show_log_lines
+from looc_ldm.training.moments import Moments
 from looc_ldm.training.objectives import Objective
 from looc_ldm.training.result import write_description
 from looc_ldm.training.run import Run, adamw, set_learning_rate
@@ -101,15 +106,6 @@ def train(config: DiffusionConfig) -> Path:
     vqvae = vqvae.to(accelerator.device)
     if config.cache_latents:
         cache = cache_latents(vqvae, images, Path(config.latents or run.folder / "latents"), accelerator)
-        moments = cache.moments
-    else:
-        known = validation if config.data.streaming else Subset(images, spread(len(images), SCALING_IMAGES))
-        moments = measure_latents(vqvae, float_batches(known, num_workers=config.data.num_workers))
-        (moments,) = broadcast_object_list([moments])  # a collective: one measurement for all processes
-    if config.latent_scaling == "channel":
-        vqvae.register_to_config(scaling_factor=1.0, latents_mean=moments.channel_mean, latents_std=moments.channel_std)
-    elif vqvae.config.scaling_factor is None:
-        vqvae.register_to_config(scaling_factor=1 / moments.standard_deviation)
     if config.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
     if config.channels_last and not sharded:  # FSDP cannot divide such weights
@@ -124,6 +120,14 @@ def train(config: DiffusionConfig) -> Path:
     if config.compile:
         live.compile()  # in place: the names of its weights stay
     run.resume()
+    if config.latent_scaling == "channel" or vqvae.config.scaling_factor is None:
+        known = validation if config.data.streaming else Subset(images, spread(len(images), SCALING_IMAGES))
+        moments = cache.moments if config.cache_latents else measured_once(vqvae, known, run)  # a collective
+        if config.latent_scaling == "channel":
+            mean, std = moments.channel_mean, moments.channel_std
+            vqvae.register_to_config(scaling_factor=1.0, latents_mean=mean, latents_std=std)
+        else:
+            vqvae.register_to_config(scaling_factor=1 / moments.standard_deviation)
     null_label = live.null_label
     batches = StreamBatches(
         run.images_seen,
@@ -155,12 +159,25 @@ def train(config: DiffusionConfig) -> Path:
             live.class_embedding.save_pretrained(folder / "class_embedding", variant="non_ema")
         write_description(folder, config, run)
 
+    def look() -> None:
+        """The grid and the figures that are due after the last step. A collective."""
+        with run.aside():
+            if run.due(config.preview_every_images):
+                pipe = pipeline()  # a collective
+                if accelerator.is_main_process:
+                    run.save_preview(preview(pipe, config))
+            if run.due(config.evaluation.every_images):
+                resembled = validation if config.data.streaming else images
+                run.log_evaluation(generation_figures(pipeline(), resembled, config, accelerator))  # a collective
+
     # 3. Training
     denoiser.train()
     with run.stopping_cleanly(), run.progress_bar("diffusion") as bar:
+        if run.look_pending:  # the run was stopped between a checkpoint and what was due with it
+            look()
         for latents, labels, noise, time, dropout in run.batches(loader):
             if not config.cache_latents:
-                latents = encode(vqvae, latents)  # they were images
+                latents = encode(vqvae, to_float(latents))  # they were images
             with accelerator.accumulate(denoiser):
                 noisy, timesteps, target, weight = objective.example(latents, noise, time)
                 if null_label is not None:
@@ -187,17 +204,11 @@ def train(config: DiffusionConfig) -> Path:
             bar.update(config.batch_size)
             if run.due(config.log_every_images):
                 run.log(bar, learning_rate=run.learning_rate(config.optimizer))
-            if run.due(config.preview_every_images):
-                pipe = pipeline()  # a collective
-                if accelerator.is_main_process:
-                    run.save_preview(preview(pipe, config))
-            if run.due(config.evaluation.every_images):
-                resembled = validation if config.data.streaming else images
-                run.log_evaluation(generation_figures(pipeline(), resembled, config, accelerator))  # a collective
             if run.due(config.checkpoint_every_images):
-                run.save_checkpoint()  # last, so that going on from it repeats nothing
+                run.save_checkpoint()
                 if config.push_to_hub:
                     run.push(partial(save, pipe=pipeline(), live=whole(denoiser, ema, accelerator)))  # collectives
+            look()  # a collective
             run.stop_if_asked()  # a collective
         run.save_checkpoint()
 
@@ -209,6 +220,22 @@ def train(config: DiffusionConfig) -> Path:
         run.save_preview(preview(pipe, config))
     run.finish()  # a collective
     return run.result
+
+
+def measured_once(vqvae: LooCVQModel, images: ImageSet | Subset, run: Run) -> Moments:
+    """Mean and deviation of the latents of some images: measured when a run starts, and kept for when it goes on.
+
+    By the first process alone. A collective; after `run.resume`.
+    """
+    moments, file = None, run.folder / "moments.json"
+    if run.accelerator.is_main_process:
+        if run.images_seen and file.is_file():
+            moments = Moments(**json.loads(file.read_text()))
+        else:
+            batches = float_batches(images, num_workers=run.config.data.num_workers)
+            moments = measure_latents(vqvae, tqdm(batches, "measuring latents"))
+            replace_text(file, json.dumps(asdict(moments)))
+    return broadcast_object_list([moments])[0]
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
 """How the shards of a data set are divided, shuffled and entered anywhere.
 
 What is read is divided by *lanes*, one for each worker of each process's loader. The batches of one forward pass are
-dealt out to them in turn, so that a worker meets one lane only, and lane `l` of `L` reads every `L`-th shard of an
-order that belongs to the epoch. A shard is read in blocks of `data.shuffle_images` images, each permuted by (seed,
-epoch, shard, block). A *cursor* says exactly where a lane goes on: `(lane, epoch, place of the shard in the epoch's
-order, images of it already given)`. Nothing is lost, and nothing comes twice within an epoch of a lane.
+dealt out to them in turn, so that a worker meets one lane only. Shards are numbered through all epochs: number `g` of a
+set of `n` shards stands at place `g mod n` of epoch `g div n`, whose order belongs to the seed and the epoch. Lane `l`
+of `L` reads the numbers `l`, `l + L`, `l + 2 L`, ..., so that lanes stay near each other, however many shards there
+are. A shard is read in blocks of `data.shuffle_images` images, each permuted by (seed, number, block). A *cursor* says
+exactly where a lane goes on: `(lane, number of a shard, images of it already given)`, and, after the number of lanes
+has changed, further pairs of number and images. The lane goes on in steps of `L` from the last one.
 
 The division of `datasets` itself (`split_dataset_by_node`, and by worker within a loader) is not used: where it goes on
 depends on the state of each process's iterator, and its shuffle buffer is filled anew after an interruption, which
@@ -15,8 +17,9 @@ Resuming opens each lane's shard and reads it up to the end of the block that wa
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -27,69 +30,117 @@ from looc_ldm.training.sources import Stored
 if TYPE_CHECKING:
     from looc_ldm.training.streaming import StreamedSet
 
-Cursor = tuple[int, int, int, int]
+Cursor = tuple[int, ...]
 
 
 def starting_cursors(cursors: dict[int, Cursor], lanes: int) -> dict[int, Cursor]:
     """Where each lane starts: at the beginning, or where a checkpoint's cursors say, one for each of its lanes.
 
-    With another number of lanes than the checkpoint's, an epoch goes on behind the shards that all lanes had finished.
-    A shard that was being read goes on where it was left, if a lane meets it first; those that some lane had finished
-    ahead of the others are read again. So no image is left out, and few come twice.
+    With another number of lanes than the checkpoint's, what these had not given yet is dealt out anew, shards that were
+    being read first: no image is left out, and none comes twice.
     """
-    if not cursors:
-        return {lane: (lane, 0, lane, 0) for lane in range(lanes)}
     if len(cursors) == lanes:
         return {lane: tuple(cursors[lane]) for lane in range(lanes)}
-    epoch = min(cursor[1] for cursor in cursors.values())
-    begun = {place: given for _, own, place, given in cursors.values() if own == epoch}
-    finished = min(begun)  # all shards at places before it
-    places = {lane: finished + (lane - finished) % lanes for lane in range(lanes)}
-    return {lane: (lane, epoch, place, begun.get(place, 0)) for lane, place in places.items()}
+    left = {number: given for cursor in cursors.values() for number, given in _pairs(cursor)}
+    start = max(left, default=-1) + 1  # no lane has begun a shard from here on
+    for cursor in cursors.values():
+        left |= dict.fromkeys(range(cursor[-2] + len(cursors), start, len(cursors)), 0)
+    unfinished = sorted(left.items())
+    starts = {}
+    for lane in range(lanes):
+        mine = unfinished[lane::lanes]
+        mine.append((start + lane + len(mine) * lanes - len(unfinished), 0))
+        starts[lane] = (lane, *(value for pair in mine for value in pair))
+    return starts
+
+
+def _pairs(cursor: Cursor) -> list[tuple[int, int]]:
+    """Numbers of shards, and how many images of them were given."""
+    return list(zip(cursor[1::2], cursor[2::2], strict=True))
 
 
 class Lane:
-    """The examples of one lane from a cursor on, without end. A thread reads the next block while one is given.
+    """The examples of one lane from a cursor on, without end.
+
+    Args:
+        images (`StreamedSet`): The shards.
+        seed (`int`): Of the order.
+        lanes (`int`): How many there are.
+        cursor (`Cursor`): Where it starts.
+        read_ahead (`bool`): Read the next block in a thread while one is given. For loaders' workers, which end without
+            waiting for it and without tidying up.
 
     Attributes:
         cursor (`Cursor`): Behind the last example that was given.
     """
 
-    def __init__(self, images: StreamedSet, seed: int, lanes: int, cursor: Cursor):
+    def __init__(self, images: StreamedSet, seed: int, lanes: int, cursor: Cursor, read_ahead: bool = False):
         self.cursor = cursor
         self._examples: list[Stored] = []  # of the present block, the next one last
         self._blocks = _blocks(images, seed, lanes, cursor)
-        self._reader = ThreadPoolExecutor(1, "shards")
-        self._ahead = self._reader.submit(next, self._blocks)
+        self._ahead = _Ahead(self._blocks) if read_ahead else None
+        if not read_ahead:  # before Python takes its modules apart, which readers that are open then would fail at
+            weakref.finalize(self, self._blocks.close)
 
     def __next__(self) -> Stored:
         while not self._examples:
-            self.cursor, self._examples = self._ahead.result()
+            if self._ahead is None:
+                self.cursor, self._examples = next(self._blocks)
+            else:
+                self.cursor, self._examples = self._ahead.result()
+                self._ahead = _Ahead(self._blocks)
             self._examples.reverse()
-            self._ahead = self._reader.submit(next, self._blocks)
-        lane, epoch, place, given = self.cursor
-        self.cursor = (lane, epoch, place, given + 1)
+        lane, number, given, *later = self.cursor
+        self.cursor = (lane, number, given + 1, *later)
         return self._examples.pop()
+
+
+class _Ahead(threading.Thread):
+    """The next item of an iterator, on its way. Executors are not used: Python waits for their threads at its end."""
+
+    def __init__(self, items: Iterator):
+        super().__init__(name="shards", daemon=True)
+        self._items = items
+        self._outcome: list = []
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._outcome = [next(self._items), None]
+        except BaseException as error:  # raised by `result`
+            self._outcome = [None, error]
+
+    def result(self):
+        """The item, or what was raised instead, when it is there."""
+        self.join()
+        item, error = self._outcome
+        if error is not None:
+            raise error
+        self._outcome = []  # or the block would be held as long as this thread's object
+        return item
 
 
 def _blocks(images: StreamedSet, seed: int, lanes: int, cursor: Cursor) -> Iterator[tuple[Cursor, list[Stored]]]:
     """A lane's blocks in the order in which their examples are given, each with the cursor in front of it."""
-    lane, epoch, place, given = cursor
+    lane, shards = cursor[0], _pairs(cursor)
     size = images.config.shuffle_images
-    fruitless = 0
-    while fruitless <= images.num_shards:  # a lane that was left at the end of a shard finds nothing there
-        if place >= images.num_shards:
-            epoch, place, given = epoch + 1, lane, 0
+    empty: set[int] = set()
+    while len(empty) < images.num_shards:
+        (number, given), *later = shards
+        epoch, place = divmod(number, images.num_shards)
         shard = int(random_at(seed, SHARDS, epoch).permutation(images.num_shards)[place])
         first = given - given % size
         examples = images.read(shard, first)
+        found = first > 0
         while block := list(islice(examples, size)):
-            fruitless = 0
-            number = ((epoch * images.num_shards + place) << 20) + first // size  # of the block, in the whole stream
-            order = random_at(seed, BLOCKS, number).permutation(len(block))[max(given - first, 0) :]
-            yield (lane, epoch, place, max(given, first)), [block[index] for index in order]
+            found = True
+            order = random_at(seed, BLOCKS, (number << 20) + first // size).permutation(len(block))
+            order = order[max(given - first, 0) :]
+            rest = (value for pair in later for value in pair)
+            yield (lane, number, max(given, first), *rest), [block[index] for index in order]
             first += len(block)
             del block  # or it would be held while the next one is read
-        fruitless += 1
-        place, given = place + lanes, 0
+        if not found:
+            empty.add(shard)
+        shards = later or [(number + lanes, 0)]
     raise DataError(f"there are no images in the shards of {images.config.path}.")

@@ -26,6 +26,7 @@ from looc_ldm.training.latent_cache import (
     DESCRIPTION,
     FORMAT,
     SHARD_BYTES,
+    UNREADABLE,
     LatentCache,
     Shards,
     check_cache_folder,
@@ -33,8 +34,9 @@ from looc_ldm.training.latent_cache import (
     read_description,
 )
 from looc_ldm.training.latent_fingerprint import cache_fingerprint, differences
-from looc_ldm.training.latent_shards import Progress, check_unreadable, encode_shards, write_unreadable
+from looc_ldm.training.latent_shards import Progress, check_unreadable, encode_shards
 from looc_ldm.training.moments import Moments
+from looc_ldm.training.reports import write_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +223,7 @@ def _complete(images: ImageSet, shards: Shards, shape: tuple[int, ...], about: d
         images_in_it = len(shards.span(number)) - len(found["unreadable"])
         files.append({"file": file.name, "images": images_in_it, "bytes": _size(file)})
     check_unreadable(images, shards.folder, unreadable)
-    write_unreadable(shards.folder, unreadable)
+    write_unreadable(shards.folder / UNREADABLE, unreadable)
     if len(unreadable) == len(images):
         raise DataError(f"none of the {len(images)} images of {images.config.path} can be read.")
     description = {

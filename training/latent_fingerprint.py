@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 
 from looc_ldm.autoencoder import LooCVQModel
+from looc_ldm.errors import UnreadableImage
 from looc_ldm.training.data import ImageSet, spread
+from looc_ldm.training.transforms import read_encoded
 
 SAMPLED_IMAGES = 256  # whose stored bytes are compared
 PARTS = {"model": "autoencoder", "data": "data set", "transform": "transform"}  # with what a message calls them
@@ -81,12 +82,10 @@ def _of_data(images: ImageSet) -> dict:
 
 
 def _stored_bytes(images: ImageSet, index: int) -> bytes:
-    content = images.source.read(index).content
-    if isinstance(content, bytes):
-        return content
+    stored = images.source.read(index)
     try:
-        return b"" if content is None else Path(content).read_bytes()
-    except OSError:  # one that is left out of the cache, too
+        return read_encoded(stored.content, stored.name)
+    except UnreadableImage:  # one that is left out of the cache, too
         return b""
 
 

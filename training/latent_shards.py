@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.errors import DataError, ModelError, UnreadableImage, UserError
-from looc_ldm.files import replace_text
 from looc_ldm.images import to_float
 from looc_ldm.training.data import ImageSet
 from looc_ldm.training.latent_cache import UNREADABLE, Shards, write_shard
 from looc_ldm.training.moments import Moments
+from looc_ldm.training.reports import write_unreadable
 
 # Of a batch. A CPU is fastest while activations stay in its caches, a GPU once they fill it.
 CPU_PIXELS, GPU_PIXELS = 2**16, 2**20
@@ -65,20 +65,11 @@ def encode_shards(
         check_unreadable(images, shards.folder, unreadable)  # of this process alone, but early
 
 
-def write_unreadable(folder: Path, names: list[str]) -> None:
-    """Name the images that could not be read in a file; where there are none, there is no file."""
-    file = folder / UNREADABLE
-    if names:
-        replace_text(file, "".join(f"{name}\n" for name in names))
-    else:
-        file.unlink(missing_ok=True)
-
-
 def check_unreadable(images: ImageSet, folder: Path, names: list[str]) -> None:
     """Raises DataError for more than are allowed. One may be unreadable however few there are, as in training."""
     share = images.config.max_unreadable_share
     if len(names) > (max(1, share * len(images)) if share else 0):
-        write_unreadable(folder, names)
+        write_unreadable(folder / UNREADABLE, names)
         raise DataError(
             f"{len(names)} of {len(images)} images cannot be read, more than data.max_unreadable_share={share} allows; "
             f"they are named in {str(folder / UNREADABLE)!r}."

@@ -64,8 +64,8 @@ class LatentStream(Stream):
 class OnlineLatentStream(Dataset):
     """Training examples of stage 2 that are encoded in the loop.
 
-    Item p is `(image, label, noise, time, dropout, report)`: the image, label and report of another stream, and the
-    numbers that `LatentStream` gives at that position.
+    Item p is `(image, label, noise, time, dropout, report)`: the image (uint8), label and report of another stream,
+    and the numbers that `LatentStream` gives at that position.
 
     Args:
         stream (`Stream` or `StreamedImages`): Of items `(image, label, report)`.

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import uuid
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,7 @@ from looc_ldm.files import replace_text
 logger = logging.getLogger(__name__)
 
 # What depends on the machine and the moment, and so is not the same in a run that was interrupted.
-OF_THE_MOMENT = ("images_per_second", "data_wait", "memory_gib")
+OF_THE_MOMENT = ("images_per_second", "data_wait", "other_seconds", "memory_gib")
 
 
 def show_log_lines() -> None:
@@ -100,6 +101,7 @@ def progress_line(images: int, total: int, values: dict) -> str:
     known = (
         ("images_per_second", lambda value: f"{value:.4g} images/s"),
         ("data_wait", lambda value: f"data wait {value:.1%}"),
+        ("other_seconds", lambda value: f"besides {value:.0f} s" if value >= 1 else ""),
         ("memory_gib", lambda value: f"{value:.1f} GiB"),
         ("learning_rate", lambda value: f"learning rate {value:.3g}"),
     )
@@ -109,7 +111,7 @@ def progress_line(images: int, total: int, values: dict) -> str:
     if not shown.get("skipped_steps"):
         shown.pop("skipped_steps", None)
     words = {name: value if isinstance(value, str) else f"{value:.4g}" for name, value in shown.items()}
-    return ", ".join(parts + [f"{name} {word}" for name, word in words.items()])
+    return ", ".join([part for part in parts if part] + [f"{name} {word}" for name, word in words.items()])
 
 
 def append_line(file: Path, values: dict) -> None:
@@ -145,3 +147,16 @@ def cut_lines(file: Path, images: int) -> None:
     text = "".join(line + "\n" for line in kept)
     if text != file.read_text():
         replace_text(file, text)
+
+
+def figures_at(file: Path, images: int) -> dict:
+    """All that the lines of just so many images say. Of a file whose damaged lines `cut_lines` has left out."""
+    lines = map(json.loads, file.read_text().splitlines()) if file.is_file() else ()
+    return {name: value for line in lines if line["images"] == images for name, value in line.items()}
+
+
+def lasting_id(file: Path) -> str:
+    """A random name of eight letters and digits, made once and kept in a file."""
+    if not file.is_file():
+        replace_text(file, uuid.uuid4().hex[:8] + "\n")
+    return file.read_text().strip()

@@ -68,9 +68,9 @@ class LeCam(nn.Module):
     """LeCam regularization of a discriminator: mean(relu(D(x) - a_fake)^2) + mean(relu(a_real - D(x'))^2).
 
     Tseng et al. 2021, "Regularizing Generative Adversarial Networks under Limited Data"; the paper has the squares
-    without relu, its authors' code and experiments are this. a_real and a_fake are moving averages of the mean logits,
-    free of the bias of a start at 0. They move with each forward pass, so with gradient accumulation faster than with
-    the same batch in one pass.
+    without relu, its authors' code and experiments are this. a_real and a_fake are moving averages of the mean logits
+    of the steps before, free of the bias of a start at 0; in the first step there are none, and nothing is regularized.
+    Forward passes only collect, so that accumulated ones are the same as one of the whole batch.
 
     Args:
         decay (`float`): Of the averages.
@@ -85,21 +85,27 @@ class LeCam(nn.Module):
         self.decay = decay
         self.register_buffer("totals", torch.zeros(2))
         self.register_buffer("weight", torch.zeros(()))
+        self._collected: list[torch.Tensor] = []  # mean logits of each pass since the last step, (2,)
 
-    def forward(self, real: torch.Tensor, fake: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-        """The regularization, a float32 scalar, after these logits, of any shape, have been taken into the averages.
-
-        A collective: the averages are those of all processes' logits.
-        """
+    def forward(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        """The regularization of logits of any shape, a float32 scalar."""
         real, fake = real.float(), fake.float()
-        with torch.no_grad():
-            means = accelerator.reduce(torch.stack([real.mean(), fake.mean()]), reduction="mean")
-            # The step of logits that are not finite is skipped: nothing of it may stay here either.
-            rate = torch.where(means.isfinite().all(), 1 - self.decay, 0.0)
-            self.totals.lerp_(means.nan_to_num(0, 0, 0), rate)
-            self.weight.lerp_(torch.ones_like(self.weight), rate)
-            of_real, of_fake = self.totals / self.weight
-        return F.relu(real - of_fake).square().mean() + F.relu(of_real - fake).square().mean()
+        self._collected.append(torch.stack([real.detach().mean(), fake.detach().mean()]))
+        of_real, of_fake = self.totals / self.weight.clamp_min(torch.finfo(torch.float32).tiny)
+        regularization = F.relu(real - of_fake).square().mean() + F.relu(of_real - fake).square().mean()
+        return regularization * (self.weight > 0)
+
+    @torch.no_grad()
+    def update(self, accelerator: Accelerator) -> None:
+        """After an optimizer step: take what was collected into the averages, of all processes. A collective."""
+        means = accelerator.reduce(torch.stack(self._collected).mean(0), reduction="mean")
+        self.totals.lerp_(means, 1 - self.decay)
+        self.weight.lerp_(torch.ones_like(self.weight), 1 - self.decay)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what was collected: for a step that is skipped."""
+        self._collected = []
 
 
 def adversarial_weight_at(loss: LossConfig, images_seen: int) -> float:

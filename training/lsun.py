@@ -6,8 +6,9 @@ https://github.com/fyu/lsun; the images are WebP or JPEG of 256 pixels or more a
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,8 +17,10 @@ import datasets
 import numpy as np
 
 from looc_ldm.errors import DataError
-from looc_ldm.files import make_folder
+from looc_ldm.files import make_folder, renamed_when_complete
 from looc_ldm.training.sources import SPLIT_NAMES, Source, Stored
+
+logger = logging.getLogger(__name__)
 
 KEYS_AT_ONCE = 100_000  # of Python's objects, before they become an array
 
@@ -111,12 +114,18 @@ def _keys(folder: Path) -> np.ndarray:
     state = (folder / "data.mdb").stat()
     name = hashlib.sha256(f"{folder}\0{state.st_size}\0{state.st_mtime_ns}".encode()).hexdigest()[:32]
     file = place / f"{name}.npy"
-    if not file.is_file():
-        make_folder(place)
-        # A name of its own for each process that may be listing them now; all write the same.
-        with tempfile.NamedTemporaryFile(dir=place, suffix=".partial", delete=False) as partial:
-            np.save(partial, np.concatenate(list(_key_arrays(folder))))
-        os.replace(partial.name, file)
+    if file.is_file():
+        try:
+            return np.load(file, mmap_mode="r")
+        except (ValueError, EOFError) as error:  # cut off, as by a disk that was full
+            logger.warning("%s cannot be read (%s); the keys of %s are listed anew", file, error, folder)
+    make_folder(place)
+    # A name of its own for each process that may be listing them now; all write the same.
+    own = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
+    with renamed_when_complete(file, own) as partial, partial.open("wb") as opened:
+        np.save(opened, np.concatenate(list(_key_arrays(folder))))
+        opened.flush()
+        os.fsync(opened.fileno())  # else a power cut can leave the name without all of the content
     return np.load(file, mmap_mode="r")
 
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Pusher:
-    """Uploads folders, one at a time. No method waits for the network, but `finish`.
+    """Uploads folders, one at a time. No method waits for the network, but `push_result` and `finish`.
 
     Args:
         folder (`Path`): Where what is uploaded is kept meanwhile; it is removed afterwards.
@@ -38,6 +38,8 @@ class Pusher:
         self.private = private
         self._process: subprocess.Popen | None = None
         self._waiting: threading.Thread | None = None
+        self._given_up = False  # whether the upload under way is ended without a word
+        self._consequence = ", training goes on"  # of an upload that fails
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
 
     @property
@@ -66,10 +68,21 @@ class Pusher:
                 raise
             self._failed(problem)
             return
-        self.push(folder, message)
+        self._push(folder, message)
 
-    def push(self, folder: Path, message: str) -> None:
-        """Begin to upload a folder, which has to stay as it is until `finish`."""
+    def push_result(self, folder: Path, message: str, seconds: float = WAIT_AT_END_SECONDS) -> None:
+        """Upload the finished model, and wait for it at most so long. An upload of an older one is ended."""
+        self._consequence = f"; try again with `looc-ldm push {folder} {self.repo_id}`"
+        if self.busy:
+            logger.info("the upload under way gives way to that of the result")
+            self._given_up = True
+            self.finish(seconds=0)
+            self._given_up = False
+        self._push(folder, message)
+        self.finish(seconds)
+
+    def _push(self, folder: Path, message: str) -> None:
+        """Begin to upload a folder, which has to stay as it is until the upload has ended."""
         command = [sys.executable, "-m", __name__, str(folder), self.repo_id, message]
         try:
             self._process = subprocess.Popen(
@@ -106,13 +119,15 @@ class Pusher:
         shutil.rmtree(self.folder, ignore_errors=True)
         if process.returncode == 0:
             logger.info("pushed to %s in %.0f s: %s", self.repo_id, time.monotonic() - started, message)
+        elif self._given_up:
+            return
         elif process.returncode < 0:
             self._failed(f"it was ended after {time.monotonic() - started:.0f} s")
         else:
             self._failed(printed[-1] if printed else f"exit status {process.returncode}")
 
     def _failed(self, reason: str) -> None:
-        logger.warning("not pushed to %s, training goes on: %s", self.repo_id, reason.removeprefix("error: "))
+        logger.warning("not pushed to %s%s: %s", self.repo_id, self._consequence, reason.removeprefix("error: "))
 
 
 def main(arguments: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -10,7 +11,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from looc_ldm.errors import TrainingError
-from looc_ldm.files import replace_text
+from looc_ldm.files import replace_bytes
 from looc_ldm.training.data import Report
 from looc_ldm.training.together import write_together
 
@@ -18,6 +19,14 @@ from looc_ldm.training.together import write_together
 FEW = 10
 
 logger = logging.getLogger(__name__)
+
+
+def write_unreadable(file: Path, names: list[str]) -> None:
+    """Name images in a file, one a line, byte by byte as file systems do: names need not be text. None: no file."""
+    if names:
+        replace_bytes(file, b"".join(os.fsencode(name) + b"\n" for name in names))
+    else:
+        file.unlink(missing_ok=True)
 
 
 class Reports:
@@ -69,10 +78,7 @@ class Reports:
 
     def write_names(self) -> None:
         """Bring the file to what is known. Main process only."""
-        if self.unreadable:
-            replace_text(self.file, "".join(name + "\n" for name in self.unreadable))
-        else:
-            self.file.unlink(missing_ok=True)
+        write_unreadable(self.file, self.unreadable)
 
     def state(self) -> dict:
         """For a checkpoint. Collective."""

@@ -18,6 +18,7 @@ def write_description(folder: Path, config: RunConfig, run: Run, **figures) -> N
         "data": asdict(config.data),
         "transform": describe_transform(config.data),
         "images_seen": run.images_seen,
+        "mixed_precision": run.accelerator.mixed_precision,
         "skipped_steps": run.skipped_steps,
     }
     (folder / "training.json").write_text(json.dumps(description, indent=2))

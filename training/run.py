@@ -7,11 +7,11 @@ A run is resumed by repeating its command. It owns its output folder, which all 
     metrics.jsonl         one line a log interval, cut back to the checkpoint on resuming
     unreadable.txt        names of images that could not be read, one a line; cut back likewise
     previews/000123.png   image grids
-    logs/                 the tracker's files
+    logs/, wandb/         the tracker's files; wandb_id.txt names the run that W&B goes on with
     model/ or pipeline/   the result, written at the end; its training.json says after how many images
 
-What belongs to a step, its log line, grid and evaluation, comes before its checkpoint: what a checkpoint is followed
-by is not made again when the run goes on from it.
+The log line of a step comes before its checkpoint. Its grid and evaluation, which take long, come after it: a run that
+was killed meanwhile makes up for them when it goes on (`Run.look_pending`).
 
 Methods marked *collective* must be called by every process.
 """
@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -43,7 +43,7 @@ from looc_ldm.errors import ConfigError, Terminated, TrainingError
 from looc_ldm.files import replace_text, write_image
 from looc_ldm.training import log as logs
 from looc_ldm.training.checkpoints import Checkpoints, checkpoints_in, passes
-from looc_ldm.training.config import OptimizerConfig, RunConfig, config_text, differences, to_dict
+from looc_ldm.training.config import OptimizerConfig, RunConfig, config_text, differences, moves, to_dict
 from looc_ldm.training.log import Means, means_of
 from looc_ldm.training.pushing import Pusher
 from looc_ldm.training.reports import Reports
@@ -68,6 +68,8 @@ class Run:
         images_seen (`int`): Progress, in images.
         skipped_steps (`int`): Optimizer steps that were left out because a gradient was not finite.
         cursors (`dict`): Of streamed data: lane -> where it goes on. Known after `resume`.
+        look_pending (`bool`): Whether the checkpoint that the run goes on from lacks a grid or an evaluation that was
+            due there. Known after `resume`, and the same on all processes.
 
     Raises:
         ConfigError: The folder holds another run's checkpoints, or cannot be written.
@@ -79,6 +81,7 @@ class Run:
         self.result = self.folder / result
         self.images_seen = 0
         self.skipped_steps = 0
+        self.look_pending = False
         self._make_folder()
         self._check_same_config()
         self.accelerator = Accelerator(
@@ -97,8 +100,12 @@ class Run:
         self._steps = 0  # of this process since it started
         self._means = Means(self.accelerator.device)
         self._logged_at = (0, time.monotonic())
-        self._waited = 0.0  # seconds that this process waited for data since the last log line
+        # Since the last log line, of this process:
+        self._waited = 0.0  # seconds of training in which it waited for data
+        self._other = 0.0  # seconds of anything but training
+        self._aside = False  # whether that goes on now
         self._skipped_in_a_row: dict[str, int] = {}
+        self._skipped_at: int | None = None  # images seen before the step that was counted last
         self._pusher = None
         if config.push_to_hub and self.accelerator.is_main_process:
             self._pusher = Pusher(self.folder / "upload.partial", config.push_to_hub, config.push_private)
@@ -122,15 +129,19 @@ class Run:
         not there before draw their random numbers (dropout, random anchors) from seeds of their own.
 
         Raises:
+            ConfigError: The checkpoint is of another precision, or of DDP where this is FSDP, or the other way round.
             TrainingError: There are checkpoints, and none of them can be used.
         """
-        self.accelerator.wait_for_everyone()  # all have compared their config with the one that is replaced here
-        if self.accelerator.is_main_process:
-            self._warn_of_another_length()
-            replace_text(self.folder / "config.yaml", config_text(self.config))
         # Models are made by now, equal on all processes; dropout and random anchors must not be.
         self._seed(0)
         state = self.checkpoints.load_newest(before_load=self._seed)
+        self.accelerator.wait_for_everyone()  # all have compared their config with the one that is replaced here
+        if self.accelerator.is_main_process:
+            if state is not None:
+                self._warn_of_changes()
+            replace_text(self.folder / "config.yaml", config_text(self.config))
+            if self.config.mixed_precision == "auto":
+                logger.info("mixed_precision=auto is %s on this machine", self.accelerator.mixed_precision)
         if state is not None:
             self.images_seen, self.skipped_steps = state["images_seen"], state["skipped_steps"]
             self._reports.load_state(state)
@@ -139,10 +150,33 @@ class Run:
         if self.accelerator.is_main_process:
             logs.cut_lines(self.folder / "metrics.jsonl", self.images_seen)
             self._reports.write_names()
-        if self.config.tracker != "none":
-            # TensorBoard hides what was logged after the checkpoint.
-            self.accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.images_seen + 1}})
+            self.look_pending = state is not None and self._lacks_a_look()
+        (self.look_pending,) = broadcast_object_list([self.look_pending])
+        self._start_tracker()
         self._logged_at = (self.images_seen, time.monotonic())
+
+    def _start_tracker(self) -> None:
+        if self.config.tracker == "tensorboard":
+            # It hides what was logged after the checkpoint.
+            self.accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.images_seen + 1}})
+        elif self.config.tracker == "wandb":
+            settings = {}
+            if self.accelerator.is_main_process:
+                settings = {
+                    "id": logs.lasting_id(self.folder / "wandb_id.txt"),  # the same run again after an interruption
+                    "resume": "allow",
+                    "name": self.folder.resolve().name,
+                    "dir": str(self.folder),
+                    "config": to_dict(self.config),
+                }
+            self.accelerator.init_trackers("looc-ldm", init_kwargs={"wandb": settings})
+
+    def _lacks_a_look(self) -> bool:
+        """Whether a grid or an evaluation was due at the checkpoint just loaded, and is not there."""
+        if self.due(self.config.preview_every_images) and not self._preview_file.is_file():
+            return True
+        figures = logs.figures_at(self.folder / "metrics.jsonl", self.images_seen)
+        return self.due(self.config.evaluation.every_images) and not any(name.startswith("val_") for name in figures)
 
     def _seed(self, images_seen: int) -> None:
         # NumPy's seeds end at 2**32, and the number of the process is added.
@@ -156,9 +190,10 @@ class Run:
         """
         if self.checkpoints.newest == self.images_seen:
             return
-        state = self._reports.state()
-        means = gather_object([self._means.state()])
-        self.checkpoints.save(self.images_seen, {"skipped_steps": self.skipped_steps, "means": means, **state})
+        with self.aside():
+            state = self._reports.state()
+            means = gather_object([self._means.state()])
+            self.checkpoints.save(self.images_seen, {"skipped_steps": self.skipped_steps, "means": means, **state})
         self._stop_if_too_many_unreadable()
 
     # Data ------------------------------------------------------------------------------------------------------------
@@ -222,7 +257,9 @@ class Run:
         if math.isfinite(norm):
             self._skipped_in_a_row[name] = 0
             return True
-        self.skipped_steps += 1
+        if self._skipped_at != self.images_seen:  # a step of two networks is one step
+            self.skipped_steps += 1
+            self._skipped_at = self.images_seen
         in_a_row = self._skipped_in_a_row[name] = self._skipped_in_a_row.get(name, 0) + 1
         if in_a_row > self.config.max_skipped_steps:
             newest = self.checkpoints.newest
@@ -246,6 +283,7 @@ class Run:
         except BaseException:
             if self._pusher is not None:
                 self._pusher.finish(seconds=0)
+            self._let_go()
             raise
 
     def stop_if_asked(self) -> None:
@@ -257,6 +295,8 @@ class Run:
             KeyboardInterrupt: After SIGINT; `Terminated`, which is one, after SIGTERM.
         """
         self._steps += 1
+        if self._steps == 1 and self._logged_at[0] != self.images_seen:
+            self._leave_out_first_step()
         received = self._stop.received
         if self.accelerator.num_processes > 1:
             if self._steps % STOP_CHECK_STEPS:
@@ -265,7 +305,8 @@ class Run:
             received = int(self.accelerator.gather(asked).max())
         if received:
             self.save_checkpoint()
-            self._leave()
+            self.accelerator.wait_for_everyone()  # a launcher ends the others when the first one has ended
+            self.accelerator.end_training()
             kind = Terminated if received == signal.SIGTERM else KeyboardInterrupt
             raise kind(f"stopped at {self.images_seen} images; the same command goes on from there")
 
@@ -290,23 +331,46 @@ class Run:
         """Add scalars of one forward pass to the next log line, without waiting for the device."""
         self._means.record(**values)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is no training, such as a grid or an evaluation. Speed and waiting for data are logged without it."""
+        if self._aside:  # within another block
+            yield
+            return
+        began, self._aside = time.monotonic(), True
+        try:
+            yield
+        finally:
+            self._other += time.monotonic() - began
+            self._aside = False
+
+    def _leave_out_first_step(self) -> None:
+        """Of the speed: it starts the loader's workers, compiles, and chooses kernels."""
+        then = self._logged_at[1]
+        self._logged_at = (self.images_seen, then)
+        self._waited, self._other = 0.0, time.monotonic() - then
+
     def log(self, bar: tqdm, **extra: float) -> None:
         """One line: the means since the last one, over all processes. Collective; waits for the device.
 
-        Scalars that were not finite are left out of the means.
+        Scalars that were not finite are left out of the means. Speed and waiting are those of training alone, without
+        the first step after a start where a later one is in the same line; the rest is `other_seconds`.
         """
         images, then = self._logged_at
         now = time.monotonic()
         self._logged_at = (self.images_seen, now)
         device = self.accelerator.device
-        parts = gather_object([(self._means.state(), self._waited, logs.memory_gib(device))])
+        trained = now - then - self._other
+        parts = gather_object([(self._means.state(), trained, self._waited, self._other, logs.memory_gib(device))])
         self._means.reset()
-        self._waited = 0.0
-        states, waits, memory = zip(*parts, strict=True)
+        self._waited = self._other = 0.0
+        states, trained, waits, others, memory = zip(*parts, strict=True)
+        seconds = min(trained)  # others take it for training when they wait for the first process and its evaluation
         means = means_of(states)
         values = {
-            "images_per_second": (self.images_seen - images) / (now - then),
-            "data_wait": max(waits) / (now - then),  # the slowest process holds up the others
+            "images_per_second": (self.images_seen - images) / seconds,
+            "data_wait": min(1.0, max(waits) / seconds),  # the slowest process holds up the others
+            "other_seconds": max(others),
             "memory_gib": max(memory),
             **means,
             **extra,
@@ -334,9 +398,8 @@ class Run:
 
     def save_preview(self, image) -> None:
         """Write a PIL image as this moment's preview, and hand it to the tracker. Main process only."""
-        folder = self.folder / "previews"
-        folder.mkdir(exist_ok=True)
-        write_image(image, folder / f"{self.images_seen:09d}.png")
+        self._preview_file.parent.mkdir(exist_ok=True)
+        write_image(image, self._preview_file)
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 pixels = np.asarray(image.convert("RGB"))[None]
@@ -349,26 +412,26 @@ class Run:
     def push(self, save: Callable[[Path], None]) -> None:
         """Upload a model to `push_to_hub`, in the background. Does nothing without that, and on other processes.
 
-        It is saved at once and uploaded while training goes on. Nothing is done while an upload still runs; one that
-        fails is a warning in the log.
+        It is saved at once and uploaded while training goes on. Nothing is done while an upload still runs, and after
+        the last step, when the result is uploaded soon; one that fails is a warning in the log.
 
         Args:
             save: Writes the model as it is now into a folder that does not exist yet.
         """
-        if self._pusher is None:
+        if self._pusher is None or self.images_seen >= self.config.total_images:
             return
 
         def snapshot(folder: Path) -> Path:
             """As the run's folder, so that the model card finds settings and pictures."""
             shutil.copyfile(self.folder / "config.yaml", folder / "config.yaml")
-            preview = self.folder / "previews" / f"{self.images_seen:09d}.png"
-            if preview.is_file():
+            if self._preview_file.is_file():
                 (folder / "previews").mkdir()
-                shutil.copyfile(preview, folder / "previews" / preview.name)
+                shutil.copyfile(self._preview_file, folder / "previews" / self._preview_file.name)
             save(folder / self.result.name)
             return folder / self.result.name
 
-        self._pusher.push_snapshot(snapshot, self._commit_message)
+        with self.aside():
+            self._pusher.push_snapshot(snapshot, self._commit_message)
 
     @property
     def _commit_message(self) -> str:
@@ -377,25 +440,29 @@ class Run:
     def finish(self) -> None:
         """At the end, after `writing_result`: upload the result, wait for it some minutes; end trackers. Collective."""
         if self._pusher is not None:
-            self._pusher.finish()
-            self._pusher.push(self.result, f"{self._commit_message}, the end of training")
-            self._pusher.finish()
-        self._leave()
-
-    def _leave(self) -> None:
-        """End trackers and the group of processes. Collective."""
+            self._pusher.push_result(self.result, f"{self._commit_message}, the end of training")
         self.accelerator.wait_for_everyone()
-        if self.accelerator.num_processes > 1:
-            # Gloo's threads need the interpreter's lock to let go of the tensors of the last collectives. Who frees the
-            # group first waits for these threads, lock in hand, for ever.
-            time.sleep(0.1)
+        self._let_go()
         self.accelerator.end_training()
+
+    def _let_go(self) -> None:
+        """Gloo's threads need the interpreter's lock to let go of the tensors of the last collectives.
+
+        Who frees the group of processes before that waits for these threads, lock in hand, for ever (PyTorch 2.11).
+        """
+        if self.accelerator.num_processes > 1:
+            time.sleep(0.1)
 
     # The folder ------------------------------------------------------------------------------------------------------
 
     @property
     def _checkpoint_folder(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def _preview_file(self) -> Path:
+        """The grid of this moment."""
+        return self.folder / "previews" / f"{self.images_seen:09d}.png"
 
     def _make_folder(self) -> None:
         try:
@@ -421,9 +488,12 @@ class Run:
         file = self.folder / "config.yaml"
         return yaml.safe_load(file.read_text()) if file.is_file() else {}
 
-    def _warn_of_another_length(self) -> None:
-        before, now = self._old_settings().get("total_images"), self.config.total_images
-        if checkpoints_in(self._checkpoint_folder) and before != now and self.config.optimizer.schedule == "cosine":
+    def _warn_of_changes(self) -> None:
+        old = self._old_settings()
+        for move in moves(old, to_dict(self.config)) if old else ():
+            logger.warning("what lies elsewhere now has to be the same as before: %s", move)
+        before, now = old.get("total_images"), self.config.total_images
+        if before != now and self.config.optimizer.schedule == "cosine":
             logger.warning(
                 "total_images was %s and is %s: from here on the learning rate follows another cosine, and the run is "
                 "not the one that it would have been with that number from the start",

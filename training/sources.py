@@ -6,10 +6,13 @@ for all of them (`looc_ldm.training.data`).
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,11 +38,15 @@ BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # of datasets, by the 
 BUNDLED = Path(looc_ldm.__file__).resolve().parent / "data"  # one folder of parquet files a data set
 
 
+logger = logging.getLogger(__name__)
+
+
 class Stored(NamedTuple):
     """An image as it is stored.
 
     Attributes:
-        content (`bytes` or `str`, *optional*): The encoded image, or the path of its file; None where it is missing.
+        content (`bytes` or `str`, *optional*): The encoded image, or the path or address of its file; None where it is
+            missing.
         name (`str`): What it is called in messages.
         label (`int`): Its class; -1 without classes.
     """
@@ -119,14 +126,19 @@ class FileSource(Source):
 # Finding out what data.path names ----------------------------------------------------------------------------------
 
 
-def open_sources(config: DataConfig) -> dict[str, Source]:
+def open_sources(config: DataConfig, wanted: Collection[str] | None = None) -> dict[str, Source]:
     """The splits of what `data.path` names.
+
+    Args:
+        config: Settings of the data.
+        wanted: Names of splits; those of a table that are not among them get no labels, which may be wrong there. All
+            if not given.
 
     Raises:
         DataError: There is no such data, or it is not what it should be.
     """
     try:
-        splits = _open_sources(config)
+        splits = _open_sources(config, wanted)
     except DataError:
         raise
     except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
@@ -144,27 +156,33 @@ def open_sources(config: DataConfig) -> dict[str, Source]:
     return splits
 
 
-def _open_sources(config: DataConfig) -> dict[str, Source]:
+def _open_sources(config: DataConfig, wanted: Collection[str] | None) -> dict[str, Source]:
     from looc_ldm.training import imagenet, lsun  # these need this module
     from looc_ldm.training.tables import open_tables
 
     folder = folder_of(config)
     if folder is None:
-        return open_tables(datasets.load_dataset(config.path), config)
+        return open_tables(datasets.load_dataset(config.path), config, wanted)
     if (folder / "dataset_dict.json").is_file():
-        return open_tables(datasets.load_from_disk(folder), config)
+        return open_tables(datasets.load_from_disk(folder), config, wanted)
     if (folder / "dataset_info.json").is_file():
-        return open_tables({"train": datasets.load_from_disk(folder)}, config)
-    shards = find_shards(folder)
+        return open_tables({"train": datasets.load_from_disk(folder)}, config, wanted)
+    split_folders = _split_folders(folder)
+    shards = find_shards(folder, split_folders)
     if shards is not None:
         if next(_walk(folder, "", ()), None) is not None:
             raise DataError(f"{folder} holds images beside {shards[0]} files: give a folder of only one kind.")
         builder, files = shards
-        return open_tables(datasets.load_dataset(builder, data_files=files), config)
+        for file in chain.from_iterable(files.values()):
+            try:
+                check_tar_end(Path(file))  # `datasets` would leave out the rest of it without a word
+            except tarfile.ReadError as error:
+                raise DataError(f"cannot read {file}: {error}") from None
+        return open_tables(datasets.load_dataset(builder, data_files=files), config, wanted)
     lmdbs = lsun.find_lmdbs(folder)
     if lmdbs is not None:
         return {split: lsun.LmdbSource(lmdb) for split, lmdb in lmdbs.items()}
-    splits = _image_folder(folder, config)
+    splits = _image_folder(folder, split_folders, config)
     if config.validation_labels is not None:
         splits["validation"] = imagenet.labelled_validation(splits, Path(config.validation_labels))
     return splits
@@ -176,24 +194,27 @@ def folder_of(config: DataConfig) -> Path | None:
     Raises:
         DataError: It is neither.
     """
-    folder = BUNDLED / config.path if (BUNDLED / config.path).is_dir() else Path(config.path)
-    if folder.is_dir():
+    bundled = sorted(entry.name for entry in BUNDLED.iterdir())
+    folder = BUNDLED / config.path if config.path in bundled else Path(config.path)
+    if config.path and folder.is_dir():
         return folder
-    bundled = ", ".join(sorted(entry.name for entry in BUNDLED.iterdir()))
     if folder.exists() or folder.is_absolute() or config.path.count("/") != 1:
         raise DataError(
-            f"data.path={config.path!r} is neither bundled ({bundled}), a folder, nor a hub id (user/name)."
+            f"data.path={config.path!r} is neither bundled ({', '.join(bundled)}), a folder, nor a hub id (user/name)."
         )
     return None
 
 
-def find_shards(folder: Path) -> tuple[str, dict[str, list[str]]] | None:
+def find_shards(
+    folder: Path, split_folders: list[tuple[Path, str]] | None = None
+) -> tuple[str, dict[str, list[str]]] | None:
     """The parquet files or WebDataset shards of a folder: the builder of `datasets` for them, and the files by split.
 
     They lie in sub-folders that are splits, or where there are none, in the folder or in its `data` (as on the hub).
     The split is then the first word of a file's name that is one (`imagenet1k-train-0003.tar`), else it is `train`.
     """
-    places = _split_folders(folder) or [(folder.resolve(), None), (folder.resolve() / "data", None)]
+    split_folders = _split_folders(folder) if split_folders is None else split_folders
+    places = split_folders or [(folder.resolve(), None), (folder.resolve() / "data", None)]
     for suffix, builder in BUILDERS.items():
         splits: dict[str, list[str]] = {}
         for place, split in places:
@@ -205,17 +226,41 @@ def find_shards(folder: Path) -> tuple[str, dict[str, list[str]]] | None:
     return None
 
 
-def _image_folder(folder: Path, config: DataConfig) -> dict[str, Source]:
+def check_tar_end(file: Path) -> None:
+    """Refuse a tar on this machine that is cut off, which the archive's reader may take for its end.
+
+    Raises:
+        tarfile.ReadError: It does not end in zeros, as tars do. Not for other files, nor for addresses.
+    """
+    if file.suffix == ".tar" and file.is_file():
+        with file.open("rb") as tar:
+            tar.seek(max(file.stat().st_size - tarfile.BLOCKSIZE, 0))
+            if any(tar.read()):
+                raise tarfile.ReadError("the archive is cut off: it does not end in zeros")
+
+
+def _image_folder(folder: Path, split_folders: list[tuple[Path, str]], config: DataConfig) -> dict[str, Source]:
     """A folder of images is like a table of the columns `image` and `label`, the latter if there are classes."""
     if config.image_column != "image":
         raise DataError(f"data.image_column={config.image_column!r}: {config.path} has image, label.")
-    places = {split: place for place, split in _split_folders(folder)} or {"train": folder.resolve()}
+    places = {split: place for place, split in split_folders} or {"train": folder.resolve()}
     files = {split: found for split, place in places.items() if (found := _image_files(place))}
     if not files:
         raise DataError(f"no images in the folder {folder} (looked for {', '.join(IMAGE_SUFFIXES)}).")
     # The first sub-folder is the class, if all images are in some. The names are those of all splits together.
     folders = {split: [name.split(os.sep)[0] for name in names if os.sep in name] for split, names in files.items()}
     labelled = [split for split in files if len(folders[split]) == len(files[split])]
+    for split, names in files.items():
+        beside = [name for name in names if os.sep not in name]
+        if folders[split] and beside and config.label_column == "label":
+            logger.warning(
+                "%s: %d images lie in sub-folders and %d beside them, the first of which is %s, so there are no "
+                "classes; data.label_column='' says that there are none",
+                places[split],
+                len(folders[split]),
+                len(beside),
+                beside[0],
+            )
     classes = sorted(set().union(*(folders[split] for split in labelled)))
     index = {name: label for label, name in enumerate(classes)}
     sources: dict[str, Source] = {}
@@ -250,16 +295,18 @@ def _walk(folder: Path | str, below: str, above: tuple[str, ...]) -> Iterator[st
 
 def _split_folders(folder: Path) -> list[tuple[Path, str]]:
     """Sub-folders that are splits, and the names of these."""
+    with os.scandir(folder) as entries:  # a flat folder may have millions: only a handful become objects that are kept
+        found = sorted(entry.name for entry in entries if entry.name.lower() in SPLIT_NAMES and entry.is_dir())
     places: dict[str, Path] = {}
-    for entry in sorted(folder.iterdir()):
-        split = SPLIT_NAMES.get(entry.name.lower())
-        if split is None or not entry.is_dir():
-            continue
+    for name in found:
+        split = SPLIT_NAMES[name.lower()]
         if split in places:
-            raise DataError(f"{folder} has two folders of the split {split}: {places[split].name} and {entry.name}.")
-        places[split] = entry.resolve()
+            raise DataError(f"{folder} has two folders of the split {split}: {places[split].name} and {name}.")
+        places[split] = (folder / name).resolve()
     return [(place, split) for split, place in places.items()]
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__  # what happened; the error itself only says that something did
     return str(error).strip().split("\n")[0] or type(error).__name__

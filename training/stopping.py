@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 import os
 import signal
 import time
+from functools import partial
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A launcher passes on signals that the system sends to every process anyway: what comes so soon is the same request.
 SAME_REQUEST_SECONDS = 1.0
 GRACE = 30  # seconds after SIGTERM, at the end of which launchers and batch systems send SIGKILL
+LOOK_SECONDS = 0.2  # between two looks of a worker that was asked to end
+
+# Shared with the loaders' workers: whether the training is over that they load for.
+_over = multiprocessing.RawValue(ctypes.c_bool, False)
 
 
 class StopSignals:
@@ -25,10 +32,12 @@ class StopSignals:
         self._previous = {}
 
     def __enter__(self) -> StopSignals:
+        _over.value = False
         self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
         return self
 
     def __exit__(self, *error) -> None:
+        _over.value = True
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -40,10 +49,28 @@ class StopSignals:
             os.kill(os.getpid(), number)
 
 
-def leave_signals_to_the_trainer(worker: int) -> None:
+def _leave_signals(worker: int, over: ctypes.c_bool) -> None:
     """What a loader's worker does first: go on while the trainer, which gets the same signals, finishes its step.
 
-    SIGTERM ends a worker, but not at once: the trainer, too, uses it, for one that hangs.
+    SIGTERM ends a worker once the trainer needs it no more: its `StopSignals` are left (the loader, too, sends SIGTERM
+    to a worker that is slow to end), or it is gone. After `GRACE` seconds it ends in any case.
     """
+    trainer = os.getppid()
+    asked_at: list[float] = []
+
+    def look(number: int, frame) -> None:
+        if not asked_at:
+            asked_at.append(time.monotonic())
+            signal.setitimer(signal.ITIMER_REAL, LOOK_SECONDS, LOOK_SECONDS)
+        if over.value or os.getppid() != trainer:
+            os._exit(0)
+        if time.monotonic() - asked_at[0] > GRACE:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.getitimer(signal.ITIMER_REAL)[0] or signal.alarm(GRACE))
+    signal.signal(signal.SIGALRM, look)
+    signal.signal(signal.SIGTERM, look)
+
+
+leave_signals_to_the_trainer = partial(_leave_signals, over=_over)  # which so gets to workers that are not forked

@@ -9,26 +9,23 @@ ahead, and a run that is resumed reads, without decoding, the head of one shard 
 from __future__ import annotations
 
 import logging
-import tarfile
 import time
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
 import datasets
-import fsspec
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from looc_ldm.errors import ConfigError, DataError, UnreadableImage
-from looc_ldm.images import to_float
 from looc_ldm.training.config import DataConfig
-from looc_ldm.training.data import SUBSTITUTES, ImageSet, Report, StreamBatches, augment
+from looc_ldm.training.data import SUBSTITUTES, ImageSet, Report, StreamBatches, augment, too_many_unreadable
 from looc_ldm.training.lanes import Cursor, Lane, starting_cursors
-from looc_ldm.training.sources import Source, Stored, find_shards, folder_of
+from looc_ldm.training.sources import Source, Stored, check_tar_end, find_shards, folder_of
 from looc_ldm.training.tables import Columns, class_names, find_columns, is_text, label_error
-from looc_ldm.training.transforms import decode, mode_of
+from looc_ldm.training.transforms import decode, mode_of, read_encoded
 
 # `datasets` itself waits for a host that does not answer. This is for shards that break off while they are read.
 RETRIES = 3
@@ -74,53 +71,45 @@ class StreamedSet:
         Raises:
             DataError: A shard that cannot be read, or a label that is none of the classes.
         """
-        failures = 0
+        failures, rows = 0, None
         while True:
-            rows = self.rows.shard(self.num_shards, shard)
             try:
-                _check_end(Path(self.shard_names[shard]))
-                # iter(1): a plain loop would divide the shard among the loader's workers once more, and larger batches
-                # of tars fail in datasets 4.0.
-                for index, batch in enumerate(rows.iter(batch_size=1)):
-                    if index < start:
-                        continue
-                    stored = self._stored({name: values[0] for name, values in batch.items()}, shard, index)
-                    start, failures = index + 1, 0
-                    yield stored
-                return
-            except DataError:
-                raise
+                rows = rows or self._rows_from(shard, start)
+                index, row = next(rows, (None, None))
             except Exception as error:  # those of files, archives, parquet and the network have no common base
-                failures += 1
+                rows, failures = None, failures + 1
                 reason = " ".join(str(error).split()) or type(error).__name__
                 reason = f"cannot read {self.shard_names[shard]}: {reason}"
                 if failures > RETRIES:
                     raise DataError(reason) from error
                 logger.warning("%s; it is opened again (%d of %d)", reason, failures, RETRIES)
                 time.sleep(PAUSE_SECONDS * failures)
+                continue
+            if row is None:
+                return
+            start, failures = index + 1, 0
+            yield self._stored(row, shard, index)  # outside of `try`: what is raised here is not the shard's fault
+
+    def _rows_from(self, shard: int, start: int) -> Iterator[tuple[int, dict]]:
+        """The examples of a shard, opened anew, from a place on, as `(index, row)`."""
+        check_tar_end(Path(self.shard_names[shard]))
+        # iter(1): a plain loop would divide the shard among the loader's workers once more, and larger batches of tars
+        # fail in datasets 4.0.
+        batches = enumerate(self.rows.shard(self.num_shards, shard).iter(batch_size=1))
+        return (
+            (index, {name: values[0] for name, values in batch.items()}) for index, batch in batches if index >= start
+        )
 
     def _stored(self, row: dict, shard: int, index: int) -> Stored:
         image = row[self.columns.image] or {"bytes": None, "path": None}
         name = f"{image['path'] or f'image {index}'} of {self.shard_names[shard]}"
         content = image["path"] if image["bytes"] is None else image["bytes"]
-        if isinstance(content, str) and "://" in content:  # a data set of loose files on the hub
-            with fsspec.open(content, "rb") as file:
-                content = file.read()
         if not self.classes:
             return Stored(content, name, -1)
         label = self.columns.label_in(row)
         if label is None or not 0 <= label < len(self.classes):
             raise DataError(label_error(name, label, self.classes))
         return Stored(content, name, label)
-
-
-def _check_end(file: Path) -> None:
-    """Refuse a tar on this machine that is cut off, which the archive's reader may take for its end."""
-    if file.suffix == ".tar" and file.is_file():
-        with file.open("rb") as tar:
-            tar.seek(max(file.stat().st_size - tarfile.BLOCKSIZE, 0))
-            if any(tar.read()):
-                raise tarfile.ReadError("the archive is cut off: it does not end in zeros")
 
 
 class InMemory(Source):
@@ -141,6 +130,8 @@ class InMemory(Source):
 
 def open_streamed(config: DataConfig, channels: int) -> tuple[StreamedSet, ImageSet]:
     """The training images, streamed, and the first `validation_images` of the validation split, held in memory.
+
+    The first, not some at even distances: of a split that is sorted by class these are of few classes.
 
     Raises:
         ConfigError: No validation split is named.
@@ -178,13 +169,21 @@ def open_streamed(config: DataConfig, channels: int) -> tuple[StreamedSet, Image
     train, held_out = sets.values()
     every = chain.from_iterable(held_out.read(shard) for shard in range(held_out.num_shards))
     validation = ImageSet(
-        InMemory(list(islice(every, config.validation_images)), held_out.classes),
+        InMemory([_fetched(stored) for stored in islice(every, config.validation_images)], held_out.classes),
         config,
         channels,
         skip_unreadable=True,
     )
     train.content_size = validation.content_size
     return train, validation
+
+
+def _fetched(stored: Stored) -> Stored:
+    """With the content in memory, also where it lies elsewhere. A missing file stays an unreadable image."""
+    try:
+        return stored._replace(content=read_encoded(stored.content, stored.name))
+    except UnreadableImage:
+        return stored
 
 
 def _shard_names(builder, rows: datasets.IterableDataset, split: str, config: DataConfig) -> list[str]:
@@ -204,8 +203,8 @@ def _class_names(columns: Columns, config: DataConfig) -> list[str]:
 
 
 class StreamedImages(Dataset):
-    """Training images of a `StreamedSet`: item p is `(image, label, report)`, the image a float tensor `(C, H, W)` in
-    [-1, 1], the report with the cursor behind it.
+    """Training images of a `StreamedSet`: item p is `(image, label, report)`, the image a uint8 tensor `(C, H, W)`,
+    the report with the cursor behind it.
 
     It is read a batch at a time (`__getitems__`), each lane in the order of its positions. Which images come depends on
     the seed, the number of lanes and the cursors; flips and crops on the seed and the position.
@@ -219,9 +218,6 @@ class StreamedImages(Dataset):
 
     Attributes:
         cursors (`dict[int, Cursor]`): Where every lane of this run starts, also those of other processes.
-
-    Raises:
-        ConfigError: There are fewer shards than lanes.
     """
 
     def __init__(
@@ -232,13 +228,7 @@ class StreamedImages(Dataset):
         self.per_forward = batches.per_forward
         processes = batches.stride // batches.per_forward
         self.num_lanes = processes * max(num_workers, 1)
-        if images.num_shards < self.num_lanes:
-            fitting = images.num_shards // processes
-            raise ConfigError(
-                f"{images.config.path} has {images.num_shards} shards, too few for {processes} processes with "
-                f"data.num_workers={num_workers}: "
-                + (f"at most {fitting} workers fit." if fitting else f"at most {images.num_shards} processes fit.")
-            )
+        self.read_ahead = num_workers > 0
         self.cursors = starting_cursors(cursors, self.num_lanes)
         self._lanes: dict[int, Lane] = {}  # opened by the process that reads
 
@@ -246,18 +236,20 @@ class StreamedImages(Dataset):
         """The items of one forward pass; what a loader's worker calls."""
         number = positions[0] // self.per_forward % self.num_lanes
         if number not in self._lanes:
-            self._lanes[number] = Lane(self.images, self.seed, self.num_lanes, self.cursors[number])
+            self._lanes[number] = Lane(self.images, self.seed, self.num_lanes, self.cursors[number], self.read_ahead)
         return [self._item(self._lanes[number], position) for position in positions]
 
     def _item(self, lane: Lane, position: int) -> tuple[torch.Tensor, int, Report]:
         unreadable: list[str] = []
+        last = None
         while len(unreadable) < SUBSTITUTES:
             content, name, label = next(lane)
             try:
                 image = decode(content, self.images.mode, name)
             except UnreadableImage as error:
                 unreadable.append(error.name)
+                last = error
                 continue
             pixels = augment(image, self.images, self.seed, position, name)
-            return to_float(pixels), label, Report(unreadable, lane.cursor)
-        raise DataError(f"{SUBSTITUTES} images in a row cannot be read, the last is {unreadable[-1]}.")
+            return pixels, label, Report(unreadable, lane.cursor)
+        raise too_many_unreadable(self.images.config, SUBSTITUTES, last)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import datasets
@@ -18,8 +19,15 @@ from looc_ldm.training.sources import Source, Stored
 logger = logging.getLogger(__name__)
 
 
-def open_tables(splits: dict[str, datasets.Dataset], config: DataConfig) -> dict[str, Source]:
-    """The splits of a data set.
+def open_tables(
+    splits: dict[str, datasets.Dataset], config: DataConfig, wanted: Collection[str] | None = None
+) -> dict[str, Source]:
+    """The splits of a data set. The classes of labels that are text are those of all splits together.
+
+    Args:
+        splits: Their rows.
+        config: Settings of the data.
+        wanted: Names of the splits that need labels; all if not given. Others are not refused for theirs.
 
     Raises:
         DataError: No such column of images, or a label that is none of the classes.
@@ -32,10 +40,11 @@ def open_tables(splits: dict[str, datasets.Dataset], config: DataConfig) -> dict
         key = repr(column.feature)
         if key not in classes:
             classes[key] = named if is_text(column.feature) else class_names(column.feature, config)
-    return {
-        split: TableSource(rows, columns[split], classes[repr(columns[split].feature)], f"{config.path} ({split})")
-        for split, rows in splits.items()
-    }
+    sources: dict[str, Source] = {}
+    for split, rows in splits.items():
+        own = classes[repr(columns[split].feature)] if wanted is None or split in wanted else []
+        sources[split] = TableSource(rows, columns[split], own, f"{config.path} ({split})")
+    return sources
 
 
 class TableSource(Source):
@@ -105,11 +114,13 @@ class Columns(NamedTuple):
         values = self._values(rows)
         if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
             known = {value: index for index, value in enumerate(classes)}
+            unlabelled = values.null_count == len(values)
             labels = np.array([known.get(value, -1) for value in values.to_pylist()], np.int64)
         else:
             labels = values.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
-            if (labels == -1).all():  # as the hub's test splits have them
-                return None
+            unlabelled = (labels == -1).all()
+        if unlabelled:  # as the hub's test splits are
+            return None
         wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
         if len(wrong):
             raise DataError(label_error(f"image {wrong[0]} of {name}", values[int(wrong[0])].as_py(), classes))

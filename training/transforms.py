@@ -6,8 +6,11 @@ FID depends on the transform, so `describe_transform` says it in words, for the 
 from __future__ import annotations
 
 import io
+import logging
+import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -17,6 +20,11 @@ from looc_ldm.images import MODES, as_shown
 from looc_ldm.training.config import DataConfig
 
 CENTRE = (0.5, 0.5)
+# What may be over soon: a network that is gone, another process that has opened too many files.
+RETRIES = 3
+PAUSE_SECONDS = 5.0
+
+logger = logging.getLogger(__name__)
 
 
 def mode_of(channels: int) -> str:
@@ -26,32 +34,71 @@ def mode_of(channels: int) -> str:
     return MODES[channels]
 
 
+def read_encoded(content: bytes | str | Path | None, name: str) -> bytes:
+    """The encoded image, read from its file or address where it is not at hand. What fails is tried again, a few times.
+
+    Args:
+        content: The encoded image, or the path or address (`https://`, `hf://`) of its file; None is a missing one.
+        name: What the image is called in errors.
+
+    Raises:
+        UnreadableImage: There is no such file.
+        DataError: The machine or the network does not give it: a disk that fails, too many open files, no permission.
+    """
+    if content is None:
+        raise UnreadableImage(f"{name} is missing.", name)
+    if isinstance(content, bytes):
+        return content
+    failures = 0
+    while True:
+        try:
+            if "://" in str(content):
+                with fsspec.open(str(content), "rb") as file:
+                    return file.read()
+            return Path(content).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise UnreadableImage(f"cannot read {name}: {_reason(error)}", name) from None
+        except MemoryError:
+            raise
+        except Exception as error:  # those of networks have no common base
+            failures += 1
+            reason = f"cannot read {name}: {_reason(error)}"
+            if failures > RETRIES:
+                raise DataError(reason) from error
+            logger.warning("%s; it is tried again (%d of %d)", reason, failures, RETRIES)
+            time.sleep(PAUSE_SECONDS * failures)
+
+
 def decode(content: bytes | str | Path | None, mode: str, name: str) -> Image.Image:
     """An image as a viewer shows it (`looc_ldm.images.as_shown`).
 
     Args:
-        content: The encoded image, or the path of its file; None is a missing one.
+        content: As in `read_encoded`.
         mode: `L` or `RGB`.
         name: What the image is called in errors.
 
     Raises:
-        UnreadableImage: One line with the name and what is wrong.
+        UnreadableImage: It is missing or cannot be decoded. One line with the name and what is wrong.
+        DataError: The machine or the network does not give it.
     """
-    if content is None:
-        raise UnreadableImage(f"{name} is missing.", name)
+    encoded = read_encoded(content, name)
     try:
-        encoded = content if isinstance(content, bytes) else Path(content).read_bytes()
         if not encoded:
             raise ValueError("the file is empty")
         with Image.open(io.BytesIO(encoded)) as image:
             return as_shown(image, mode)
     except UnidentifiedImageError:  # its text names an object in memory
         reason = "no image, or of a format that Pillow does not know"
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except MemoryError:  # says nothing about the image
+        raise
     except Exception as error:  # what decoders raise on damaged files has no common base
-        reason = str(error) or type(error).__name__
-    raise UnreadableImage(f"cannot read {name}: {' '.join(reason.split())}", name)
+        reason = _reason(error)
+    raise UnreadableImage(f"cannot read {name}: {reason}", name)
+
+
+def _reason(error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(reason).split())
 
 
 def to_square(

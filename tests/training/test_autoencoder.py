@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from looc_ldm import LooCVQModel
 from looc_ldm.errors import ConfigError, UserError
 from looc_ldm.training import autoencoder
-from looc_ldm.training.config import AutoencoderConfig, config_text, load_config
+from looc_ldm.training.config import AutoencoderConfig, EvaluationConfig, config_text, load_config
 from looc_ldm.training.data import ImageStream, float_batches, load_image_sets
 from looc_ldm.training.ema import EMA
 from looc_ldm.training.log import OF_THE_MOMENT
+from looc_ldm.training.losses import PatchDiscriminator
 from looc_ldm.training.run import Run
 
 # A PatchGAN with few layers, whose start falls into the run.
@@ -149,14 +150,149 @@ def test_all_terms_together_on_the_bundled_images(test_data, autoencoder_config,
     assert all(line["loss_lpips"] > 0 for line in lines)
 
 
+# Steps -----------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_of(folder: Path, images: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: networks, averages, LeCam's state, and the moments of the optimizers."""
+    place = folder / "checkpoints" / f"{images:09d}"
+    tensors = {}
+    for file in sorted(place.glob("*.safetensors")):
+        tensors |= {f"{file.name}.{name}": tensor for name, tensor in load_file(file).items()}
+    for file in sorted(place.glob("custom_checkpoint_*.pkl")):
+        tensors |= {f"{file.name}.{name}": tensor for name, tensor in torch.load(file).items()}
+    for file in sorted(place.glob("optimizer*.bin")):
+        for index, state in torch.load(file)["state"].items():
+            tensors |= {f"{file.name}.{index}.{name}": tensor for name, tensor in state.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("network", ["autoencoder", "discriminator"])
+def test_a_step_whose_gradients_are_not_finite_changes_nothing_and_is_counted(
+    autoencoder_config, tmp_path, monkeypatch, network, accumulation
+):
+    passes = []
+    forward, judge = LooCVQModel.forward, PatchDiscriminator.forward
+
+    def reconstruct(model, *arguments, **options):
+        output = forward(model, *arguments, **options)
+        if model.training:
+            passes.append(None)
+            if network == "autoencoder" and len(passes) == 3 * accumulation:  # the last pass of the third step
+                output.sample = output.sample * torch.nan
+        return output
+
+    def not_finite(discriminator, images):
+        bad = network == "discriminator" and len(passes) == 3 * accumulation
+        return judge(discriminator, images) * (
+            torch.nan if bad and next(discriminator.parameters()).requires_grad else 1
+        )
+
+    monkeypatch.setattr(LooCVQModel, "forward", reconstruct)
+    monkeypatch.setattr(PatchDiscriminator, "forward", not_finite)
+    config = autoencoder_config(
+        tmp_path,
+        loss={**ADVERSARIAL, "adversarial_start_images": 0, "lecam_weight": 0.1},
+        total_images=32,
+        checkpoint_every_images=8,
+        keep_last=9,
+        gradient_accumulation_steps=accumulation,
+    )
+    autoencoder.train(replace(config, preview_every_images=10**6))
+    assert [line["skipped_steps"] for line in log_lines(tmp_path)] == [0, 0, 1, 1]
+    before, after, later = (checkpoint_of(tmp_path, images) for images in (16, 24, 32))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    if network == "autoencoder":
+        assert not changed
+    else:  # the autoencoder did step; the discriminator, its moments and LeCam's averages did not
+        assert {name.split(".")[0] for name in changed} == {"model", "optimizer", "custom_checkpoint_0"}
+    moved = {name.rsplit(".", 1)[0].split(".")[0] for name in after if not torch.equal(after[name], later[name])}
+    assert moved == {
+        "model",
+        "model_1",
+        "optimizer",
+        "optimizer_1",
+        "custom_checkpoint_0",
+        "custom_checkpoint_1",
+    }
+
+
+def test_the_patchgan_rises_over_its_ramp_and_follows_the_learning_rate(autoencoder_config, tmp_path):
+    loss = {
+        **ADVERSARIAL,
+        "adversarial_start_images": 8,
+        "adversarial_ramp_images": 16,
+        "adaptive_weight": False,
+        "lecam_weight": 0.1,
+    }
+    config = autoencoder_config(tmp_path, loss=loss, checkpoint_every_images=8, keep_last=9)
+    config = replace(config, optimizer=replace(config.optimizer, warmup_images=64), preview_every_images=10**6)
+    autoencoder.train(config)
+    lines = log_lines(tmp_path)
+    assert "adversarial_weight" not in lines[0]
+    assert [line["adversarial_weight"] for line in lines[1:]] == pytest.approx([0, 0.05, 0.1, 0.1, 0.1])
+    assert [line["loss_lecam"] > 0 for line in lines[1:]] == [False, True, True, True, True]
+    for file in ("optimizer.bin", "optimizer_1.bin"):
+        state = torch.load(tmp_path / "checkpoints" / "000000048" / file)
+        assert state["param_groups"][0]["lr"] == pytest.approx(2e-3 * 41 / 64)  # of the step after 40 images
+
+
+def test_lecam_is_part_of_what_the_discriminator_learns(autoencoder_config, tmp_path):
+    runs = []
+    for weight in (0.1, 10.0):
+        loss = {**ADVERSARIAL, "adversarial_start_images": 0, "lecam_weight": weight}
+        folder = tmp_path / str(weight)
+        autoencoder.train(autoencoder_config(folder, loss=loss, total_images=24, checkpoint_every_images=24))
+        runs.append(load_file(folder / "checkpoints" / "000000024" / "model_1.safetensors"))
+    assert largest_difference(*runs) > 1e-4
+
+
+def test_measuring_while_it_runs_changes_nothing(autoencoder_config, tmp_path):
+    measured = EvaluationConfig(every_images=16, images=8)
+    with_it = autoencoder.train(autoencoder_config(tmp_path / "measured", evaluation=measured))
+    without = autoencoder.train(autoencoder_config(tmp_path / "plain"))
+    assert largest_difference(weights(with_it), weights(without)) == 0
+    lines = [line for line in log_lines(tmp_path / "measured") if "val_psnr" in line]
+    assert [line["images"] for line in lines] == [16, 32, 48]
+    assert all(line["val_images"] == 8 and line["val_bits_per_pixel"] > 0 for line in lines)
+
+
+@pytest.mark.slow
+def test_compiled_training_goes_the_same_way_past_the_start_of_the_patchgan(autoencoder_config, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", wraps_compile(compiled))
+    runs = {
+        name: weights(
+            autoencoder.train(
+                autoencoder_config(tmp_path / name, loss=ADVERSARIAL, total_images=32, compile=name == "compiled")
+            )
+        )
+        for name in ("plain", "compiled")
+    }
+    assert compiled == ["LooCVQModel"]
+    assert largest_difference(runs["plain"], runs["compiled"]) < 1e-3
+
+
+def wraps_compile(compiled: list[str]):
+    """`Module.compile`, which writes down what it compiled."""
+    compile = torch.nn.Module.compile
+
+    def recording(module, *arguments, **options):
+        compiled.append(type(module).__name__)
+        compile(module, *arguments, **options)
+
+    return recording
+
+
 # Going on --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("anchor", ["closest", "random"])
 def test_interrupted_and_resumed_is_uninterrupted(autoencoder_config, tmp_path, cut_power_at, monkeypatch, anchor):
     def config(name):
-        model = {"anchor": anchor}
-        return autoencoder_config(tmp_path / name, model, ADVERSARIAL, total_images=64, gradient_accumulation_steps=2)
+        model, loss = {"anchor": anchor}, {**ADVERSARIAL, "lecam_weight": 0.1}
+        return autoencoder_config(tmp_path / name, model, loss, total_images=64, gradient_accumulation_steps=2)
 
     with monkeypatch.context():
         cut_power_at(40)

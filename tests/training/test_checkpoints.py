@@ -5,15 +5,20 @@ import json
 import logging
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 
-from looc_ldm.errors import TrainingError
+from looc_ldm.errors import ConfigError, TrainingError
 from looc_ldm.training.checkpoints import checkpoints_in
+from looc_ldm.training.config import EvaluationConfig
 from looc_ldm.training.log import OF_THE_MOMENT
+from looc_ldm.training.run import Run, resolve_precision
 
 spec = importlib.util.spec_from_file_location("tiny_trainer", Path(__file__).with_name("tiny_trainer.py"))
 tiny_trainer = importlib.util.module_from_spec(spec)
@@ -155,6 +160,83 @@ def test_a_file_that_cannot_be_opened_stops_the_run_and_not_the_use_of_its_check
     file.write_text(content)
     train(config_of(half, keep_last=3))
     assert log_lines(half)[-1]["images"] == 128
+
+
+# How it was written ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def restart():
+    """`restart()`: what Accelerate keeps of the precision for as long as a process lives is forgotten."""
+    restart = partial(AcceleratorState._reset_state, reset_partial_state=True)
+    yield restart
+    restart()
+
+
+def test_another_precision_is_refused_with_the_flag_that_keeps_the_old_one(half, restart):
+    settings = (half / "config.yaml").read_text()
+    restart()
+    with pytest.raises(ConfigError, match=r"mixed_precision=no, this start has bf16: give --mixed_precision no\b"):
+        train(config_of(half, keep_last=3, mixed_precision="bf16"))
+    assert (half / "config.yaml").read_text() == settings
+    assert names(half) == ["000000024", "000000048", "000000072"]
+    restart()
+    train(config_of(half, keep_last=3, mixed_precision="no"))
+    assert log_lines(half)[-1]["images"] == 128
+
+
+def test_what_auto_became_is_said_written_down_and_may_be_given_in_its_place(tmp_path, caplog, restart):
+    restart()
+    caplog.set_level(logging.INFO, "looc_ldm")
+    became = resolve_precision("auto")
+    train(config_of(tmp_path, total_images=24, mixed_precision="auto"))
+    assert f"mixed_precision=auto is {became} on this machine" in caplog.text
+    assert json.loads((tmp_path / "checkpoints" / "000000024" / "run.json").read_text())["mixed_precision"] == became
+    train(config_of(tmp_path, total_images=48, mixed_precision=became))
+    assert log_lines(tmp_path)[-1]["images"] == 48
+
+
+# What was due at it ---------------------------------------------------------------------------------------------
+
+
+def look(run, loss):
+    """Grid and figures of the checkpoints 24 and 48, in the step after them."""
+    if run.images_seen in (24, 48):
+        run.save_preview(Image.new("L", (8, 8)))
+        run.log_evaluation({"psnr": 20.0})
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("preview", "evaluation", "kept", "pending"),
+    [
+        (24, 24, "both", False),
+        (24, 24, "grid", True),
+        (24, 24, "figures", True),
+        (24, None, "grid", False),
+        (24, None, "figures", True),
+        (1000, 24, "figures", False),
+        (1000, 24, "grid", True),
+        (1000, 1000, "none", False),
+    ],
+)
+def test_a_grid_or_an_evaluation_that_was_due_at_the_checkpoint_and_is_not_there_is_pending(
+    tmp_path, preview, evaluation, kept, pending
+):
+    settings = {"preview_every_images": preview, "evaluation": EvaluationConfig(evaluation, images=4)}
+    train(config_of(tmp_path, total_images=56, **settings), at_step=look)
+    shutil.rmtree(tmp_path / "checkpoints" / "000000056")
+    if kept not in ("both", "grid"):
+        (tmp_path / "previews" / "000000048.png").unlink()
+    if kept not in ("both", "figures"):  # those of 24 stay
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+        lines = [line for line in lines if json.loads(line)["images"] < 48 or "val_" not in line]
+        (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    run = Run(config_of(tmp_path, total_images=56, **settings), "model")
+    assert not run.look_pending
+    run.resume()
+    assert run.images_seen == 48
+    assert run.look_pending == pending
 
 
 # The log ---------------------------------------------------------------------------------------------------------

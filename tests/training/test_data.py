@@ -1,5 +1,6 @@
 """The stream of training images depends on nothing but seed and position, and survives images that cannot be read."""
 
+import os
 import pickle
 from dataclasses import replace
 
@@ -16,11 +17,13 @@ from looc_ldm.training.data import (
     Report,
     Stream,
     StreamBatches,
+    float_batches,
     load_image_set,
     load_image_sets,
     make_stream,
     stream_loader,
 )
+from looc_ldm.training.reports import write_unreadable
 
 
 def positions(total=32, start=0, batch_size=8, accumulation=1, rank=0, world_size=1) -> list[list[int]]:
@@ -72,7 +75,7 @@ def test_training_replaces_and_reports_what_cannot_be_read(damaged):
         meant = stream.index_at(position)
         assert report.unreadable[:1] == ([] if meant in readable else [names[meant]])
         reported += len(report.unreadable)
-        originals = [train.read(index)[0].float() / 127.5 - 1 for index in readable]
+        originals = [train.read(index)[0] for index in readable]
         matches = [torch.equal(image, o) or torch.equal(image, o.flip(-1)) for o in originals]
         assert sum(matches) == 1
         assert label == -1
@@ -113,10 +116,20 @@ def test_data_without_a_readable_image_ends_training_with_one_line(tmp_path, sma
     train, validation = load_image_sets(
         replace(small_data, path=str(tmp_path), fit="crop", validation_images=1), channels=3
     )
-    with pytest.raises(DataError, match="in a row cannot be read"):
+    with pytest.raises(
+        DataError, match=r"1000 images .* in a row cannot be read. The last: cannot read .*\.png: no im"
+    ):
         ImageStream(train, seed=0)[0]
-    with pytest.raises(DataError, match="in a row cannot be read"):
+    with pytest.raises(DataError, match=r"1 images .* in a row cannot be read. The last: cannot read .*\.png: no imag"):
         validation[0]
+
+
+def test_an_unreadable_image_whose_name_is_no_text_is_named_byte_by_byte(tmp_path):
+    file = tmp_path / "unreadable.txt"
+    write_unreadable(file, [os.fsdecode(b"/images/caf\xe9.jpg"), "/images/caf\u00e9.jpg"])
+    assert file.read_bytes() == b"/images/caf\xe9.jpg\n/images/caf\xc3\xa9.jpg\n"
+    write_unreadable(file, [])
+    assert not file.exists()
 
 
 # The stream ------------------------------------------------------------------------------------------------------
@@ -145,7 +158,7 @@ def test_half_of_the_images_are_mirrored_anew_in_each_epoch(small_data):
     mirrored = {}
     for position in range(4 * len(train)):
         index, image = stream.index_at(position), stream[position][0]
-        original = train[index][0].float() / 127.5 - 1
+        original = train[index][0]
         if not torch.equal(original, original.flip(-1)):
             assert torch.equal(image, original) or torch.equal(image, original.flip(-1))
             mirrored.setdefault(index, []).append(not torch.equal(image, original))
@@ -158,7 +171,7 @@ def test_images_are_mirrored_only_if_asked_for(small_data):
     train, _ = load_image_sets(replace(small_data, flip=False), channels=1)
     stream = ImageStream(train, seed=0)
     for position in range(len(train)):
-        assert torch.equal(stream[position][0], train[stream.index_at(position)][0].float() / 127.5 - 1)
+        assert torch.equal(stream[position][0], train[stream.index_at(position)][0])
 
 
 def test_two_ranks_with_two_accumulation_steps_see_what_one_process_sees():
@@ -192,9 +205,10 @@ def test_a_resumed_stream_gives_the_images_and_flips_of_an_uninterrupted_one(sma
 
 
 def test_making_a_loader_draws_no_random_numbers(small_data):
-    train, _ = load_image_sets(small_data, channels=1)
+    train, validation = load_image_sets(small_data, channels=1)
     before = torch.get_rng_state()
     next(iter(stream_loader(ImageStream(train, 0), StreamBatches(0, 8, 8, 1, 0, 1), 0, False)))
+    next(iter(float_batches(validation)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -205,8 +219,8 @@ def test_random_crops_belong_to_positions_and_reach_both_ends(tmp_path, small_da
     config = replace(small_data, path=str(tmp_path), fit="random_crop", flip=False, validation_images=1)
     train, validation = load_image_sets(config, channels=1)
     stream, again = ImageStream(train, seed=0), ImageStream(train, seed=0)
-    left = [round((stream[position][0][0, 0, 0].item() + 1) * 127.5) for position in range(90)]
-    assert left == [round((again[position][0][0, 0, 0].item() + 1) * 127.5) for position in range(90)]
+    left = [stream[position][0][0, 0, 0].item() for position in range(90)]
+    assert left == [again[position][0][0, 0, 0].item() for position in range(90)]
     assert min(left) < 8
     assert max(left) > 56
     assert 24 < np.mean(left) < 40
@@ -243,6 +257,7 @@ def test_batches_are_tensors_and_one_report(small_data):
     images, labels, report = next(iter(stream_loader(make_stream(train, 0, batches, 0), batches, 0, False)))
     assert images.shape == (8, 1, 32, 32)
     assert images.is_contiguous()
+    assert images.dtype == torch.uint8  # workers send them through shared memory, of which containers have little
     assert (labels.shape, labels.dtype) == ((8,), torch.int64)
     assert report == Report(unreadable=[], cursor=None)
 

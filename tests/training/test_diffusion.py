@@ -13,7 +13,7 @@ from looc_ldm import LooCLDMPipeline
 from looc_ldm.errors import ConfigError, ModelError
 from looc_ldm.loading import load_autoencoder
 from looc_ldm.training import diffusion
-from looc_ldm.training.config import DataConfig, check_config
+from looc_ldm.training.config import DataConfig, EvaluationConfig, check_config
 from looc_ldm.training.diffusion import Denoiser, make_scheduler
 from looc_ldm.training.latents import LatentCache, LatentStream
 from looc_ldm.training.run import Run
@@ -77,12 +77,15 @@ def conditional_run(diffusion_config, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("loss", ["l1", "l2", "min_snr"])
 def test_the_loss_is_the_distance_to_the_noise_or_the_velocity(
     diffusion_config, tmp_path, calls, prediction_type, loss
 ):
     schedule = {"beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.02, "prediction_type": prediction_type}
-    config = diffusion_config(tmp_path, scheduler=schedule, loss=loss, total_images=8)
+    weighting = (
+        {"loss": "l2", "loss_weighting": "min_snr", "min_snr_gamma": 2.0} if loss == "min_snr" else {"loss": loss}
+    )
+    config = diffusion_config(tmp_path, scheduler=schedule, total_images=8, **weighting)
     pipe = LooCLDMPipeline.from_pretrained(diffusion.train(config))
     stream = LatentStream(LatentCache(tmp_path / "latents"), pipe.vqvae, config.seed)
     examples = [stream[position] for position in range(8)]
@@ -96,6 +99,9 @@ def test_the_loss_is_the_distance_to_the_noise_or_the_velocity(
     torch.testing.assert_close(noisy, kept.sqrt() * latents + (1 - kept).sqrt() * noise, rtol=0, atol=1e-5)
     target = noise if prediction_type == "epsilon" else kept.sqrt() * noise - (1 - kept).sqrt() * latents
     distance = (prediction - target).abs() if loss == "l1" else (prediction - target).square()
+    if loss == "min_snr":
+        snr = kept / (1 - kept)
+        distance = distance * snr.clamp(max=2) / (snr if prediction_type == "epsilon" else snr + 1)
     assert log_lines(tmp_path)[0]["loss"] == pytest.approx(distance.mean().item(), rel=1e-5)
 
 
@@ -140,6 +146,15 @@ def test_latents_encoded_in_the_loop_are_those_of_the_cache(diffusion_config, tm
         torch.testing.assert_close(noisy, other_noisy, rtol=0, atol=5e-3)  # the cache is half precision
 
 
+def test_latents_encoded_in_the_loop_keep_the_scale_that_was_measured_at_the_start(diffusion_config, tmp_path):
+    config = diffusion_config(tmp_path, cache_latents=False, latent_scaling="channel", total_images=24)
+    first = LooCLDMPipeline.from_pretrained(diffusion.train(config)).vqvae.config
+    kept = json.loads((tmp_path / "moments.json").read_text())
+    (tmp_path / "moments.json").write_text(json.dumps({**kept, "count": 4 * kept["count"]}))
+    second = LooCLDMPipeline.from_pretrained(diffusion.train(replace(config, total_images=48))).vqvae.config
+    assert second.latents_mean == pytest.approx([mean / 4 for mean in first.latents_mean])
+
+
 def test_random_crops_are_encoded_in_the_loop_or_refused(diffusion_config, small_data, tmp_path):
     data = replace(small_data, fit="random_crop")
     diffusion.train(diffusion_config(tmp_path, data=data, cache_latents=False, total_images=8))
@@ -155,11 +170,37 @@ def test_a_step_whose_gradients_are_not_finite_changes_nothing_and_is_counted(di
         return forward(denoiser, noisy, timesteps, labels) * (torch.nan if len(steps) == 3 else 1.0)
 
     monkeypatch.setattr(Denoiser, "forward", sometimes_nan)
-    diffusion.train(diffusion_config(tmp_path, preview_every_images=10**6))
+    config = diffusion_config(tmp_path, preview_every_images=10**6, checkpoint_every_images=8, keep_last=9)
+    diffusion.train(config)
+    averages = [torch.load(tmp_path / "checkpoints" / f"{i:09d}" / "custom_checkpoint_0.pkl") for i in (16, 24, 32)]
+    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+    assert not all(torch.equal(averages[1][name], averages[2][name]) for name in averages[0])
     assert all(torch.equal(steps[2][name], steps[3][name]) for name in steps[2])
     assert not all(torch.equal(steps[3][name], steps[4][name]) for name in steps[2])
     assert [line["skipped_steps"] for line in log_lines(tmp_path)] == [0, 0, 1, 1, 1, 1]
     assert json.loads((tmp_path / "pipeline" / "training.json").read_text())["skipped_steps"] == 1
+
+
+def test_measuring_while_it_runs_changes_nothing(diffusion_config, tmp_path, inception_weights):
+    measured = EvaluationConfig(
+        every_images=24, images=4, fid=True, inception_weights=str(inception_weights), feature_layer="64"
+    )
+    with_it = diffusion.train(diffusion_config(tmp_path / "measured", evaluation=measured))
+    without = diffusion.train(diffusion_config(tmp_path / "plain"))
+    one, other = weights(with_it), weights(without)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    lines = [line for line in log_lines(tmp_path / "measured") if "val_fid@64" in line]
+    assert [line["images"] for line in lines] == [24, 48]
+
+
+@pytest.mark.slow
+def test_compiled_training_goes_the_same_way(diffusion_config, tmp_path):
+    runs = {
+        name: weights(diffusion.train(diffusion_config(tmp_path / name, total_images=16, compile=name == "compiled")))
+        for name in ("plain", "compiled")
+    }
+    for name, tensor in runs["plain"].items():
+        torch.testing.assert_close(tensor, runs["compiled"][name], rtol=0, atol=1e-3)
 
 
 def test_training_with_checkpointed_activations_goes_the_same_way(diffusion_config, tmp_path):

@@ -9,6 +9,8 @@ import random
 import runpy
 import signal
 import socket
+import subprocess
+import sys
 import termios
 import time
 from collections.abc import Iterator
@@ -20,17 +22,23 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import Dataset
 
 from looc_ldm import cli
 from looc_ldm.training import autoencoder, diffusion
 from looc_ldm.training.config import config_text
+from looc_ldm.training.data import float_batches
 from looc_ldm.training.log import OF_THE_MOMENT
+from looc_ldm.training.stopping import StopSignals
 
 SCRIPT = Path(__file__).with_name("tiny_trainer.py")
 spec = importlib.util.spec_from_file_location("tiny_trainer", SCRIPT)
 tiny_trainer = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny_trainer)
 config_of = tiny_trainer.config_of
+spec = importlib.util.spec_from_file_location("fsdp_script", Path(__file__).with_name("test_fsdp.py"))
+test_fsdp = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(test_fsdp)
 
 LIMIT = 60  # seconds that a process may take
 
@@ -243,6 +251,23 @@ def test_a_signal_to_all_processes_ends_in_a_checkpoint_and_one_line_and_the_sam
     assert_same_run(tmp_path / "run", whole)
 
 
+class Signalled(Dataset):
+    """Grey images; whoever loads one gets the signals that all processes get."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index: int):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        return torch.zeros(1, 8, 8, dtype=torch.uint8), 0
+
+
+def test_workers_that_load_images_to_measure_on_go_on_after_a_signal():
+    with StopSignals():  # as a trainer has them
+        assert [len(batch) for batch in float_batches(Signalled(), batch_size=2, num_workers=1)] == [2, 2]
+
+
 def test_a_second_signal_ends_the_process_at_once(start, tmp_path):
     processes = start(config_of(tmp_path / "run"), pause=30)
     wait_for((tmp_path / "run" / "config.yaml").exists, processes)
@@ -349,6 +374,49 @@ def test_another_number_of_processes_continues_count_and_schedule(start, pair, t
         assert [line[key] for line in ours] == [line[key] for line in theirs]
     names = {path.name for path in (folder / "checkpoints" / "000000128").iterdir()}
     assert {name for name in names if name.startswith("random")} == {f"random_states_{i}.pkl" for i in range(after)}
+
+
+def test_a_checkpoint_of_fsdp_is_refused_under_ddp_by_all_processes_in_one_line(start, tmp_path):
+    folder = tmp_path / "run"
+    assert start(config_of(folder, total_images=24), ranks=2).join() == [0, 0]
+    file = folder / "checkpoints" / "000000024" / "run.json"
+    state = json.loads(file.read_text())
+    assert state["distributed"] == "DDP"
+    file.write_text(json.dumps({**state, "distributed": "FSDP"}))
+    processes = start(config_of(folder), ranks=2)
+    assert processes.join() == [2, 2]
+    assert "was written under FSDP, this start is under DDP" in processes.printed()
+    assert "Traceback" not in processes.printed() + processes.printed(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"distributed": "DDP"}, "was written under DDP, this start is under FSDP"),
+        ({}, "cannot be loaded"),
+    ],
+)
+def test_under_fsdp_what_cannot_be_loaded_ends_all_processes_at_once(diffusion_config, tmp_path, damage, message):
+    config = diffusion_config(tmp_path / "run", total_images=24)
+    file = tmp_path / "config.yaml"
+    environment = {**os.environ, **test_fsdp.FSDP, "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [test_fsdp.__file__, str(file)]
+    for images in (24, 48):
+        file.write_text(config_text(replace(config, total_images=images)))
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        if images == 24:
+            assert ended.returncode == 0, ended.stderr[-3000:]
+            checkpoint = tmp_path / "run" / "checkpoints" / "000000024"
+            state = json.loads((checkpoint / "run.json").read_text())
+            assert state["distributed"] == "FSDP"
+            (checkpoint / "run.json").write_text(json.dumps({**state, **damage}))
+            if not damage:
+                weights = checkpoint / "pytorch_model_fsdp.bin"
+                weights.write_bytes(bytes(weights.stat().st_size))
+    assert ended.returncode != 0
+    assert message in ended.stderr
 
 
 # A full disk -----------------------------------------------------------------------------------------------------

@@ -217,6 +217,16 @@ def test_other_weights_of_the_encoder_are_refused_and_the_latents_kept(cache, mo
     assert torch.equal(everything(LatentCache(cache.folder)), before)
 
 
+@pytest.mark.parametrize(("setting", "value"), [("act_fn", "relu"), ("norm_num_groups", 1)])
+def test_settings_of_the_encoder_that_leave_its_weights_as_they_are_make_another_one(
+    cache, model, images, accelerator, setting, value
+):
+    assert model.config[setting] != value
+    model.register_to_config(**{setting: value})
+    with pytest.raises(ConfigError, match=rf"another autoencoder \({setting}: \w+ -> {value}\)"):
+        cache_latents(model, images, cache.folder, accelerator)
+
+
 def test_another_codebook_leaves_the_latents_valid(cache, model, images, accelerator):
     description = (cache.folder / "description.json").stat().st_mtime_ns
     with torch.no_grad():
@@ -250,6 +260,16 @@ def test_a_data_set_whose_pixels_were_replaced_is_another_one(own_data, model, a
     one.write_bytes(other.read_bytes())
     images, _ = load_image_sets(own_data, channels=1)
     with pytest.raises(ConfigError, match=r"another data set \(stored images\)"):
+        cache_latents(model, images, tmp_path / "latents", accelerator)
+
+
+def test_a_data_set_with_another_name_for_a_class_is_another_one(own_data, model, accelerator, tmp_path):
+    images, _ = load_image_sets(own_data, channels=1)
+    cache_latents(model, images, tmp_path / "latents", accelerator)
+    last = Path(own_data.path) / images.classes[-1]
+    last.rename(last.with_name(last.name + "s"))
+    images, _ = load_image_sets(own_data, channels=1)
+    with pytest.raises(ConfigError, match=r"another data set \(names of classes\)"):
         cache_latents(model, images, tmp_path / "latents", accelerator)
 
 
@@ -409,7 +429,7 @@ def test_images_encoded_in_the_loop_are_the_same_training_as_cached_latents(cach
         assert all(torch.equal(one, other) for one, other in zip(draws, cached_draws, strict=True))
         assert report == cached_report == Report()
         with torch.no_grad():
-            torch.testing.assert_close(model.encode(pixels).latents, latents, rtol=0, atol=HALF)
+            torch.testing.assert_close(model.encode(to_float(pixels)).latents, latents, rtol=0, atol=HALF)
 
 
 def test_reports_of_the_images_come_through_where_they_are_encoded_in_the_loop():

@@ -103,37 +103,57 @@ def alone() -> Accelerator:
 
 def test_lecam_by_hand(alone):
     lecam = LeCam(decay=0.5)
-    # The averages start at the first batch: a_real = 2, a_fake = -1.
-    first = lecam(torch.tensor([1.0, 3.0]), torch.tensor([-1.0, -1.0]), alone)
-    assert first.item() == pytest.approx((2**2 + 4**2) / 2 + 3**2)
-    # Then a_real = (2 * 1/4 + 0 * 1/2) / (3/4) = 2/3, a_fake = (-1 * 1/4 + 1 * 1/2) / (3/4) = 1/3.
-    second = lecam(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0]), alone)
+    # There is nothing to hold on to in the first step; then the averages are those of its logits: a_real=2, a_fake=-1.
+    assert lecam(torch.tensor([1.0, 3.0]), torch.tensor([-1.0, -1.0])) == 0
+    lecam.update(alone)
+    second = lecam(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0]))
+    assert second.item() == pytest.approx(1**2 + 1**2)  # mean(relu(0 + 1)^2) + mean(relu(2 - 1)^2)
+    lecam.update(alone)
+    # Now a_real = (2 * 1/4 + 0 * 1/2) / (3/4) = 2/3, a_fake = (-1 * 1/4 + 1 * 1/2) / (3/4) = 1/3.
     torch.testing.assert_close(lecam.totals / lecam.weight, torch.tensor([2 / 3, 1 / 3]))
-    assert second.item() == pytest.approx(0)  # real logits are below a_fake, fake ones above a_real
     real = torch.zeros(2, requires_grad=True)
-    lecam(real + 5, torch.zeros(2), alone).backward()
+    lecam(real + 5, torch.zeros(2)).backward()
     assert (real.grad > 0).all()  # descending it brings real logits down, towards a_fake
+
+
+def test_the_lecam_of_two_passes_is_that_of_their_batch(alone):
+    logits = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
+    whole, halves = LeCam(), LeCam()
+    for real, fake in logits:
+        at_once = whole(real, fake)
+        parts = [halves(real[:4], fake[:4]), halves(real[4:], fake[4:])]
+        torch.testing.assert_close(sum(parts) / 2, at_once)
+        whole.update(alone)
+        halves.update(alone)
+    torch.testing.assert_close(whole.state_dict(), halves.state_dict())
+    assert at_once > 0
 
 
 def test_a_lecam_that_is_loaded_goes_on_as_the_one_that_was_saved(alone, tmp_path):
     logits = torch.randn(4, 2, 1, 3, 3, generator=torch.Generator().manual_seed(0))
     one, other = LeCam(), LeCam()
-    one(logits[0], logits[1], alone)
+    one(logits[0], logits[1])
+    one.update(alone)
     alone.register_for_checkpointing(one)
     alone.save_state(str(tmp_path / "state"))
     other.load_state_dict(one.state_dict())
     one.totals.zero_()
     alone.load_state(str(tmp_path / "state"))
-    assert one(logits[2], logits[3], alone) == other(logits[2], logits[3], alone)
+    assert one(logits[2], logits[3]) == other(logits[2], logits[3]) > 0
 
 
-def test_logits_that_are_not_finite_leave_nothing_in_the_averages(alone):
+def test_a_skipped_step_leaves_nothing_in_the_averages(alone):
     lecam = LeCam()
-    lecam(torch.ones(2), -torch.ones(2), alone)
+    lecam(torch.ones(2), -torch.ones(2))
+    lecam.update(alone)
     before = {name: tensor.clone() for name, tensor in lecam.state_dict().items()}
-    for bad in (torch.nan, torch.inf):
-        assert not lecam(torch.tensor([1.0, bad]), -torch.ones(2), alone).isfinite()
-        assert all(torch.equal(before[name], tensor) for name, tensor in lecam.state_dict().items())
+    lecam(3 * torch.ones(2), torch.ones(2))
+    assert not lecam(torch.tensor([1.0, torch.nan]), -torch.ones(2)).isfinite()
+    lecam.discard()
+    assert all(torch.equal(before[name], tensor) for name, tensor in lecam.state_dict().items())
+    lecam(torch.ones(2), -torch.ones(2))
+    lecam.update(alone)
+    torch.testing.assert_close(lecam.totals / lecam.weight, before["totals"] / before["weight"])
 
 
 # Precision ------------------------------------------------------------------------------------------------------------
@@ -171,7 +191,10 @@ def divided(process: int, processes: int, accelerator: Accelerator) -> dict[str,
     reduce = partial(accelerator.reduce, reduction="mean")
     weight = adaptive_adversarial_weight(reconstruction_loss, generator_loss, last_layer, reduce)
     lecam = LeCam()
-    losses = [lecam(inputs[0] * step, inputs[1], accelerator) for step in (1, 2)]
+    losses = []
+    for step in (1, 2):
+        losses.append(lecam(inputs[0] * step, inputs[1]))
+        lecam.update(accelerator)
     return {"ratio": weight, "lecam": accelerator.reduce(torch.stack(losses), "mean"), **lecam.state_dict()}
 
 

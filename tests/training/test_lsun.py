@@ -11,9 +11,9 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from looc_ldm.errors import DataError
+from looc_ldm.errors import DataError, UserError
 from looc_ldm.training import lsun
 from looc_ldm.training.config import DataConfig
 from looc_ldm.training.data import load_image_set, load_image_sets
@@ -83,6 +83,28 @@ def test_the_validation_split_is_its_own_database(church):
     assert (len(train), len(validation)) == (40, 6)
 
 
+class Owners(Dataset):
+    """Of each item: which process reads it, and which one opened the database that it is read from."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        self.source.read(index)
+        return os.getpid(), lsun._open[self.source.folder][0]
+
+
+def test_a_forked_worker_does_not_use_the_database_of_its_parent(church):
+    source = LmdbSource(church / "church_outdoor_train_lmdb")
+    source.read(0)  # opened here
+    for reads, opened in DataLoader(Owners(source), batch_size=2, num_workers=2, multiprocessing_context="fork"):
+        assert os.getpid() not in reads
+        assert torch.equal(reads, opened)
+
+
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_and_their_parent_read_the_same(church, context):
     images = load_image_set(config_of(church, split="train"), channels=1)
@@ -111,6 +133,29 @@ def test_keys_are_listed_once_for_each_state_of_the_file(tmp_path, monkeypatch):
     os.utime(tmp_path / "a" / "data.mdb", ns=(written, written + 1))
     assert len(LmdbSource(tmp_path / "a")) == 2
     assert len(list((tmp_path / "cache" / "lsun").iterdir())) == 2
+
+
+def test_a_list_of_keys_that_cannot_be_finished_leaves_nothing_and_a_cut_one_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_lmdb(tmp_path / "a", [b"one", b"two"])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            LmdbSource(tmp_path / "a")
+    assert list((tmp_path / "cache" / "lsun").iterdir()) == []
+    assert len(LmdbSource(tmp_path / "a")) == 2
+    (listed,) = (tmp_path / "cache" / "lsun").iterdir()
+    (tmp_path / "touched").touch()
+    assert listed.stat().st_mode == (tmp_path / "touched").stat().st_mode  # others may read it, if they may usually
+    whole = listed.read_bytes()
+    for cut in (0, 50, len(whole) - 10):
+        listed.write_bytes(whole[:cut])
+        assert len(LmdbSource(tmp_path / "a")) == 2
+        assert listed.read_bytes() == whole
 
 
 def test_an_empty_database_has_no_images(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from looc_ldm import LooCVQModel
 from looc_ldm.training import autoencoder
 from looc_ldm.training.pushing import Pusher
+from looc_ldm.training.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ID = "ada/garments"
@@ -98,9 +99,20 @@ def test_a_snapshot_is_uploaded_as_it_was_to_a_private_repository(hub, pusher, m
 
 
 @pytest.mark.slow
-def test_a_run_pushes_its_checkpoints_and_its_result_to_a_private_repository(hub, autoencoder_config, tmp_path, caplog):
+def test_a_run_pushes_its_checkpoints_and_its_result_to_a_private_repository(
+    hub, autoencoder_config, tmp_path, caplog, monkeypatch
+):
     caplog.set_level(logging.INFO, "looc_ldm")
     config = autoencoder_config(tmp_path / "run", push_to_hub=ID, checkpoint_every_images=16, total_images=32)
+    uploaded = Run.save_checkpoint
+
+    def after_the_last_upload(run):
+        """The second checkpoint comes when the first one's upload has ended."""
+        if run._pusher.busy:
+            run._pusher._waiting.join()
+        uploaded(run)
+
+    monkeypatch.setattr(Run, "save_checkpoint", after_the_last_upload)
     result = autoencoder.train(config)
     repository = hub.repositories[ID]
     assert repository.private
@@ -110,8 +122,7 @@ def test_a_run_pushes_its_checkpoints_and_its_result_to_a_private_repository(hub
     assert last[weights] == (result / weights).read_bytes() != first[weights]
     assert json.loads(first["training.json"])["images_seen"] == 16
     assert {"README.md", "config.json", "config.yaml", "diffusion_pytorch_model.non_ema.safetensors"} <= first.keys()
-    # The second checkpoint comes a moment after the first one.
-    assert "not pushed to ada/garments, because the last upload still runs: Model after 32 images" in said(caplog)
+    assert not [line for line in said(caplog) if not line.startswith(("pushed", "waiting"))]
     assert not (tmp_path / "run" / "upload.partial").exists()
 
 
@@ -129,6 +140,22 @@ def test_a_checkpoint_that_comes_while_an_upload_runs_is_left_out_and_the_end_do
     assert said(caplog)[-1].startswith("not pushed to ada/garments, training goes on: it was ended after")
     assert not pusher.folder.exists()
     assert time.monotonic() - began < 10
+
+
+def test_the_result_does_not_wait_for_an_older_model_and_says_how_to_push_it_again(
+    silent_hub, pusher, model, caplog, tmp_path
+):
+    result = saver(model)(tmp_path)
+    began = time.monotonic()
+    pusher.push_snapshot(saver(model), "after 16 images")
+    pusher.push_result(result, "the end", seconds=0.1)
+    assert time.monotonic() - began < 10
+    assert not pusher.busy
+    *_, waiting, last = said(caplog)
+    assert waiting.startswith("waiting for the upload")
+    assert last.startswith(f"not pushed to ada/garments; try again with `looc-ldm push {result} ada/garments`: it was")
+    assert "training goes on" not in caplog.text
+    assert (result / "config.json").is_file()
 
 
 def test_a_snapshot_that_cannot_be_written_is_a_warning(pusher, caplog):
@@ -179,4 +206,5 @@ def test_without_a_network_the_run_goes_on(client, autoencoder_config, tmp_path,
     assert json.loads((result / "training.json").read_text())["images_seen"] == 48
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warnings
-    assert all("not pushed to ada/garments, training goes on: cannot reach the hub" in line for line in warnings)
+    assert all("not pushed to ada/garments" in line and "cannot reach the hub" in line for line in warnings)
+    assert f"; try again with `looc-ldm push {result} ada/garments`: " in warnings[-1]

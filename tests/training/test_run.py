@@ -5,13 +5,15 @@ import json
 import logging
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from looc_ldm.errors import TrainingError
+from looc_ldm.errors import ConfigError, TrainingError
+from looc_ldm.training.config import DiffusionConfig, differences, moves, to_dict
 from looc_ldm.training.run import Run
 
 spec = importlib.util.spec_from_file_location("tiny_trainer", Path(__file__).with_name("tiny_trainer.py"))
@@ -94,6 +96,39 @@ def test_data_wait_is_the_share_of_time_that_the_loop_waits_for_data(tmp_path):
     assert log_lines(tmp_path)[-1]["data_wait"] == pytest.approx(0.5, abs=0.1)
 
 
+def test_speed_is_that_of_training_without_evaluations_and_checkpoints(tmp_path):
+    def step(run, loss):
+        time.sleep(0.02)
+        if run.images_seen in (64, 72):
+            with run.aside(), run.aside():
+                time.sleep(0.5)
+        if run.images_seen == 96:
+            run.accelerator.register_save_state_pre_hook(lambda *arguments: time.sleep(0.5))
+        return loss
+
+    intervals = {"log_every_images": 64, "checkpoint_every_images": 160}
+    train(config_of(tmp_path, total_images=256, **intervals), at_step=step)
+    _, evaluated, saved_after, saved = log_lines(tmp_path)
+    assert evaluated["other_seconds"] == pytest.approx(1.0, abs=0.3)
+    assert saved_after["other_seconds"] == pytest.approx(0.5, abs=0.3)
+    assert saved["other_seconds"] < 0.1
+    for line in (evaluated, saved_after, saved):  # 16/s with the evaluations, 85/s with the checkpoint
+        assert 120 < line["images_per_second"] < 400
+
+
+def test_the_first_step_is_left_out_of_speed_and_waiting_where_there_is_another(tmp_path):
+    def compiling(run, loss):
+        time.sleep(0.02 if run.images_seen else 1.0)
+        return loss
+
+    for interval, speed in ((8, (4, 8)), (32, (120, 400))):
+        config = config_of(tmp_path / str(interval), total_images=64, log_every_images=interval)
+        train(config, Slow(), compiling) if interval == 8 else train(config, at_step=compiling)
+        line = log_lines(tmp_path / str(interval))[0]
+        assert speed[0] < line["images_per_second"] < speed[1]
+    assert line["other_seconds"] == pytest.approx(1.0, abs=0.2)
+
+
 def test_figures_of_an_evaluation_get_their_prefix_and_no_place_if_they_are_not_finite(tmp_path):
     def evaluate(run, loss):
         if run.images_seen == 8:
@@ -102,6 +137,27 @@ def test_figures_of_an_evaluation_get_their_prefix_and_no_place_if_they_are_not_
 
     train(config_of(tmp_path, total_images=16), at_step=evaluate)
     assert log_lines(tmp_path)[0] == {"images": 8, "val_psnr": 20.5, "val_protocol": "clean"}
+
+
+def test_wandb_goes_on_with_the_run_that_it_has_in_the_folder_of_the_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    started = []
+
+    def look(run, loss):
+        started.append(run.accelerator.get_tracker("wandb", unwrap=True))
+        return loss
+
+    for images in (24, 48):
+        train(config_of(tmp_path / "mine", total_images=images, tracker="wandb"), at_step=look)
+    first, second = started[0], started[-1]
+    assert first is not second
+    assert first.id == second.id == (tmp_path / "mine" / "wandb_id.txt").read_text().strip()
+    for run in (first, second):
+        assert (run.project, run.name) == ("looc-ldm", "mine")
+        assert run.config["optimizer"]["learning_rate"] == 1e-2
+        assert Path(run.dir).is_relative_to(tmp_path / "mine" / "wandb")
 
 
 # Steps that are not finite ---------------------------------------------------------------------------------------
@@ -143,6 +199,17 @@ def test_so_many_steps_in_a_row_as_allowed_and_a_good_one_between_go_on(tmp_path
 
     run = train(config_of(tmp_path, max_skipped_steps=2), at_step=every_third_is_good)
     assert run.skipped_steps == 10
+
+
+def test_a_step_that_two_networks_skip_is_one_skipped_step(tmp_path):
+    run = Run(config_of(tmp_path), "model")
+    weight = torch.nn.Parameter(torch.zeros(2))
+    for skipped in (1, 2):
+        for name in ("grad_norm", "discriminator_grad_norm"):
+            weight.grad = torch.tensor([math.nan, 1.0])
+            assert not run.gradients_finite([weight], 1.0, name)
+        run.images_seen += 8
+        assert run.skipped_steps == skipped
 
 
 def test_gradients_are_clipped_and_the_norm_before_is_returned_to_the_log(tmp_path):
@@ -217,6 +284,13 @@ def test_the_checkpoint_holds_where_each_lane_goes_on(tmp_path):
     assert run.cursors == {0: (0, 0, 0, 31), 1: (1, 0, 0, 39), 2: (2, 0, 0, 47)}
 
 
+def test_of_stage_2_places_and_previews_may_change():
+    old = DiffusionConfig(autoencoder="here")
+    new = replace(old, preview_steps=20, preview_guidance_scale=3.0, latents="there", autoencoder="there")
+    assert differences(to_dict(old), to_dict(new)) == []
+    assert moves(to_dict(old), to_dict(new)) == ["autoencoder: 'here' -> 'there'"]
+
+
 # Length and schedule ---------------------------------------------------------------------------------------------
 
 
@@ -226,6 +300,19 @@ def test_another_length_of_a_cosine_schedule_is_said(tmp_path, caplog, schedule)
     train(config_of(tmp_path, total_images=48, optimizer=optimizer))
     train(config_of(tmp_path, total_images=96, optimizer=optimizer))
     assert ("total_images was 48 and is 96" in caplog.text) == (schedule == "cosine")
+
+
+def test_a_run_whose_data_has_moved_goes_on_with_a_word_and_one_with_another_split_does_not(tmp_path, caplog):
+    config = config_of(tmp_path, total_images=24)
+    train(config)
+    there = replace(config, total_images=48, data=replace(config.data, path="/another/disk"))
+    assert train(there).images_seen == 48
+    assert "has to be the same as before: data.path: 'fashion_mnist' -> '/another/disk'" in caplog.text
+    caplog.clear()
+    train(replace(there, total_images=72))
+    assert "the same as before" not in caplog.text
+    with pytest.raises(ConfigError, match=r"data\.split: 'train' -> 'validation'"):
+        train(replace(there, data=replace(there.data, split="validation")))
 
 
 def test_an_interval_that_is_not_given_is_never_due(tmp_path):

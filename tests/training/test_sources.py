@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 from looc_ldm.errors import DataError, UnreadableImage
 from looc_ldm.training.config import DataConfig
 from looc_ldm.training.data import load_image_set, load_image_sets
+from looc_ldm.training.sources import open_sources
 
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 
@@ -133,10 +135,24 @@ def test_folders_are_no_classes_where_the_config_says_so(tmp_path, config):
     assert load_image_set(replace(config, label_column=""), channels=3).classes == []
 
 
-def test_images_beside_folders_have_no_classes(tmp_path, config):
+def test_images_beside_folders_have_no_classes_and_the_first_of_them_is_named(tmp_path, config, caplog):
     for place in ("cat/1.png", "dog/2.png", "3.png"):
         write_image(tmp_path / place)
     assert load_image_set(config, channels=3).classes == []
+    assert "2 images lie in sub-folders and 1 beside them, the first of which is 3.png" in caplog.text
+    caplog.clear()
+    assert load_image_set(replace(config, label_column=""), channels=3).classes == []
+    assert not caplog.text
+
+
+def test_to_find_the_splits_the_files_of_a_flat_folder_do_not_all_become_paths(tmp_path, config, monkeypatch):
+    for i in range(300):
+        (tmp_path / f"{i}.png").touch()
+    made = []
+    iterdir = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: (made.append(entry) or entry for entry in iterdir(self)))
+    assert len(open_sources(config)["train"]) == 300
+    assert not [entry for entry in made if entry.parent == tmp_path]
 
 
 def test_a_split_without_some_of_the_classes_counts_as_the_others(tmp_path, config):
@@ -267,19 +283,51 @@ def test_a_broken_parquet_file_is_one_line(small_data, tmp_path):
         load_image_sets(replace(small_data, path=str(tmp_path)), channels=1)
 
 
-def test_a_hub_id_out_of_reach_is_one_line_at_once(tmp_path):
+def train_on_a_hub_id(folder: Path, **environment: str) -> list[str]:
+    """What the trainer, which fails, writes to stderr."""
     command = [sys.executable, "-m", "looc_ldm.training.autoencoder", "--config", "fashion_mnist/autoencoder"]
-    command += ["--data.path", "nobody/nothing"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    started = time.monotonic()
-    ended = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "run")], env=environment, capture_output=True, text=True, timeout=100
-    )
-    assert time.monotonic() - started < 60
+    command += ["--data.path", "nobody/nothing", "--output_dir", str(folder)]
+    others = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    ended = subprocess.run(command, env=others | environment, capture_output=True, text=True, timeout=100)
     assert ended.returncode == 2
-    assert len(ended.stderr.strip().splitlines()) == 1
-    assert ended.stderr.startswith("error: cannot load data.path='nobody/nothing'")
-    assert not (tmp_path / "run").exists()
+    assert not folder.exists()
+    return ended.stderr.strip().splitlines()
+
+
+def test_a_hub_id_that_may_not_be_looked_up_is_one_line_at_once(tmp_path):
+    started = time.monotonic()
+    (line,) = train_on_a_hub_id(tmp_path / "run", HF_HUB_OFFLINE="1")
+    assert line.startswith("error: cannot load data.path='nobody/nothing'")
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_out_of_reach_ends_in_one_line_after_some_tries(tmp_path):
+    *tries, line = train_on_a_hub_id(tmp_path / "run", HF_ENDPOINT="http://127.0.0.1:9")
+    assert line.startswith("error: cannot load data.path='nobody/nothing': Couldn't reach")
+    assert not [said for said in tries if said.startswith("Traceback")]
+
+
+def test_only_the_splits_that_are_asked_for_count(tmp_path, config):
+    label = datasets.ClassLabel(names=["a", "b"])
+    pictures(3).add_column("label", [0, 1, 1]).cast_column("label", label).to_parquet(tmp_path / "train.parquet")
+    pictures(2).add_column("label", [0, None]).cast_column("label", label).to_parquet(tmp_path / "test.parquet")
+    train, _ = load_image_sets(config, channels=3)
+    assert train.labels().tolist() == [0, 1, 1]
+    with pytest.raises(DataError, match=r"image 1 of .* has the label None"):
+        load_image_sets(replace(config, validation_split="test"), channels=3)
+    with pytest.raises(DataError, match=r"data.split='other': .* has the splits test, train"):
+        load_image_sets(replace(config, split="other"), channels=3)
+
+
+def test_a_split_of_texts_that_are_all_missing_has_no_classes(tmp_path, config):
+    pictures(2, label=["b", "a"]).to_parquet(tmp_path / "train.parquet")
+    rows = pictures(2, label=[None, None]).cast_column("label", datasets.Value("string"))
+    rows.to_parquet(tmp_path / "test.parquet")
+    train, test = load_image_sets(replace(config, validation_split="test"), channels=3)
+    assert train.classes == ["a", "b"]
+    assert test.classes == []
+    assert test.labels().tolist() == [-1, -1]
 
 
 # WebDataset ------------------------------------------------------------------------------------------------------
@@ -349,12 +397,35 @@ def test_webdataset_classes_that_are_no_numbers_are_one_line(tmp_path, config):
         load_image_set(config, channels=3)
 
 
+@pytest.mark.parametrize("blocks", [3, 6])  # within an image, and where the next header would begin
+def test_the_rest_of_a_shard_that_is_cut_off_is_not_left_out_in_silence(tmp_path, config, blocks):
+    write_shards(tmp_path, [{"png": encoded(i, "png"), "cls": b"0"} for i in range(4)], per_shard=4)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[: 512 * blocks])
+    with pytest.raises(DataError, match=rf"cannot read {file}: the archive is cut off"):
+        load_image_sets(config, channels=3)
+
+
 # Names in the config ---------------------------------------------------------------------------------------------
 
 
 def test_a_path_that_is_nothing_is_answered_with_what_is_allowed(small_data):
     with pytest.raises(DataError, match=r"'garmets' is neither bundled \(fashion_mnist\), a folder, nor a hub id"):
         load_image_sets(replace(small_data, path="garmets"), channels=1)
+
+
+@pytest.mark.parametrize("path", [".", "..", "./", "../data", "fashion_mnist/.."])
+def test_a_relative_path_is_a_place_below_the_working_folder(path, small_data, tmp_path, monkeypatch):
+    (tmp_path / "below" / "fashion_mnist").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    with pytest.raises(DataError, match=rf"no images in the folder {re.escape(str(Path(path)))} \("):
+        load_image_sets(replace(small_data, path=path), channels=1)
+
+
+def test_an_empty_path_is_nothing(small_data):
+    with pytest.raises(DataError, match=r"data\.path='' is neither bundled"):
+        load_image_sets(replace(small_data, path=""), channels=1)
 
 
 def test_unknown_splits_and_columns_are_answered_with_the_known_ones(small_data):

@@ -3,12 +3,18 @@
 import io
 import logging
 import pickle
+import subprocess
+import sys
 import tarfile
+import time
 from collections import Counter
+from itertools import cycle, islice
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +24,7 @@ from looc_ldm.training import streaming
 from looc_ldm.training.config import DataConfig
 from looc_ldm.training.data import StreamBatches, load_image_sets, make_stream, stream_loader
 from looc_ldm.training.lanes import Lane, starting_cursors
+from looc_ldm.training.sources import Stored
 
 SHARD_SIZES = (11, 5, 17, 9, 14)  # of the training split; blocks of 6 images end in their middle
 VALIDATION = 8
@@ -119,14 +126,15 @@ def lane_epochs(images, lanes: int, epochs: int, cursors=None) -> list[list[str]
         lane = Lane(images, 3, lanes, cursor)
         while True:
             name = next(lane).name
-            if lane.cursor[1] >= epochs:
+            epoch = lane.cursor[1] // images.num_shards
+            if epoch >= epochs:
                 break
-            names[lane.cursor[1]].append(name)
+            names[epoch].append(name)
         assert lane.cursor[0] == number
     return names
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 5])
+@pytest.mark.parametrize("lanes", [1, 2, 5, 7])
 @pytest.mark.parametrize("kind", ["parquet", "tars"])
 def test_each_epoch_has_every_image_once_in_an_order_of_its_own(kind, lanes, request):
     images, _ = load_image_sets(request.getfixturevalue(kind), channels=1)
@@ -147,7 +155,7 @@ def test_the_loader_gives_what_the_lanes_give(parquet, stored):
     batches, _ = stream(images, total=sum(SHARD_SIZES))
     given = Counter(pixels.numpy().tobytes() for chunk, _ in batches for pixels in chunk)
     expected = [np.asarray(Image.open(io.BytesIO(content))) for content, _ in stored[: sum(SHARD_SIZES)]]
-    expected = Counter((torch.from_numpy(image.copy()).float() / 127.5 - 1).numpy().tobytes() for image in expected)
+    expected = Counter(image.tobytes() for image in expected)
     assert given == expected
 
 
@@ -188,15 +196,50 @@ def test_every_worker_meets_one_lane(parquet):
         assert lanes[0] != lanes[1]
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (4, 2), (2, 5), (5, 3)])
-def test_with_another_number_of_lanes_the_epoch_is_completed(parquet, before, after):
-    images, _ = load_image_sets(parquet, channels=1)
-    lanes = [Lane(images, 3, before, cursor) for cursor in starting_cursors({}, before).values()]
-    given = [next(lane).name for _ in range(9) for lane in lanes]
-    rest, *_ = lane_epochs(images, after, epochs=1, cursors={lane.cursor[0]: lane.cursor for lane in lanes})
-    assert len({*given, *rest}) == sum(SHARD_SIZES)
-    if after > before == 1:
-        assert len(given) + len(rest) == sum(SHARD_SIZES)
+class Shards:
+    """Shards of a number of images each, whose names are shard and place, as lanes read them."""
+
+    config = DataConfig(path="shards", shuffle_images=4)
+
+    def __init__(self, sizes):
+        self.sizes, self.num_shards = sizes, len(sizes)
+
+    def read(self, shard: int, start: int = 0):
+        return (Stored(None, f"{shard}/{place}", -1) for place in range(start, self.sizes[shard]))
+
+
+def given_in_turn(images, cursors: dict, count: int, seed=3) -> tuple[Counter, dict]:
+    """The images that lanes give, one after the other, `count` together, and where the lanes go on."""
+    lanes = [Lane(images, seed, len(cursors), cursor) for cursor in cursors.values()]
+    given = Counter(f"{next(lane).name}" for lane in islice(cycle(lanes), count))
+    return given, {lane.cursor[0]: lane.cursor for lane in lanes}
+
+
+@pytest.mark.parametrize(("shards", "lanes"), [(5, 4), (5, 1), (3, 4)])
+def test_after_k_epochs_every_image_was_seen_k_times_give_or_take_one(shards, lanes):
+    images = Shards([10] * shards)
+    for epochs in (1, 6, 40):
+        given, cursors = given_in_turn(images, starting_cursors({}, lanes), epochs * shards * 10)
+        assert len(given) == shards * 10 or epochs == 1
+        assert all(abs(times - epochs) <= 1 for times in given.values())
+        numbers = [cursor[1] for cursor in cursors.values()]
+        assert max(numbers) - min(numbers) <= lanes
+
+
+@pytest.mark.parametrize("changes", [(2, 1), (1, 2), (4, 2), (2, 5), (5, 3), (3, 8, 2), (32, 16), (4, 3, 4, 1)])
+@pytest.mark.parametrize("sizes", [SHARD_SIZES, (6,) * 40], ids=["five", "forty"])
+def test_with_other_numbers_of_lanes_nothing_is_left_out_and_nothing_comes_twice(changes, sizes):
+    images, cursors, seen = Shards(sizes), {}, Counter()
+    first, *others = changes
+    for lanes, count in ((first, 37), *((lanes, 23) for lanes in others)):
+        given, cursors = given_in_turn(images, starting_cursors(cursors, lanes), count)
+        seen += given
+    # Each lane alone, up to the end of the eighth epoch: what is left.
+    for lane in (Lane(images, 3, len(cursors), cursor) for cursor in cursors.values()):
+        while (name := next(lane).name) and lane.cursor[1] < 8 * len(sizes):
+            seen[name] += 1
+    assert set(seen.values()) == {8}
+    assert len(seen) == sum(sizes)
 
 
 def test_a_pickled_stream_gives_the_same(parquet):  # as workers that are not forked get it
@@ -210,6 +253,50 @@ def test_a_pickled_stream_gives_the_same(parquet):  # as workers that are not fo
         ):
             assert torch.equal(pixels, other)
             assert label == other_label
+
+
+SLOW_TRAINING = """
+import sys, time
+from looc_ldm.errors import Terminated, one_line_errors
+from looc_ldm.training import streaming
+from looc_ldm.training.config import DataConfig
+from looc_ldm.training.data import StreamBatches, load_image_sets, make_stream, stream_loader
+from looc_ldm.training.stopping import StopSignals, leave_signals_to_the_trainer
+
+path, workers, end = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+stored = streaming.StreamedSet._stored
+streaming.StreamedSet._stored = lambda *of: time.sleep(0.2) or stored(*of)  # as over a slow network
+config = DataConfig(path=path, streaming=True, validation_split="validation", validation_images=2, resolution=28,
+                    num_workers=workers, shuffle_images=12 if workers else 1)
+images, _ = load_image_sets(config, channels=1)
+batches = StreamBatches(0, 2 if end == "finished" else 64, 1, 1, 0, 1)
+loader = stream_loader(make_stream(images, 0, batches, workers), batches, workers, False)
+loader.worker_init_fn = leave_signals_to_the_trainer
+with one_line_errors(), StopSignals():
+    for batch in loader:
+        if end == "stopped":
+            print(time.time(), flush=True)
+            raise Terminated("stopped")
+print(time.time(), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("workers", "end"),
+    [
+        (0, "finished"),
+        (2, "stopped"),
+        pytest.param(0, "stopped", marks=pytest.mark.slow),
+        pytest.param(2, "finished", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_ends_does_not_wait_for_shards_that_are_being_read(parquet, workers, end):
+    command = [sys.executable, "-c", SLOW_TRAINING, parquet.path, str(workers), end]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    waited = time.time() - float(ended.stdout)
+    assert ended.returncode == (143 if end == "stopped" else 0), ended.stderr
+    assert ended.stderr.split() == (["stopped"] if end == "stopped" else [])
+    assert waited < 8  # PyTorch waits for 5 seconds for a worker that is in the middle of something
 
 
 # Classes, validation, bad input ------------------------------------------------------------------------------------
@@ -265,13 +352,13 @@ def test_loose_images_are_not_streamed(garments):
         load_image_sets(config_of(garments), channels=1)
 
 
-def test_too_few_shards_say_how_many_workers_fit(parquet):
+def test_more_lanes_than_shards_read_them_in_several_epochs_at_once(parquet):
     images, _ = load_image_sets(parquet, channels=1)
-    two, six = (StreamBatches(0, 48, 12, 1, 0, world_size) for world_size in (2, 6))
-    with pytest.raises(ConfigError, match=r"5 shards.*2 processes with data.num_workers=3: at most 2 workers fit"):
-        make_stream(images, 0, two, 3)
-    with pytest.raises(ConfigError, match=r"5 shards.*6 processes.*at most 5 processes fit"):
-        make_stream(images, 0, six, 0)
+    total = 2 * sum(SHARD_SIZES)
+    whole, _ = stream(images, total, workers=2, world_size=4)
+    head, cursors = stream(images, 40, workers=2, world_size=4)
+    assert len(cursors) == 8
+    assert_same(head + stream(images, total, 40, 2, 4, cursors)[0], whole)
 
 
 # Damaged data ------------------------------------------------------------------------------------------------------
@@ -310,6 +397,26 @@ def test_images_that_lie_elsewhere_are_fetched(stored, tmp_path):
     for index, (content, _) in enumerate(stored[:4]):
         assert validation[index][0][0].tolist() == np.asarray(Image.open(io.BytesIO(content))).tolist()
     assert len(stream(images, 8)[0]) == 2
+
+
+def test_one_image_of_those_that_lie_elsewhere_may_be_missing(stored, tmp_path):
+    for number, (content, _) in enumerate(stored[:4]):
+        (tmp_path / f"{number}.png").write_bytes(content)
+    paths = [f"file://{tmp_path / f'{number}.png'}" for number in range(4)]
+    (tmp_path / "2.png").unlink()
+    # As on the hub: the address alone, in a column of images.
+    table = pa.table({"image": [{"bytes": None, "path": path} for path in paths]})
+    features = datasets.Features({"image": datasets.Image()})
+    for split in ("train", "validation"):
+        pq.write_table(table.cast(features.arrow_schema), tmp_path / f"{split}.parquet")
+    images, validation = load_image_sets(config_of(tmp_path), channels=1)
+    batches = StreamBatches(0, 12, BATCH_SIZE, 1, 0, 1)
+    reports = [report for *_, report in stream_loader(make_stream(images, 0, batches, 0), batches, 0, False)]
+    names = {name for report in reports for name in report.unreadable}
+    assert names == {f"{paths[2]} of {tmp_path / 'train.parquet'}"}
+    assert torch.equal(validation[2][0], validation[3][0])  # the next one takes its place
+    (tmp_path / "3.png").unlink()
+    assert validation[3][0].shape == (1, 28, 28)  # is in memory
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 """From an image file to a square of pixels: decoding, and the transforms that `data.fit` names."""
 
+import errno
 import io
 import struct
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from looc_ldm.errors import ConfigError, DataError, UnreadableImage
+from looc_ldm.training import transforms
 from looc_ldm.training.config import DataConfig
 from looc_ldm.training.data import load_image_sets
 from looc_ldm.training.transforms import decode, describe_transform, to_pixels, to_square
@@ -215,6 +218,43 @@ def test_missing_images_are_named(tmp_path):
         decode(None, "RGB", "image 3 of pets")
     with pytest.raises(UnreadableImage, match="cannot read 7: No such file"):
         decode(tmp_path / "7.jpg", "RGB", "7")
+
+
+def test_what_the_machine_fails_at_is_no_damaged_image(tmp_path, monkeypatch, caplog):
+    image = photograph(20, 30)
+    image.save(tmp_path / "a.png")
+    monkeypatch.setattr(transforms, "PAUSE_SECONDS", 0.0)
+    read, failures = Path.read_bytes, []
+
+    def failing(times: int, error: BaseException):
+        def read_bytes(self):
+            failures.append(self)
+            if len(failures) <= times:
+                raise error
+            return read(self)
+
+        failures.clear()
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+
+    failing(transforms.RETRIES, OSError(errno.EMFILE, "Too many open files"))
+    assert np.array_equal(np.array(decode(tmp_path / "a.png", "RGB", "a")), np.array(image))
+    assert "cannot read a: Too many open files; it is tried again (1 of 3)" in caplog.text
+    failing(1000, OSError(errno.EIO, "Input/output error"))
+    with pytest.raises(DataError, match="cannot read a: Input/output error") as caught:
+        decode(tmp_path / "a.png", "RGB", "a")
+    assert not isinstance(caught.value, UnreadableImage)
+    failing(1, MemoryError())
+    with pytest.raises(MemoryError):
+        decode(tmp_path / "a.png", "RGB", "a")
+
+
+def test_without_memory_to_decode_it_an_image_is_not_damaged(monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(transforms, "as_shown", no_memory)
+    with pytest.raises(MemoryError):
+        decode(encoded(photograph(4, 4)), "RGB", "a")
 
 
 def exif(orientation: int) -> Image.Exif:
