@@ -4,6 +4,10 @@ import importlib.util
 import os
 from pathlib import Path
 
+# Before torch reads it, and for the processes that tests start: two workers share two cores, and what is equal to the
+# last bit is so for one number of threads only.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,6 +1,7 @@
 """What one process does of encoding a data set: its shards, one after the other.
 
-What is in a shard depends on the images and the batch size alone: any number of processes writes the same bytes.
+What is in a shard depends on the images and the batch size alone: any number of processes writes the same bytes
+(of networks whose arithmetic does not change: on CPUs, with one number of threads a process).
 """
 
 from __future__ import annotations
