@@ -227,7 +227,7 @@ def _training(facts: Facts) -> list[tuple[str, str]]:
         "batch size": run.get("batch_size"),
         "learning rate": optimizer.get("learning_rate"),
         "learning rate schedule": optimizer.get("schedule"),
-        "mixed precision": run.get("mixed_precision"),
+        "mixed precision": facts.training.get("mixed_precision", run.get("mixed_precision")),  # not `auto`, but which
         "half-life of the averaged weights (images)": run.get("ema_halflife_images"),
         "seed": run.get("seed"),
     }
