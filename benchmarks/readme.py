@@ -289,45 +289,47 @@ def tiling() -> str:
 
 def training() -> str:
     """Tables of both stages: images a second of every contestant, on every device that was measured."""
-    parts = []
+    lines = []
     for file in sorted((ROOT / "benchmarks" / "results").glob("training_*.json")):
         record = json.loads(file.read_text())
+        parts = record["parts"]
         versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-        parts += [
-            f"Measured on {record['threads']} threads of a {record['processor']} by `{record['command']}`,",
-            f"contestants in turns in one run, the fastest of {record['turns']} turns each. The bare loop trains the "
-            "same networks on random",
+        commands = dict.fromkeys(f"`{part['command']}` ({part['turns']} turns)" for part in parts.values())
+        lines += [
+            f"Measured on {record['threads']} threads of a {record['processor']} by {', '.join(commands)};",
+            "contestants of a stage in turns in one run, the fastest turn of each. The bare loop trains the same "
+            "networks on random",
             f"numbers without Accelerate, data, logs and checkpoints. {versions}.",
             "",
             "| `" + record["config"] + "` | precision | batch | images a second | against the bare loop |",
             "|---|---|---:|---:|---:|",
         ]
         for stage in ("autoencoder", "diffusion"):
-            part = record["parts"].get(stage, {"contestants": {}})
+            part = parts.get(stage, {"contestants": {}})
             for name, figures in part["contestants"].items():
                 precision = {"no": "float32", "bf16": "bfloat16"}[part["precision"]]
                 if "recipe" in name:
                     name, precision = name.split(", ")
                 cells = [f"{stage}, {name}", precision, f"{part['batch_size']}", f"{figures['images_per_second']:.3g}"]
-                parts.append(f"| {' | '.join(cells)} | {figures['ratio']:.2f}× |")
-        parts.append("")
-        if "autoencoder" in record["parts"]:
-            theirs = record["parts"]["autoencoder"]["bits_per_pixel_of_recipe"]
-            parts += [
+                lines.append(f"| {' | '.join(cells)} | {figures['ratio']:.2f}× |")
+        lines.append("")
+        if "autoencoder" in parts:
+            theirs = parts["autoencoder"]["bits_per_pixel_of_recipe"]
+            lines += [
                 f"Rates: {record['bits_per_pixel']:.3g} bits per pixel here, {theirs:.3g} in the recipe of diffusers' "
                 "examples with the same encoder,",
                 "decoder and number of codevectors. A batch trains one of its two networks; one of ours trains both.",
                 "",
             ]
-        if "data" in record["parts"]:
-            data = record["parts"]["data"]
-            parts += [
+        if "data" in parts:
+            data = parts["data"]
+            lines += [
                 f"On {data['jpeg_side']}-pixel JPEGs the autoencoder's trainer waits for data "
-                f"{max(data['data_wait']):.1%} of the time (`imagenette/autoencoder`, "
+                f"{max(data['data_wait']):.2%} of the time (`imagenette/autoencoder`, "
                 f"{data['num_workers']} workers).",
                 "",
             ]
-    return "\n".join(parts).rstrip()
+    return "\n".join(lines).rstrip()
 
 
 def recipes() -> str:

@@ -14,6 +14,8 @@ the first stage of the diffusion models have random weights, which take as long 
                   without data, in its default precision and in the trainer's
     diffusion     stage 2: bare loop, trainer on cached latents, trainer that encodes images in its loop
     data          share of the time that the stage-1 trainer of `imagenette` waits for data, on 256-pixel JPEGs
+
+Parts that are measured alone take the place of theirs in the result file of the same circumstances.
 """
 
 from __future__ import annotations
@@ -393,14 +395,12 @@ def main() -> None:
         first, second = settings_of(options.config, folder / options.config, options)
         size = first.data.resolution
         record = {
-            "command": command_line(options),
             "config": options.config,
             "device": options.device,
             "processor": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
             "threads": torch.get_num_threads(),
             "cpu_count": os.cpu_count(),
             "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate")},
-            "turns": options.turns,
             "bits_per_pixel": autoencoder(first).bits_per_image(size, size) / size**2,
             "parts": {},
         }
@@ -413,9 +413,14 @@ def main() -> None:
             else:
                 small, _ = settings_of("imagenette", folder / "small", options, JPEG_SIDE)
                 record["parts"][part] = part_data(small, folder / part, options)
-    print(json.dumps(record, indent=1))
+            record["parts"][part] |= {"command": command_line(options), "turns": options.turns}
     output = options.output or RESULTS / f"training_{options.device}.json"
     output.parent.mkdir(exist_ok=True)
+    if output.is_file():
+        before = json.loads(output.read_text())
+        if {**before, "parts": None} == {**record, "parts": None}:
+            record["parts"] = {**before["parts"], **record["parts"]}
+    print(json.dumps(record, indent=1))
     replace_text(output, json.dumps(record, indent=1) + "\n")
 
 
