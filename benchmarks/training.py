@@ -66,7 +66,7 @@ from looc_ldm.training.losses import (
     load_lpips,
 )
 from looc_ldm.training.objectives import Objective
-from looc_ldm.training.run import resolve_precision
+from looc_ldm.training.optimization import resolve_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"

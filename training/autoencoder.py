@@ -47,8 +47,9 @@ from looc_ldm.training.losses import (
     hinge_discriminator_loss,
     load_lpips,
 )
+from looc_ldm.training.optimization import adamw, set_learning_rate
 from looc_ldm.training.result import write_description
-from looc_ldm.training.run import Run, adamw, set_learning_rate
+from looc_ldm.training.run import Run
 from looc_ldm.training.validation import (
     check_evaluation,
     codebook_use,
@@ -245,11 +246,11 @@ def train(config: AutoencoderConfig) -> Path:
     # 4. The result
     if accelerator.is_main_process:
         known = validation if config.data.streaming else Subset(images, spread(len(images), SCALING_IMAGES))
-        latents_of = tqdm(float_batches(known, **loading), "scaling factor")
+        latents_of = tqdm(float_batches(known, **loading), "scaling factor", disable=None)  # on terminals
         scaling_factor = measure_scaling_factor(ema.model, latents_of)
         for trained in (ema.model, live):
             trained.register_to_config(scaling_factor=scaling_factor)
-        held_out = tqdm(float_batches(validation, **loading), "validation")
+        held_out = tqdm(float_batches(validation, **loading), "validation", disable=None)
         measured = evaluate_reconstruction(ema.model, held_out, validation.content_size)
         with run.writing_result() as folder:
             save(folder, validation=measured)

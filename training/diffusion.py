@@ -60,8 +60,9 @@ from looc_ldm.training.latents import (
 from looc_ldm.training.log import show_log_lines
 from looc_ldm.training.moments import Moments
 from looc_ldm.training.objectives import Objective
+from looc_ldm.training.optimization import adamw, set_learning_rate
 from looc_ldm.training.result import write_description
-from looc_ldm.training.run import Run, adamw, set_learning_rate
+from looc_ldm.training.run import Run
 from looc_ldm.training.validation import check_evaluation, generation_figures
 from looc_ldm.unet import FixedHeadsUNet2DModel
 
@@ -233,7 +234,7 @@ def measured_once(vqvae: LooCVQModel, images: ImageSet | Subset, run: Run) -> Mo
             moments = Moments(**json.loads(file.read_text()))
         else:
             batches = float_batches(images, num_workers=run.config.data.num_workers)
-            moments = measure_latents(vqvae, tqdm(batches, "measuring latents"))
+            moments = measure_latents(vqvae, tqdm(batches, "measuring latents", disable=None))
             replace_text(file, json.dumps(asdict(moments)))
     return broadcast_object_list([moments])[0]
 

@@ -7,6 +7,7 @@ What is in a shard depends on the images and the batch size alone: any number of
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -174,7 +175,7 @@ class Progress:
             desc="encoding latents",
             unit="img",
             unit_scale=True,
-            mininterval=1,
+            mininterval=1 if sys.stderr.isatty() else 60,  # a line in a file
             disable=not shown,
         )
         self.folder = shards.folder

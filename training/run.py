@@ -30,7 +30,6 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -42,9 +41,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from looc_ldm.errors import ConfigError, Terminated, TrainingError
 from looc_ldm.files import replace_text, write_image
 from looc_ldm.training import log as logs
+from looc_ldm.training import trackers
 from looc_ldm.training.checkpoints import Checkpoints, checkpoints_in, passes
 from looc_ldm.training.config import OptimizerConfig, RunConfig, config_text, differences, moves, to_dict
 from looc_ldm.training.log import Means, means_of
+from looc_ldm.training.optimization import learning_rate_at, resolve_precision
 from looc_ldm.training.pushing import Pusher
 from looc_ldm.training.reports import Reports
 from looc_ldm.training.stopping import StopSignals, leave_signals_to_the_trainer
@@ -152,24 +153,8 @@ class Run:
             self._reports.write_names()
             self.look_pending = state is not None and self._lacks_a_look()
         (self.look_pending,) = broadcast_object_list([self.look_pending])
-        self._start_tracker()
+        trackers.start(self.accelerator, self.config, self.folder, self.images_seen)
         self._logged_at = (self.images_seen, time.monotonic())
-
-    def _start_tracker(self) -> None:
-        if self.config.tracker == "tensorboard":
-            # It hides what was logged after the checkpoint.
-            self.accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": self.images_seen + 1}})
-        elif self.config.tracker == "wandb":
-            settings = {}
-            if self.accelerator.is_main_process:
-                settings = {
-                    "id": logs.lasting_id(self.folder / "wandb_id.txt"),  # the same run again after an interruption
-                    "resume": "allow",
-                    "name": self.folder.resolve().name,
-                    "dir": str(self.folder),
-                    "config": to_dict(self.config),
-                }
-            self.accelerator.init_trackers("looc-ldm", init_kwargs={"wandb": settings})
 
     def _lacks_a_look(self) -> bool:
         """Whether a grid or an evaluation was due at the checkpoint just loaded, and is not there."""
@@ -400,12 +385,7 @@ class Run:
         """Write a PIL image as this moment's preview, and hand it to the tracker. Main process only."""
         self._preview_file.parent.mkdir(exist_ok=True)
         write_image(image, self._preview_file)
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                pixels = np.asarray(image.convert("RGB"))[None]
-                tracker.log_images({"preview": pixels}, step=self.images_seen, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({"preview": [image]}, step=self.images_seen)
+        trackers.log_preview(self.accelerator, image, self.images_seen)
 
     # The hub ---------------------------------------------------------------------------------------------------------
 
@@ -515,40 +495,3 @@ class Run:
 def _is_sayable(value) -> bool:
     """Whether JSON and trackers have a place for a figure."""
     return not isinstance(value, float) or math.isfinite(value)
-
-
-def learning_rate_at(optimizer: OptimizerConfig, images_seen: int, total_images: int) -> float:
-    """Learning rate after `images_seen` images: linear warm-up, then constant or a cosine to 0."""
-    warmup = min(1.0, (images_seen + 1) / optimizer.warmup_images) if optimizer.warmup_images else 1.0
-    if optimizer.schedule == "constant":
-        return optimizer.learning_rate * warmup
-    length = max(1, total_images - optimizer.warmup_images)
-    done = min(1.0, max(0, images_seen - optimizer.warmup_images) / length)
-    return optimizer.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def adamw(model: torch.nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters that are trained."""
-    return torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,  # one kernel over all parameters, on CPUs as well
-    )
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate is a function of the images seen, so there is no scheduler whose state could part from them."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def resolve_precision(mixed_precision: str) -> str:
-    """`auto` is bf16 on GPUs that compute in it and on CPUs with AMX (elsewhere bf16 is emulated, and slower)."""
-    if mixed_precision != "auto":
-        return mixed_precision
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return "bf16" if has_amx() else "no"

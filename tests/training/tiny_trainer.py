@@ -13,7 +13,8 @@ import torch
 
 from looc_ldm.training.config import AutoencoderConfig, DataConfig, OptimizerConfig
 from looc_ldm.training.data import Report, Stream, StreamBatches, stream_loader
-from looc_ldm.training.run import Run, adamw, set_learning_rate
+from looc_ldm.training.optimization import adamw, set_learning_rate
+from looc_ldm.training.run import Run
 
 WIDTH = 32
 

@@ -1,0 +1,46 @@
+"""The optimizer, its schedule in images, and the precision."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from looc_ldm.training.config import OptimizerConfig
+
+
+def learning_rate_at(optimizer: OptimizerConfig, images_seen: int, total_images: int) -> float:
+    """Learning rate after `images_seen` images: linear warm-up, then constant or a cosine to 0."""
+    warmup = min(1.0, (images_seen + 1) / optimizer.warmup_images) if optimizer.warmup_images else 1.0
+    if optimizer.schedule == "constant":
+        return optimizer.learning_rate * warmup
+    length = max(1, total_images - optimizer.warmup_images)
+    done = min(1.0, max(0, images_seen - optimizer.warmup_images) / length)
+    return optimizer.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def adamw(model: torch.nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over all parameters that are trained."""
+    return torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,  # one kernel over all parameters, on CPUs as well
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate is a function of the images seen, so there is no scheduler whose state could part from them."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def resolve_precision(mixed_precision: str) -> str:
+    """`auto` is bf16 on GPUs that compute in it and on CPUs with AMX (elsewhere bf16 is emulated, and slower)."""
+    if mixed_precision != "auto":
+        return mixed_precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return "bf16" if has_amx() else "no"
