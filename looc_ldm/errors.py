@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 
 class UserError(ValueError):
@@ -40,6 +42,17 @@ class Terminated(KeyboardInterrupt):
     """A run that SIGTERM ended, after it was saved."""
 
 
+def is_first_process() -> bool:
+    """Whether this is the first, or the only one, of the processes that a launcher has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_once(text, file: TextIO | None = None) -> None:
+    """Print what all processes have to say, in the first one."""
+    if is_first_process():
+        print(text, file=file)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Command lines run in this: bad input ends in one line and exit status 2, Ctrl-C in one line and status 130.
@@ -54,5 +67,5 @@ def one_line_errors() -> Iterator[None]:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        print(f"\n{interrupt or 'interrupted'}", file=sys.stderr)
+        print_once(f"\n{interrupt or 'interrupted'}", file=sys.stderr)
         sys.exit(143 if isinstance(interrupt, Terminated) else 130)

@@ -22,7 +22,7 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from looc_ldm.autoencoder import LooCVQModel
-from looc_ldm.errors import ConfigError, one_line_errors
+from looc_ldm.errors import ConfigError, one_line_errors, print_once
 from looc_ldm.files import check_folder
 from looc_ldm.images import to_float
 from looc_ldm.metrics.reconstruction import evaluate_reconstruction
@@ -37,8 +37,9 @@ from looc_ldm.training.data import (
 )
 from looc_ldm.training.ema import EMA
 from looc_ldm.training.init_from import autoencoder_from
+from looc_ldm.training.latent_fingerprint import run_fingerprint
 from looc_ldm.training.latents import SCALING_IMAGES, latent_side, measure_scaling_factor
-from looc_ldm.training.log import show_log_lines
+from looc_ldm.training.log import data_line, show_log_lines
 from looc_ldm.training.losses import (
     LeCam,
     PatchDiscriminator,
@@ -115,7 +116,8 @@ def train(config: AutoencoderConfig) -> Path:
     if lecam is not None:
         lecam = lecam.to(accelerator.device)
         accelerator.register_for_checkpointing(lecam)
-    run.resume()
+    run.resume(run_fingerprint(images))
+    run.say(data_line(images, validation, images.classes, live))
     live.quantize.revive()  # tells the quantizer that we call it, once per optimizer step
     # Gradients are watched, on all processes together. (The averaged model, a copy made before, does raise.)
     live.quantize.raise_on_nonfinite = False
@@ -144,6 +146,7 @@ def train(config: AutoencoderConfig) -> Path:
             if run.due(config.preview_every_images) and accelerator.is_main_process:
                 run.save_preview(reconstruction_grid([ema.model, live], validation, PREVIEW_IMAGES))
             if run.due(config.evaluation.every_images) and accelerator.is_main_process:
+                run.say("measuring reconstructions of held-out images")
                 figures = reconstruction_figures(ema.model, validation, config.evaluation, **loading, lpips=lpips)
                 run.log_evaluation(figures)
 
@@ -244,6 +247,7 @@ def train(config: AutoencoderConfig) -> Path:
         run.save_checkpoint()
 
     # 4. The result
+    run.say("measuring the scaling factor and the reconstructions of all held-out images")
     if accelerator.is_main_process:
         known = validation if config.data.streaming else Subset(images, spread(len(images), SCALING_IMAGES))
         latents_of = tqdm(float_batches(known, **loading), "scaling factor", disable=None)  # on terminals
@@ -254,7 +258,8 @@ def train(config: AutoencoderConfig) -> Path:
         measured = evaluate_reconstruction(ema.model, held_out, validation.content_size)
         with run.writing_result() as folder:
             save(folder, validation=measured)
-        run.save_preview(reconstruction_grid([ema.model, live], validation, PREVIEW_IMAGES))
+        if not run.due(config.preview_every_images):
+            run.save_preview(reconstruction_grid([ema.model, live], validation, PREVIEW_IMAGES))
     run.finish()  # a collective
     return run.result
 
@@ -269,7 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
     show_log_lines()
     with one_line_errors():
         config = parse_command_line(AutoencoderConfig, sys.argv[1:] if arguments is None else arguments, PROG)
-        print(train(config))
+        print_once(train(config))
 
 
 if __name__ == "__main__":

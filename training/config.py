@@ -111,7 +111,7 @@ class EvaluationConfig:
     images: int = 1000
     fid: bool = False
     inception_weights: str | None = None
-    feature_layer: Literal["64", "192", "768", "2048"] = "2048"
+    feature_layer: Literal[64, 192, 768, 2048] = 2048
 
 
 @dataclass

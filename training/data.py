@@ -7,7 +7,7 @@ or that is divided over another number of processes, sees the same images with t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from looc_ldm.errors import ConfigError, DataError, UnreadableImage
 from looc_ldm.images import to_float
 from looc_ldm.training.config import DataConfig
-from looc_ldm.training.sources import Source, Stored, open_sources
+from looc_ldm.training.sources import Source, Stored, names_of_split, open_sources
 from looc_ldm.training.stopping import leave_signals_to_the_trainer
 from looc_ldm.training.transforms import CENTRE, decode, mode_of, to_pixels, to_square
 
@@ -72,6 +72,7 @@ class ImageSet(Dataset):
         self.config = config
         self.mode = mode_of(channels)
         self.skip_unreadable = skip_unreadable
+        self._warned_of: set[str] = set()
         self.classes = source.classes
         self.content_size: tuple[int, int] | None = None
         if config.fit == "pad" and len(source):
@@ -115,7 +116,9 @@ class ImageSet(Dataset):
             try:
                 return read((index + offset) % len(self))
             except UnreadableImage as error:
-                logger.warning("%s; the next image takes its place", error)
+                if error.name not in self._warned_of:
+                    self._warned_of.add(error.name)
+                    logger.warning("%s; the next image takes its place", error)
                 last = error
         raise too_many_unreadable(self.config, min(SUBSTITUTES, len(self)), last)
 
@@ -174,7 +177,7 @@ def load_image_set(config: DataConfig, channels: int) -> ImageSet:
     Raises:
         DataError: No such data, a folder without images, an unknown split or column.
     """
-    splits = open_sources(config, [config.split] if config.split else None)
+    splits = open_sources(config, names_of_split(config.split) or None)
     if not config.split:
         held_out = [name for name in ("test", "validation") if name in splits]
         config = replace(config, split=[*held_out, *splits][0])
@@ -193,7 +196,7 @@ def load_image_sets(config: DataConfig, channels: int):
         from looc_ldm.training.streaming import open_streamed
 
         return open_streamed(config, channels)
-    splits = open_sources(config, [name for name in (config.split, config.validation_split) if name])
+    splits = open_sources(config, [*names_of_split(config.split), *names_of_split(config.validation_split)])
     images = _split(splits, "split", config)
     if config.validation_split is not None:
         held_out = _split(splits, "validation_split", config)
@@ -210,10 +213,21 @@ def load_image_sets(config: DataConfig, channels: int):
     return ImageSet(images, config, channels, True), ImageSet(held_out, config, channels, True)
 
 
-def _split(splits: dict[str, Source], setting: str, config: DataConfig) -> Source:
+def split_name(splits: Iterable[str], setting: str, config: DataConfig) -> str:
+    """The split that `data.split` or `data.validation_split` names.
+
+    Raises:
+        DataError: There is none.
+    """
     name = getattr(config, setting)
-    if name not in splits:
-        raise DataError(f"data.{setting}={name!r}: {config.path} has the splits {', '.join(splits)}.")
+    for called in names_of_split(name):
+        if called in splits:
+            return called
+    raise DataError(f"data.{setting}={name!r}: {config.path} has the splits {', '.join(splits)}.")
+
+
+def _split(splits: dict[str, Source], setting: str, config: DataConfig) -> Source:
+    name = split_name(splits, setting, config)
     return splits[name]
 
 

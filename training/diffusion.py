@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.class_embedding import ClassEmbedding
-from looc_ldm.errors import ConfigError, one_line_errors
+from looc_ldm.errors import ConfigError, one_line_errors, print_once
 from looc_ldm.files import check_folder, replace_text
 from looc_ldm.images import to_float, to_pil
 from looc_ldm.loading import load_autoencoder
@@ -49,6 +49,7 @@ from looc_ldm.training.data import (
 from looc_ldm.training.ema import EMA
 from looc_ldm.training.fsdp import prepare_fsdp, whole
 from looc_ldm.training.init_from import denoiser_from
+from looc_ldm.training.latent_fingerprint import run_fingerprint
 from looc_ldm.training.latents import (
     SCALING_IMAGES,
     LatentStream,
@@ -57,7 +58,7 @@ from looc_ldm.training.latents import (
     latent_side,
     measure_latents,
 )
-from looc_ldm.training.log import show_log_lines
+from looc_ldm.training.log import data_line, show_log_lines
 from looc_ldm.training.moments import Moments
 from looc_ldm.training.objectives import Objective
 from looc_ldm.training.optimization import adamw, set_learning_rate
@@ -120,7 +121,8 @@ def train(config: DiffusionConfig) -> Path:
     ema.follow(live)
     if config.compile:
         live.compile()  # in place: the names of its weights stay
-    run.resume()
+    run.resume(run_fingerprint(images, vqvae))
+    run.say(data_line(images, validation, classes, live))
     if config.latent_scaling == "channel" or vqvae.config.scaling_factor is None:
         known = validation if config.data.streaming else Subset(images, spread(len(images), SCALING_IMAGES))
         moments = cache.moments if config.cache_latents else measured_once(vqvae, known, run)  # a collective
@@ -169,6 +171,7 @@ def train(config: DiffusionConfig) -> Path:
                     run.save_preview(preview(pipe, config))
             if run.due(config.evaluation.every_images):
                 resembled = validation if config.data.streaming else images
+                run.say("drawing %d samples to measure", config.evaluation.images)
                 run.log_evaluation(generation_figures(pipeline(), resembled, config, accelerator))  # a collective
 
     # 3. Training
@@ -218,7 +221,8 @@ def train(config: DiffusionConfig) -> Path:
     if accelerator.is_main_process:
         with run.writing_result() as folder:
             save(folder, pipe, live)
-        run.save_preview(preview(pipe, config))
+        if not run.due(config.preview_every_images):
+            run.save_preview(preview(pipe, config))
     run.finish()  # a collective
     return run.result
 
@@ -333,7 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
     show_log_lines()
     with one_line_errors():
         config = parse_command_line(DiffusionConfig, sys.argv[1:] if arguments is None else arguments, PROG)
-        print(train(config))
+        print_once(train(config))
 
 
 if __name__ == "__main__":

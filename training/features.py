@@ -23,7 +23,7 @@ BATCH = 32  # images the network sees at a time
 def features_of_config(evaluation: EvaluationConfig) -> InceptionFeatures:
     """What a config measures with. Raises FileNotFoundError where the weights are not there."""
     weights = evaluation.inception_weights
-    return InceptionFeatures(evaluation.feature_layer, None if weights is None else Path(weights))
+    return InceptionFeatures(str(evaluation.feature_layer), None if weights is None else Path(weights))
 
 
 def inception(features: InceptionFeatures, device: torch.device) -> nn.Module:

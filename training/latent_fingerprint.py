@@ -1,14 +1,18 @@
-"""What cached latents were made from: enough to notice that a model, a data set or a transform is another one."""
+"""What cached latents, and runs, were made from: enough to notice another model, data set or transform."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.errors import UnreadableImage
 from looc_ldm.training.data import ImageSet, spread
 from looc_ldm.training.transforms import read_encoded
+
+if TYPE_CHECKING:
+    from looc_ldm.training.streaming import StreamedSet
 
 SAMPLED_IMAGES = 256  # whose stored bytes are compared
 PARTS = {"model": "autoencoder", "data": "data set", "transform": "transform"}  # with what a message calls them
@@ -26,6 +30,7 @@ ENCODER_SETTINGS = (
     "hidden_channels",
     "residual_channels",
 )
+STORED = "stored images"  # which may have been damaged then, or now
 DIGEST = "sha256:"  # of values too long to be shown
 
 
@@ -38,11 +43,21 @@ def cache_fingerprint(model: LooCVQModel, images: ImageSet) -> dict[str, dict]:
     return {"model": _of_model(model), "data": _of_data(images), "transform": _of_transform(images)}
 
 
+def run_fingerprint(images: ImageSet | StreamedSet, model: LooCVQModel | None = None) -> dict[str, dict]:
+    """What a run depends on beside its settings: the parts `data` and, for stage 2, `model` of `cache_fingerprint`.
+
+    Of streamed images it is the number of shards alone.
+    """
+    streamed = hasattr(images, "num_shards")
+    data = {"number of shards": images.num_shards} if streamed else _of_data(images)
+    return {"data": data} if model is None else {"data": data, "model": _of_model(model)}
+
+
 def differences(old: dict[str, dict], new: dict[str, dict]) -> list[str]:
     """The parts of two fingerprints that differ, each with what differs in it."""
     found = []
     for part, name in PARTS.items():
-        before, after = old.get(part, {}), new[part]
+        before, after = old.get(part, {}), new.get(part, {})
         changed = [key for key in sorted({**before, **after}) if before.get(key) != after.get(key)]
         if changed:
             shown = ", ".join(_change(key, before.get(key), after.get(key)) for key in changed)
@@ -77,7 +92,7 @@ def _of_data(images: ImageSet) -> dict:
         "number of images": len(images),
         "names of classes": DIGEST + classes.hexdigest(),
         "labels": DIGEST + labels.hexdigest(),
-        "stored images": DIGEST + stored.hexdigest(),
+        STORED: DIGEST + stored.hexdigest(),
     }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from looc_ldm.errors import is_first_process
 from looc_ldm.files import replace_text
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def show_log_lines() -> None:
     Of several processes only the first one shows more than warnings.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         logging.getLogger("looc_ldm").setLevel(logging.INFO)
 
 
@@ -160,3 +161,12 @@ def lasting_id(file: Path) -> str:
     if not file.is_file():
         replace_text(file, uuid.uuid4().hex[:8] + "\n")
     return file.read_text().strip()
+
+
+def data_line(images, held_out, classes: list[str], model: torch.nn.Module) -> str:
+    """What a run trains, and on what."""
+    count = f"{images.num_shards} shards of images" if hasattr(images, "num_shards") else f"{len(images):,} images"
+    return (
+        f"{count}, {len(held_out):,} held out, {len(classes) or 'no'} classes; "
+        f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.3g} M parameters"
+    )

@@ -126,6 +126,11 @@ class FileSource(Source):
 # Finding out what data.path names ----------------------------------------------------------------------------------
 
 
+def names_of_split(name: str | None) -> tuple[str, ...]:
+    """What a split may be called that a setting names: as it says, or by the usual name (`validation` for `val`)."""
+    return tuple(dict.fromkeys((name, SPLIT_NAMES.get(name.lower(), name)))) if name else ()
+
+
 def open_sources(config: DataConfig, wanted: Collection[str] | None = None) -> dict[str, Source]:
     """The splits of what `data.path` names.
 

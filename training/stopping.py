@@ -9,6 +9,8 @@ import signal
 import time
 from functools import partial
 
+from looc_ldm.errors import is_first_process
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A launcher passes on signals that the system sends to every process anyway: what comes so soon is the same request.
 SAME_REQUEST_SECONDS = 1.0
@@ -44,6 +46,9 @@ class StopSignals:
     def _remember(self, number: int, frame) -> None:
         if not self.received:
             self.received, self._received_at = number, time.monotonic()
+            if is_first_process():
+                # Not `print`, in the middle of which the signal may have come.
+                os.write(2, b"\nstopping after what is under way, with a checkpoint; once more: at once, without\n")
         elif time.monotonic() - self._received_at > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -21,7 +21,15 @@ from torch.utils.data import Dataset
 
 from looc_ldm.errors import ConfigError, DataError, UnreadableImage
 from looc_ldm.training.config import DataConfig
-from looc_ldm.training.data import SUBSTITUTES, ImageSet, Report, StreamBatches, augment, too_many_unreadable
+from looc_ldm.training.data import (
+    SUBSTITUTES,
+    ImageSet,
+    Report,
+    StreamBatches,
+    augment,
+    split_name,
+    too_many_unreadable,
+)
 from looc_ldm.training.lanes import Cursor, Lane, starting_cursors
 from looc_ldm.training.sources import Source, Stored, check_tar_end, find_shards, folder_of
 from looc_ldm.training.tables import Columns, class_names, find_columns, is_text, label_error
@@ -160,9 +168,7 @@ def open_streamed(config: DataConfig, channels: int) -> tuple[StreamedSet, Image
         raise DataError(f"cannot load data.path={config.path!r}: {' '.join(str(error).split())}") from error
     sets = {}
     for setting in ("split", "validation_split"):
-        split = getattr(config, setting)
-        if split not in splits:
-            raise DataError(f"data.{setting}={split!r}: {config.path} has the splits {', '.join(splits)}.")
+        split = split_name(splits, setting, config)
         sets[setting] = StreamedSet(
             splits[split], _shard_names(builder, splits[split], split, config), config, channels
         )

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers.utils import make_image_grid
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.utils.data import Subset
 
 from looc_ldm.autoencoder import LooCVQModel
@@ -66,7 +66,10 @@ def check_evaluation(config: AutoencoderConfig | DiffusionConfig) -> None:
     try:
         features_of_config(evaluation).check()
     except (ValueError, FileNotFoundError, ConnectionError) as error:
-        raise ConfigError(f"evaluation.inception_weights: {' '.join(str(error).split())}") from None
+        message = " ".join(str(error).split())
+        raise ConfigError(
+            f"evaluation.inception_weights: {message} (evaluation.feature_layer={evaluation.feature_layer})"
+        ) from None
 
 
 # The codebook ---------------------------------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ def _reference_features(
     def write() -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with renamed_when_complete(file) as partial:
-            save_file({"features": features}, partial)
+            partial.write_bytes(save({"features": features}))
 
     write_together(accelerator, "the reference of FID", file.parent, write, main_only=True)
     return features

@@ -5,6 +5,7 @@ This file is also the script that each of two processes runs.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -485,3 +486,19 @@ def main(config_file: str, folder: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+
+
+def test_a_run_does_not_go_on_with_other_data(autoencoder_config, garments, tmp_path, caplog):
+    folder = tmp_path / "garments"
+    shutil.copytree(garments, folder)
+    config = autoencoder_config(tmp_path / "run", total_images=16)
+    config = replace(config, data=replace(config.data, path=str(folder)))
+    autoencoder.train(config)
+    first, second, *_ = sorted(folder.rglob("*.png"))[1:]  # the first one is held out
+    second.write_bytes(first.read_bytes())  # a file that was repaired is no other data
+    autoencoder.train(replace(config, total_images=32))
+    assert "some training images are not what they were" in caplog.text
+    (folder / first.parent.name / "more.png").write_bytes(first.read_bytes())
+    with pytest.raises(ConfigError, match=r"another data set \(labels, number of images: 64 -> 65\): bring that back"):
+        autoencoder.train(replace(config, total_images=48))
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())[-1] == "000000032"

@@ -1,6 +1,7 @@
 """Stage 2 end to end: its targets, its labels, what a run leaves behind and that an interruption does not change it."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from looc_ldm import LooCLDMPipeline
+from looc_ldm import LooCLDMPipeline, LooCVQModel
 from looc_ldm.errors import ConfigError, ModelError
 from looc_ldm.loading import load_autoencoder
 from looc_ldm.training import diffusion
@@ -183,7 +184,7 @@ def test_a_step_whose_gradients_are_not_finite_changes_nothing_and_is_counted(di
 
 def test_measuring_while_it_runs_changes_nothing(diffusion_config, tmp_path, inception_weights):
     measured = EvaluationConfig(
-        every_images=24, images=4, fid=True, inception_weights=str(inception_weights), feature_layer="64"
+        every_images=24, images=4, fid=True, inception_weights=str(inception_weights), feature_layer=64
     )
     with_it = diffusion.train(diffusion_config(tmp_path / "measured", evaluation=measured))
     without = diffusion.train(diffusion_config(tmp_path / "plain"))
@@ -425,3 +426,15 @@ def test_networks_and_schedulers_that_do_not_exist_are_refused(diffusion_config,
 def test_nothing_is_clipped_unless_the_config_says_so():
     assert make_scheduler({}).config.clip_sample is False
     assert make_scheduler({"clip_sample": True}).config.clip_sample is True
+
+
+def test_a_run_does_not_go_on_with_another_first_stage(diffusion_config, autoencoder_run, tmp_path):
+    shutil.copytree(autoencoder_run / "model", tmp_path / "model")
+    settings = {"autoencoder": str(tmp_path / "model"), "cache_latents": False}
+    diffusion.train(diffusion_config(tmp_path / "run", total_images=16, **settings))
+    shutil.rmtree(tmp_path / "run" / "pipeline")
+    model = LooCVQModel.from_pretrained(tmp_path / "model")
+    torch.nn.init.zeros_(model.encoder.conv_in.bias)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"another autoencoder \(encoder weights\)"):
+        diffusion.train(diffusion_config(tmp_path / "run", total_images=32, **settings))

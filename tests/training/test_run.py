@@ -55,7 +55,8 @@ def test_a_log_interval_is_one_line_for_people_and_one_of_json(tmp_path, caplog)
         assert line["skipped_steps"] == 0
         assert line["loss"] > 0
         assert line["grad_norm"] > 0
-    said = [record.getMessage() for record in caplog.records]
+    first, *said = [record.getMessage() for record in caplog.records]
+    assert first.startswith("a new run with 1 process on cpu")
     assert len(said) == 3
     for words in (
         "32/48 images",

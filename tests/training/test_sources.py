@@ -430,12 +430,20 @@ def test_an_empty_path_is_nothing(small_data):
 
 def test_unknown_splits_and_columns_are_answered_with_the_known_ones(small_data):
     for wrong, answer in (
-        ({"split": "training"}, "data.split='training': .* has the splits train"),
+        ({"split": "all"}, "data.split='all': .* has the splits train"),
         ({"validation_split": "val"}, "data.validation_split='val': .* has the splits train"),
         ({"image_column": "picture"}, "data.image_column='picture': .* has image, label"),
     ):
         with pytest.raises(DataError, match=answer):
             load_image_sets(replace(small_data, **wrong), channels=1)
+
+
+def test_a_split_may_be_named_as_its_folder_is(tmp_path, config):
+    for name in ("train/1", "train/2", "val/3"):
+        write_image(tmp_path / f"{name}.png")
+    for name in ("val", "validation", "valid"):
+        images, held_out = load_image_sets(replace(config, validation_split=name), channels=3)
+        assert (len(images), len(held_out)) == (2, 1)
 
 
 def test_holding_out_everything_is_refused(small_data):

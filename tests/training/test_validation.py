@@ -74,7 +74,7 @@ def small_pipeline(classes: int = CLASSES) -> LooCLDMPipeline:
 
 
 def small_config(folder: Path, weights: Path, data: DataConfig, **evaluation) -> DiffusionConfig:
-    asked = {"every_images": 8, "images": 15, "fid": True, "feature_layer": "64", "inception_weights": str(weights)}
+    asked = {"every_images": 8, "images": 15, "fid": True, "feature_layer": 64, "inception_weights": str(weights)}
     evaluation = EvaluationConfig(**asked | evaluation)
     return DiffusionConfig(output_dir=str(folder), data=data, batch_size=8, preview_steps=2, evaluation=evaluation)
 
@@ -108,7 +108,7 @@ def test_weights_without_the_layer_are_refused_and_with_it_accepted(inception_we
     evaluation = EvaluationConfig(every_images=8, fid=True, inception_weights=str(inception_weights))
     with pytest.raises(ConfigError, match="does not hold layer 2048"):
         check_evaluation(DiffusionConfig(evaluation=evaluation))
-    check_evaluation(DiffusionConfig(evaluation=replace(evaluation, feature_layer="768")))
+    check_evaluation(DiffusionConfig(evaluation=replace(evaluation, feature_layer=768)))
 
 
 def test_an_evaluation_that_measures_nothing_or_too_little_is_refused():
@@ -181,7 +181,7 @@ def test_reconstructions_are_measured_as_the_metrics_do_and_leave_no_trace(sets,
     _, validation = sets
     model = small_autoencoder()
     model.encoder.train()
-    evaluation = EvaluationConfig(images=6, fid=True, feature_layer="64", inception_weights=str(inception_weights))
+    evaluation = EvaluationConfig(images=6, fid=True, feature_layer=64, inception_weights=str(inception_weights))
     state = torch.get_rng_state()
     figures = reconstruction_figures(model, validation, evaluation, batch_size=4, num_workers=0, lpips=Distance())
     assert torch.equal(torch.get_rng_state(), state)
@@ -259,7 +259,7 @@ def test_the_reference_is_read_once_and_anew_where_something_else_is_asked(
     figures = generation_figures(pipe, train, config, alone)
     gone = Gone(train)
     assert generation_figures(pipe, gone, config, alone) == figures
-    for other in (replace(config.evaluation, images=14), replace(config.evaluation, feature_layer="192")):
+    for other in (replace(config.evaluation, images=14), replace(config.evaluation, feature_layer=192)):
         with pytest.raises(DataError, match="cannot read image"):
             generation_figures(pipe, gone, replace(config, evaluation=other), alone)
 
