@@ -116,7 +116,7 @@ def train(config: AutoencoderConfig) -> Path:
     if lecam is not None:
         lecam = lecam.to(accelerator.device)
         accelerator.register_for_checkpointing(lecam)
-    run.resume(run_fingerprint(images))
+    run.resume(partial(run_fingerprint, images))
     run.say(data_line(images, validation, images.classes, live))
     live.quantize.revive()  # tells the quantizer that we call it, once per optimizer step
     # Gradients are watched, on all processes together. (The averaged model, a copy made before, does raise.)

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
 from looc_ldm.errors import ConfigError, TrainingError
+from looc_ldm.training.latent_fingerprint import another_origin
 from looc_ldm.training.together import write_together
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ class Checkpoints:
 
     Attributes:
         newest (`int`, *optional*): Images of the one that was loaded or saved last.
+        made_from (`dict`, *optional*): What the run depends on beside its settings, written with each checkpoint; see
+            `looc_ldm.training.latent_fingerprint.run_fingerprint`.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Checkpoints:
         self.keep_last = keep_last
         self.keep_every_images = keep_every_images
         self.newest: int | None = None
+        self.made_from: dict[str, dict] | None = None
 
     # Loading ---------------------------------------------------------------------------------------------------------
 
@@ -69,7 +73,7 @@ class Checkpoints:
             `dict`, *optional*: What was saved in `run.json`; None if there are no checkpoints.
 
         Raises:
-            ConfigError: It was written by a run of another `manner`.
+            ConfigError: It was written by a run of another `manner`, or one `made_from` something else.
             TrainingError: There are checkpoints, and none can be used; or a disk cannot be read.
         """
         if self.accelerator.is_main_process:
@@ -80,7 +84,7 @@ class Checkpoints:
         for path in reversed(candidates):
             problem = self._agree(lambda path=path: problem_of(path), main_only=True)
             if problem is None:
-                self._refuse_another_manner(path)
+                self._refuse_another_run(path)
                 before_load(int(path.name))
                 problem = self._agree(lambda path=path: self._load(path))
             if problem is None:
@@ -104,7 +108,7 @@ class Checkpoints:
         divided = self.accelerator.distributed_type == DistributedType.FSDP
         return {"distributed": "FSDP" if divided else "DDP", "mixed_precision": self.accelerator.mixed_precision}
 
-    def _refuse_another_manner(self, path: Path) -> None:
+    def _refuse_another_run(self, path: Path) -> None:
         """Collective: refused on all processes, before one of them waits for the others while it loads."""
 
         def difference() -> str | None:
@@ -116,7 +120,7 @@ class Checkpoints:
                     f"was trained with mixed_precision={then['mixed_precision']}, this start has "
                     f"{self.manner['mixed_precision']}: give --mixed_precision {then['mixed_precision']}"
                 )
-            return None
+            return another_origin(then.get("made_from"), self.made_from)
 
         found = self._agree(difference, main_only=True)
         if found is not None:
@@ -191,7 +195,8 @@ class Checkpoints:
 
     def _complete(self, partial: Path, images: int, state: dict) -> None:
         files = {path.relative_to(partial).as_posix(): path.stat().st_size for path in _files(partial)}
-        (partial / RUN_FILE).write_text(json.dumps({"images_seen": images, **self.manner, **state, "files": files}))
+        described = {"images_seen": images, **self.manner, "made_from": self.made_from, **state, "files": files}
+        (partial / RUN_FILE).write_text(json.dumps(described))
         # The files reach the disk before the name does: after a power cut, too, what has the name is complete.
         for path in [*_files(partial), *(path for path in partial.rglob("*") if path.is_dir()), partial]:
             _to_disk(path)

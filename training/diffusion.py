@@ -20,7 +20,7 @@ from pathlib import Path
 import diffusers
 import torch
 import torch.nn as nn
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -64,6 +64,7 @@ from looc_ldm.training.objectives import Objective
 from looc_ldm.training.optimization import adamw, set_learning_rate
 from looc_ldm.training.result import write_description
 from looc_ldm.training.run import Run
+from looc_ldm.training.together import from_main
 from looc_ldm.training.validation import check_evaluation, generation_figures
 from looc_ldm.unet import FixedHeadsUNet2DModel
 
@@ -121,7 +122,7 @@ def train(config: DiffusionConfig) -> Path:
     ema.follow(live)
     if config.compile:
         live.compile()  # in place: the names of its weights stay
-    run.resume(run_fingerprint(images, vqvae))
+    run.resume(partial(run_fingerprint, images, vqvae))
     run.say(data_line(images, validation, classes, live))
     if config.latent_scaling == "channel" or vqvae.config.scaling_factor is None:
         known = validation if config.data.streaming else Subset(images, spread(len(images), SCALING_IMAGES))
@@ -232,15 +233,17 @@ def measured_once(vqvae: LooCVQModel, images: ImageSet | Subset, run: Run) -> Mo
 
     By the first process alone. A collective; after `run.resume`.
     """
-    moments, file = None, run.folder / "moments.json"
-    if run.accelerator.is_main_process:
+    file = run.folder / "moments.json"
+
+    def measure() -> Moments:
         if run.images_seen and file.is_file():
-            moments = Moments(**json.loads(file.read_text()))
-        else:
-            batches = float_batches(images, num_workers=run.config.data.num_workers)
-            moments = measure_latents(vqvae, tqdm(batches, "measuring latents", disable=None))
-            replace_text(file, json.dumps(asdict(moments)))
-    return broadcast_object_list([moments])[0]
+            return Moments(**json.loads(file.read_text()))
+        batches = float_batches(images, num_workers=run.config.data.num_workers)
+        moments = measure_latents(vqvae, tqdm(batches, "measuring latents", disable=None))
+        replace_text(file, json.dumps(asdict(moments)))
+        return moments
+
+    return from_main(run.accelerator, measure)
 
 
 @torch.no_grad()

@@ -9,16 +9,15 @@ import json
 import logging
 import math
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from looc_ldm.autoencoder import LooCVQModel
-from looc_ldm.errors import ConfigError, DataError, UnreadableImage, UserError
+from looc_ldm.errors import ConfigError, DataError, UnreadableImage
 from looc_ldm.files import make_folder, replace_text
 from looc_ldm.training.config import DataConfig
 from looc_ldm.training.data import ImageSet
@@ -37,6 +36,7 @@ from looc_ldm.training.latent_fingerprint import cache_fingerprint, differences
 from looc_ldm.training.latent_shards import Progress, check_unreadable, encode_shards
 from looc_ldm.training.moments import Moments
 from looc_ldm.training.reports import write_unreadable
+from looc_ldm.training.together import from_main
 
 logger = logging.getLogger(__name__)
 
@@ -110,20 +110,6 @@ def check_cacheable(data: DataConfig) -> None:
     if data.streaming or data.fit == "random_crop":
         setting = "data.streaming=true" if data.streaming else "data.fit=random_crop"
         raise ConfigError(f"latents cannot be cached with {setting}; set cache_latents=false to encode in the loop.")
-
-
-def from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
-    """What `make` returns on the main process, which alone calls it; its UserErrors are raised by all. Collective."""
-    outcome: list = [None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [make()]
-        except UserError as error:
-            outcome = [error]
-    outcome = broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]
 
 
 def _check_all_see(folder: Path, accelerator: Accelerator) -> None:

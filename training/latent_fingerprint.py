@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from typing import TYPE_CHECKING
 
 from looc_ldm.autoencoder import LooCVQModel
@@ -13,6 +14,8 @@ from looc_ldm.training.transforms import read_encoded
 
 if TYPE_CHECKING:
     from looc_ldm.training.streaming import StreamedSet
+
+logger = logging.getLogger(__name__)
 
 SAMPLED_IMAGES = 256  # whose stored bytes are compared
 PARTS = {"model": "autoencoder", "data": "data set", "transform": "transform"}  # with what a message calls them
@@ -63,6 +66,25 @@ def differences(old: dict[str, dict], new: dict[str, dict]) -> list[str]:
             shown = ", ".join(_change(key, before.get(key), after.get(key)) for key in changed)
             found.append(f"another {name} ({shown})")
     return found
+
+
+def another_origin(then: dict[str, dict] | None, now: dict[str, dict] | None) -> str | None:
+    """In words, why a run made from `then` does not go on with `now`, two `run_fingerprint`s; None if it does.
+
+    Other bytes under the same labels are a warning: damaged files may have been replaced.
+    """
+    if not then or not now:
+        return None
+    if now["data"].get(STORED) != then["data"].get(STORED):
+        logger.warning("some training images are not what they were when the run was started")
+        now = {**now, "data": {**now["data"], STORED: then["data"].get(STORED)}}
+    changed = differences(then, now)
+    if not changed:
+        return None
+    return (
+        f"is of a run that was started with {'; '.join(changed)}: bring that back, or start another run "
+        "(init_from takes weights along)"
+    )
 
 
 def _change(key: str, old, new) -> str:

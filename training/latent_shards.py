@@ -23,7 +23,7 @@ from looc_ldm.images import to_float
 from looc_ldm.training.data import ImageSet
 from looc_ldm.training.latent_cache import UNREADABLE, Shards, write_shard
 from looc_ldm.training.moments import Moments
-from looc_ldm.training.reports import write_unreadable
+from looc_ldm.training.reports import too_many, write_unreadable
 
 # Of a batch. A CPU is fastest while activations stay in its caches, a GPU once they fill it.
 CPU_PIXELS, GPU_PIXELS = 2**16, 2**20
@@ -68,14 +68,11 @@ def encode_shards(
 
 
 def check_unreadable(images: ImageSet, folder: Path, names: list[str]) -> None:
-    """Raises DataError for more than are allowed. One may be unreadable however few there are, as in training."""
-    share = images.config.max_unreadable_share
-    if len(names) > (max(1, share * len(images)) if share else 0):
+    """Raises DataError for more than are allowed, as in training."""
+    problem = too_many(len(names), len(images), images.config.max_unreadable_share, folder / UNREADABLE)
+    if problem is not None:
         write_unreadable(folder / UNREADABLE, names)
-        raise DataError(
-            f"{len(names)} of {len(images)} images cannot be read, more than data.max_unreadable_share={share} allows; "
-            f"they are named in {str(folder / UNREADABLE)!r}."
-        )
+        raise DataError(problem)
 
 
 def _no_rows(shape: tuple[int, int, int], flip: bool) -> dict[str, torch.Tensor]:

@@ -29,6 +29,25 @@ def write_unreadable(file: Path, names: list[str]) -> None:
         file.unlink(missing_ok=True)
 
 
+def too_many(bad: int, images: int, max_share: float, file: Path, least: int = 1) -> str | None:
+    """The error for more unreadable images than may be; None if there are fewer.
+
+    One may be unreadable however few images there are, unless the share is 0.
+
+    Args:
+        bad, images: How many cannot be read, of how many.
+        max_share: `data.max_unreadable_share`.
+        file: Where they are named.
+        least: How many may be, whatever the share.
+    """
+    if bad <= (max(least, max_share * images) if max_share else 0):
+        return None
+    return (
+        f"{bad} of {images} images cannot be read, more than data.max_unreadable_share={max_share} allows; "
+        f"they are named in {str(file)!r}."
+    )
+
+
 class Reports:
     """The reports of all processes together.
 
@@ -96,16 +115,12 @@ class Reports:
     def too_many(self, images_seen: int) -> TrainingError | None:
         """The error for more unreadable images than may be; None if there are fewer. The same on all processes.
 
-        One image may be unreadable however few there are, unless the share is 0. Streamed data, whose size is not
-        known, is judged by how often an image seen so far could not be read, and from the eleventh time on.
+        Streamed data, whose size is not known, is judged by how often an image seen so far could not be read, and from
+        the eleventh time on.
         """
         if self._images is not None:
             bad, images, least = len(self.unreadable), self._images, 1
         else:
             bad, images, least = self._times, images_seen, FEW
-        if bad <= (max(least, self.max_share * images) if self.max_share else 0):
-            return None
-        return TrainingError(
-            f"{bad} of {images} images cannot be read, more than data.max_unreadable_share={self.max_share} allows; "
-            f"they are named in {str(self.file)!r}."
-        )
+        problem = too_many(bad, images, self.max_share, self.file, least)
+        return None if problem is None else TrainingError(problem)

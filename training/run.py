@@ -44,14 +44,12 @@ from looc_ldm.training import log as logs
 from looc_ldm.training import trackers
 from looc_ldm.training.checkpoints import Checkpoints, checkpoints_in, passes
 from looc_ldm.training.config import OptimizerConfig, RunConfig, config_text, differences, moves, to_dict
-from looc_ldm.training.latent_fingerprint import STORED
-from looc_ldm.training.latent_fingerprint import differences as origins_differ
 from looc_ldm.training.log import Means, means_of
 from looc_ldm.training.optimization import learning_rate_at, resolve_precision
 from looc_ldm.training.pushing import Pusher
 from looc_ldm.training.reports import Reports
 from looc_ldm.training.stopping import StopSignals, leave_signals_to_the_trainer
-from looc_ldm.training.together import write_together
+from looc_ldm.training.together import from_main, write_together
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +83,6 @@ class Run:
         self.images_seen = 0
         self.skipped_steps = 0
         self.look_pending = False
-        self._made_from: dict[str, dict] | None = None
         self._make_folder()
         self._check_same_config()
         self.accelerator = Accelerator(
@@ -126,14 +123,14 @@ class Run:
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
-    def resume(self, made_from: dict[str, dict] | None = None) -> None:
+    def resume(self, made_from: Callable[[], dict[str, dict]] | None = None) -> None:
         """Load the newest checkpoint that is complete, if there is one. Collective; after `accelerator.prepare`.
 
         With another number of processes than before, the count of images and the schedule go on. Processes that were
         not there before draw their random numbers (dropout, random anchors) from seeds of their own.
 
         Args:
-            made_from: Of the data and the first stage; see `looc_ldm.training.latent_fingerprint.run_fingerprint`.
+            made_from: Gives what the run depends on, on the main process: `latent_fingerprint.run_fingerprint`.
 
         Raises:
             ConfigError: The checkpoint is of another precision, or of DDP where this is FSDP, or the other way round;
@@ -142,9 +139,9 @@ class Run:
         """
         # Models are made by now, equal on all processes; dropout and random anchors must not be.
         self._seed(0)
+        if made_from is not None:
+            self.checkpoints.made_from = from_main(self.accelerator, made_from)
         state = self.checkpoints.load_newest(before_load=self._seed)
-        self._made_from = made_from
-        self._refuse_other_origin(None if state is None else state.get("made_from"))
         self.accelerator.wait_for_everyone()  # all have compared their config with the one that is replaced here
         if self.accelerator.is_main_process:
             if state is not None:
@@ -163,24 +160,6 @@ class Run:
         (self.look_pending,) = broadcast_object_list([self.look_pending])
         trackers.start(self.accelerator, self.config, self.folder, self.images_seen)
         self._logged_at = (self.images_seen, time.monotonic())
-
-    def _refuse_other_origin(self, then: dict[str, dict] | None) -> None:
-        """Collective."""
-        problem = None
-        if then and self._made_from and self.accelerator.is_main_process:
-            now = {part: {**values} for part, values in self._made_from.items()}
-            if now["data"].get(STORED) != then["data"].get(STORED):
-                # No reason to stop: damaged files may have been replaced.
-                logger.warning("some training images are not what they were when the run was started")
-                now["data"][STORED] = then["data"].get(STORED)
-            changed = origins_differ(then, now)
-            if changed:
-                problem = f"the run in {str(self.folder)!r} was started with {'; '.join(changed)}: " + (
-                    "bring that back, or start another run (init_from takes weights along)."
-                )
-        (problem,) = broadcast_object_list([problem])
-        if problem is not None:
-            raise ConfigError(problem)
 
     def _say_how_it_starts(self, images_seen: int | None) -> None:
         processes, precision = self.accelerator.num_processes, self.accelerator.mixed_precision
@@ -222,10 +201,7 @@ class Run:
         with self.aside():
             state = self._reports.state()
             means = gather_object([self._means.state()])
-            self.checkpoints.save(
-                self.images_seen,
-                {"skipped_steps": self.skipped_steps, "means": means, "made_from": self._made_from, **state},
-            )
+            self.checkpoints.save(self.images_seen, {"skipped_steps": self.skipped_steps, "means": means, **state})
         self._stop_if_too_many_unreadable()
 
     # Data ------------------------------------------------------------------------------------------------------------
