@@ -13,7 +13,7 @@ import argparse
 import gzip
 import json
 import sys
-import tempfile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,11 @@ import torch
 import torch.nn.functional as F
 
 from looc_ldm import LooCLDMPipeline
-from looc_ldm.metrics import InceptionFeatures, fid_and_kid
+from looc_ldm.metrics import InceptionFeatures
+from looc_ldm.metrics.generation import collect_features, generation_figures
 from looc_ldm.pipelines.sampling import sample_images
 
+BATCH = 100
 RESULT = Path(__file__).resolve().parent / "results" / "fashion_mnist_fid.json"
 
 
@@ -63,20 +65,25 @@ def main() -> None:
         "guidance_scale": options.guidance_scale,
         "bits_per_pixel": pipe.vqvae.bits_per_image(32, 32) / 28**2,
     }
-    with tempfile.TemporaryDirectory() as cache:
-        for name in ("trained", "untrained"):
-            if name == "untrained":
-                torch.manual_seed(0)
-                pipe.unet = type(pipe.unet).from_config(pipe.unet.config).eval()
-            samples = sample_images(
-                pipe,
-                labels,
-                batch_size=100,
-                num_inference_steps=options.steps,
-                guidance_scale=options.guidance_scale,
-            )
-            results[name] = fid_and_kid(torch.stack(list(samples)), reference, features, Path(cache))
-            print(name, results[name], flush=True)
+    networks = {"inception": features.load("cpu")}
+    real = collect_features(reference.split(BATCH), networks, networks)
+    for name in ("trained", "untrained"):
+        if name == "untrained":
+            torch.manual_seed(0)
+            pipe.unet = type(pipe.unet).from_config(pipe.unet.config).eval()
+        samples = sample_images(
+            pipe,
+            labels,
+            batch_size=BATCH,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance_scale,
+        )
+        batches = (torch.stack(list(islice(samples, BATCH))) for _ in range(0, len(labels), BATCH))
+        generated = collect_features(batches, networks, networks)
+        counts = {"images_first": len(labels), "images_second": len(reference)}
+        figures = generation_figures(("fid", "kid"), generated, real, {"inception": features.name})
+        results[name] = {"protocol": "clean", **counts, **figures}
+        print(name, results[name], flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -7,6 +7,7 @@ python benchmarks/readme.py quantizer              the speeds that benchmarks/qu
 python benchmarks/readme.py sampling               the speeds that benchmarks/sampling.py measured
 python benchmarks/readme.py tiling                 what tiling costs and changes, as benchmarks/tiling.py measured
 python benchmarks/readme.py training               images a second of the trainers, as benchmarks/training.py measured
+python benchmarks/readme.py metrics                the speed and exactness that benchmarks/metrics.py measured
 python benchmarks/readme.py recipes                docs/quantizer_recipes.md, from what benchmarks/quantizer_recipes.py
                                                    measured
 """
@@ -332,6 +333,36 @@ def training() -> str:
     return "\n".join(lines).rstrip()
 
 
+def metrics() -> str:
+    """A Markdown table: the Fréchet distance by us and by others."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "metrics_cpu.json").read_text())
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    parts = [
+        f"Statistics and Fréchet distance of two sets of {record['dim']} features, on {record['threads']} CPU threads; "
+        "contestants in turns in",
+        f"one run, the fastest of {record['turns']} turns each. Measured by `{record['command']}`. {versions}.",
+        "",
+        "| images of each set | seconds | torch-fidelity takes | `scipy.linalg.sqrtm` takes | our relative error | "
+        "torch-fidelity's |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for cell in record["cells"]:
+        ours, fidelity, scipy = (cell["contestants"][name] for name in ("looc", "torch-fidelity", "scipy"))
+        parts.append(
+            f"| {cell['images']:,} | {ours['seconds']:.2g} | {fidelity['times_looc']:.1f}× | "
+            f"{scipy['times_looc']:.1f}× | {ours['relative_error']:.0e} | {fidelity['relative_error']:.0e} |"
+        )
+    if "whole_run" in record:
+        run = record["whole_run"]
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in sorted(run["shares"].items(), key=lambda x: -x[1]))
+        parts += [
+            "",
+            f"Time of a whole FID and KID of {run['photos']} images of {run['side']}x{run['side']} against as many "
+            f"photographs, {run['layer']} features: {shares}.",
+        ]
+    return "\n".join(parts)
+
+
 def recipes() -> str:
     """A Markdown page: PSNR and start of every recipe, a table for each setting."""
     lines = (ROOT / "benchmarks" / "results" / "quantizer_recipes.jsonl").read_text().splitlines()
@@ -395,6 +426,8 @@ if __name__ == "__main__":
         replace_section("tiling", tiling())
     elif sys.argv[1:] == ["training"]:
         replace_section("training", training())
+    elif sys.argv[1:] == ["metrics"]:
+        replace_section("metrics", metrics())
     elif sys.argv[1:] == ["recipes"]:
         (ROOT / "docs" / "quantizer_recipes.md").write_text(recipes())
     elif len(sys.argv) == 3 and sys.argv[1] == "quickstart":

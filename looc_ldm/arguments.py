@@ -15,7 +15,9 @@ from looc_ldm.errors import UserError
 TRAINERS = ("autoencoder", "diffusion")
 DATA_HELP = "bundled name, folder of images, parquet files, WebDataset shards or LSUN's LMDBs, or hub id"
 FITS = ("crop", "random_crop", "adm", "pad")
-COMMAND_MODULES = ("codes", "convert", "hub", "latents")  # of looc_ldm.commands; each has `add_parsers(commands)`
+# Of looc_ldm.commands; each has `add_parsers(commands)`.
+COMMAND_MODULES = ("analyze", "codes", "compare", "convert", "evaluate", "hub", "latents")
+PROTOCOLS = ("clean", "paper")  # of looc_ldm.metrics.protocols, which is not imported for its names alone
 DTYPES = ("float32", "bfloat16", "float16")
 REPORTED_PACKAGES = ("torch", "torchvision", "diffusers", "accelerate", "transformers", "datasets", "torch-fidelity")
 
@@ -53,7 +55,9 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], None]
     sample.add_argument("model", metavar="MODEL", help="pipeline: folder or hub id")
     sample.add_argument("--labels", nargs="+", help="classes, by name or index (default: all)")
     sample.add_argument("--images", type=positive, default=4, help="images of each class, or in all (default: 4)")
-    add_sampling_options(sample, batch_size=64)
+    sample.set_defaults(**add_sampling_options(sample, batch_size=64))
+    add_device_option(sample)
+    add_dtype_option(sample)
     sample.add_argument("--output", type=Path, default=Path("samples"), help="folder of PNGs (default: samples)")
     sample.set_defaults(command=commands_by_name["sample"])
 
@@ -67,29 +71,6 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], None]
     )
     add_device_option(reconstruct)
     reconstruct.set_defaults(command=commands_by_name["reconstruct"], dtype="float32")
-
-    evaluate = commands.add_parser("evaluate", help="measure reconstructions or samples")
-    kinds = evaluate.add_subparsers(title="what", metavar="WHAT", required=True)
-    reconstruction = kinds.add_parser("reconstruction", help="PSNR, SSIM, L1, codebook use, bits per pixel, rFID")
-    reconstruction.add_argument("model", metavar="MODEL", help="autoencoder or pipeline: folder or hub id")
-    reconstruction.add_argument("--data", required=True, help=DATA_HELP)
-    add_data_options(reconstruction)
-    reconstruction.add_argument("--images", type=positive, help="measure only so many images (default: all)")
-    add_feature_options(reconstruction, without="rFID is left out")
-    add_device_option(reconstruction)
-    add_dtype_option(reconstruction)
-    add_result_option(reconstruction)
-    reconstruction.set_defaults(command=commands_by_name["evaluate reconstruction"])
-
-    generation = kinds.add_parser("generation", help="FID and KID of samples against real images")
-    generation.add_argument("model", metavar="MODEL", help="pipeline: folder or hub id")
-    generation.add_argument("--data", required=True, help=DATA_HELP)
-    add_data_options(generation)
-    generation.add_argument("--images", type=positive, default=10_000, help="samples to draw (default: 10000)")
-    add_sampling_options(generation, batch_size=100)
-    add_feature_options(generation, without="it is downloaded")
-    add_result_option(generation)
-    generation.set_defaults(command=commands_by_name["evaluate generation"])
 
     for name in COMMAND_MODULES:
         import_module(f"looc_ldm.commands.{name}").add_parsers(commands)
@@ -117,42 +98,41 @@ def add_cache_options(parser: argparse.ArgumentParser) -> None:
     add_device_option(parser)
 
 
-def add_device_option(parser: argparse.ArgumentParser) -> None:
+def add_device_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the best there is)")
 
 
-def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+def add_dtype_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the networks (default: float32)")
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    parser.add_argument("--steps", type=positive, default=50, help="denoising steps (default: 50)")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1 is no guidance (default: 1)")
-    parser.add_argument(
-        "--batch-size", type=positive, default=batch_size, help="images drawn at a time (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=seed_number, default=0, help="same seed, same images (default: 0)")
-    add_device_option(parser)
-    add_dtype_option(parser)
+def add_sampling_options(parser: argparse._ActionsContainer, batch_size: int) -> dict[str, int | float]:
+    """Of drawing images; returns the defaults, for commands that must know whether an option was given."""
+    parser.add_argument("--steps", type=positive, help="denoising steps (default: 50)")
+    parser.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: 1)")
+    parser.add_argument("--batch-size", type=positive, help=f"images drawn at a time (default: {batch_size})")
+    parser.add_argument("--seed", type=seed_number, help="same seed, same images (default: 0)")
+    return {"steps": 50, "guidance_scale": 1.0, "batch_size": batch_size, "seed": 0}
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_data_options(parser: argparse._ActionsContainer, model: str = "the model") -> None:
     parser.add_argument("--split", help="which split (default: test, validation, or the first there is)")
     parser.add_argument(
-        "--resolution", type=positive, help="side of the images in pixels (default: what the model was trained at)"
+        "--resolution", type=positive, help=f"side of the images in pixels (default: what {model} was trained at)"
     )
     parser.add_argument(
         "--fit",
         choices=FITS,
         help="how images become square; random_crop is crop here, adm the centre crop that most published FIDs are "
-        "measured with (default: as in the model's training, as far as its folder says, else crop)",
+        f"measured with (default: as in {model}'s training, as far as its folder says, else crop)",
     )
 
 
-def add_feature_options(parser: argparse.ArgumentParser, without: str) -> None:
+def add_feature_options(parser: argparse._ActionsContainer, without: str) -> None:
     parser.add_argument(
         "--inception-weights",
         type=Path,
+        metavar="FILE",
         help=f"file of torch-fidelity's Inception network (default: none; {without})",
     )
     parser.add_argument(
@@ -163,7 +143,17 @@ def add_feature_options(parser: argparse.ArgumentParser, without: str) -> None:
     )
 
 
-def add_result_option(parser: argparse.ArgumentParser) -> None:
+def add_protocol_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="clean",
+        help="clean: floats, the usual SSIM and FID; paper: as in the LooC paper's tables, of JPEGs, SSIM with a "
+        "uniform window, FID after a resize to 229 (default: clean)",
+    )
+
+
+def add_result_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the figures (default: they are only printed)")
 
 

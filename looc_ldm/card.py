@@ -24,14 +24,28 @@ TITLES = {
     "ssim": "SSIM",
     "l1": "L1 (mean absolute error, images in [0, 1])",
     "lpips": "LPIPS",
+    "lpips_vgg": "LPIPS (VGG)",
+    "lpips_alex": "LPIPS (AlexNet)",
     "rfid": "rFID",
     "fid": "FID",
     "kid": "KID",
     "kid_std": "KID, standard deviation over subsets",
+    "is": "Inception score",
+    "is_std": "Inception score, standard deviation over splits",
+    "precision": "precision",
+    "recall": "recall",
+    "class_fid": "FID within each class, mean over classes",
+    "fd": "Fréchet distance",
+    "kd": "kernel distance",
+    "kd_std": "kernel distance, standard deviation over subsets",
+    "cmmd": "CMMD",
     "codebook_use": "share of the codevectors in use",
+    "dead_codes": "codevectors that are never used",
     "perplexity": "perplexity of the codes",
+    "code_entropy": "entropy of the codes (bits per code)",
     "bits_per_image": "bits per image",
     "bits_per_pixel": "bits per pixel",
+    "bits_per_pixel_entropy": "bits per pixel at the entropy of the codes",
 }
 
 
@@ -188,9 +202,10 @@ def _measured(measurement: Measurement, is_pipeline: bool) -> str:
 
 
 def title(name: str) -> str:
-    """A figure's name for readers: "rfid@2048" is "rFID (2048 Inception features)"."""
-    base, _, layer = name.partition("@")
-    return TITLES.get(base, base) + (f" ({layer} features)" if layer else "")
+    """A figure's name for readers: "rfid@2048" is "rFID (2048 features)", "cmmd@clip-x" "CMMD (clip-x features)"."""
+    base, _, features = name.partition("@")
+    known = "FD-DINOv2" if base == "fd" and "dinov2" in features else TITLES.get(base, base)
+    return known + (f" ({features} features)" if features else "")
 
 
 def _architecture(facts: Facts) -> list[tuple[str, str]]:

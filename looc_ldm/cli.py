@@ -12,15 +12,11 @@ from looc_ldm.commands.shared import (
     as_user_errors,
     by_index,
     check_file,
-    data_of,
     draw_samples,
-    fingerprints_for,
     inception_features,
-    load_images,
     load_pipeline,
     model_and_images,
     rate_of,
-    report_figures,
 )
 from looc_ldm.errors import one_line_errors
 from looc_ldm.files import check_folder
@@ -99,53 +95,10 @@ def _reconstruct(options: argparse.Namespace) -> None:
     )
 
 
-def _evaluate_reconstruction(options: argparse.Namespace) -> None:
-    from torch.utils.data import Subset
-    from tqdm.auto import tqdm
-
-    from looc_ldm.metrics import evaluate_reconstruction
-    from looc_ldm.training.data import float_batches, spread
-
-    check_file(options.output)
-    features = inception_features(options) if options.inception_weights else None
-    model, images = model_and_images(options)
-    fingerprints = fingerprints_for(options)
-    chosen = spread(len(images), options.images or len(images)).tolist()
-    bar = tqdm(float_batches(Subset(images, chosen)), desc="reconstructing", unit="batch", delay=1)
-    with as_user_errors(ValueError):
-        figures = evaluate_reconstruction(model, bar, images.content_size, features)
-    report_figures(figures | data_of(images), fingerprints, options)
-
-
-def _evaluate_generation(options: argparse.Namespace) -> None:
-    from looc_ldm.metrics import fid_and_kid
-
-    check_file(options.output)
-    pipe = load_pipeline(options)
-    images = load_images(options, pipe.vqvae)
-    fingerprints = fingerprints_for(options, generation=True)
-    features = inception_features(options)
-    # From places at even distances in the reference: samples and reference then have the same share of each class.
-    known = images.labels().tolist() if pipe.num_class_embeds and images.classes else [None]
-    labels = [known[i * len(known) // options.images] for i in range(options.images)]
-    with as_user_errors(ValueError):
-        figures = fid_and_kid(list(draw_samples(pipe, labels, options)), images.pixels(), features)
-    bits, pixels = rate_of(pipe.vqvae, images)
-    figures |= {
-        "bits_per_pixel": bits / pixels,
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance_scale,
-        "seed": options.seed,
-    }
-    report_figures(figures | data_of(images), fingerprints, options)
-
-
 COMMANDS = {
     "quickstart": _quickstart,
     "sample": _sample,
     "reconstruct": _reconstruct,
-    "evaluate reconstruction": _evaluate_reconstruction,
-    "evaluate generation": _evaluate_generation,
 }
 
 

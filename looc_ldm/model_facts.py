@@ -25,6 +25,9 @@ CIRCUMSTANCES = (
     "width",
     "num_codevectors",
     "codevector_dim",
+    "codebook_scalars",
+    "parameters",
+    "class_fid_classes",
     "seed",
     "num_inference_steps",
     "guidance_scale",
@@ -118,8 +121,12 @@ class Measurement:
         if self.is_reconstruction:
             size = f" of {record['width']}x{record['height']} pixels" if {"width", "height"} <= record.keys() else ""
             words.append(f"{record['images']:,} images{size}{of}")
-        elif "images_first" in record:
+        elif "images_second" in record:
             words.append(f"{record['images_first']:,} samples against {record['images_second']:,} images{of}")
+        elif "images_first" in record:  # only the mean and covariance of the others are known
+            words.append(f"{record['images_first']:,} samples against statistics{of}")
+        if "class_fid_classes" in record:
+            words.append(f"{record['class_fid_classes']:,} classes")
         if "protocol" in record:
             words.append(f"protocol `{record['protocol']}`")
         for key, unit in (("num_inference_steps", "denoising steps"), ("guidance_scale", "guidance scale")):
@@ -266,7 +273,7 @@ def _measurement(file: Path, record: dict, data: str | None, split: str | None) 
         if not math.isfinite(value):
             raise UserError(f"{str(file)!r}: {name} is {value}.")
     measurement = Measurement(figures, record, data, split)
-    needed = ("images",) if measurement.is_reconstruction else ("images_first", "images_second")
+    needed = ("images",) if measurement.is_reconstruction else ("images_first",)
     missing = [name for name in (*needed, "bits_per_pixel") if name not in record]
     if missing:
         raise UserError(f"{str(file)!r} states no {missing[0]}: figures without it cannot be compared.")

@@ -62,7 +62,7 @@ def quickstart(output: Path, features: InceptionFeatures | None, say=print) -> P
     generation = {}
     if features is not None:
         balanced = [i % len(names) for i in range(FID_SAMPLES)]
-        drawn = list(sample_images(pipe, balanced, seed=2, batch_size=100, **settings))
+        drawn = sample_images(pipe, balanced, seed=2, batch_size=100, **settings)
         generation = fid_and_kid(drawn, validation.pixels(), features)
 
     report = Report("LooC-LDM quickstart")

@@ -25,6 +25,9 @@ table { border-collapse: collapse; margin: .5rem 0; }
 td { padding: .3rem 1rem .3rem 0; border-bottom: 1px solid #ddd; }
 td:nth-child(2) { font-weight: 600; white-space: nowrap; }
 td:nth-child(3) { color: #666; }
+figure { margin: .5rem 0 0; }
+figure img { image-rendering: auto; height: auto; }
+figcaption { margin-top: .5rem; font-size: .9rem; color: #444; max-width: 46rem; }
 """
 
 
@@ -57,6 +60,13 @@ class Report:
     def row(self, name: str, image: Image.Image) -> None:
         """A picture with its name to the left."""
         self._parts.append(f'<div class="row"><span>{escape(name)}</span>{_tag(image)}</div>')
+
+    def figure(self, svg: bytes, name: str, caption: str) -> None:
+        """A drawing, as the content of an SVG file, with its caption. `name` is said to who cannot see it."""
+        # Not inline: the parts of a drawing are named as those of any other.
+        data = base64.b64encode(svg).decode()
+        image = f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{data}">'
+        self._parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
 
     def table(self, rows: list[tuple[str, ...]]) -> None:
         cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)

@@ -84,22 +84,42 @@ def codebook_statistics(quantizer: LooCQuantizer, feature_maps: Iterable[torch.T
     Raises:
         ValueError: There are no feature maps, or the quantizer refuses one.
     """
-    num_codevectors, slots = quantizer.num_codevectors, quantizer.codes_per_position
-    segments = quantizer.vq_embed_dim // quantizer.codevector_dim if quantizer.segment_layout == "channel" else slots
-    counts = torch.zeros(segments * num_codevectors, dtype=torch.int64)
-    distances = torch.zeros(len(DISTANCE_EDGES) - 1, dtype=torch.int64)
+    counter = CodeCounter(quantizer)
     for z in feature_maps:
-        indices, rows = quantizer.search(z)
-        segment = torch.arange(slots, device=indices.device) % segments
-        slot_and_code = (segment * num_codevectors + indices).flatten()
-        counts += torch.bincount(slot_and_code, minlength=len(counts)).cpu()
-        chosen = quantizer.codebook[indices]
-        if quantizer.distance == "cosine":
+        counter.update(*quantizer.search(z))
+    if not counter.counts.sum():
+        raise ValueError("There are no feature maps to count codes of.")
+    return counter.statistics()
+
+
+class CodeCounter:
+    """Counts for `codebook_statistics`, for who has the codes of one batch after another.
+
+    Args:
+        quantizer (`LooCQuantizer`): The quantizer. It is only read.
+    """
+
+    def __init__(self, quantizer: LooCQuantizer):
+        self.quantizer = quantizer
+        d, slots = quantizer.codevector_dim, quantizer.codes_per_position
+        self.segments = quantizer.vq_embed_dim // d if quantizer.segment_layout == "channel" else slots
+        self.counts = torch.zeros(self.segments * quantizer.num_codevectors, dtype=torch.int64)
+        self.distances = torch.zeros(len(DISTANCE_EDGES) - 1, dtype=torch.int64)
+
+    def update(self, indices: torch.Tensor, rows: torch.Tensor) -> None:
+        """Count what `quantizer.search` gave: codes (B, H, W, C) and vectors (B, H, W, C, d)."""
+        segment = torch.arange(indices.shape[-1], device=indices.device) % self.segments
+        slot_and_code = (segment * self.quantizer.num_codevectors + indices).flatten()
+        self.counts += torch.bincount(slot_and_code, minlength=len(self.counts)).cpu()
+        chosen = self.quantizer.codebook[indices]
+        if self.quantizer.distance == "cosine":
             apart = 1 - F.cosine_similarity(rows, chosen, dim=-1)
         else:
             apart = (rows - chosen).norm(dim=-1)
         bins = torch.bucketize(apart.cpu().double(), DISTANCE_EDGES[1:-1]).flatten()
-        distances += torch.bincount(bins, minlength=len(distances))
-    if not counts.sum():
-        raise ValueError("There are no feature maps to count codes of.")
-    return CodebookStatistics(counts.view(segments, num_codevectors), distances, DISTANCE_EDGES)
+        self.distances += torch.bincount(bins, minlength=len(self.distances))
+
+    def statistics(self) -> CodebookStatistics:
+        """What was counted so far."""
+        counts = self.counts.view(self.segments, self.quantizer.num_codevectors)
+        return CodebookStatistics(counts.clone(), self.distances.clone(), DISTANCE_EDGES)

@@ -8,10 +8,14 @@ from pathlib import Path
 # last bit is so for one number of threads only.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+TINY_CLASSES = ["circle", "square", "7"]
 
 
 class LargestTensor(TorchDispatchMode):
@@ -68,11 +72,84 @@ def quickstart_folder(quickstart_files: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture(scope="session")
+def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny class-conditional pipeline of grey 16x16 images, with random weights."""
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    from looc_ldm import LooCLDMPipeline, LooCVQModel
+
+    torch.manual_seed(0)
+    vqvae = LooCVQModel(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        vq_embed_dim=4,
+        num_vq_embeddings=16,
+        codevector_dim=2,
+        interpolation_factor=1,
+        sample_size=16,
+        scaling_factor=1.0,
+    )
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        num_class_embeds=4,
+    )
+    scheduler = DDIMScheduler(clip_sample=False)
+    pipe = LooCLDMPipeline(vqvae.eval(), unet.eval(), scheduler, None, dict(enumerate(TINY_CLASSES)), 3)
+    folder = tmp_path_factory.mktemp("model") / "pipeline"
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_image_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Twelve 14x14 images, four in the sub-folder of each class of that pipeline."""
+    folder = tmp_path_factory.mktemp("data") / "images"
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 14, 14), np.uint8)
+    for i, image in enumerate(pixels):
+        (folder / TINY_CLASSES[i % 3]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / TINY_CLASSES[i % 3] / f"{i}.png")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of real images and metric weights that LOOC_LDM_TEST_DATA names."""
     if not os.environ.get("LOOC_LDM_TEST_DATA"):
         pytest.skip("needs real images and metric weights: set LOOC_LDM_TEST_DATA to their folder")
     return Path(os.environ["LOOC_LDM_TEST_DATA"])
+
+
+@pytest.fixture(scope="session")
+def untrained_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole Inception network, its random weights such that no layer forgets the image."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict):
+            pass
+
+    folder = tmp_path_factory.mktemp("untrained_inception")
+    torch.save({}, folder / "nothing.pth")
+    torch.manual_seed(0)
+    state = Untrained("untrained", ["64"], feature_extractor_weights_path=str(folder / "nothing.pth")).state_dict()
+    for name, value in state.items():
+        if name.endswith("conv.weight"):
+            value.normal_(0, (2 / value[0].numel()) ** 0.5)
+    state["fc.weight"].normal_(0, 0.1)
+    torch.save(state, folder / "untrained.pth")
+    return folder / "untrained.pth"
 
 
 @pytest.fixture(scope="session")

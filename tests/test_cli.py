@@ -10,16 +10,15 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 
 import looc_ldm
-from looc_ldm import LooCLDMPipeline, LooCVQModel
+from looc_ldm import LooCLDMPipeline
 from looc_ldm.cli import main
 from looc_ldm.errors import UserError
 from looc_ldm.files import write_image
 from looc_ldm.training.latents import LatentCache
 
-CLASSES = ["circle", "square", "7"]
 COMMANDS = {
     "": ["quickstart", "train", "cache-latents", "sample", "reconstruct", "evaluate", "--version"],
     "quickstart": ["--output", "--inception-weights", "--feature-layer"],
@@ -35,52 +34,16 @@ COMMANDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> str:
-    """The folder of a tiny class-conditional pipeline of grey 16x16 images, with random weights."""
-    torch.manual_seed(0)
-    vqvae = LooCVQModel(
-        in_channels=1,
-        out_channels=1,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        vq_embed_dim=4,
-        num_vq_embeddings=16,
-        codevector_dim=2,
-        interpolation_factor=1,
-        sample_size=16,
-        scaling_factor=1.0,
-    )
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=4,
-    )
-    scheduler = DDIMScheduler(clip_sample=False)
-    pipe = LooCLDMPipeline(vqvae.eval(), unet.eval(), scheduler, None, dict(enumerate(CLASSES)), 3)
-    folder = tmp_path_factory.mktemp("model") / "pipeline"
-    pipe.save_pretrained(folder)
-    return str(folder)
+@pytest.fixture
+def pipeline(tiny_pipeline_folder) -> str:
+    """The folder of a tiny class-conditional pipeline."""
+    return tiny_pipeline_folder
 
 
-@pytest.fixture(scope="module")
-def image_folder(tmp_path_factory) -> str:
-    """Twelve 14x14 images, four in the sub-folder of each class."""
-    folder = tmp_path_factory.mktemp("data") / "images"
-    pixels = np.random.default_rng(0).integers(0, 256, (12, 14, 14), np.uint8)
-    for i, image in enumerate(pixels):
-        (folder / CLASSES[i % 3]).mkdir(parents=True, exist_ok=True)
-        PIL.Image.fromarray(image).save(folder / CLASSES[i % 3] / f"{i}.png")
-    return str(folder)
+@pytest.fixture
+def image_folder(tiny_image_folder) -> str:
+    """Twelve images in the sub-folders of its classes."""
+    return tiny_image_folder
 
 
 @pytest.fixture(autouse=True)
@@ -211,58 +174,6 @@ def test_images_become_square_as_in_training_unless_told_otherwise(pipeline, ima
     assert padded in run(capsys, "reconstruct", folder, image_folder)
     assert cropped in run(capsys, "reconstruct", folder, image_folder, "--fit", "crop")
     assert cropped in run(capsys, "reconstruct", pipeline, image_folder)
-
-
-def test_images_cropped_at_random_in_training_are_cropped_at_the_centre_to_be_measured(pipeline, image_folder, capsys):
-    folder = Path(pipeline).parent / "cropped"
-    shutil.copytree(pipeline, folder)
-    (folder / "training.json").write_text(json.dumps({"data": {"fit": "random_crop"}}))
-    figures = {}
-    for model, fit in ((folder, []), (pipeline, ["--fit", "random_crop"]), (pipeline, ["--fit", "crop"])):
-        arguments = ["evaluate", "reconstruction", model, "--data", image_folder, *fit]
-        run(capsys, *arguments, "--output", "figures.json")
-        record = json.loads(Path("figures.json").read_text())
-        figures[str(model), *fit] = {name: record[name] for name in ("fit", "psnr", "images")}
-    assert len({json.dumps(each) for each in figures.values()}) == 1
-    assert record["fit"] == "crop"
-
-
-def test_evaluate_reconstruction_prints_quality_beside_rate_and_keeps_the_command(pipeline, image_folder, capsys):
-    arguments = ["evaluate", "reconstruction", pipeline, "--data", image_folder, "--output", "new/a figure.json"]
-    printed = run(capsys, *arguments)
-    figures = json.loads(Path("new/a figure.json").read_text())
-    assert figures["images"] == 12
-    assert figures["bits_per_pixel"] == 2
-    assert f"psnr                 {figures['psnr']:.4f}" in printed
-    assert "bits_per_pixel       2.0000" in printed
-    assert figures["command"] == f"looc-ldm {' '.join(arguments[:-1])} 'new/a figure.json'"
-    assert figures["version"] == looc_ldm.__version__
-    assert [path.name for path in Path("new").iterdir()] == ["a figure.json"]
-
-
-def test_a_few_images_are_taken_from_all_over_the_set(pipeline, image_folder, capsys):
-    def psnr(*options):
-        run(capsys, "evaluate", "reconstruction", pipeline, "--output", "figures.json", *options)
-        return json.loads(Path("figures.json").read_text())["psnr"]
-
-    # The folder is sorted by class: its first, middle and last images are the first circle, a square and the last 7.
-    names = sorted(path for path in Path(image_folder).rglob("*.png"))
-    Path("three").mkdir()
-    shutil.copy(names[0], "three/0.png")
-    shutil.copy(names[6], "three/1.png")
-    shutil.copy(names[11], "three/2.png")
-    assert psnr("--data", image_folder, "--images", 3) == pytest.approx(psnr("--data", "three"), abs=1e-3)
-
-
-def test_evaluate_generation_prints_fid_and_kid_beside_the_rate(pipeline, image_folder, inception_weights, capsys):
-    options = ["--images", 6, "--steps", 1, "--inception-weights", inception_weights, "--feature-layer", 768]
-    evaluate = ["evaluate", "generation", pipeline, "--data", image_folder, "--output", "figures.json"]
-    printed = run(capsys, *evaluate, *options, "--guidance-scale", 1.5)
-    figures = json.loads(Path("figures.json").read_text())
-    assert (figures["images_first"], figures["images_second"]) == (6, 12)
-    assert figures["fid@768"] > 0
-    assert (figures["bits_per_pixel"], figures["num_inference_steps"], figures["guidance_scale"]) == (2, 1, 1.5)
-    assert f"fid@768              {figures['fid@768']:.4f}" in printed
 
 
 def test_cache_latents_encodes_the_data_of_a_config(pipeline, image_folder, capsys):

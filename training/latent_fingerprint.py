@@ -56,6 +56,16 @@ def run_fingerprint(images: ImageSet | StreamedSet, model: LooCVQModel | None = 
     return {"data": data} if model is None else {"data": data, "model": _of_model(model)}
 
 
+def reference_fingerprint(images: ImageSet) -> dict[str, dict]:
+    """What figures against these images depend on: the parts `data` and `transform` of `cache_fingerprint`, and the
+    stored sizes of all images where they are files, so that one that is replaced is noticed."""
+    sizes = images.source.sizes()
+    stored = (
+        {} if sizes is None else {"sizes of files": DIGEST + hashlib.sha256(sizes.astype("<i8").tobytes()).hexdigest()}
+    )
+    return {"data": _of_data(images) | stored, "transform": _of_transform(images)}
+
+
 def differences(old: dict[str, dict], new: dict[str, dict]) -> list[str]:
     """The parts of two fingerprints that differ, each with what differs in it."""
     found = []

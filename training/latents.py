@@ -10,20 +10,16 @@ on, also with another number of processes.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from torch.utils.data import Dataset
 
 from looc_ldm.arguments import Parser, add_cache_options
 from looc_ldm.autoencoder import LooCVQModel
-from looc_ldm.devices import choose_device
+from looc_ldm.devices import make_accelerator
 from looc_ldm.errors import UserError, one_line_errors
 from looc_ldm.files import check_folder
 from looc_ldm.loading import load_autoencoder
@@ -104,7 +100,7 @@ def cache_data_set(options: argparse.Namespace) -> None:
     check_cacheable(config.data)
     check_folder(folder)
     check_cache_folder(folder)
-    accelerator = _accelerator(options.device)
+    accelerator = make_accelerator(options.device)
     model = load_autoencoder(config.autoencoder).to(accelerator.device)
     images, _ = load_image_sets(config.data, model.config.in_channels)
     dtype = getattr(torch, options.dtype) if options.dtype else None
@@ -115,21 +111,6 @@ def cache_data_set(options: argparse.Namespace) -> None:
             f"{cache.unreadable} unreadable, {cache.size / 2**20:.1f} MiB, encoded in {cache.precision}"
         )
     accelerator.end_training()
-
-
-def _accelerator(device_name: str | None) -> Accelerator:
-    """On the device of that name, or the best there is; of several processes, each has its own."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device_name not in (None, "cpu"):
-            raise UserError(f"--device {device_name}: of several processes each takes its own; only cpu can be given.")
-        on_cpu = device_name == "cpu"
-    else:
-        device = choose_device(device_name)
-        if device.index is not None and device.type == "cuda":
-            torch.cuda.set_device(device)
-        on_cpu = device.type == "cpu"
-    # A process that has encoded its share waits for the others.
-    return Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,16 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from looc_ldm.errors import ConfigError
+from looc_ldm.metrics import lpips as metrics_lpips
+from looc_ldm.metrics.lpips import LPIPS
 from looc_ldm.training.config import LossConfig
 
 LECAM_DECAY = 0.99  # of its moving averages, as its authors'
@@ -142,69 +141,15 @@ def adaptive_adversarial_weight(
     return (reconstruction / (adversarial + 1e-4)).clamp(0, 1e4)
 
 
-class Perceptual(nn.Module):
-    """A network that compares images, frozen: LPIPS of two batches `(B, 3, H, W)` in [-1, 1], as `(B, 1, 1, 1)`."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network.eval().requires_grad_(False)
-
-    def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """The distances, float32."""
-        with torch.autocast(first.device.type, enabled=False):
-            return self.network(first.float(), second.float())
-
-
-def load_lpips(network: str, weights: str | None) -> Perceptual:
-    """LPIPS on images in [-1, 1], frozen.
-
-    Args:
-        network (`str`): `"vgg"` or `"alex"`.
-        weights (`str`, *optional*): Local file with the network's convolutions under torchvision's names
-            (`features.0.weight`, ...), .safetensors or .pth. Without it, torchvision downloads them.
+def load_lpips(network: str, weights: str | None) -> LPIPS:
+    """LPIPS on images in [-1, 1], frozen: `looc_ldm.metrics.lpips.load_lpips`, whose errors name the setting here.
 
     Raises:
         ConfigError: The file is missing or is not of this network; or there is none and no network to load it from.
     """
-    import lpips
-
-    if weights is None:
-        try:
-            model = lpips.LPIPS(net=network, verbose=False)
-        except OSError as error:
-            raise ConfigError(f"cannot download LPIPS' {network} ({error}); give loss.lpips_weights, a file.") from None
-    else:
-        model = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
-        _fill_convolutions(model.net, _read_weights(weights), weights)
-    return Perceptual(model).eval()
-
-
-def _read_weights(file: str) -> dict[str, torch.Tensor]:
-    if not Path(file).is_file():
-        raise ConfigError(f"loss.lpips_weights={file!r}: no such file.")
     try:
-        if file.endswith(".safetensors"):
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"loss.lpips_weights={file!r} is not a file of weights: {reason}") from None
-
-
-def _fill_convolutions(network: nn.Module, stored: dict[str, torch.Tensor], file: str) -> None:
-    """Copy torchvision's `features.N.weight` into lpips' slices, whose layers keep the number N as their name."""
-    layers = {
-        name: layer
-        for slice_ in network.children()
-        if isinstance(slice_, nn.Sequential)
-        for name, layer in slice_.named_children()
-        if isinstance(layer, nn.Conv2d)
-    }
-    for number, layer in layers.items():
-        for kind in ("weight", "bias"):
-            value, target = stored.get(f"features.{number}.{kind}"), getattr(layer, kind).data
-            if value is None or value.shape != target.shape:
-                raise ConfigError(
-                    f"loss.lpips_weights={file!r} does not hold features.{number}.{kind} of this network."
-                )
-            target.copy_(value)
+        return metrics_lpips.load_lpips(network, None if weights is None else Path(weights))
+    except ConnectionError as error:
+        raise ConfigError(f"{error} Give loss.lpips_weights, a file.") from error
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"loss.lpips_weights: {error}") from error

@@ -76,6 +76,10 @@ class Source(ABC):
         """All labels, int64 `(len,)`; -1 without classes."""
         return np.full(len(self), -1)
 
+    def sizes(self) -> np.ndarray | None:
+        """Bytes of every image as it is stored, int64 `(len,)`, where that can be told without reading them."""
+        return None
+
     def select(self, indices: np.ndarray) -> Source:
         """The images at some indices, in their order."""
         return Selection(self, np.asarray(indices, np.int64))
@@ -121,6 +125,9 @@ class FileSource(Source):
 
     def labels(self) -> np.ndarray:
         return self._labels
+
+    def sizes(self) -> np.ndarray:
+        return np.array([os.path.getsize(file.as_py()) for file in self._files], np.int64)
 
 
 # Finding out what data.path names ----------------------------------------------------------------------------------

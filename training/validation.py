@@ -5,41 +5,34 @@ Nothing here leaves a trace in the training: random number generators and the mo
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers.utils import make_image_grid
 from PIL import Image
-from safetensors.torch import load_file, save
 from torch.utils.data import Subset
 
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.errors import ConfigError
-from looc_ldm.files import renamed_when_complete
 from looc_ldm.images import to_float, to_pil, to_uint8
+from looc_ldm.metrics.collect import Features
+from looc_ldm.metrics.generation import Network
+from looc_ldm.metrics.generation import generation_figures as generation_figures_of
 from looc_ldm.metrics.reconstruction import eval_mode, evaluate_reconstruction
+from looc_ldm.metrics.reference import ReferenceCache
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.quantizer import LooCQuantizer
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, EvaluationConfig
 from looc_ldm.training.data import ImageSet, float_batches, spread
-from looc_ldm.training.features import (
-    features_of_config,
-    fid_and_kid_of_features,
-    gathered,
-    image_features,
-    inception,
-)
-from looc_ldm.training.together import write_together
+from looc_ldm.training.features import features_of_config, features_of_share, read_pixels
+from looc_ldm.training.together import from_main, write_together
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +113,8 @@ def reconstruction_figures(
     chosen = spread(len(images), evaluation.images)
     with _random_state_kept(model.device):
         batches = float_batches(Subset(images, chosen), batch_size, num_workers)
-        report = evaluate_reconstruction(model, batches, images.content_size, features, lpips)
+        named = {} if lpips is None else {"lpips": lpips}
+        report = evaluate_reconstruction(model, batches, images.content_size, features, named)
     return {name: value for name, value in report.items() if name in LOGGED or name.startswith("rfid@")}
 
 
@@ -165,30 +159,39 @@ def generation_figures(
     Raises:
         DataError: Fewer than 2 of the images can be read.
     """
-    layer, count = config.evaluation.feature_layer, config.evaluation.images
+    count = config.evaluation.images
     guidance = config.preview_guidance_scale if pipe.config.null_class_label is not None else 1.0
-    with _random_state_kept(accelerator.device):
-        network = inception(features_of_config(config.evaluation), accelerator.device)
-        reference = _reference_features(network, images, config, accelerator)
-        samples = sample_images(
+    features = features_of_config(config.evaluation)
+    labels = _balanced_labels(pipe, count)
+
+    def draw(indices: list[int]) -> Iterator[torch.Tensor]:
+        return sample_images(
             pipe,
-            _balanced_labels(pipe, count),
+            labels,
             seed=config.seed,
             batch_size=min(SAMPLE_BATCH, max(1, config.batch_size // accelerator.num_processes)),
             progress=accelerator.is_main_process,
-            indices=range(accelerator.process_index, count, accelerator.num_processes),
+            indices=indices,
             num_inference_steps=config.preview_steps,
             guidance_scale=guidance,
         )
-        drawn = gathered(image_features(network, samples, accelerator.device), count, accelerator)
+
+    with _random_state_kept(accelerator.device):
+        network = features.load(accelerator.device)
+        reference = _reference_features(network, images, config, accelerator)
+        drawn = features_of_share(network, draw, count, accelerator)
     figures = {}
     if accelerator.is_main_process:
-        fid, kid = fid_and_kid_of_features(drawn, reference)
         figures = {
-            f"fid@{layer}": fid,
-            f"kid@{layer}": kid,
-            "samples": len(drawn),
-            "reference_images": len(reference),
+            name: value
+            for name, value in generation_figures_of(
+                ("fid", "kid"), {"inception": drawn}, {"inception": reference}, {"inception": features.name}
+            ).items()
+            if not name.startswith("kid_std")
+        }
+        figures |= {
+            "samples": drawn.count,
+            "reference_images": reference.count,
             "steps": config.preview_steps,
             "guidance_scale": guidance,
         }
@@ -201,37 +204,31 @@ def _balanced_labels(pipe: LooCLDMPipeline, count: int) -> list[int | None]:
 
 
 def _reference_features(
-    network: nn.Module, images: ImageSet, config: DiffusionConfig, accelerator: Accelerator
-) -> torch.Tensor | None:
-    """Features `(n, layer)` of the images compared with, on the main process. A collective."""
-    name = f"{config.evaluation.feature_layer}-{_reference_fingerprint(images, config)}.safetensors"
-    file = Path(config.output_dir) / "reference" / name
-    if broadcast_object_list([file.is_file()])[0]:  # as the main process sees it
-        return load_file(file)["features"] if accelerator.is_main_process else None
+    network: Network, images: ImageSet, config: DiffusionConfig, accelerator: Accelerator
+) -> Features | None:
+    """Features of the images compared with, on the main process. A collective."""
+    cache, key = ReferenceCache(Path(config.output_dir) / "reference"), _reference_key(images, config)
+    found = from_main(accelerator, lambda: cache.file(key).is_file())
+    stored = cache.load(key) if found and accelerator.is_main_process else None
+    if broadcast_object_list([stored is not None])[0]:
+        return stored
     chosen = spread(len(images), config.evaluation.images)
-    share = chosen[accelerator.process_index :: accelerator.num_processes]
-    batches = float_batches(Subset(images, share), READ_BATCH, config.data.num_workers)
-    pixels = (image for batch in batches for image in to_uint8(batch))
-    features = gathered(image_features(network, pixels, accelerator.device), len(chosen), accelerator)
 
-    def write() -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with renamed_when_complete(file) as partial:
-            partial.write_bytes(save({"features": features}))
+    def read(places: list[int]) -> Iterator[torch.Tensor]:
+        subset = Subset(images, chosen[places])
+        return read_pixels(float_batches(subset, READ_BATCH, config.data.num_workers))
 
-    write_together(accelerator, "the reference of FID", file.parent, write, main_only=True)
+    features = features_of_share(network, read, len(chosen), accelerator)
+    write_together(accelerator, "the reference of FID", cache.folder, lambda: cache.save(key, features), main_only=True)
     return features
 
 
-def _reference_fingerprint(images: ImageSet, config: DiffusionConfig) -> str:
-    """Of all that decides the reference features: the images, their transform, their number, and the network."""
-    weights = config.evaluation.inception_weights
-    if weights is not None:
-        with open(weights, "rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
+def _reference_key(images: ImageSet, config: DiffusionConfig) -> dict:
+    """All that decides the reference features: the images, their transform, their number, and the network."""
     data = {k: v for k, v in asdict(config.data).items() if k not in ("num_workers", "max_unreadable_share")}
-    described = json.dumps([data, len(images), config.evaluation.images, weights], sort_keys=True)
-    return hashlib.sha256(described.encode()).hexdigest()[:16]
+    network = features_of_config(config.evaluation).identity()
+    del network["weights"]  # where they lie does not matter
+    return {"data": data, "length": len(images), "images": config.evaluation.images, "network": network}
 
 
 def _random_state_kept(device: torch.device) -> AbstractContextManager:

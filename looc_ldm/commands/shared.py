@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from looc_ldm import __version__
 from looc_ldm.devices import choose_device
 from looc_ldm.errors import UserError
 from looc_ldm.files import check_folder
@@ -45,16 +44,21 @@ def draw_samples(pipe, labels: list, options: argparse.Namespace):
 
 
 def load_images(options: argparse.Namespace, model):
-    from looc_ldm.training.config import DataConfig
-    from looc_ldm.training.data import load_image_set
-
     resolution = options.resolution or model.config.sample_size
     with as_user_errors(ValueError):
         model.bits_per_image(resolution, resolution)  # refuses a side that the model cannot take
-    fit = options.fit or fit_in_training(options.model)
+    return square_images(options, options.model, resolution, model.config.in_channels)
+
+
+def square_images(options: argparse.Namespace, model: str, resolution: int, channels: int):
+    """The images that the options of `add_data_options` name; square as in the training of `model`, if left open."""
+    from looc_ldm.training.config import DataConfig
+    from looc_ldm.training.data import load_image_set
+
+    fit = options.fit or fit_in_training(model)
     fit = "crop" if fit == "random_crop" else fit  # what that is where nothing is trained
     config = DataConfig(path=options.data, split=options.split or "", resolution=resolution, fit=fit)
-    return load_image_set(config, model.config.in_channels)
+    return load_image_set(config, channels)
 
 
 def fit_in_training(name: str) -> str:
@@ -128,16 +132,3 @@ def fingerprints_for(options: argparse.Namespace, generation: bool = False) -> d
         return {}
     folder = model_folder(options.model, component=None if generation else "vqvae")
     return stored_fingerprints(folder, generation)
-
-
-def report_figures(figures: dict, fingerprints: dict[str, str], options: argparse.Namespace) -> None:
-    """Print the figures, and write them with what is needed to repeat them and to know of which model they are."""
-    for name, value in figures.items():
-        print(f"{name:20} {value:.4f}" if isinstance(value, float) else f"{name:20} {value}")
-    if options.output is not None:
-        from looc_ldm.files import replace_text
-
-        record = {**figures, "fingerprints": fingerprints, "dtype": options.dtype}
-        record |= {"command": options.command_line, "version": __version__}
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(options.output, json.dumps(record, indent=2) + "\n")

@@ -1,163 +1,325 @@
-"""FID and KID of two sets of images, by torch-fidelity."""
+"""How close generated images are to real ones: FID, KID, Inception score, precision and recall, and others.
+
+Figures of a network are computed from one pass of the images through it. Images come in batches and are not kept; of
+some figures their features are.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.data import Dataset
 
-LAYERS = ("64", "192", "768", "2048")
-KID_SUBSET_SIZE = 1000
-SEED = 2020  # of the subsets of KID; torch-fidelity's default, so that its command line gives the same figure
+from looc_ldm.metrics.class_fid import class_averaged_fid
+from looc_ldm.metrics.collect import FeatureCollector, Features
+from looc_ldm.metrics.extractors import Extractor, InceptionFeatures
+from looc_ldm.metrics.frechet import frechet_distance
+from looc_ldm.metrics.inception_score import inception_score
+from looc_ldm.metrics.kernel import cmmd, kid
+from looc_ldm.metrics.precision_recall import precision_recall
+from looc_ldm.metrics.shares import at_a_time, in_one_order, places
+from looc_ldm.metrics.timing import Stopwatch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+BATCH = 50  # images of a batch that is made of single ones
+NEIGHBORS = 3  # of precision and recall
+SPLITS = 10  # of the Inception score
+
+Network = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # what Extractor.load returns
+Figures = dict[str, float | int | dict]
 
 
 @dataclass(frozen=True)
-class InceptionFeatures:
-    """Which features of the FID Inception network images are compared by.
+class Metric:
+    """A figure of generated images.
 
-    Figures at different layers live on different scales: only `"2048"` is the FID of published tables.
-
-    Args:
-        layer (`str`, defaults to `"2048"`): `"64"`, `"192"`, `"768"` or `"2048"`, the number of features.
-        weights (`Path`, *optional*): A torch-fidelity state dict (`.pth`) of the network. With it nothing is ever
-            downloaded; without it torch-fidelity downloads its own once (95 MB).
-
-    Raises:
-        ValueError: Another layer.
-        FileNotFoundError: `weights` is not a file.
+    Attributes:
+        network: Which features it is computed from.
+        measure: The figures of generated and reference features, by name, from these, the suffix of names, and the
+            names of the classes.
+        rows: Whether it needs the features themselves, not only their moments.
+        labels: Whether it needs the classes of both sides.
+        logits: Whether it needs the logits of the generated images, and no reference.
+        least: How many images it needs on each side.
     """
 
-    layer: str = "2048"
-    weights: Path | None = None
-
-    def __post_init__(self):
-        if self.layer not in LAYERS:
-            raise ValueError(f"layer must be one of {', '.join(LAYERS)}, got {self.layer!r}.")
-        if self.weights is not None and not Path(self.weights).is_file():
-            raise FileNotFoundError(f"No Inception weights at {self.weights}.")
-
-    @property
-    def weights_path(self) -> str | None:
-        """The path as torch-fidelity takes it."""
-        return None if self.weights is None else str(self.weights)
-
-    def check(self) -> None:
-        """Fail now rather than after hours of sampling. Downloads the network if no `weights` were given.
-
-        Raises:
-            ValueError: The file is not a state dict of the FID Inception network, holds more than tensors, or does not
-                hold `layer` (its features are not finite).
-            ConnectionError: The network could not be downloaded.
-        """
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-        source = self.weights if self.weights is not None else "The downloaded file"
-        try:
-            if self.weights is not None:
-                # torch-fidelity unpickles whatever the file holds; this load refuses anything but tensors.
-                torch.load(self.weights, map_location="cpu", weights_only=True)
-            network = FeatureExtractorInceptionV3(
-                "inception-v3-compat", [self.layer], feature_extractor_weights_path=self.weights_path, verbose=False
-            )
-        except OSError as error:
-            if self.weights is not None:
-                raise
-            raise ConnectionError(f"The Inception weights could not be downloaded ({error}); give a path.") from error
-        except Exception as error:  # whatever a pickle of something else, or no pickle at all, leads to
-            raise ValueError(f"{source} is not a state dict of torch-fidelity's Inception network.") from error
-        with torch.no_grad():
-            (features,) = network(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-        if not features.isfinite().all():
-            raise ValueError(f"{source} does not hold layer {self.layer}: its features are not finite.")
+    network: str
+    measure: Callable[[Features, Features, str, Mapping[int, str] | None], Figures]
+    rows: bool = False
+    labels: bool = False
+    logits: bool = False
+    least: int = 2
 
 
-def fid_and_kid(
-    first: Iterable[torch.Tensor],
-    second: Iterable[torch.Tensor],
-    features: InceptionFeatures,
-    second_cache: Path | None = None,
-) -> dict[str, float | int | str]:
-    """Fréchet and kernel Inception distance of two sets of images.
+def _frechet(name: str) -> Callable:
+    return lambda generated, reference, suffix, classes: {
+        f"{name}@{suffix}": frechet_distance(generated.moments, reference.moments)
+    }
 
-    FID falls with the number of images although the distribution stays the same, so figures compare only at equal
-    counts; KID does not. Runs on the GPU where there is one; the same images give the same figures.
+
+def _kernel(name: str) -> Callable:
+    def measure(generated: Features, reference: Features, suffix: str, classes) -> Figures:
+        mean, deviation = kid(generated.rows, reference.rows)
+        return {f"{name}@{suffix}": mean, f"{name}_std@{suffix}": deviation}
+
+    return measure
+
+
+def _precision_recall(generated: Features, reference: Features, suffix: str, classes) -> Figures:
+    precision, recall = precision_recall(generated.rows, reference.rows, NEIGHBORS)
+    return {f"precision@{suffix}": precision, f"recall@{suffix}": recall}
+
+
+def _inception_score(generated: Features, reference: Features | None, suffix: str, classes) -> Figures:
+    mean, deviation = inception_score(generated.logits, SPLITS)
+    return {"is": mean, "is_std": deviation}
+
+
+def _cmmd(generated: Features, reference: Features, suffix: str, classes) -> Figures:
+    return {f"cmmd@{suffix}": cmmd(generated.rows, reference.rows)}
+
+
+def _class_fid(generated: Features, reference: Features, suffix: str, classes: Mapping[int, str] | None) -> Figures:
+    found = class_averaged_fid(generated.rows, generated.labels, reference.rows, reference.labels, classes)
+    detail = asdict(found)
+    return {
+        f"class_fid@{suffix}": detail.pop("mean"),
+        "class_fid_classes": len(found.per_class),
+        "class_fid": detail,
+    }
+
+
+METRICS = {
+    "fid": Metric("inception", _frechet("fid")),
+    "kid": Metric("inception", _kernel("kid"), rows=True),
+    "is": Metric("inception", _inception_score, logits=True, least=SPLITS),
+    "precision_recall": Metric("inception", _precision_recall, rows=True, least=NEIGHBORS + 1),
+    "class_fid": Metric("inception", _class_fid, rows=True, labels=True),
+    "fd@dinov2": Metric("dinov2", _frechet("fd")),
+    "kd@dinov2": Metric("dinov2", _kernel("kd"), rows=True),
+    "precision_recall@dinov2": Metric("dinov2", _precision_recall, rows=True, least=NEIGHBORS + 1),
+    "precision_recall@vgg": Metric("vgg", _precision_recall, rows=True, least=NEIGHBORS + 1),
+    "cmmd": Metric("clip", _cmmd, rows=True),
+}
+DEFAULT_METRICS = ("fid", "kid")
+
+
+def check_metrics(names: Collection[str]) -> list[str]:
+    """The names, each once, in the order of `METRICS`. Raises ValueError for an unknown one, or for none."""
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"metrics must be of {', '.join(METRICS)}, got {name!r}.")
+    if not names:
+        raise ValueError(f"name at least one metric of {', '.join(METRICS)}.")
+    return [name for name in METRICS if name in names]
+
+
+def networks_needed(names: Collection[str]) -> list[str]:
+    """The networks of these metrics, each once."""
+    return list(dict.fromkeys(METRICS[name].network for name in names))
+
+
+def rows_needed(names: Collection[str], network: str) -> bool:
+    """Whether one of these metrics needs the features of that network themselves, and not only their moments."""
+    return any(METRICS[name].rows for name in names if METRICS[name].network == network)
+
+
+@torch.no_grad()
+def collect_features(
+    batches: Iterable[torch.Tensor],
+    networks: Mapping[str, Network],
+    keep_rows: Collection[str] = (),
+    accelerator: Accelerator | None = None,
+    stopwatch: Stopwatch | None = None,
+    logits: bool = True,
+    device: torch.device | str = "cpu",
+) -> dict[str, Features]:
+    """Features of images by several networks, in one pass over the images. A collective.
+
+    Args:
+        batches: uint8 images `(B, 1 or 3, H, W)`; of several processes, process r of R gives the batches r, r + R, ...
+            of the whole.
+        networks: What `Extractor.load` returned, by name.
+        keep_rows: Names of those whose features are kept, for metrics that need more than moments.
+        accelerator (`Accelerator`, *optional*): The processes.
+        stopwatch (`Stopwatch`, *optional*): Counts the time for "images", "network" and "statistics".
+        logits: Keep the logits of networks that give them.
+        device: Of the networks, which decides how many images they are given at a time.
+
+    Returns:
+        `dict` of `Features` by name, complete on the main process, in the order that one process has.
+
+    Raises:
+        ValueError: No images, or others than was said.
+    """
+    stopwatch = stopwatch or Stopwatch()
+    size = at_a_time(device)
+    collectors = {name: FeatureCollector(keep_rows=name in keep_rows) for name in networks}
+    for number, batch in enumerate(stopwatch.waiting("images", batches)):
+        _check_images(batch)
+        where = places(number, len(batch), accelerator)
+        for name, network in networks.items():
+            for part, place in zip(batch.split(size), where.split(size), strict=True):
+                with stopwatch.running("network"):
+                    found = network(part)
+                with stopwatch.running("statistics"):
+                    kept = found if logits else {"features": found["features"]}
+                    collectors[name].update(kept, place)
+    with stopwatch.running("statistics"):
+        return {name: in_one_order(collector.collect(accelerator)) for name, collector in collectors.items()}
+
+
+def generation_figures(
+    metrics: Collection[str],
+    generated: Mapping[str, Features],
+    reference: Mapping[str, Features],
+    suffixes: Mapping[str, str],
+    classes: Mapping[int, str] | None = None,
+) -> Figures:
+    """The figures, ready for JSON, of collected features by network.
+
+    Args:
+        metrics: Of `METRICS`.
+        generated, reference: What `collect_features` gave on the main process, with `labels` for class_fid.
+        suffixes: `Extractor.name` by network, which names the figures: `fid@2048`.
+        classes: Names of the labels.
+
+    Raises:
+        ValueError: Fewer than 2 images on a side, features that are not finite, or no class with 2 images.
+    """
+    figures: Figures = {}
+    for name in check_metrics(metrics):
+        network = METRICS[name].network
+        figures |= METRICS[name].measure(generated[network], reference.get(network), suffixes[network], classes)
+    return figures
+
+
+def evaluate_generation(
+    samples: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
+    reference: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
+    metrics: Collection[str] = DEFAULT_METRICS,
+    networks: Mapping[str, Extractor] | None = None,
+    classes: Mapping[int, str] | None = None,
+    device: torch.device | str = "cpu",
+) -> Figures:
+    """Compare generated images with real ones, on one process.
+
+    `looc-ldm evaluate generation` does more: many processes, a cache of the reference, samples drawn from a model.
+
+    Args:
+        samples, reference: Batches of uint8 images `(B, C, H, W)`, C = 1 (which counts as RGB) or 3, with their labels
+            `(B,)` or None. They are read once and not kept.
+        metrics: Of `METRICS`.
+        networks (`dict`, *optional*): Extractors (`looc_ldm.metrics.extractors`) by "inception", "dinov2", "clip" and
+            "vgg", as the metrics need them. Inception, with the standard 2,048 features, if not given.
+        classes: Names of the labels, for class_fid.
+        device: Of the networks.
+
+    Returns:
+        `dict`: `protocol` ("clean"), `images_first`, `images_second`, and of
+
+        - fid, kid: `fid@2048`; `kid@2048`, `kid_std@2048` (mean and deviation over 100 subsets of min(1000, both
+          counts) images). FID is 0 for equal sets, up to rounding; KID is unbiased and may be slightly negative.
+        - is: `is`, `is_std` over 10 splits.
+        - precision_recall: `precision@2048`, `recall@2048`, with 3 neighbours; @vgg as torch-fidelity has it.
+        - class_fid: `class_fid@2048`, the mean of `class_fid["per_class"]` over `class_fid_classes` classes;
+          `class_fid["skipped"]`: which had fewer than 2 images, `class_fid["biased"]`: which fewer than features.
+        - fd@dinov2, kd@dinov2, cmmd: `fd@dinov2-large`, `kd@dinov2-large`, `cmmd@clip-vit-large-patch14-336`.
+
+    Raises:
+        ValueError: Fewer than 2 images on a side, images of another type, of several sizes in one batch, labels that
+            are missing, or weights that do not fit.
+    """
+    metrics = check_metrics(metrics)
+    needed = networks_needed(metrics)
+    networks = networks or {"inception": InceptionFeatures(logits="is" in metrics)}
+    for name in needed:
+        if name not in networks:
+            raise ValueError(f"networks must hold {name!r}, which {', '.join(metrics)} need.")
+        networks[name].check()
+    loaded = {name: networks[name].load(device) for name in needed}
+    keep = [name for name in needed if rows_needed(metrics, name)]
+    sides = []
+    for side, batches in (("first", samples), ("second", reference)):
+        labels: list[torch.Tensor | None] = []
+        features = collect_features(_images_of(batches, labels), loaded, keep, logits=side == "first", device=device)
+        _set_labels(features, labels, side, required=any(METRICS[name].labels for name in metrics))
+        sides.append(features)
+    counts = [next(iter(side.values())).count for side in sides]
+    return {
+        "protocol": "clean",
+        "images_first": counts[0],
+        "images_second": counts[1],
+        **generation_figures(metrics, *sides, {name: networks[name].name for name in needed}, classes),
+    }
+
+
+def fid_and_kid(first: Iterable[torch.Tensor], second: Iterable[torch.Tensor], features: InceptionFeatures) -> Figures:
+    """FID and KID between two sets of images; the same images give the same figures.
 
     Args:
         first, second: Images as uint8 tensors of shape `(C, H, W)`, C = 1 (repeated to 3) or 3, of one shape in each
-            set. A sequence (a tensor `(N, C, H, W)` is one, a lazy data set another) is read image by image, any
-            other iterable is held in memory.
+            set. They are read once and not kept.
         features (`InceptionFeatures`): The network and its layer, which every key carries.
-        second_cache (`Path`, *optional*): Folder that keeps the features of `second` for further calls. It is the
-            caller's to give a folder per set of images: it is not looked at what they are.
 
     Returns:
-        `dict`: `protocol` ("clean"); `images_first`, `images_second`; and for instance `fid@2048`, `kid@2048` (mean
-        over 100 subsets of min(1000, both counts) images) and `kid_std@2048`. FID is 0 for equal sets, up to
-        rounding; KID is unbiased and may be slightly negative.
+        `dict`: of `evaluate_generation`.
 
     Raises:
         ValueError: Fewer than 2 images in a set, an image of another type or shape, or weights that do not fit (see
             `InceptionFeatures.check`).
     """
-    import torch_fidelity
-
-    sets = [_ImageSet(name, images) for name, images in (("first", first), ("second", second))]
-    features.check()
-    figures = torch_fidelity.calculate_metrics(
-        input1=sets[0],
-        input2=sets[1],
-        fid=True,
-        kid=True,
-        feature_layer_fid=features.layer,
-        feature_layer_kid=features.layer,
-        feature_extractor_weights_path=features.weights_path,
-        kid_subset_size=min(KID_SUBSET_SIZE, *map(len, sets)),
-        rng_seed=SEED,
-        cuda=torch.cuda.is_available(),
-        cache=second_cache is not None,
-        cache_root=None if second_cache is None else str(second_cache),
-        input2_cache_name=None if second_cache is None else "second",
-        save_cpu_ram=True,  # no worker processes: they would copy a set that is in memory, and hide its errors
-        verbose=False,
-    )
-    named = {
-        f"fid@{features.layer}": figures[torch_fidelity.KEY_METRIC_FID],
-        f"kid@{features.layer}": figures[torch_fidelity.KEY_METRIC_KID_MEAN],
-        f"kid_std@{features.layer}": figures[torch_fidelity.KEY_METRIC_KID_STD],
-    }
-    for name, figure in named.items():
-        if not math.isfinite(figure):
-            raise ValueError(f"{name} is {figure}: the features of these images are not finite.")
-    return {"protocol": "clean", "images_first": len(sets[0]), "images_second": len(sets[1]), **named}
+    return evaluate_generation(_batched(first, "first"), _batched(second, "second"), networks={"inception": features})
 
 
-class _ImageSet(Dataset):
-    """A set of images as torch-fidelity reads it: RGB, and an error in one line for what it cannot be."""
-
-    def __init__(self, name: str, images: Iterable[torch.Tensor]):
-        lazy = isinstance(images, Sequence) or (hasattr(images, "__getitem__") and hasattr(images, "__len__"))
-        self.images = images if lazy else list(images)
-        self.name = name
-        if len(self.images) < 2:
-            raise ValueError(f"FID and KID need at least 2 images in the {name} set, got {len(self.images)}.")
-        self.shape = tuple(self.images[0].shape)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        image = self.images[index]
+def _batched(images: Iterable[torch.Tensor], side: str) -> Iterator[tuple[torch.Tensor, None]]:
+    """Unlabelled batches `(B, C, H, W)` of images `(C, H, W)`, with errors that name what cannot be compared."""
+    batch: list[torch.Tensor] = []
+    shape, count = None, 0
+    for image in images:
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
             raise ValueError(
                 "images must be uint8 tensors of shape (1 or 3, height, width), "
-                f"got {image.dtype} of shape {tuple(image.shape)} in the {self.name} set."
+                f"got {image.dtype} of shape {tuple(image.shape)} in the {side} set."
             )
-        if tuple(image.shape) != self.shape:
-            raise ValueError(
-                f"images of the {self.name} set must have one shape, got {self.shape} and {tuple(image.shape)}."
-            )
-        return image.expand(3, -1, -1)
+        shape = shape or tuple(image.shape)
+        if tuple(image.shape) != shape:
+            raise ValueError(f"images of the {side} set must have one shape, got {shape} and {tuple(image.shape)}.")
+        batch.append(image)
+        count += 1
+        if len(batch) == BATCH:
+            yield torch.stack(batch), None
+            batch = []
+    if batch:
+        yield torch.stack(batch), None
+    if count < 2:
+        raise ValueError(f"FID and KID need at least 2 images in the {side} set, got {count}.")
+
+
+def _images_of(
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]], labels: list[torch.Tensor | None]
+) -> Iterator[torch.Tensor]:
+    for images, of_images in batches:
+        labels.append(of_images)
+        yield images
+
+
+def _set_labels(features: Mapping[str, Features], labels: list[torch.Tensor | None], side: str, required: bool) -> None:
+    if not required:
+        return
+    if any(of_batch is None for of_batch in labels):
+        raise ValueError(f"class_fid needs labels with every batch of the {side} set.")
+    for of_network in features.values():
+        of_network.labels = torch.cat(labels)
+
+
+def _check_images(images: torch.Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(
+            "images must be uint8 tensors of shape (batch, 1 or 3, height, width), "
+            f"got {images.dtype} of shape {tuple(images.shape)}."
+        )

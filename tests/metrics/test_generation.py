@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import tarfile
+import weakref
 from pathlib import Path
 from urllib.error import URLError
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from looc_ldm.metrics import InceptionFeatures, fid_and_kid
+from looc_ldm.metrics import InceptionFeatures, evaluate_generation, fid_and_kid
 
 KEYS_AT_64 = {"protocol", "images_first", "images_second", "fid@64", "kid@64", "kid_std@64"}
 
@@ -71,15 +72,6 @@ def test_equal_sets_are_at_distance_zero_and_different_ones_are_not(random_weigh
     assert abs(fid_and_kid(noise(8), noise(8), features)["fid@64"]) < 1e-4 * different
 
 
-def test_cached_features_of_the_second_set_are_used_instead_of_its_images(random_weights, tmp_path):
-    features = InceptionFeatures("64", random_weights)
-    expected = fid_and_kid(noise(6), noise(9, seed=1), features)
-    assert fid_and_kid(noise(6), noise(9, seed=1), features, tmp_path) == expected
-    unread = torch.zeros(9, 3, 24, 24, dtype=torch.uint8)
-    assert fid_and_kid(noise(6), unread, features, tmp_path)["fid@64"] == pytest.approx(expected["fid@64"])
-    assert fid_and_kid(noise(6), unread, features)["fid@64"] != pytest.approx(expected["fid@64"])
-
-
 def test_two_calls_give_the_same_figures(random_weights):
     features = InceptionFeatures("64", random_weights)
     first, second = (fid_and_kid(noise(6), noise(9, seed=1), features) for _ in range(2))
@@ -97,6 +89,53 @@ def test_a_generator_of_images_will_do(random_weights):
     features = InceptionFeatures("64", random_weights)
     expected = fid_and_kid(noise(4), noise(4, seed=1), features)
     assert fid_and_kid((x for x in noise(4)), list(noise(4, seed=1)), features) == expected
+
+
+def labelled(images: torch.Tensor, labels: list[int], size: int = 3):
+    """Batches with their labels."""
+    return zip(images.split(size), torch.tensor(labels).split(size), strict=True)
+
+
+def test_many_figures_come_from_one_pass_over_batches(random_weights):
+    networks = {"inception": InceptionFeatures("64", random_weights)}
+    first, second, labels = noise(8), noise(8, seed=1), [0] * 4 + [1] * 4
+    metrics = ("fid", "kid", "precision_recall", "class_fid")
+    figures = evaluate_generation(
+        iter(list(labelled(first, labels))), labelled(second, labels, 5), metrics, networks, {0: "cat", 1: "dog"}
+    )
+    assert figures["fid@64"] == pytest.approx(fid_and_kid(first, second, networks["inception"])["fid@64"])
+    per_class = {
+        name: fid_and_kid(first[chosen], second[chosen], networks["inception"])["fid@64"]
+        for name, chosen in (("cat", slice(4)), ("dog", slice(4, 8)))
+    }
+    assert figures["class_fid"]["per_class"] == pytest.approx(per_class)
+    assert figures["class_fid@64"] == pytest.approx(sum(per_class.values()) / 2)
+    assert {"precision@64", "recall@64", "kid@64", "kid_std@64"} <= figures.keys()
+
+
+def test_what_figures_need_is_asked_for(random_weights):
+    networks = {"inception": InceptionFeatures("64", random_weights)}
+    unlabelled = [(noise(4), None)]
+    with pytest.raises(ValueError, match="class_fid needs labels with every batch of the first set"):
+        evaluate_generation(unlabelled, unlabelled, ["class_fid"], networks)
+    with pytest.raises(ValueError, match=r"fid, kid, .*cmmd, got 'fad'"):
+        evaluate_generation(unlabelled, unlabelled, ["fad"], networks)
+    with pytest.raises(ValueError, match="networks must hold 'clip'"):
+        evaluate_generation(unlabelled, unlabelled, ["fid", "cmmd"], networks)
+
+
+def test_no_image_is_kept(random_weights):
+    networks = {"inception": InceptionFeatures("64", random_weights)}
+    alive: list[weakref.ref] = []
+
+    def batches():
+        for seed in range(4):
+            images = noise(2, seed=seed)
+            alive.append(weakref.ref(images))
+            assert sum(reference() is not None for reference in alive) <= 2  # this one, and the one that was just seen
+            yield images, None
+
+    evaluate_generation(batches(), batches(), ("fid", "kid"), networks)
 
 
 def test_a_layer_that_the_weights_do_not_hold_is_refused(random_weights):

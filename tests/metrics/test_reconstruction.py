@@ -171,6 +171,68 @@ def test_perplexity_weighs_codes_by_how_often_they_are_used():
     assert report["perplexity"] == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
 
 
+def test_entropy_and_dead_codes_are_those_of_the_counts_and_give_the_rate_of_an_ideal_coder():
+    model = parrot()
+    model.codes = torch.tensor([0, 0, 0, 7]).repeat(128).view(1, 16, 16, 2)
+    report = evaluate_reconstruction(model, [photos(1)])
+    entropy = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))
+    assert report["code_entropy"] == pytest.approx(entropy)
+    assert report["dead_codes"] == 14
+    assert report["bits_per_pixel"] == pytest.approx(16 * 16 * 2 * 4 / 32**2)
+    assert report["bits_per_pixel_entropy"] == pytest.approx(16 * 16 * 2 * entropy / 32**2)
+    padded = evaluate_reconstruction(model, [photos(1)], measured_size=(16, 16))
+    assert padded["bits_per_pixel_entropy"] == pytest.approx(4 * report["bits_per_pixel_entropy"])
+
+
+def test_sizes_of_model_and_codebook_are_stated():
+    model = tiny_model()
+    report = evaluate_reconstruction(model, [photos()])
+    assert report["parameters"] == sum(p.numel() for p in model.parameters())
+    assert report["codebook_scalars"] == 16 * 2
+
+
+def test_perceptual_distances_are_of_whole_images_as_rgb_under_their_own_names():
+    seen = []
+
+    def distance(x, y):
+        seen.append(x.shape)
+        return (x - y).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+    images = photos(3) * 0.5
+    report = evaluate_reconstruction(
+        parrot(lambda x: x + 0.25), [images[:2], images[2:]], (28, 28), None, {"lpips_x": distance}
+    )
+    assert report["lpips_x"] == pytest.approx(0.25)
+    assert seen == [(2, 3, 32, 32), (1, 3, 32, 32)]
+    grey = LooCVQModel.from_config(tiny_model().config, in_channels=1, out_channels=1)
+    evaluate_reconstruction(grey, [images[:, :1]], lpips={"lpips_x": distance})
+    assert seen[-1] == (3, 3, 32, 32)
+
+
+def test_only_what_is_named_is_measured():
+    tiny = photos(size=(8, 8))  # smaller than the window of SSIM
+    report = evaluate_reconstruction(tiny_model(), [tiny], metrics=["l1"])
+    assert "l1" in report
+    assert not {"psnr", "ssim"} & report.keys()
+    with pytest.raises(ValueError, match="psnr, ssim, l1, rfid, kid, got 'fid'"):
+        evaluate_reconstruction(tiny_model(), [tiny], metrics=["fid"])
+    with pytest.raises(ValueError, match="rfid needs features"):
+        evaluate_reconstruction(tiny_model(), [tiny], metrics=["rfid"])
+
+
+def test_the_paper_protocol_damages_both_sides_by_a_jpeg():
+    images = photos()
+    paper = evaluate_reconstruction(parrot(), [images], protocol="paper")
+    assert paper["protocol"] == "paper"
+    assert paper["psnr"] == 100  # the same JPEG twice
+    spoil = parrot(lambda x: (x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1))
+    clean, paper = (evaluate_reconstruction(spoil, [images], protocol=name) for name in ("clean", "paper"))
+    assert abs(clean["psnr"] - paper["psnr"]) > 0.05
+    assert clean["perplexity"] == paper["perplexity"]
+    with pytest.raises(ValueError, match="clean, paper, got 'papr'"):
+        evaluate_reconstruction(parrot(), [images], protocol="papr")
+
+
 def test_the_model_is_measured_in_eval_mode_and_gets_its_modes_back():
     seen = []
     model = parrot(lambda x: seen.append(model.training) or x).train()

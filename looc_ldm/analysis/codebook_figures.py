@@ -1,0 +1,262 @@
+"""Figures of the codebook: how it is used, by which segments, and where its codevectors lie among the features."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from looc_ldm.analysis.collect import Findings
+from looc_ldm.analysis.embedding import in_the_plane
+from looc_ldm.analysis.style import (
+    BLUE,
+    RED,
+    SKY,
+    Drawing,
+    counted,
+    grid,
+    new_figure,
+    percent,
+    style,
+)
+
+MOST_CODES = 1024  # in the embedding
+MOST_BARS = 64  # of a histogram, and segments that are drawn as bars
+MOST_CELLS = 512  # of the map of segments and codevectors, along each side
+
+
+def draw_use(findings: Findings) -> Drawing:
+    """Share of all codes that each codevector has, from the most to the least used."""
+    statistics = findings.statistics
+    counts = statistics.counts.sum(0)
+    codebook_size, dead = len(counts), len(statistics.dead)
+    shares = (counts.sort(descending=True).values.double() / counts.sum()).numpy()
+    live = shares[: codebook_size - dead]
+    with style():
+        figure = new_figure(2.7)
+        axes = figure.subplots()
+        edges = np.arange(len(live) + 1) + 0.5
+        axes.stairs(live, edges, baseline=live.min() / 2, fill=True, color=SKY, alpha=0.5)
+        axes.stairs(live, edges, baseline=None, color=BLUE, linewidth=1.2)
+        if len(live) <= MOST_BARS:
+            axes.plot(np.arange(len(live)) + 1, live, ".", color=BLUE, clip_on=False)
+        axes.axhline(1 / codebook_size, color="black", linewidth=0.9, linestyle="--", label="all used alike, 1 / K")
+        if dead:
+            axes.axvspan(len(live) + 0.5, codebook_size + 0.5, color=RED, alpha=0.15, linewidth=0, label="never used")
+        top = max(live.max(), 1 / codebook_size)
+        axes.set(
+            yscale="log",
+            xlim=(0.5, codebook_size + 0.5),
+            ylim=(min(live.min(), 1 / codebook_size) / 1.6, top * 1.8),
+            xlabel="codevectors, from the most to the least used",
+            ylabel="share of all codes",
+        )
+        _whole_numbers(axes.xaxis)
+        grid(axes)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        axes.set_title(
+            f"{percent(statistics.use)} of K = {codebook_size:,} used · perplexity {_rounded(statistics.perplexity)} · "
+            f"{dead:,} dead"
+        )
+    caption = (
+        f"How often each of the {codebook_size:,} codevectors was chosen, in all segments together, as a share of "
+        f"{int(counts.sum()):,} codes ({counted(findings.images, 'image')} of {findings.codes_per_image:,} codes "
+        f"each). {codebook_size - dead:,} were chosen at least once; {dead:,} never were (dead). Perplexity, exp of "
+        "the entropy of these shares, is the number of codevectors that would give it if they were used alike."
+    )
+    return Drawing("codebook_use", "Use of the codebook", caption, figure)
+
+
+def draw_segment_use(findings: Findings) -> Drawing:
+    """Figure 7 of the paper: the share of the codebook that each segment uses."""
+    counts = findings.statistics.counts
+    segments, codebook_size = counts.shape
+    use = 100 * findings.statistics.segment_use.numpy()
+    perplexity = 100 * segment_perplexity(counts).numpy() / codebook_size
+    with style():
+        figure = new_figure(2.7)
+        axes = figure.subplots()
+        number = np.arange(segments)
+        used = f"used at least once, % of K = {codebook_size:,}"
+        if segments <= MOST_BARS:
+            bars = axes.bar(number, use, width=0.8 * min(1, (1 + segments) / 10), color=SKY, label=used)
+        else:
+            bars = axes.stairs(use, np.arange(segments + 1) - 0.5, fill=True, color=SKY, label=used)
+        size = 5 if segments <= MOST_BARS else 2
+        (dots,) = axes.plot(
+            number, perplexity, "o", color=RED, markersize=size, label="perplexity, % of K", clip_on=False
+        )
+        axes.set(
+            xlim=(-0.6, segments - 0.4),
+            ylim=(0, 100 if use.max() > 60 else 1.2 * use.max()),
+            xlabel="segment",
+            ylabel="share of the codebook (%)",
+        )
+        _whole_numbers(axes.xaxis, range(segments))
+        grid(axes)
+        figure.legend(handles=[bars, dots], loc="outside lower center", ncols=2)
+        span = " to ".join(dict.fromkeys(percent(extreme / 100) for extreme in (use.min(), use.max())))
+        axes.set_title(f"{counted(segments, 'segment')}, using {span} of the codebook")
+    each = int(counts[0].sum())
+    caption = (
+        f"The share of the {codebook_size:,} codevectors that each segment chose at least once, and the perplexity of "
+        f"its codes (paper, figure 7). Each segment chose {each:,} codes"
+        + (", fewer than there are codevectors: it could not use them all. " if each < codebook_size else ". ")
+        + _what_segments_are(findings)
+    )
+    return Drawing("segment_use", "Use by each segment", caption, figure)
+
+
+def draw_sharing(findings: Findings) -> Drawing:
+    """Figure 8 of the paper: how many segments share a codevector; and which ones do."""
+    statistics = findings.statistics
+    segments, codebook_size = statistics.counts.shape
+    sharing = statistics.segments_per_codevector.numpy()
+    with style():
+        figure = new_figure(2.9)
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
+        step = math.ceil((segments + 1) / MOST_BARS)
+        edges = np.arange(0, segments + step + 1, step) - 0.5
+        left.hist(sharing, edges, color=SKY, rwidth=0.8)
+        left.set(
+            xlim=(-0.6, edges[-1] + 0.1),
+            xlabel="segments that use a codevector",
+            ylabel="codevectors",
+        )
+        _whole_numbers(left.xaxis, range(segments + 1))
+        _whole_numbers(left.yaxis)
+        grid(left)
+        left.set_title(f"median: {_number(np.median(sharing))} of {segments:,}")
+
+        order = statistics.counts.sum(0).argsort(descending=True, stable=True)
+        shares = statistics.counts[:, order].double() / statistics.counts.sum(1, keepdim=True).clamp_min(1)
+        cells = _pooled(shares)
+        drawn = right.imshow(
+            np.ma.masked_equal(cells, 0),
+            aspect="auto",
+            cmap="viridis",
+            norm=_log_norm(cells[cells > 0].min(), cells.max()),
+            extent=(0.5, codebook_size + 0.5, segments - 0.5, -0.5),
+            interpolation="nearest",
+        )
+        right.set(xlabel="codevectors, most used first", ylabel="segment", facecolor="white")
+        _whole_numbers(right.yaxis, range(segments))
+        _whole_numbers(right.xaxis)
+        right.spines[:].set_visible(True)
+        right.set_title("share of a segment's codes")
+        figure.colorbar(drawn, ax=right, pad=0.02)
+    everywhere = int((sharing == segments).sum())
+    neighbours = math.ceil(segments / MOST_CELLS) * math.ceil(codebook_size / MOST_CELLS)
+    caption = (
+        "Left: how many codevectors are used by so many segments (paper, figure 8); those used by none are dead. "
+        f"{everywhere:,} of {codebook_size:,} are used by "
+        + ("every segment. " if segments > 1 else "the only segment there is. ")
+        + "Right: how often each segment chooses each codevector; white is never"
+        + (f" (each cell is the mean of up to {neighbours:,} neighbours)." if neighbours > 1 else ".")
+    )
+    return Drawing("code_sharing", "Codevectors shared by segments", caption, figure)
+
+
+def draw_embedding(findings: Findings, seed: int) -> Drawing:
+    """Figure 5 of the paper: t-SNE of codevectors and features."""
+    codebook_size, d = findings.codebook.shape
+    counts = findings.statistics.counts.sum(0)
+    by_use = counts.argsort(descending=True, stable=True).numpy()
+    shown = by_use[np.linspace(0, codebook_size - 1, min(codebook_size, MOST_CODES)).round().astype(int)]
+    vectors = findings.sample.vectors
+    codes, features, how = in_the_plane(findings.codebook[shown], vectors, findings.distance, seed)
+    live = (counts > 0).numpy()[shown]
+    few = len(shown) <= 300
+    with style():
+        from matplotlib.lines import Line2D
+
+        figure = new_figure(4.6 if how != "one component" else 2.4, width=5.2)
+        axes = figure.subplots()
+        if how == "one component":
+            axes.hist(features[:, 0], 60, color=SKY)
+            axes.plot(codes[live, 0], np.zeros(live.sum()), "|", color=RED, markersize=16, clip_on=False)
+            axes.plot(codes[~live, 0], np.zeros((~live).sum()), "x", color="black", markersize=5, clip_on=False)
+            axes.set(xlabel="value", ylabel="features")
+        else:
+            axes.plot(*features.T, ".", color=SKY, alpha=0.6, markersize=3, markeredgewidth=0, rasterized=True)
+            size = 5 if few else 2.8
+            dots = {"markeredgecolor": "white", "markeredgewidth": 0.4, "rasterized": not few}
+            axes.plot(*codes[live].T, "o", color=RED, markersize=size, **dots)
+            axes.plot(*codes[~live].T, "x", color="black", markersize=size, markeredgewidth=0.9, rasterized=not few)
+            if how == "t-SNE":
+                axes.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
+            else:
+                axes.set(xlabel="component 1", ylabel="component 2")
+            axes.set_aspect("equal", adjustable="datalim")
+            axes.spines[:].set_visible(True)
+            axes.spines[:].set_color("0.7")
+        legend = [
+            Line2D([], [], color=color, marker=marker, linestyle="none", markersize=size, label=f"{count:,} {name}")
+            for color, marker, size, count, name in (
+                (SKY, "o", 4, len(features), "features"),
+                (RED, "o", 5, int(live.sum()), "codevectors in use"),
+                ("black", "x", 5, int((~live).sum()), "dead codevectors"),
+            )
+            if count
+        ]
+        figure.legend(handles=legend, loc="outside lower center", ncols=3, handletextpad=0.2)
+        what = "directions" if findings.distance == "cosine" else "vectors"
+        axes.set_title(f"{how} of {what}, d = {d}" if how == "t-SNE" else f"{what.capitalize()}, d = {d}")
+    caption = (
+        ("t-SNE of " if how == "t-SNE" else "")
+        + (f"{len(shown):,} of the {codebook_size:,} " if len(shown) < codebook_size else f"the {codebook_size:,} ")
+        + f"codevectors{', at even distances in the order of their use,' if len(shown) < codebook_size else ''} and of "
+        f"{len(features):,} feature segments of {d} channels before quantization, drawn at random "
+        + (
+            "(paper, figure 5). The model chooses codes by cosine: lengths are left out. "
+            if findings.distance == "cosine"
+            else "(paper, figure 5). The model chooses codes by euclidean distance. "
+        )
+        + "A codebook that fits lies where the features are; dead codevectors are those that no image used."
+    )
+    return Drawing("embedding", "Codevectors among features", caption, figure)
+
+
+def segment_perplexity(counts: torch.Tensor) -> torch.Tensor:
+    """exp of the entropy of each segment's codes, of counts (segments, K), in [1, K]."""
+    share = counts.double() / counts.sum(1, keepdim=True)
+    return torch.special.entr(share).sum(1).exp()
+
+
+def _what_segments_are(findings: Findings) -> str:
+    if findings.segment_layout == "channel":
+        return (
+            f"Segment i is channels {findings.codebook.shape[1]} i to {findings.codebook.shape[1]} i + "
+            f"{findings.codebook.shape[1] - 1} of the latents, at all interpolated positions."
+        )
+    return "Segment i is row i of the unshuffled latents (the patch layout)."
+
+
+def _pooled(shares: torch.Tensor) -> np.ndarray:
+    """Means of neighbours, so that neither side is longer than MOST_CELLS."""
+    size = [min(length, MOST_CELLS) for length in shares.shape]
+    return torch.nn.functional.adaptive_avg_pool2d(shares[None], size)[0].numpy()
+
+
+def _log_norm(lowest: float, highest: float):
+    from matplotlib.colors import LogNorm
+
+    return LogNorm(lowest if lowest < highest else lowest / 10, highest)
+
+
+def _whole_numbers(axis, values: range | None = None) -> None:
+    """Ticks at whole numbers, at all of the `values` where these are few."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+
+    few = values is not None and len(values) <= 10
+    axis.set_major_locator(FixedLocator(values) if few else MaxNLocator(integer=True, nbins=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"

@@ -1,0 +1,247 @@
+"""One pass over the images: everything that the figures of `looc-ldm analyze` are drawn from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from looc_ldm.autoencoder import LooCVQModel
+from looc_ldm.images import to_uint8
+from looc_ldm.metrics import psnr
+from looc_ldm.metrics.reconstruction import PSNR_CEILING, eval_mode
+from looc_ldm.statistics import CodebookStatistics, CodeCounter
+
+MOST_SAMPLED = 500  # images that are kept as they are
+MOST_SAMPLED_VALUES = 2**26  # pixel values of them, and codes of them
+MOST_VECTORS = 2000  # segments of feature vectors that are kept
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Images drawn at random, in the order of the data, with all that became of them. On the CPU.
+
+    Attributes:
+        originals, reconstructions (`torch.Tensor` of shape `(S, channels, H, W)`, uint8): With their padding.
+        codes (`torch.Tensor` of shape `(S, h, w, C)`, int32): Their codes.
+        psnr (`torch.Tensor` of shape `(S,)`, float64): In dB, of the images without padding, at most 100.
+        vectors (`torch.Tensor` of shape `(V, d)`, float32): Some of their segments, as they were before quantization.
+    """
+
+    originals: torch.Tensor
+    reconstructions: torch.Tensor
+    codes: torch.Tensor
+    psnr: torch.Tensor
+    vectors: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What `collect` found. Everything but `sample` is of all images.
+
+    Attributes:
+        statistics (`CodebookStatistics`): How often each segment chose each codevector.
+        codebook (`torch.Tensor` of shape `(K, d)`): The codevectors.
+        distance, segment_layout (`str`): Of the quantizer.
+        downsampling_factor (`int`): f, pixels along a side of a latent position.
+        images (`int`): Their number.
+        psnr, l1 (`float`): Means over images; in dB, and mean absolute error in [0, 1].
+        error_map (`torch.Tensor` of shape `(height, width)`, float64): Mean absolute error at each pixel, in [0, 1],
+            over images and channels.
+        first_seen (`torch.Tensor` of shape `(K,)`, int64): Where each codevector was first chosen: the image's number
+            times h * w, plus the position. For those never chosen, the largest int64.
+        content_size (`tuple[int, int]`): Height and width of the images without padding.
+        latent_size (`tuple[int, int]`): h and w.
+        bits_per_pixel (`float`): log2 K for every code, per pixel without padding.
+        sample (`Sample`): Some of the images.
+    """
+
+    statistics: CodebookStatistics
+    codebook: torch.Tensor
+    distance: str
+    segment_layout: str
+    downsampling_factor: int
+    images: int
+    psnr: float
+    l1: float
+    error_map: torch.Tensor
+    first_seen: torch.Tensor
+    content_size: tuple[int, int]
+    latent_size: tuple[int, int]
+    bits_per_pixel: float
+    sample: Sample
+
+    @property
+    def codes_per_image(self) -> int:
+        return math.prod(self.sample.codes.shape[1:])
+
+    @property
+    def code_lengths(self) -> torch.Tensor:
+        """(K,): bits of each codevector's code under an ideal entropy coder, -log2 of its share of all codes."""
+        counts = self.statistics.counts.sum(0).double()
+        return -torch.log2(counts / counts.sum())
+
+    @property
+    def entropy(self) -> float:
+        """Entropy of the codes, in bits per code: at most log2 K."""
+        return math.log2(self.statistics.perplexity)
+
+    @property
+    def entropy_by_segment(self) -> float:
+        """Entropy of the codes given their segment, in bits per code: at most `entropy`."""
+        counts = self.statistics.counts.double()
+        share = counts / counts.sum()
+        return ((torch.special.entr(share).sum() - torch.special.entr(share.sum(1)).sum()) / math.log(2)).item()
+
+    @property
+    def bits_per_pixel_entropy(self) -> float:
+        """The rate of an ideal entropy coder that knows how often each code is chosen in all of the data."""
+        return self.codes_per_image * self.entropy / math.prod(self.content_size)
+
+    def bits_of(self, codes: torch.Tensor) -> torch.Tensor:
+        """(S,): bits per pixel of each image of codes (S, h, w, C), under that coder. Their mean is its rate."""
+        lengths = self.code_lengths
+        bits = torch.stack([lengths[image.long()].sum() for image in codes])
+        return bits / math.prod(self.content_size)
+
+    def content(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (..., H, W) without their padding."""
+        return _centre(images, self.content_size)
+
+
+@torch.no_grad()
+def collect(
+    model: LooCVQModel,
+    batches: Iterable[torch.Tensor],
+    images: int,
+    content_size: tuple[int, int] | None = None,
+    seed: int = 0,
+) -> Findings:
+    """Encode, quantize and decode images once, and keep what can be drawn.
+
+    Memory does not depend on their number: counts are summed, and what is looked at one by one is a sample, drawn
+    before. The model is put into eval mode and left in the modes it had.
+
+    Args:
+        model (`LooCVQModel`): The autoencoder.
+        batches: Float images in [-1, 1], `(B, C, H, W)` each, all of one size.
+        images (`int`): How many they are.
+        content_size (`tuple[int, int]`, *optional*): Height and width of the images in the centre of their padding:
+            errors are measured there, and rates are per pixel of it. The whole image if not given.
+        seed (`int`, defaults to 0): Of the draw of the sample.
+
+    Returns:
+        `Findings`.
+
+    Raises:
+        ValueError: There are no images, not as many as said, of several sizes, or their features are not finite.
+    """
+    if images < 1:
+        raise ValueError("There are no images to analyze.")
+    counter, first_seen = CodeCounter(model.quantize), None
+    sampled: set[int] = set()
+    kept: list[tuple[torch.Tensor, ...]] = []
+    error_sum, psnr_sum, seen, size = 0.0, 0.0, 0, None
+    random = np.random.default_rng(seed)
+    with eval_mode(model):
+        for batch in batches:
+            if size not in (None, tuple(batch.shape[-2:])):
+                raise ValueError(f"all images must have one size, got {size} and {tuple(batch.shape[-2:])}.")
+            codes, rows = model.quantize.search(model.encode(batch.to(model.device, model.dtype)).latents)
+            decoded = model.decode_indices(codes).sample.float()
+            if size is None:
+                size = tuple(batch.shape[-2:])
+                sampled, vectors_each = _draw(images, batch[0].numel(), codes[0].numel(), random)
+                first_seen = torch.full((counter.quantizer.num_codevectors,), torch.iinfo(torch.int64).max)
+            counter.update(codes, rows)
+            _see(first_seen, codes.cpu(), seen)
+            original, reconstruction = (
+                (_centre(x.to(model.device), content_size or size).clamp(-1, 1) + 1) / 2 for x in (batch, decoded)
+            )
+            error_sum = error_sum + (original - reconstruction).abs().mean(1).cpu().double().sum(0)
+            psnr_each = psnr(original, reconstruction).clamp(max=PSNR_CEILING).cpu()
+            psnr_sum += psnr_each.sum().item()
+            for i in range(len(batch)):
+                if seen + i in sampled:
+                    flat = rows[i].reshape(-1, rows.shape[-1])
+                    chosen = torch.from_numpy(random.choice(len(flat), min(len(flat), vectors_each), replace=False))
+                    image = (to_uint8(batch[i]), to_uint8(decoded[i]), codes[i].int())
+                    kept.append(tuple(x.cpu() for x in (*image, psnr_each[i], flat[chosen.to(flat.device)])))
+            seen += len(batch)
+    if seen != images:
+        raise ValueError(f"There should be {images} images, got {seen}.")
+    *stacked, vectors = zip(*kept, strict=True)
+    error_map = error_sum / images
+    return Findings(
+        statistics=counter.statistics(),
+        codebook=model.quantize.codebook.float().cpu().clone(),
+        distance=model.quantize.distance,
+        segment_layout=model.quantize.segment_layout,
+        downsampling_factor=model.downsampling_factor,
+        images=images,
+        psnr=psnr_sum / images,
+        l1=error_map.mean().item(),
+        error_map=error_map,
+        first_seen=first_seen,
+        content_size=content_size or size,
+        latent_size=tuple(codes.shape[1:3]),
+        bits_per_pixel=model.bits_per_image(*size) / math.prod(content_size or size),
+        sample=Sample(*(torch.stack(parts) for parts in stacked), torch.cat(vectors)),
+    )
+
+
+def occurrences(
+    findings: Findings, code: int, count: int, read: Callable[[int], torch.Tensor]
+) -> list[tuple[torch.Tensor, int, int, float]]:
+    """Where a codevector is chosen, first where most codes of a position are it, from as many images as can be.
+
+    Args:
+        findings: What `collect` found.
+        code: The codevector.
+        count: At most so many.
+        read: Gives image i of the data as uint8 (C, H, W). Called where no image of the sample has the codevector.
+
+    Returns:
+        The image, the latent position (y, x) in it, and the share of the position's codes that are the codevector, in
+        [0, 1]; NaN where that is not known. Nothing for a codevector that was never chosen.
+    """
+    height, width = findings.latent_size
+    share = torch.stack([(codes == code).double().mean(-1).flatten() for codes in findings.sample.codes])  # (S, h * w)
+    # Of equals the one nearest to the middle, whose neighbours can be seen.
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    central = 1e-6 * (2 - y.square() - x.square()).double().flatten()
+    each = min(-(-count // len(share)), height * width)
+    best, place = (share + central).topk(each, dim=1)
+    order = best.flatten().argsort(descending=True, stable=True)[:count].tolist()
+    places = [(i // each, int(place.flatten()[i])) for i in order]
+    found = [
+        (findings.sample.originals[image], *divmod(position, width), share[image, position].item())
+        for image, position in places
+        if share[image, position] > 0
+    ]
+    first = int(findings.first_seen[code])
+    if not found and first < torch.iinfo(torch.int64).max:
+        image, position = divmod(first, math.prod(findings.latent_size))
+        found = [(read(image), *divmod(position, width), math.nan)]
+    return found
+
+
+def _draw(images: int, values: int, codes: int, random: np.random.Generator) -> tuple[set[int], int]:
+    """The numbers of the sampled images, which have so many values and codes each, and how many vectors of each."""
+    count = max(1, min(images, MOST_SAMPLED, MOST_SAMPLED_VALUES // values, MOST_SAMPLED_VALUES // codes))
+    return set(random.choice(images, count, replace=False).tolist()), -(-MOST_VECTORS // count)
+
+
+def _see(first_seen: torch.Tensor, codes: torch.Tensor, images_before: int) -> None:
+    """Note where the codes (B, h, w, C) of a batch are, where they were not met before."""
+    flat = codes.flatten()
+    place = images_before * math.prod(codes.shape[1:3]) + torch.arange(len(flat)) // codes.shape[-1]
+    first_seen.scatter_reduce_(0, flat, place, "amin")
+
+
+def _centre(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    top, left = ((whole - part) // 2 for whole, part in zip(images.shape[-2:], size, strict=True))
+    return images[..., top : top + size[0], left : left + size[1]]

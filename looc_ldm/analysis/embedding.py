@@ -1,0 +1,52 @@
+"""Codevectors and features in the plane, by t-SNE."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+PERPLEXITY = 30  # t-SNE's, about how many neighbours a point has
+FEWEST = 5  # distinct points that t-SNE can say something about
+
+
+def in_the_plane(
+    codevectors: torch.Tensor, vectors: torch.Tensor, distance: str, seed: int
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Coordinates in which near codevectors and vectors are near each other.
+
+    Under cosine distance their directions are embedded, since their lengths do not count. What has fewer than three
+    dimensions is given as it is.
+
+    Args:
+        codevectors (`torch.Tensor` of shape `(K, d)`).
+        vectors (`torch.Tensor` of shape `(V, d)`): Features.
+        distance (`str`): "cosine" or "euclidean".
+        seed (`int`): Of t-SNE: on one machine one seed gives one picture.
+
+    Returns:
+        `(K, 2)`, `(V, 2)`, and how they came about: "t-SNE", "components" or "one component", where the second
+        coordinate is 0.
+    """
+    points = torch.cat([codevectors, vectors]).float()
+    if distance == "cosine":
+        points = F.normalize(points, dim=1)
+    points = points.numpy()
+    distinct, place = np.unique(points, axis=0, return_inverse=True)
+    place = place.reshape(-1)
+    if points.shape[1] < 3 or len(distinct) < FEWEST:
+        flat, how = points[:, :2], "components" if points.shape[1] > 1 else "one component"
+        if points.shape[1] == 1:
+            flat = np.concatenate([flat, np.zeros_like(flat)], axis=1)
+    else:
+        flat, how = _tsne(distinct, seed)[place], "t-SNE"  # what is equal is one point
+    return flat[: len(codevectors)], flat[len(codevectors) :], how
+
+
+def _tsne(points: np.ndarray, seed: int) -> np.ndarray:
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    perplexity = min(PERPLEXITY, (len(points) - 1) / 3)
+    with threadpool_limits(1):  # several threads add up in any order, and small differences grow
+        return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(points)

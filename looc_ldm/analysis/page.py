@@ -1,0 +1,135 @@
+"""The figures of an analysis together: as files, as one HTML page, and as numbers for JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+
+import torch
+
+from looc_ldm.analysis.codebook_figures import (
+    draw_embedding,
+    draw_segment_use,
+    draw_sharing,
+    draw_use,
+    segment_perplexity,
+)
+from looc_ldm.analysis.collect import Findings
+from looc_ldm.analysis.image_figures import (
+    compared_with_codecs,
+    draw_codes,
+    draw_error_map,
+    draw_examples,
+    draw_rate,
+    shown_codes,
+)
+from looc_ldm.analysis.style import Drawing, counted, percent
+from looc_ldm.autoencoder import LooCVQModel
+from looc_ldm.files import replace_bytes, replace_text
+from looc_ldm.report import Report
+
+NUMBERS, PAGE = "analysis.json", "analysis.html"
+
+
+def analyze(
+    findings: Findings, model: LooCVQModel, read: Callable[[int], torch.Tensor], seed: int = 0
+) -> tuple[list[Drawing], dict]:
+    """All figures, and their numbers.
+
+    Args:
+        findings: What `collect` found.
+        model: The model it was found of.
+        read: Gives image i of the data as uint8 (C, H, W).
+        seed: Of t-SNE and of what is drawn at random.
+
+    Returns:
+        The figures in the order of the page, and a dict that is ready for JSON; see `numbers`.
+    """
+    compared = compared_with_codecs(findings)
+    drawings = [
+        draw_use(findings),
+        draw_segment_use(findings),
+        draw_sharing(findings),
+        draw_embedding(findings, seed),
+        draw_rate(findings, compared),
+        draw_error_map(findings),
+        draw_examples(findings),
+        draw_codes(findings, model, read),
+    ]
+    return drawings, numbers(findings, compared)
+
+
+def numbers(findings: Findings, compared: dict) -> dict:
+    """What the figures show, as numbers.
+
+    The error map is given as means over the pixels of each latent position, as far as these lie in the content.
+    """
+    statistics = findings.statistics
+    height, width = findings.content_size
+    most, least = shown_codes(findings)
+    f = findings.downsampling_factor
+    rows = torch.nn.functional.avg_pool2d(findings.error_map[None], f, ceil_mode=True, count_include_pad=False)[0]
+    return {
+        "images": findings.images,
+        "height": height,
+        "width": width,
+        "psnr": findings.psnr,
+        "l1": findings.l1,
+        "num_codevectors": len(findings.codebook),
+        "codevector_dim": findings.codebook.shape[1],
+        "segments": len(statistics.counts),
+        "codes_per_image": findings.codes_per_image,
+        "codebook_use": statistics.use,
+        "perplexity": statistics.perplexity,
+        "dead_codes": len(statistics.dead),
+        "code_entropy": findings.entropy,
+        "code_entropy_by_segment": findings.entropy_by_segment,
+        "bits_per_pixel": findings.bits_per_pixel,
+        "bits_per_pixel_entropy": findings.bits_per_pixel_entropy,
+        "counts": statistics.counts.sum(0).tolist(),
+        "dead": statistics.dead.tolist(),
+        "most_used": most,
+        "least_used": least,
+        "segment_use": statistics.segment_use.tolist(),
+        "segment_perplexity": segment_perplexity(statistics.counts).tolist(),
+        "segments_per_codevector": statistics.segments_per_codevector.tolist(),
+        "error_map": rows.tolist(),
+        "rate_distortion": compared
+        | {"codecs": {name: [asdict(point) for point in points] for name, points in compared["codecs"].items()}},
+    }
+
+
+def page(drawings: list[Drawing], figures: dict, name: str, data: str, command: str) -> str:
+    """The HTML page, with everything in it. `name` and `data` say of which model and of which images."""
+    report = Report(f"Inside {name}")
+    report.text(f"{counted(figures['images'], 'image')} of {escape(data)}. <code>{escape(command)}</code>")
+    k, d = figures["num_codevectors"], figures["codevector_dim"]
+    entropy, ceiling = figures["code_entropy"], math.log2(k)
+    report.table(
+        [
+            ("PSNR", f"{figures['psnr']:.2f} dB", "mean over images"),
+            ("L1", f"{figures['l1']:.4f}", "mean absolute error in [0, 1]"),
+            ("Rate", f"{figures['bits_per_pixel']:.4g} bits per pixel", f"log2 K = {ceiling:.4g} bits a code"),
+            ("Entropy-coded", f"{figures['bits_per_pixel_entropy']:.4g} bits per pixel", f"{entropy:.4g} bits a code"),
+            ("Codebook", f"{k:,} x {d}", f"{k * d:,} numbers, {counted(figures['segments'], 'segment')}"),
+            ("Codebook use", percent(figures["codebook_use"]), f"{figures['dead_codes']:,} dead"),
+            ("Perplexity", f"{figures['perplexity']:,.4g}", f"of {k:,}"),
+        ]
+    )
+    for drawing in drawings:
+        report.heading(drawing.title)
+        report.figure(drawing.svg(), drawing.title, drawing.caption)
+    return report.html()
+
+
+def write_analysis(folder: Path, drawings: list[Drawing], record: dict, html: str) -> None:
+    """Write all files, each beside its place and renamed; the numbers last, so that they say that all are there."""
+    for drawing in drawings:
+        replace_bytes(folder / f"{drawing.name}.png", drawing.png())
+        replace_bytes(folder / f"{drawing.name}.svg", drawing.svg())
+    replace_text(folder / PAGE, html)
+    replace_text(folder / NUMBERS, json.dumps(record) + "\n")

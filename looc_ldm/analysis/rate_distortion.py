@@ -1,0 +1,173 @@
+"""Rate and distortion: what an image costs, and what is kept of it, beside codecs that everybody knows."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, features
+
+from looc_ldm.images import to_float, to_pil
+from looc_ldm.metrics.protocols import get_protocol
+from looc_ldm.metrics.quality import psnr, ssim
+from looc_ldm.metrics.reconstruction import PSNR_CEILING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# What Pillow is told besides the quality. Huffman tables made for the image cost time only, and an untuned JPEG would
+# be too easy to beat.
+CODECS = {"jpeg": {"optimize": True}, "webp": {}}
+CODEC_NAMES = {"jpeg": "JPEG", "webp": "WebP"}
+QUALITIES = (1, 5, 10, 20, 35, 50, 65, 80, 90, 95)
+AXIS_NAMES = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
+MARKERS = "osD^vP*Xp<>h"
+OCTAVES = range(-12, 7)  # of bits per pixel that the axis has ticks for
+
+
+@dataclass(frozen=True)
+class Point:
+    """A codec at one quality, over all images.
+
+    Attributes:
+        quality (`int`): As Pillow counts it, 1 to 100.
+        bits_per_pixel (`float`): Bits of all files, headers included, per pixel of all images.
+        psnr (`float`): Mean over images, in dB; an image counts as at most 100 dB, as in `evaluate_reconstruction`.
+        ssim (`float`): Mean over images, in [-1, 1].
+    """
+
+    quality: int
+    bits_per_pixel: float
+    psnr: float
+    ssim: float
+
+
+@dataclass(frozen=True)
+class ModelPoint:
+    """A model in the plane of rate and distortion; `psnr` in dB, None for what was not measured."""
+
+    name: str
+    bits_per_pixel: float
+    psnr: float | None = None
+    ssim: float | None = None
+
+
+def codec_curve(
+    images: Iterable[torch.Tensor], codec: str, qualities: Sequence[int] = QUALITIES, protocol: str = "clean"
+) -> list[Point]:
+    """What a codec makes of images at each quality, in one pass over them.
+
+    Every image is a file of its own, as it is a code of its own for a model, and the whole file counts. The headers of
+    a JPEG are some 300 to 600 bytes: of a photograph next to nothing, of a 28x28 image most of the file. JPEG halves
+    the resolution of colour, as is usual (4:2:0). WebP always does, and has no grey: a grey image is stored with empty
+    colour, and compared in grey.
+
+    Args:
+        images: uint8 tensors `(C, H, W)`, C = 1 (grey) or 3 (RGB), H and W at least 11. None is kept.
+        codec (`str`): "jpeg" or "webp" (lossy), as Pillow writes them.
+        qualities (`Sequence[int]`): Of Pillow, 1 to 100.
+        protocol (`str`, defaults to `"clean"`): How PSNR and SSIM are measured, as those of the models beside them:
+            `"clean"` or `"paper"`.
+
+    Returns:
+        `list[Point]`: One for each quality, in their order.
+
+    Raises:
+        ValueError: Another codec or protocol, a quality out of range, no images, images that are not as said, or a
+            Pillow that was built without the codec.
+    """
+    if codec not in CODECS:
+        raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {codec!r}.")
+    measured_as = get_protocol(protocol)
+    wrong = [quality for quality in qualities if not 1 <= quality <= 100]
+    if wrong or not qualities:
+        raise ValueError(f"qualities must be numbers from 1 to 100, got {list(qualities)}.")
+    if not features.check({"jpeg": "jpg"}.get(codec, codec)):
+        raise ValueError(f"this Pillow cannot write {CODEC_NAMES[codec]}.")
+    sizes = np.zeros(len(qualities), np.int64)  # bytes
+    sums = torch.zeros(2, len(qualities), dtype=torch.float64)  # of PSNR and of SSIM
+    count = pixels = 0
+    for image in images:
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
+            raise ValueError(
+                f"images must be uint8 tensors (1 or 3, height, width), got {image.dtype} of {tuple(image.shape)}."
+            )
+        original, kept = to_pil(image), measured_as.view(to_float(image.cpu())[None])
+        # One quality at a time: of all together, SSIM would not fit into the caches and take up to four times as long.
+        for i, quality in enumerate(qualities):
+            file = io.BytesIO()
+            original.save(file, codec.upper(), quality=quality, **CODECS[codec])
+            sizes[i] += file.tell()
+            decoded = np.array(Image.open(file).convert(original.mode)).reshape(*image.shape[1:], -1)
+            shown = measured_as.view(to_float(torch.from_numpy(decoded).permute(2, 0, 1))[None])
+            sums[0, i] += psnr(kept, shown).clamp(max=PSNR_CEILING).item()
+            sums[1, i] += ssim(kept, shown, window=measured_as.ssim_window).item()
+        count += 1
+        pixels += image.shape[1] * image.shape[2]
+    if not count:
+        raise ValueError("There are no images to compress: images is empty.")
+    rates, means = 8 * sizes / pixels, (sums / count).tolist()
+    return [
+        Point(quality, float(rate), mean_psnr, mean_ssim)
+        for quality, rate, mean_psnr, mean_ssim in zip(qualities, rates, *means, strict=True)
+    ]
+
+
+def draw_rate_distortion(
+    axes: Axes, codecs: Mapping[str, Sequence[Point]], models: Sequence[ModelPoint], figure: str = "psnr"
+) -> None:
+    """Draw codecs as curves and models as points over bits per pixel, on a logarithmic axis.
+
+    All have labels: the legend is the caller's, who knows where there is room for it.
+
+    Args:
+        axes (`matplotlib.axes.Axes`): To draw on.
+        codecs (`Mapping[str, Sequence[Point]]`): The points of `codec_curve`, by codec.
+        models (`Sequence[ModelPoint]`): In the order of the legend; those without the figure are left out.
+        figure (`str`): "psnr" or "ssim".
+    """
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    for name, points in codecs.items():
+        points = sorted(points, key=lambda point: point.bits_per_pixel)
+        is_jpeg = name == "jpeg"
+        axes.plot(
+            [point.bits_per_pixel for point in points],
+            [getattr(point, figure) for point in points],
+            color="0.35" if is_jpeg else "0.6",
+            linestyle="-" if is_jpeg else "--",
+            marker=".",
+            markersize=4,
+            linewidth=1.2,
+            label=CODEC_NAMES[name],
+        )
+    for i, model in enumerate(models):
+        if getattr(model, figure) is None:
+            continue
+        axes.plot(
+            model.bits_per_pixel,
+            getattr(model, figure),
+            linestyle="none",
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=8,
+            markeredgecolor="white",
+            color=f"C{i}",
+            label=_as_label(model.name),
+            zorder=3,
+        )
+    axes.set(xlabel="bits per pixel", ylabel=AXIS_NAMES[figure], xscale="log")
+    low, high = axes.get_xlim()
+    between = (1.0, 1.5) if high < 8 * low else (1.0,)  # else a short axis would have no more than two ticks
+    axes.xaxis.set_major_locator(FixedLocator([step * 2.0**i for i in OCTAVES for step in between]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.3g}"))
+    axes.grid(alpha=0.3)
+
+
+def _as_label(name: str) -> str:
+    """A name as it stands: matplotlib reads formulas between dollars, and leaves names with an underscore out."""
+    return (" " + name if name.startswith("_") else name).replace("$", r"\$")

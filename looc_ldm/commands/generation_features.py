@@ -1,0 +1,176 @@
+"""Features of samples and of real images for `looc-ldm evaluate generation`: one pass over each, real ones cached."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm.auto import tqdm
+
+from looc_ldm.commands.generation_metrics import GenerationMeasures
+from looc_ldm.commands.image_sets import DrawnImages, NpzImages, StoredImages
+from looc_ldm.errors import UserError
+from looc_ldm.files import check_folder, make_folder
+from looc_ldm.metrics.collect import Features
+from looc_ldm.metrics.generation import METRICS, collect_features, rows_needed
+from looc_ldm.metrics.reference import ReferenceCache, default_cache_folder
+from looc_ldm.metrics.samples import NpzWriter, npz_writer
+from looc_ldm.metrics.shares import share_of_batches
+from looc_ldm.metrics.timing import Stopwatch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+READ_BATCH = 50  # images that are read at a time
+# Of published statistics: torch-fidelity's network is theirs.
+STATISTICS_LAYER = "2048"
+
+
+@dataclass
+class Reference:
+    """The real images, and what their features are kept under.
+
+    Attributes:
+        images: The set.
+        key (`dict`): Of the data and of what is done to it, for the cache and the record.
+        about (`dict`): `data`, `split` and `fit`, for the record.
+    """
+
+    images: StoredImages | NpzImages
+    key: dict
+    about: dict
+
+
+def open_cache(options: argparse.Namespace) -> ReferenceCache:
+    if options.no_cache:
+        if options.cache is not None:
+            raise UserError("--cache and --no-cache exclude each other.")
+        return ReferenceCache(None)
+    folder = options.cache or default_cache_folder()
+    check_folder(folder)
+    return ReferenceCache(folder)
+
+
+def reference_features(
+    reference: Reference,
+    measures: GenerationMeasures,
+    networks: Mapping,
+    cache: ReferenceCache,
+    accelerator: Accelerator | None,
+    stopwatch: Stopwatch,
+) -> dict[str, Features]:
+    """By network, complete on the main process. A collective."""
+    is_main = accelerator is None or accelerator.is_main_process
+    compared = [name for name in measures.metrics if not METRICS[name].logits]
+    rows = {METRICS[name].network: rows_needed(compared, METRICS[name].network) for name in compared}
+    found: dict[str, Features] = {}
+    statistics = None
+    if "fid" in compared and has_usable_statistics(measures, reference):
+        statistics = reference.images.statistics()
+        if not rows["inception"]:
+            found["inception"] = Features(statistics, None, None, None, len(reference.images))
+    keys = {name: _cache_key(reference, measures, name) for name in rows}
+    if is_main:
+        for name in rows.keys() - found.keys():
+            stored = cache.load(keys[name] | {"rows": True})
+            if stored is None and not rows[name]:
+                stored = cache.load(keys[name] | {"rows": False})
+            if stored is not None:
+                found[name] = stored
+    missing = [name for name in rows if name not in found]
+    if accelerator is not None:
+        (missing,) = broadcast_object_list([missing])  # as the main process sees it
+    if missing:
+        shares = share_of_batches(len(reference.images), READ_BATCH, accelerator)
+        batches = tqdm(
+            reference.images.batches(shares),
+            desc="real images",
+            unit="batch",
+            total=len(shares),
+            delay=1,
+            disable=not is_main,
+        )
+        collected = collect_features(
+            map(measures.protocol.of_uint8, batches),
+            {name: networks[name] for name in missing},
+            [name for name in missing if rows[name]],
+            accelerator,
+            stopwatch,
+            logits=False,
+            device=stopwatch.device,
+        )
+        if is_main:
+            for name, features in collected.items():
+                cache.save(keys[name] | {"rows": rows[name]}, features)
+        found |= collected
+    if statistics is not None:
+        found["inception"].moments = statistics
+    return found
+
+
+def _cache_key(reference: Reference, measures: GenerationMeasures, network: str) -> dict:
+    """All that the features depend on. Not where weights lie, nor whether logits were computed beside the features."""
+    identity = {k: v for k, v in measures.extractors[network].identity().items() if k not in ("weights", "logits")}
+    return {**reference.key, "features": identity, "protocol": measures.protocol.name}
+
+
+def sample_features(
+    samples,
+    measures: GenerationMeasures,
+    networks: Mapping,
+    options,
+    accelerator: Accelerator | None,
+    stopwatch: Stopwatch,
+) -> dict[str, Features]:
+    """By network, complete on the main process, and the npz that was asked for. A collective."""
+    is_main = accelerator is None or accelerator.is_main_process
+    drawn = isinstance(samples, DrawnImages)
+    batch_size = options.batch_size if drawn else READ_BATCH
+    shares = share_of_batches(len(samples), batch_size, accelerator)
+    images: Iterable[torch.Tensor] = samples.batches(shares)
+    images = tqdm(images, desc="samples", unit="batch", total=len(shares), delay=1, disable=drawn or not is_main)
+    writing = nullcontext()
+    if options.export_npz is not None:
+        if is_main:
+            make_folder(options.export_npz.parent)
+            writing = npz_writer(options.export_npz, len(samples), samples.labels)
+        processes = 1 if accelerator is None else accelerator.num_processes
+        rounds = -(-len(samples) // (batch_size * processes))
+    with writing as writer:
+        if options.export_npz is not None:
+            images = _exported(images, rounds, writer, accelerator)
+        keep = [name for name in networks if rows_needed(measures.metrics, name)]
+        batches = map(measures.protocol.of_uint8, images)
+        return collect_features(batches, networks, keep, accelerator, stopwatch, device=stopwatch.device)
+
+
+def _exported(
+    batches: Iterable[torch.Tensor], rounds: int, writer: NpzWriter | None, accelerator: Accelerator | None
+) -> Iterator[torch.Tensor]:
+    """The batches of this process, while those of all are written by the main one. A collective, `rounds` times."""
+    iterator = iter(batches)
+    for _ in range(rounds):
+        batch = next(iterator, None)
+        of_all = [batch] if accelerator is None else gather_object([batch])
+        if writer is not None:
+            for each in of_all:
+                if each is not None:
+                    writer.add(each)
+        if batch is not None:
+            yield batch
+    next(iterator, None)  # there is none; it completes the bar
+
+
+def has_usable_statistics(measures: GenerationMeasures, reference: Reference) -> bool:
+    return (
+        isinstance(reference.images, NpzImages)
+        and reference.images.has_statistics
+        and measures.protocol.name == "clean"
+        and "inception" in measures.extractors
+        and measures.extractors["inception"].name == STATISTICS_LAYER
+    )

@@ -1,0 +1,116 @@
+"""Sets of images that are measured, wherever they come from: drawn from a model, a data set, or an .npz.
+
+Each has a length, `labels` (int64 `(n,)` or None), `classes` (names of the labels, or none), and `batches(shares)`:
+uint8 images `(B, C, H, W)` for each range of places, so that of several processes each asks for its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+from pathlib import Path
+
+import torch
+
+from looc_ldm.commands.many_files import read_ahead
+from looc_ldm.errors import DataError
+from looc_ldm.metrics.samples import NpzSamples
+
+
+class StoredImages:
+    """Images of a data set, read ahead in threads.
+
+    Args:
+        images (`ImageSet`): The data set.
+        chosen: Which of its images; all if not given.
+        at_own_size: As they are stored, which must be one size, instead of brought to the size of the set.
+    """
+
+    def __init__(self, images, chosen: Iterable[int] | None = None, at_own_size: bool = False):
+        self.images, self.at_own_size = images, at_own_size
+        self.chosen = list(range(len(images)) if chosen is None else chosen)
+        self.classes: Mapping[int, str] = dict(enumerate(images.classes))
+        self.labels = torch.tensor(images.labels())[self.chosen] if images.classes else None
+        if at_own_size and self.chosen:
+            first, stored = images.open(self.chosen[0])
+            self._size, self._first_name = first.size, stored.name
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def batches(self, shares: Iterable[range]) -> Iterator[torch.Tensor]:
+        """uint8 images `(B, C, H, W)` of each share. Raises DataError for one that is unreadable or of another size."""
+        shares = list(shares)
+        places = chain.from_iterable(shares)
+        reading = read_ahead((self.chosen[place] for place in places), self._read)
+        for share in shares:
+            yield torch.stack([future.result() for _, future in islice(reading, len(share))])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, H, W."""
+        return tuple(self._read(self.chosen[0]).shape)
+
+    def _read(self, index: int) -> torch.Tensor:
+        if not self.at_own_size:
+            return self.images.read(index)[0]
+        from looc_ldm.training.transforms import to_pixels
+
+        image, stored = self.images.open(index)
+        if image.size != self._size:
+            raise DataError(
+                f"{stored.name} is {image.width}x{image.height} and {self._first_name} {self._size[0]}x"
+                f"{self._size[1]}: samples must have one size."
+            )
+        return to_pixels(image)
+
+
+class NpzImages(NpzSamples):
+    """Images of an .npz, whose labels are numbers without names."""
+
+    classes: Mapping[int, str] = {}
+
+
+class DrawnImages:
+    """Images that a pipeline draws when they are asked for; the same ones whatever the number of processes.
+
+    Args:
+        pipe (`LooCLDMPipeline`): The model.
+        labels: The class of each image; None for no class.
+        options: Of `add_sampling_options`.
+        progress: Whether to show a bar.
+    """
+
+    def __init__(self, pipe, labels: list[int | None], options: argparse.Namespace, progress: bool):
+        self.pipe, self.options, self.progress = pipe, options, progress
+        self.drawn_as = labels
+        self.labels = None if None in labels else torch.tensor(labels)
+        self.classes: Mapping[int, str] = dict(pipe.config.id2label or {})
+
+    def __len__(self) -> int:
+        return len(self.drawn_as)
+
+    def batches(self, shares: Iterable[range]) -> Iterator[torch.Tensor]:
+        """uint8 images `(B, C, H, W)` of each share, whose lengths but the last one's are the batch size."""
+        from looc_ldm.pipelines.sampling import sample_images
+
+        shares = list(shares)
+        drawn = sample_images(
+            self.pipe,
+            self.drawn_as,
+            seed=self.options.seed,
+            batch_size=self.options.batch_size,
+            progress=self.progress,
+            indices=list(chain.from_iterable(shares)),
+            num_inference_steps=self.options.steps,
+            guidance_scale=self.options.guidance_scale,
+        )
+        for share in shares:
+            yield torch.stack(list(islice(drawn, len(share))))
+        next(drawn, None)  # there is none; it completes the bar
+
+
+def is_npz(name: str) -> bool:
+    """Whether a name on the command line is that of an .npz."""
+    return Path(name).suffix == ".npz"

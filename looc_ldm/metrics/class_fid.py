@@ -1,0 +1,77 @@
+"""FID within each class, averaged over classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from looc_ldm.metrics.frechet import frechet_distance
+from looc_ldm.metrics.moments import FeatureMoments
+
+
+@dataclass(frozen=True)
+class ClassFID:
+    """FID within each class.
+
+    Attributes:
+        mean (`float`): Over the classes of `per_class`, each with the same weight.
+        per_class (`dict[str, float]`): FID by the name of the class.
+        skipped (`dict[str, str]`): Classes with fewer than 2 images on a side, and why they are not counted.
+        biased (`list[str]`): Counted classes with fewer images than features on a side: their covariances are
+            singular and their FID is larger than that of more images.
+    """
+
+    mean: float
+    per_class: dict[str, float]
+    skipped: dict[str, str]
+    biased: list[str]
+
+
+def class_averaged_fid(
+    generated: torch.Tensor,
+    generated_labels: torch.Tensor,
+    reference: torch.Tensor,
+    reference_labels: torch.Tensor,
+    names: Mapping[int, str] | None = None,
+) -> ClassFID:
+    """FID of the images of each class, which a generator that ignores its label cannot have low.
+
+    Args:
+        generated, reference (`torch.Tensor`): Features `(n, D)` and `(m, D)`.
+        generated_labels, reference_labels (`torch.Tensor`): Integers `(n,)` and `(m,)`.
+        names (`Mapping[int, str]`, *optional*): Name of each label; a label that is not in it is its own name.
+
+    Returns:
+        `ClassFID`: The classes are those of either side, in the order of their labels.
+
+    Raises:
+        ValueError: The shapes do not fit, two labels have one name, or no class has 2 images on both sides.
+    """
+    for rows, labels in ((generated, generated_labels), (reference, reference_labels)):
+        if rows.ndim != 2 or labels.shape != rows.shape[:1]:
+            raise ValueError(
+                f"features and labels must have shapes (n, D) and (n,), got {tuple(rows.shape)} and "
+                f"{tuple(labels.shape)}."
+            )
+    labels = torch.cat([generated_labels.cpu(), reference_labels.cpu()]).unique().tolist()
+    name_of = {label: str(label if names is None else names.get(label, label)) for label in labels}
+    if len(set(name_of.values())) < len(name_of):
+        raise ValueError(f"each class must have a name of its own, got {list(name_of.values())}.")
+    per_class, skipped, biased = {}, {}, []
+    for label, name in name_of.items():
+        sides = [
+            rows[(of == label).to(rows.device)]
+            for rows, of in ((generated, generated_labels), (reference, reference_labels))
+        ]
+        counts = [len(rows) for rows in sides]
+        if min(counts) < 2:
+            skipped[name] = f"{counts[0]} generated and {counts[1]} reference images; FID needs 2 of each"
+            continue
+        per_class[name] = frechet_distance(*map(FeatureMoments.from_rows, sides))
+        if min(counts) < generated.shape[1]:
+            biased.append(name)
+    if not per_class:
+        raise ValueError("no class has at least 2 generated and 2 reference images.")
+    return ClassFID(sum(per_class.values()) / len(per_class), per_class, skipped, biased)

@@ -1,0 +1,267 @@
+"""Feature networks that sets of images are compared through: Inception, VGG16, DINOv2 and CLIP.
+
+Each is a small frozen dataclass that says which network, layer and weights are meant, and has
+
+- `name`: the suffix of the figures, for instance `fid@2048`;
+- `dim`: the number of features;
+- `check()`: fails now rather than after hours of sampling, in one line that says how to give the weights;
+- `identity()`: what tells features of two of them apart, ready for JSON: network, weights, their SHA-256;
+- `load(device)`: the network there, as a function of uint8 images `(B, 1 or 3, H, W)` in 0..255 (grey ones count as
+  RGB) that returns `{"features": (B, dim)}`, float32 on that device, and `"logits"` where the dataclass says so.
+
+They compute in float32 whatever autocast surrounds them. torch-fidelity, torchvision and transformers are imported
+when a network is first needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+from looc_ldm.metrics.vision_transformers import CLIPFeatures, DINOv2Features, as_rgb
+from looc_ldm.metrics.weights import weights_identity
+
+__all__ = ["CLIPFeatures", "DINOv2Features", "Extractor", "InceptionFeatures", "VGG16Features"]
+
+LAYERS = ("64", "192", "768", "2048")
+INCEPTION_SIZE = 299  # pixels, of the image that the network sees
+# The blocks of torch-fidelity's network that lead from one layer to the next.
+BLOCKS = {
+    "64": ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1"),
+    "192": ("Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"),
+    "768": ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
+    "2048": ("Mixed_7a", "Mixed_7b", "Mixed_7c"),
+}
+
+
+class Extractor(Protocol):
+    """What every network of this module offers; see there."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    def check(self) -> None: ...
+
+    def identity(self) -> dict[str, str | int | bool | None]: ...
+
+    def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class InceptionFeatures:
+    """Which features of the FID Inception network images are compared by.
+
+    Figures at different layers live on different scales: only `"2048"` is the FID of published tables.
+
+    Args:
+        layer (`str`, defaults to `"2048"`): `"64"`, `"192"`, `"768"` or `"2048"`, the number of features.
+        weights (`Path`, *optional*): A torch-fidelity state dict (`.pth`) of the network. With it nothing is ever
+            downloaded; without it torch-fidelity downloads its own once (95 MB).
+        logits (`bool`): Also give the 1,008 logits without the last bias, which the Inception score is computed from.
+        pil_resize (`int`, *optional*): Bring images to a square of this side with Pillow's bilinear filter first, and
+            from there to the network's 299 pixels as pytorch-fid does, instead of torch-fidelity's resize. 229 is what
+            the authors' script has.
+
+    Raises:
+        ValueError: Another layer.
+        FileNotFoundError: `weights` is not a file.
+    """
+
+    layer: str = "2048"
+    weights: Path | None = None
+    logits: bool = False
+    pil_resize: int | None = None
+
+    def __post_init__(self):
+        if self.layer not in LAYERS:
+            raise ValueError(f"layer must be one of {', '.join(LAYERS)}, got {self.layer!r}.")
+        if self.weights is not None and not Path(self.weights).is_file():
+            raise FileNotFoundError(f"No Inception weights at {self.weights}.")
+
+    @property
+    def name(self) -> str:
+        """The layer: `fid@2048`."""
+        return self.layer
+
+    @property
+    def dim(self) -> int:
+        """The number of features."""
+        return int(self.layer)
+
+    @property
+    def weights_path(self) -> str | None:
+        """The path as torch-fidelity takes it."""
+        return None if self.weights is None else str(self.weights)
+
+    def check(self) -> None:
+        """Fail now rather than after hours of sampling. Downloads the network if no `weights` were given.
+
+        Raises:
+            ValueError: The file is not a state dict of the FID Inception network, holds more than tensors, or does not
+                hold `layer` or the logits (they are not finite).
+            ConnectionError: The network could not be downloaded.
+        """
+        found = self.load("cpu")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+        source = self.weights if self.weights is not None else "The downloaded file"
+        for name, rows in found.items():
+            if not rows.isfinite().all():
+                what = f"layer {self.layer}: its features" if name == "features" else "the logits: they"
+                raise ValueError(f"{source} does not hold {what} are not finite.")
+
+    def identity(self) -> dict[str, str | int | bool | None]:
+        """Network, layer, logits, resize, weights and their SHA-256. Downloads the network if need be."""
+        if self.weights is not None:
+            file = Path(self.weights)
+        else:
+            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+            file = Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rpartition("/")[2])
+            if not file.is_file():
+                self.check()
+        return {
+            "network": "inception-v3-compat",
+            "layer": self.layer,
+            "logits": self.logits,
+            "pil_resize": self.pil_resize,
+            "weights": str(file),
+            "sha256": weights_identity([file]),
+        }
+
+    def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+        """The network: uint8 `(B, 1 or 3, H, W)` to "features" `(B, dim)` and, if wanted, "logits" `(B, 1008)`.
+
+        Raises:
+            ValueError, ConnectionError: As `check`, which also looks at what the network gives.
+        """
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        layers = [self.layer, "logits_unbiased"] if self.logits else [self.layer]
+        names = ("features", "logits")[: len(layers)]
+        network = _torch_fidelity_network(
+            FeatureExtractorInceptionV3, "inception-v3-compat", layers, self.weights, "Inception"
+        ).to(device)
+
+        @torch.no_grad()
+        def features(images: torch.Tensor) -> dict[str, torch.Tensor]:
+            images = as_rgb(images)
+            with torch.autocast(torch.device(device).type, enabled=False):
+                if self.pil_resize is None:
+                    return dict(zip(names, network(images.to(device)), strict=True))
+                return self._from_resized(network, _pil_resized(images, self.pil_resize).to(device))
+
+        return features
+
+    def _from_resized(self, network: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of uint8 images as pytorch-fid does it, which resizes with other pixel centres and has another zero."""
+        x = F.interpolate(images.float() / 255, (INCEPTION_SIZE,) * 2, mode="bilinear", align_corners=False) * 2 - 1
+        found = {}
+        for layer, blocks in BLOCKS.items():
+            for block in blocks:
+                x = getattr(network, block)(x)
+            if layer == self.layer:
+                found["features"] = x.mean((2, 3))
+                if not self.logits:
+                    return found
+        return {**found, "logits": x.mean((2, 3)) @ network.fc.weight.T}
+
+
+@dataclass(frozen=True)
+class VGG16Features:
+    """The second fully connected layer of VGG16, after its ReLU: the features of improved precision and recall.
+
+    Args:
+        weights (`Path`, *optional*): torchvision's state dict (`.pth`) of the whole network. With it nothing is ever
+            downloaded; without it torchvision downloads its own once (528 MB).
+
+    Raises:
+        FileNotFoundError: `weights` is not a file.
+    """
+
+    weights: Path | None = None
+
+    def __post_init__(self):
+        if self.weights is not None and not Path(self.weights).is_file():
+            raise FileNotFoundError(f"No VGG16 weights at {self.weights}.")
+
+    @property
+    def name(self) -> str:
+        """The suffix of figures."""
+        return "vgg16"
+
+    @property
+    def dim(self) -> int:
+        """The number of features."""
+        return 4096
+
+    def check(self) -> None:
+        """Fail now rather than after hours of sampling. Downloads the network if no `weights` were given.
+
+        Raises:
+            ValueError: The file is not a state dict of torchvision's VGG16, or holds more than tensors.
+            ConnectionError: The network could not be downloaded.
+        """
+        self.load("cpu")
+
+    def identity(self) -> dict[str, str]:
+        """Network, layer, weights and their SHA-256. Downloads the network if need be."""
+        if self.weights is not None:
+            file = Path(self.weights)
+        else:
+            from torchvision.models import VGG16_Weights
+
+            file = Path(torch.hub.get_dir(), "checkpoints", VGG16_Weights.IMAGENET1K_V1.url.rpartition("/")[2])
+            if not file.is_file():
+                self.check()
+        return {"network": "vgg16", "layer": "fc2_relu", "weights": str(file), "sha256": weights_identity([file])}
+
+    def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+        """The network: uint8 `(B, 1 or 3, H, W)` to "features" `(B, 4096)`. Raises what `check` raises."""
+        from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
+
+        network = _torch_fidelity_network(FeatureExtractorVGG16, "vgg16", ["fc2_relu"], self.weights, "VGG16")
+        network = network.to(device)
+
+        @torch.no_grad()
+        def features(images: torch.Tensor) -> dict[str, torch.Tensor]:
+            with torch.autocast(torch.device(device).type, enabled=False):
+                return {"features": network(as_rgb(images).to(device))[0]}
+
+        return features
+
+
+def _torch_fidelity_network(
+    kind: type[nn.Module], name: str, layers: list[str], weights: Path | None, title: str
+) -> nn.Module:
+    try:
+        if weights is not None:
+            # torch-fidelity unpickles whatever the file holds; this load refuses anything but tensors.
+            torch.load(weights, map_location="cpu", weights_only=True)
+        path = None if weights is None else str(weights)
+        return kind(name, layers, feature_extractor_weights_path=path, verbose=False)
+    except OSError as error:
+        if weights is not None:
+            raise
+        raise ConnectionError(f"The {title} weights could not be downloaded ({error}); give a path.") from error
+    except Exception as error:  # whatever a pickle of something else, or no pickle at all, leads to
+        source = weights if weights is not None else "The downloaded file"
+        raise ValueError(f"{source} is not a state dict of torch-fidelity's {title} network.") from error
+
+
+def _pil_resized(images: torch.Tensor, side: int) -> torch.Tensor:
+    """uint8 `(B, 3, H, W)` to uint8 `(B, 3, side, side)` on the CPU."""
+    resized = [
+        np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
+        for image in images.permute(0, 2, 3, 1).cpu().numpy()
+    ]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)

@@ -1,0 +1,104 @@
+"""LPIPS (Zhang et al. 2018): the distance of two images in the features of VGG16 or AlexNet, by the package lpips."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from looc_ldm.metrics.weights import read_weights, weights_identity
+
+NETWORKS = ("vgg", "alex")
+SMALLEST = {"vgg": 16, "alex": 31}  # pixels; of smaller images the last layers leave nothing
+
+
+class LPIPS(nn.Module):
+    """A network that compares images, frozen; float32 whatever autocast surrounds it. See `load_lpips`."""
+
+    def __init__(self, network: nn.Module, smallest: int):
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.smallest = smallest
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """The distances of RGB images `(B, 3, H, W)` in [-1, 1], `(B, 1, 1, 1)` float32, at least 0.
+
+        Raises:
+            ValueError: Images smaller than the network can see.
+        """
+        height, width = first.shape[-2:]
+        if min(height, width) < self.smallest:
+            raise ValueError(
+                f"this LPIPS network needs images of at least {self.smallest}x{self.smallest}, got {height}x{width}."
+            )
+        with torch.autocast(first.device.type, enabled=False):
+            return self.network(first.float(), second.float())
+
+
+def load_lpips(network: str, weights: Path | None = None) -> LPIPS:
+    """LPIPS version 0.1 on images in [-1, 1], on the CPU.
+
+    Args:
+        network (`str`): `"vgg"` or `"alex"`.
+        weights (`Path`, *optional*): Local file with the network's convolutions under torchvision's names
+            (`features.0.weight`, ...), .safetensors or .pth. Without it, torchvision downloads them once (528 MB,
+            233 MB). The linear heads come with the package.
+
+    Raises:
+        ValueError: Another network, or a file that is not of this network.
+        FileNotFoundError: No such file.
+        ConnectionError: There is none, and the weights could not be downloaded.
+    """
+    if network not in NETWORKS:
+        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {network!r}.")
+    if weights is None:
+        try:
+            model = _lpips(network)
+        except (OSError, RuntimeError) as error:  # RuntimeError: a download that does not have its checksum
+            reason = " ".join(str(error).split())
+            raise ConnectionError(f"The weights of LPIPS' {network} could not be downloaded ({reason}).") from error
+    else:
+        stored = read_weights(Path(weights))
+        model = _lpips(network, pnet_rand=True)
+        _fill_convolutions(model.net, stored, weights)
+    return LPIPS(model, SMALLEST[network]).eval()
+
+
+def lpips_identity(network: str, weights: Path | None = None) -> dict[str, str]:
+    """Network, weights and their SHA-256, for the record of a figure. Downloads the weights if need be."""
+    file = None if weights is None else Path(weights)
+    if file is None:
+        from torchvision.models import AlexNet_Weights, VGG16_Weights
+
+        url = {"vgg": VGG16_Weights, "alex": AlexNet_Weights}[network].IMAGENET1K_V1.url
+        file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+        if not file.is_file():
+            load_lpips(network)
+    return {"network": f"lpips-{network}", "weights": str(file), "sha256": weights_identity([file])}
+
+
+def _lpips(network: str, **settings) -> nn.Module:
+    import lpips
+
+    with warnings.catch_warnings():  # how it asks torchvision for the network has long been deprecated
+        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+        return lpips.LPIPS(net=network, verbose=False, **settings)
+
+
+def _fill_convolutions(network: nn.Module, stored: dict[str, torch.Tensor], file: Path) -> None:
+    """Copy torchvision's `features.N.weight` into lpips' slices, whose layers keep the number N as their name."""
+    layers = {
+        name: layer
+        for slice_ in network.children()
+        if isinstance(slice_, nn.Sequential)
+        for name, layer in slice_.named_children()
+        if isinstance(layer, nn.Conv2d)
+    }
+    for number, layer in layers.items():
+        for kind in ("weight", "bias"):
+            value, target = stored.get(f"features.{number}.{kind}"), getattr(layer, kind).data
+            if value is None or value.shape != target.shape:
+                raise ValueError(f"{str(file)!r} does not hold features.{number}.{kind} of this network.")
+            target.copy_(value)

@@ -1,0 +1,99 @@
+"""How images are prepared for measuring: `clean`, and what the scripts behind the paper's tables do, `paper`.
+
+`clean`: float images as they are, clamped to their range, rounded to 8 bits for feature networks only.
+
+`paper` (the evaluation scripts that CVQ-VAE and LooC share): originals and reconstructions are clamped, truncated to
+8 bits, stored as JPEG of Pillow's default quality, 75, grey ones as RGB, and measured as they are read back; SSIM has
+uniform windows; images are brought to 229x229 for FID. A JPEG damages both sides: figures of the two protocols must
+never stand in one column.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+PROTOCOLS = ("clean", "paper")
+
+
+@dataclass(frozen=True)
+class CleanProtocol:
+    """Float images without JPEG and 8-bit rounding; the default."""
+
+    name: str = "clean"
+    ssim_window: str = "gaussian"  # of `looc_ldm.metrics.ssim`
+    pil_resize: int | None = None  # of `InceptionFeatures`
+
+    def view(self, images: torch.Tensor) -> torch.Tensor:
+        """What is measured of images: float `(B, C, H, W)` in [-1, 1], clamped, to float32 in [0, 1]."""
+        return (images.float().clamp(-1, 1) + 1) / 2
+
+    def views(self, originals: torch.Tensor, reconstructions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`view` of both."""
+        return self.view(originals), self.view(reconstructions)
+
+    def as_uint8(self, viewed: torch.Tensor) -> torch.Tensor:
+        """What feature networks are given: `view`'s float `(B, C, H, W)` in [0, 1] rounded to uint8 in 0..255."""
+        return (viewed * 255).round().byte()
+
+    def of_uint8(self, images: torch.Tensor) -> torch.Tensor:
+        """What feature networks are given of images that have 8 bits, uint8 `(B, C, H, W)`: these themselves."""
+        return images
+
+
+@dataclass(frozen=True)
+class PaperProtocol(CleanProtocol):
+    """8-bit images that went through a JPEG, to compare with the paper's tables."""
+
+    name: str = "paper"
+    ssim_window: str = "uniform"
+    pil_resize: int | None = 229
+
+    def view(self, images: torch.Tensor) -> torch.Tensor:
+        """Float `(B, 1 or 3, H, W)` in [-1, 1], clamped, as the RGB JPEG that is read back: float32 `(B, 3, H, W)`.
+
+        In [0, 1], on the device of `images`; the JPEG is made on the CPU.
+
+        Raises:
+            ValueError: Another number of channels, or images that are not finite.
+        """
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(
+                "the protocol paper measures images of shape (batch, 1 or 3, height, width), "
+                f"got {tuple(images.shape)}."
+            )
+        if not images.isfinite().all():  # as 8-bit numbers they would look like images
+            raise ValueError("images and reconstructions must be finite, got nan or infinite values.")
+        eight_bits = (super().view(images) * 255).byte()  # truncated, not rounded
+        return self.of_uint8(eight_bits).float() / 255
+
+    def of_uint8(self, images: torch.Tensor) -> torch.Tensor:
+        """Images that have 8 bits, uint8 `(B, 1 or 3, H, W)`, as the RGB JPEGs that are read back."""
+        rows = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+        decoded = np.stack([_through_jpeg(image) for image in rows])
+        return torch.from_numpy(decoded).permute(0, 3, 1, 2).to(images.device)
+
+
+_BY_NAME = {protocol.name: protocol for protocol in (CleanProtocol(), PaperProtocol())}
+
+
+def get_protocol(name: str) -> CleanProtocol:
+    """The protocol of a name.
+
+    Raises:
+        ValueError: Neither `"clean"` nor `"paper"`.
+    """
+    if name not in _BY_NAME:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}.")
+    return _BY_NAME[name]
+
+
+def _through_jpeg(image: np.ndarray) -> np.ndarray:
+    """uint8 RGB `(H, W, 3)` stored and read back."""
+    stored = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image)).save(stored, format="JPEG")
+    return np.asarray(Image.open(stored).convert("RGB"))

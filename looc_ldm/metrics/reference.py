@@ -1,0 +1,98 @@
+"""Features of reference images, kept on disk: a data set of a million images is looked at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from looc_ldm.files import make_folder, renamed_when_complete
+from looc_ldm.metrics.collect import Features
+from looc_ldm.metrics.moments import FeatureMoments
+
+logger = logging.getLogger(__name__)
+
+OPTIONAL = ("rows", "logits", "labels")  # of `Features`
+OF_MOMENTS = "moments."  # before the names of their tensors
+
+
+def default_cache_folder() -> Path:
+    """$LOOC_LDM_CACHE, or looc_ldm in $XDG_CACHE_HOME, or in ~/.cache."""
+    if folder := os.environ.get("LOOC_LDM_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "looc_ldm")
+
+
+class ReferenceCache:
+    """A folder with one safetensors file for each key.
+
+    Args:
+        folder (`Path`, *optional*): Made when the first file is written. None keeps nothing and finds nothing.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+
+    def load(self, key: dict) -> Features | None:
+        """The features that were saved under an equal key, on the CPU; None where there are none.
+
+        Args:
+            key (`dict`): All that the features depend on, as JSON can hold it: fingerprint of the data, transform,
+                the network's identity. The order of its entries does not matter.
+
+        A damaged file is named in a warning of the log, and counts as not there.
+        """
+        file = self.file(key)
+        if file is None or not file.is_file():
+            return None
+        try:
+            with safe_open(file, framework="pt") as stored:
+                if (stored.metadata() or {}).get("key") != _canonical(key):
+                    raise ValueError("it was saved under another key")
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            moments = {name.removeprefix(OF_MOMENTS): x for name, x in tensors.items() if name.startswith(OF_MOMENTS)}
+            return Features(
+                moments=FeatureMoments.from_tensors(moments),
+                **{name: tensors.get(name) for name in OPTIONAL},
+                count=int(tensors["count"]),
+            )
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            logger.warning("%s is damaged (%s): the features are computed anew.", file, reason)
+            return None
+
+    def save(self, key: dict, features: Features) -> None:
+        """Keep features under a key; a file of this key is replaced when the new one is complete.
+
+        In a run of many processes the first one saves: the others have no rows.
+
+        Raises:
+            UserError: The folder cannot be made or written to.
+        """
+        file = self.file(key)
+        if file is None:
+            return
+        tensors = {f"{OF_MOMENTS}{name}": x for name, x in features.moments.tensors().items()}
+        tensors |= {name: x for name in OPTIONAL if (x := getattr(features, name)) is not None}
+        tensors["count"] = torch.tensor(features.count)
+        make_folder(self.folder)
+        # The process is in the name: two runs may compute the same reference at a time.
+        with renamed_when_complete(file, file.with_name(f".{file.name}.{os.getpid()}.partial")) as partial:
+            save_file({name: x.contiguous() for name, x in tensors.items()}, partial, {"key": _canonical(key)})
+
+    def file(self, key: dict) -> Path | None:
+        """Where features of this key are, or would be; None without a folder."""
+        if self.folder is None:
+            return None
+        return self.folder / f"{hashlib.sha256(_canonical(key).encode()).hexdigest()}.safetensors"
+
+
+def _canonical(key: dict) -> str:
+    """Equal for equal keys."""
+    return json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -1,0 +1,79 @@
+"""How images are divided over processes, so that no figure depends on how many there are.
+
+Process r of R takes whole batches: r, r + R, ... of a list of batches that is the same for any R. An image then goes
+through a network in the same company whoever computes it, which matters in the last digits, and for samples in whole
+codes. Rows come back from all processes in the order of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from looc_ldm.metrics.collect import Features
+
+T = TypeVar("T")
+
+# Images that go through a feature network at a time. Inception's activations are then small enough for a CPU's memory
+# to be used again: at 64 it is a third slower.
+AT_A_TIME = {"cpu": 8}
+AT_A_TIME_ELSEWHERE = 50
+ROWS_OF_A_BATCH = 2**32  # more than any batch has: places of batch b lie in [b * this, (b + 1) * this)
+
+
+def place_of(accelerator: Accelerator | None) -> tuple[int, int]:
+    """(r, R): which process this is, and of how many."""
+    return (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+
+
+def share_of_batches(count: int, batch_size: int, accelerator: Accelerator | None = None) -> list[range]:
+    """The batches of this process, as the images in them: of `count` images in batches of `batch_size`."""
+    rank, processes = place_of(accelerator)
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    return batches[rank::processes]
+
+
+def places(batch: int, size: int, accelerator: Accelerator | None = None) -> torch.Tensor:
+    """Where the images of this process' batch number `batch` stand among those of all, int64 `(size,)`, increasing."""
+    rank, processes = place_of(accelerator)
+    return (batch * processes + rank) * ROWS_OF_A_BATCH + torch.arange(size)
+
+
+def at_a_time(device: torch.device | str) -> int:
+    """How many images go through a feature network at a time on this device."""
+    return AT_A_TIME.get(torch.device(device).type, AT_A_TIME_ELSEWHERE)
+
+
+def in_one_order(features: Features) -> Features:
+    """Collected features, whose `labels` are `places`, in the order that one process has them in; then without labels.
+
+    In place.
+    """
+    if features.labels is not None:
+        order = features.labels.argsort()
+        features.rows = None if features.rows is None else features.rows[order]
+        features.logits = None if features.logits is None else features.logits[order]
+        features.labels = None
+    return features
+
+
+def on_main(accelerator: Accelerator | None, make: Callable[[], T]) -> T:
+    """What `make` returns on the main process, which alone calls it; its ValueErrors are raised by all. Collective."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return make()
+    outcome: list = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [make(), None]
+        except ValueError as error:
+            outcome = [None, error]
+    result, error = broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    return result

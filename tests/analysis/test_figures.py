@@ -1,0 +1,260 @@
+"""Figures show what was found, for any quantizer, and their words are text."""
+
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from PIL import Image
+
+from looc_ldm import LooCVQModel
+from looc_ldm.analysis import collect as module
+from looc_ldm.analysis import image_figures
+from looc_ldm.analysis.codebook_figures import draw_embedding, draw_segment_use, draw_sharing, draw_use
+from looc_ldm.analysis.collect import Findings, collect
+from looc_ldm.analysis.embedding import in_the_plane
+from looc_ldm.analysis.image_figures import draw_error_map, draw_rate, shown_codes, swatches
+from looc_ldm.analysis.page import analyze, page
+from looc_ldm.analysis.rate_distortion import QUALITIES
+from looc_ldm.images import to_float, to_uint8
+
+
+@pytest.fixture(autouse=True)
+def few_vectors(monkeypatch):
+    monkeypatch.setattr(module, "MOST_VECTORS", 40)
+
+
+def tiny_model(channels: int = 1, **kwargs) -> LooCVQModel:
+    torch.manual_seed(0)
+    settings = {"vq_embed_dim": 8, "codevector_dim": 4, "num_vq_embeddings": 16, "interpolation_factor": 1}
+    model = LooCVQModel(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        **{**settings, **kwargs},
+    )
+    nn.init.normal_(model.quantize.embedding.weight)
+    return model.eval()
+
+
+def noise(count: int, channels: int = 1, size: int = 16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, channels, size, size), dtype=torch.uint8, generator=generator)
+
+
+def found_in(model: LooCVQModel, images: torch.Tensor) -> Findings:
+    return collect(model, [to_float(images)], len(images))
+
+
+def words(svg: bytes) -> list[str]:
+    return [re.sub("<[^>]*>", "", text) for text in re.findall(r"<text.*?</text>", svg.decode(), re.DOTALL)]
+
+
+# For any quantizer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error:.*layout:UserWarning", "error::RuntimeWarning")  # matplotlib and NumPy
+@pytest.mark.parametrize(
+    ("count", "channels", "settings"),
+    [
+        (3, 3, {"interpolation_factor": 2, "segment_layout": "patch"}),
+        (1, 1, {"num_vq_embeddings": 2}),  # one image
+        (2, 1, {"codevector_dim": 8}),  # one segment
+        (2, 3, {"codevector_dim": 2, "interpolation_factor": 2}),
+        (2, 1, {"codevector_dim": 1, "distance": "euclidean"}),
+        (1, 1, {"vq_embed_dim": 512, "codevector_dim": 1, "distance": "euclidean", "num_vq_embeddings": 1100}),
+    ],
+)
+def test_every_figure_is_drawn(count, channels, settings):
+    images = noise(count, channels)
+    model = tiny_model(channels, **settings)
+    drawings, figures = analyze(found_in(model, images), model, lambda index: images[index])
+    assert len({drawing.name for drawing in drawings}) == 8
+    for drawing in drawings:
+        assert np.asarray(Image.open(io.BytesIO(drawing.png())).convert("L")).std() > 0
+        assert len(drawing.caption) > 50
+    assert figures["images"] == count
+
+
+@pytest.mark.filterwarnings("error:.*layout:UserWarning", "error::RuntimeWarning")  # matplotlib and NumPy
+def test_a_dead_codebook_and_images_of_one_grey_are_drawn_as_what_they_are():
+    model, images = tiny_model(), torch.full((2, 1, 8, 8), 99, dtype=torch.uint8)  # smaller than the window of SSIM
+    nn.init.zeros_(model.quantize.embedding.weight)
+    drawings, figures = analyze(found_in(model, images), model, lambda index: images[index])
+    assert len(drawings) == 8
+    assert all(drawing.png() for drawing in drawings)
+    assert figures["codebook_use"] == 1 / 16
+    assert figures["dead"] == list(range(1, 16))
+    assert figures["most_used"] == [0]
+    assert figures["least_used"] == []
+    assert figures["bits_per_pixel_entropy"] == 0
+    assert figures["rate_distortion"]["codecs"] == {}
+
+
+def test_the_codes_that_are_said_to_be_dead_are_dead():
+    model, images = tiny_model(num_vq_embeddings=200), noise(2)
+    findings = found_in(model, images)
+    used = set(model.encode_indices(to_float(images)).flatten().tolist())
+    drawings, figures = analyze(findings, model, lambda index: images[index])
+    assert set(figures["dead"]) == set(range(200)) - used
+    assert figures["dead_codes"] == 200 - len(used) > 0
+    use = next(drawing for drawing in drawings if drawing.name == "codebook_use")
+    assert any(f"{200 - len(used)} dead" in text for text in words(use.svg()))
+    assert f"{200 - len(used)} never were (dead)" in use.caption
+    assert f"<td>{200 - len(used)} dead</td>" in page(drawings, figures, "model", "data", "looc-ldm analyze")
+
+
+# What they show -------------------------------------------------------------------------------------------------------
+
+
+def test_the_curve_of_use_is_the_sorted_shares():
+    findings = found_in(tiny_model(), noise(2))
+    counts = findings.statistics.counts.sum(0)
+    (axes,) = draw_use(findings).figure.axes
+    heights = axes.patches[0].get_data().values
+    assert heights.tolist() == sorted((counts[counts > 0] / counts.sum().double()).tolist(), reverse=True)
+    assert axes.get_xlim() == (0.5, 16.5)
+
+
+def test_the_bars_of_the_segments_are_their_use():
+    findings = found_in(tiny_model(), noise(1))
+    (axes,) = draw_segment_use(findings).figure.axes
+    bars = [bar.get_height() for bar in axes.patches]
+    assert bars == pytest.approx((100 * findings.statistics.segment_use).tolist())
+
+
+def test_the_bars_of_sharing_count_all_codevectors():
+    findings = found_in(tiny_model(), noise(1))
+    left, *_ = draw_sharing(findings).figure.axes
+    bars = [bar.get_height() for bar in left.patches]
+    assert bars == torch.bincount(findings.statistics.segments_per_codevector, minlength=3).tolist()
+
+
+def test_the_map_of_errors_is_drawn_over_its_pixels():
+    findings = found_in(tiny_model(), noise(2))
+    axes = draw_error_map(findings).figure.axes[0]
+    assert np.array_equal(axes.images[0].get_array(), findings.error_map)
+    assert axes.images[0].get_extent() == [0, 16, 16, 0]
+
+
+def test_the_model_stands_at_its_two_rates_beside_codecs_on_the_same_images():
+    images, model = noise(2), tiny_model()
+    findings = found_in(model, images)
+    _, figures = analyze(findings, model, lambda index: images[index])
+    compared = figures["rate_distortion"]
+    assert compared["images"] == 2
+    assert compared["psnr"] == pytest.approx(findings.psnr)
+    assert compared["bits_per_pixel"] == 2 * 8 * 8 * 4 / 16**2
+    assert compared["bits_per_pixel_entropy"] == pytest.approx(findings.bits_per_pixel_entropy)
+    assert [len(points) for points in compared["codecs"].values()] == [len(QUALITIES)] * 2
+    drawn = draw_rate(findings, {**compared, "codecs": {}}).figure.axes[0]
+    places = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in drawn.lines}
+    assert places["model, log2 K bits a code"] == (compared["bits_per_pixel"], compared["psnr"])
+    assert places["model, entropy-coded"] == (compared["bits_per_pixel_entropy"], compared["psnr"])
+
+
+def test_codecs_get_images_from_all_of_the_data_not_from_its_first_class(monkeypatch):
+    monkeypatch.setattr(image_figures, "MOST_CODED", 3)
+    findings = found_in(tiny_model(), noise(9))
+    compared = image_figures.compared_with_codecs(findings)
+    assert [psnr for _, psnr in compared["by_image"]] == findings.sample.psnr[[0, 4, 8]].tolist()
+
+
+def test_the_shown_codes_are_the_most_and_the_least_used():
+    findings = found_in(tiny_model(num_vq_embeddings=64), noise(4))
+    counts = findings.statistics.counts.sum(0).tolist()
+    most, least = shown_codes(findings)
+    others = [count for code, count in enumerate(counts) if count and code not in most + least]
+    assert len(most) == len(least) == 8
+    assert min(counts[code] for code in most) >= max(others)
+    assert 0 < max(counts[code] for code in least) <= min(others)
+
+
+def test_a_codevector_alone_is_the_middle_of_a_map_of_nothing_else():
+    model = tiny_model()
+    findings = found_in(model, noise(1))
+    decoded = to_uint8(model.decode_indices(torch.full((1, 8, 8, 2), 5)).sample)
+    assert torch.equal(swatches(model, [5], findings), decoded[..., 5:11, 5:11])  # three positions of f = 2
+
+
+# t-SNE ----------------------------------------------------------------------------------------------------------------
+
+
+def test_one_seed_gives_one_embedding():
+    torch.manual_seed(0)
+    codes, vectors = torch.randn(12, 4), torch.randn(40, 4)
+    first, again = (in_the_plane(codes, vectors, "euclidean", seed=0) for _ in range(2))
+    assert first[2] == "t-SNE"
+    assert np.array_equal(first[0], again[0])
+    assert np.array_equal(first[1], again[1])
+    assert first[0].shape == (12, 2)
+    assert first[1].shape == (40, 2)
+
+
+def test_of_a_cosine_model_directions_are_embedded():
+    torch.manual_seed(0)
+    codes, vectors = torch.randn(12, 4), torch.randn(40, 4)
+    near = [in_the_plane(length * codes, vectors, "cosine", 0)[0] for length in (1.0, 4.0)]  # exact in float32
+    assert np.array_equal(*near)
+    far = [in_the_plane(length * codes, vectors, "euclidean", 0)[0] for length in (1.0, 4.0)]
+    assert not np.allclose(*far)
+
+
+def test_codevectors_lie_among_the_features_that_choose_them():
+    torch.manual_seed(0)
+    codes = 20 * torch.eye(4)
+    vectors = codes.repeat_interleave(25, 0) + torch.randn(100, 4)
+    places, features, _ = in_the_plane(codes, vectors, "euclidean", 0)
+    nearest = np.linalg.norm(features[:, None] - places[None], axis=-1).argmin(1)
+    assert np.array_equal(nearest, np.repeat(range(4), 25))
+
+
+def test_two_channels_need_no_embedding():
+    codes, vectors = torch.randn(5, 2), torch.randn(9, 2)
+    places, features, how = in_the_plane(codes, vectors, "euclidean", 0)
+    assert how == "components"
+    assert np.array_equal(places, codes.numpy())
+    assert np.array_equal(features, vectors.numpy())
+
+
+def test_dead_codevectors_are_told_from_the_others():
+    findings = found_in(tiny_model(num_vq_embeddings=64), noise(1))
+    dead = len(findings.statistics.dead)
+    text = words(draw_embedding(findings, seed=0).svg())
+    assert {f"{dead} dead codevectors", f"{64 - dead} codevectors in use"} <= set(text)
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_page_holds_everything_and_asks_for_nothing():
+    images, model = noise(2), tiny_model()
+    drawings, figures = analyze(found_in(model, images), model, lambda index: images[index])
+    html = page(drawings, figures, "mine & <yours>", "folder", "looc-ldm analyze MODEL --data 'a <b>'")
+    tags = Tags()
+    tags.feed(html)
+    sources = [attrs["src"] for tag, attrs in tags.found if tag == "img"]
+    assert len(sources) == 8
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert not [attrs for tag, attrs in tags.found if tag in ("link", "script") or "href" in attrs]
+    assert all(attrs["alt"] for tag, attrs in tags.found if tag == "img")
+    assert "Inside mine &amp; &lt;yours&gt;" in html
+    assert "a &lt;b&gt;" in html
+    for drawing in drawings:
+        assert f"<h2>{drawing.title}</h2>" in html

@@ -1,0 +1,153 @@
+"""Figures of the same images are those of torch-fidelity, lpips and scikit-image, on real photos where there are any.
+
+The real Inception weights of the test data end at layer 768; at 2048, and for logits, the network has random ones.
+"""
+
+import importlib.util
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch.utils.data import Dataset
+
+from looc_ldm.metrics import InceptionFeatures, psnr, ssim
+from looc_ldm.metrics.collect import FeatureCollector, Features
+from looc_ldm.metrics.extractors import VGG16Features
+from looc_ldm.metrics.frechet import frechet_distance
+from looc_ldm.metrics.inception_score import inception_score
+from looc_ldm.metrics.kernel import kid
+from looc_ldm.metrics.lpips import load_lpips
+from looc_ldm.metrics.precision_recall import precision_recall
+
+FEATURES_OF = {"vgg": "vgg16_features_fp16.safetensors", "alex": "alexnet_features_fp32.safetensors"}
+COUNTS = (16, 14)  # the first set is the generated one
+
+
+class Images(Dataset):
+    """As torch-fidelity reads a set."""
+
+    def __init__(self, images: torch.Tensor):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images[index]
+
+
+@pytest.fixture(scope="module")
+def photos(test_data: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Real photos of one class, and of another: KID of similar sets is lost in the float32 of torch-fidelity."""
+    with tarfile.open(test_data / "imagenette128" / "val.tar") as tar:
+        names = sorted(member.name for member in tar if member.isfile())
+        chosen = names[: COUNTS[0] * 5 : 5] + names[-COUNTS[1] * 5 :: 5]
+        files = [tar.extractfile(name).read() for name in chosen]
+    arrays = [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
+    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    return images[: COUNTS[0]], images[COUNTS[0] :]
+
+
+def features_of(extractor, images: torch.Tensor) -> Features:
+    """In batches of another size than torch-fidelity's."""
+    network, collector = extractor.load("cpu"), FeatureCollector(keep_rows=True)
+    for batch in images.split(8):
+        collector.update(network(batch))
+    return collector.collect()
+
+
+def of_torch_fidelity(photos, weights: Path, **settings) -> dict[str, float]:
+    return torch_fidelity.calculate_metrics(
+        input1=Images(photos[0]),
+        input2=Images(photos[1]),
+        feature_extractor_weights_path=str(weights),
+        cuda=False,
+        cache=False,
+        save_cpu_ram=True,
+        batch_size=10,
+        verbose=False,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("layer", ["768", "2048"])
+def test_fid_kid_inception_score_precision_and_recall_are_torch_fidelitys(layer, photos, request):
+    weights = request.getfixturevalue("inception_weights" if layer == "768" else "untrained_inception")
+    names = {f"feature_layer_{metric}": layer for metric in ("fid", "kid", "prc")}
+    has_logits = layer == "2048"
+    expected = of_torch_fidelity(
+        photos,
+        weights,
+        fid=True,
+        kid=True,
+        prc=True,
+        isc=has_logits,
+        isc_splits=2,
+        kid_subset_size=10,
+        feature_extractor="inception-v3-compat",
+        **names,
+    )
+    first, second = (features_of(InceptionFeatures(layer, weights, has_logits), images) for images in photos)
+
+    fid = frechet_distance(first.moments, second.moments)
+    assert fid == pytest.approx(expected[torch_fidelity.KEY_METRIC_FID], rel=1e-3)
+    assert fid > 1e-3
+    mean, deviation = kid(first.rows, second.rows, subset_size=10)
+    assert mean == pytest.approx(expected[torch_fidelity.KEY_METRIC_KID_MEAN], rel=1e-3)
+    assert deviation == pytest.approx(expected[torch_fidelity.KEY_METRIC_KID_STD], rel=1e-3)
+    assert precision_recall(first.rows, second.rows) == pytest.approx(
+        [expected[torch_fidelity.KEY_METRIC_PRECISION], expected[torch_fidelity.KEY_METRIC_RECALL]], abs=1e-6
+    )
+    if has_logits:
+        assert inception_score(first.logits, splits=2) == pytest.approx(
+            [expected["inception_score_mean"], expected["inception_score_std"]], rel=1e-3
+        )
+
+
+@pytest.mark.slow
+def test_precision_and_recall_of_vgg16_are_torch_fidelitys(photos, tmp_path):
+    import torchvision
+
+    torch.manual_seed(0)
+    torch.save(torchvision.models.vgg16().state_dict(), tmp_path / "vgg16.pth")
+    expected = of_torch_fidelity(photos, tmp_path / "vgg16.pth", prc=True, feature_extractor="vgg16")
+    extractor = VGG16Features(tmp_path / "vgg16.pth")
+    extractor.check()
+    first, second = (features_of(extractor, images) for images in photos)
+    assert first.rows.shape == (COUNTS[0], extractor.dim)
+    assert precision_recall(first.rows, second.rows) == pytest.approx(
+        [expected[torch_fidelity.KEY_METRIC_PRECISION], expected[torch_fidelity.KEY_METRIC_RECALL]], abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("network", FEATURES_OF)
+def test_lpips_of_photos_is_the_packages(network, photos, test_data):
+    spec = importlib.util.spec_from_file_location("metric_weights", test_data / "metrics" / "metric_weights.py")
+    metric_weights = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(metric_weights)
+    x, y = (images[:2].float() / 127.5 - 1 for images in photos)
+    y = 0.7 * x + 0.3 * y
+    with torch.no_grad():
+        expected = metric_weights.lpips_network(network)(x, y)
+        ours = load_lpips(network, test_data / "metrics" / FEATURES_OF[network])(x, y)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    assert expected.min() > 0.01
+
+
+@pytest.mark.parametrize("window", ["gaussian", "uniform"])
+def test_psnr_and_ssim_of_photos_are_scikit_images(window, photos):
+    settings = {"uniform": {"win_size": 11}}.get(
+        window, {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    )
+    x, y = (images[:4].float() / 255 for images in photos)
+    y = 0.8 * x + 0.2 * y
+    pairs = [(a.numpy(), b.numpy()) for a, b in zip(x.double(), y.double(), strict=True)]
+    assert psnr(x, y).tolist() == pytest.approx([peak_signal_noise_ratio(*p, data_range=1) for p in pairs], abs=1e-5)
+    expected = [structural_similarity(*p, data_range=1, channel_axis=0, **settings) for p in pairs]
+    assert ssim(x, y, window).tolist() == pytest.approx(expected, abs=1e-5)

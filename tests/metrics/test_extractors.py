@@ -1,0 +1,184 @@
+"""Inception and VGG16 give what torch-fidelity's networks give, in float32, and say which ones they are."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch_fidelity import feature_extractor_inceptionv3
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from looc_ldm.metrics import InceptionFeatures
+from looc_ldm.metrics.extractors import VGG16Features
+from looc_ldm.metrics.weights import weights_identity
+
+LAYERS = ("64", "192", "768", "2048")
+
+
+def noise(count: int = 2, channels: int = 3, size: tuple[int, int] = (24, 30)) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (count, channels, *size), dtype=torch.uint8, generator=generator)
+
+
+def reference(weights: Path, layers: tuple[str, ...]) -> FeatureExtractorInceptionV3:
+    return FeatureExtractorInceptionV3(
+        "inception-v3-compat", [*layers], feature_extractor_weights_path=str(weights), verbose=False
+    )
+
+
+@pytest.mark.parametrize("logits", [False, True])
+@pytest.mark.parametrize("layer", ["64", "2048"])
+def test_features_and_logits_are_those_of_torch_fidelity(layer, logits, untrained_inception):
+    extractor = InceptionFeatures(layer, untrained_inception, logits)
+    found = extractor.load("cpu")(noise())
+    expected = reference(untrained_inception, (layer, "logits_unbiased"))(noise())
+    assert torch.equal(found["features"], expected[0])
+    assert found["features"].shape == (2, extractor.dim)
+    assert extractor.name == layer
+    assert set(found) == ({"features", "logits"} if logits else {"features"})
+    if logits:
+        assert torch.equal(found["logits"], expected[1])
+        assert found["logits"].std(0).min() > 0
+
+
+def test_with_the_papers_resize_features_are_those_of_pytorch_fid(untrained_inception, monkeypatch):
+    """Which resizes from there to 299 with pixel centres at a half, and maps [0, 255] to [-1, 1]."""
+    images = noise(size=(40, 300))
+    resized = [
+        np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((229, 229), Image.BILINEAR))
+        for image in images
+    ]
+    batch = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 255
+    batch = 2 * torch.nn.functional.interpolate(batch, (299, 299), mode="bilinear", align_corners=False) - 1
+
+    found = {
+        layer: InceptionFeatures(layer, untrained_inception, logits=layer in ("64", "2048"), pil_resize=229).load(
+            "cpu"
+        )(images)
+        for layer in LAYERS
+    }
+    # torch-fidelity's network takes 8-bit images only: hand it the prepared ones where it would resize.
+    monkeypatch.setattr(
+        feature_extractor_inceptionv3,
+        "interpolate_bilinear_2d_like_tensorflow1x",
+        lambda x, size, align_corners: batch * 128 + 128,
+    )
+    *features, logits = reference(untrained_inception, (*LAYERS, "logits_unbiased"))(images)
+    for layer, expected in zip(LAYERS, features, strict=True):
+        torch.testing.assert_close(found[layer]["features"], expected, rtol=1e-4, atol=1e-4 * expected.std().item())
+    for layer in ("64", "2048"):
+        torch.testing.assert_close(found[layer]["logits"], logits, rtol=1e-4, atol=1e-4 * logits.std().item())
+    assert set(found["768"]) == {"features"}
+
+
+def test_the_papers_resize_is_not_torch_fidelitys(untrained_inception):
+    clean, paper = (
+        InceptionFeatures("64", untrained_inception, pil_resize=side).load("cpu")(noise())["features"]
+        for side in (None, 229)
+    )
+    assert (clean - paper).abs().max() > 1e-3 * clean.std()
+
+
+@pytest.mark.parametrize("pil_resize", [None, 229])
+def test_grey_images_count_as_rgb_and_autocast_changes_nothing(pil_resize, untrained_inception):
+    features = InceptionFeatures("192", untrained_inception, pil_resize=pil_resize).load("cpu")
+    grey = noise(channels=1)
+    expected = features(grey.repeat(1, 3, 1, 1))["features"]
+    assert torch.equal(features(grey)["features"], expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = features(grey)["features"]
+    assert torch.equal(found, expected)
+    assert not found.requires_grad
+
+
+def test_images_of_another_kind_are_refused(untrained_inception):
+    features = InceptionFeatures("64", untrained_inception).load("cpu")
+    for images in (noise().float(), noise()[0], noise(channels=4)):
+        with pytest.raises(ValueError, match=r"uint8 tensors of shape \(batch, 1 or 3, height, width\), got torch"):
+            features(images)
+
+
+def test_logits_that_the_weights_do_not_hold_are_refused(untrained_inception, tmp_path):
+    state = torch.load(untrained_inception, weights_only=True)
+    state["fc.weight"].fill_(torch.nan)
+    torch.save(state, tmp_path / "no_logits.pth")
+    InceptionFeatures("2048", tmp_path / "no_logits.pth").check()
+    with pytest.raises(ValueError, match="does not hold the logits: they are not finite"):
+        InceptionFeatures("2048", tmp_path / "no_logits.pth", logits=True).check()
+
+
+def test_the_identity_tells_apart_whatever_gives_other_features(untrained_inception, tmp_path):
+    plain = InceptionFeatures("64", untrained_inception)
+    assert plain.identity()["sha256"] == hashlib.sha256(untrained_inception.read_bytes()).hexdigest()
+    assert plain.identity()["weights"] == str(untrained_inception)
+    others = [
+        InceptionFeatures("192", untrained_inception),
+        InceptionFeatures("64", untrained_inception, logits=True),
+        InceptionFeatures("64", untrained_inception, pil_resize=229),
+    ]
+    identities = [json.dumps(extractor.identity()) for extractor in (plain, *others)]
+    assert len(set(identities)) == 4
+
+
+def test_a_file_is_hashed_once_and_again_when_it_has_changed(tmp_path):
+    file = tmp_path / "weights.pth"
+    file.write_bytes(b"one")
+    stamp = file.stat()
+    first = weights_identity([file])
+    assert first == hashlib.sha256(b"one").hexdigest()
+    file.write_bytes(b"two")
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # as if nothing had happened: it is not read again
+    assert weights_identity([file]) == first
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    assert weights_identity([file]) == hashlib.sha256(b"two").hexdigest()
+
+
+def test_of_several_files_names_and_contents_count_but_not_their_order(tmp_path):
+    files = [tmp_path / f"model-{i}.safetensors" for i in (1, 2)]
+    for file in files:
+        file.write_bytes(file.name.encode())
+    both = weights_identity(files)
+    assert both == weights_identity(reversed(files))
+    assert both not in (weights_identity(files[:1]), weights_identity(files[1:]))
+
+
+class Payload:
+    """Unpickling one of these touches the file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_what_is_not_vgg16_is_refused_and_not_executed(tmp_path):
+    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "other.pth")
+    torch.save({"features.0.weight": Payload(tmp_path / "touched")}, tmp_path / "payload.pth")
+    (tmp_path / "text.pth").write_text("hello world, not a network")
+    for name in ("other.pth", "payload.pth", "text.pth"):
+        with pytest.raises(ValueError, match=f"{name} is not a state dict of torch-fidelity's VGG16") as error:
+            VGG16Features(tmp_path / name).check()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "touched").exists()
+    with pytest.raises(FileNotFoundError, match=r"No VGG16 weights at .*nowhere\.pth"):
+        VGG16Features(tmp_path / "nowhere.pth")
+
+
+def test_a_download_that_fails_is_one_line_that_says_to_give_a_path(monkeypatch, tmp_path):
+    def no_network(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", no_network)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
+    for extractor in (InceptionFeatures(), VGG16Features()):
+        for ask in (extractor.check, extractor.identity):
+            with pytest.raises(ConnectionError, match=r"no network.*give a path") as error:
+                ask()
+            assert "\n" not in str(error.value)

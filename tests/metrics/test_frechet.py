@@ -1,0 +1,156 @@
+"""The Fréchet distance is torch-fidelity's and scipy's, whichever way it is found."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+
+from looc_ldm.metrics.frechet import frechet_distance
+from looc_ldm.metrics.moments import FeatureMoments
+
+DIM = 64
+
+
+def drawn(count: int, seed: int, dim: int = DIM, shift: float = 0.0) -> torch.Tensor:
+    """Rows with correlated features, variances over four decades; each seed has another mean and covariance."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(dim, dim, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, dim)[:, None]
+    mean = torch.randn(dim, generator=generator, dtype=torch.float64)
+    return torch.randn(count, dim, generator=generator, dtype=torch.float64) @ mixing + mean + shift
+
+
+def distance(first: torch.Tensor, second: torch.Tensor) -> float:
+    return frechet_distance(FeatureMoments.from_rows(first), FeatureMoments.from_rows(second))
+
+
+def of_torch_fidelity(first: torch.Tensor, second: torch.Tensor) -> float:
+    statistics = [fid_features_to_statistics(rows) for rows in (first, second)]
+    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+
+
+def by_square_root(first: torch.Tensor, second: torch.Tensor) -> float:
+    """The formula as it is written. Where S1 S2 is singular the root by eigenvectors of S1 is what is well defined."""
+    means, covariances = zip(*((rows.mean(0).numpy(), np.cov(rows.numpy().T)) for rows in (first, second)), strict=True)
+    values, vectors = np.linalg.eigh(covariances[0])
+    root = vectors * np.sqrt(np.clip(values, 0, None)) @ vectors.T
+    singular = np.linalg.matrix_rank(covariances[0]) < len(root) or np.linalg.matrix_rank(covariances[1]) < len(root)
+    if singular:
+        trace = np.sqrt(np.clip(np.linalg.eigvalsh(root @ covariances[1] @ root), 0, None)).sum()
+    else:
+        trace = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real.trace()
+    return float(np.square(means[0] - means[1]).sum() + covariances[0].trace() + covariances[1].trace() - 2 * trace)
+
+
+MANY = [(500, 500), (500, 300), (DIM + 1, DIM + 2), (DIM + 2, 4000)]
+FEW = [(20, 20), (40, 9), (2, 2), (DIM, DIM), (DIM, 500), (500, 30), (500, 2)]
+
+
+@pytest.mark.parametrize("counts", MANY)
+def test_more_rows_than_features_give_the_distance_of_torch_fidelity_and_of_scipy(counts):
+    first, second = drawn(counts[0], 1), drawn(counts[1], 2)
+    assert distance(first, second) == pytest.approx(of_torch_fidelity(first, second), rel=1e-9)
+    assert distance(first, second) == pytest.approx(by_square_root(first, second), rel=1e-8)
+
+
+@pytest.mark.parametrize("counts", FEW)
+def test_fewer_rows_than_features_give_the_same_distance(counts):
+    first, second = drawn(counts[0], 1), drawn(counts[1], 2)
+    assert distance(first, second) == pytest.approx(by_square_root(first, second), rel=1e-6)
+    assert distance(first, second) == pytest.approx(of_torch_fidelity(first, second), rel=1e-5)  # it has the noise
+
+
+def changed(kind: str, rows: torch.Tensor) -> torch.Tensor:
+    rows = rows.clone()
+    if kind == "features twice":
+        rows[:, : DIM // 2] = rows[:, DIM // 2 :]
+    elif kind == "constant features":
+        rows[:, ::3] = 0.25
+    elif kind == "one constant feature":
+        rows[:, 5] = 0
+    elif kind == "a direction without variance":
+        rows[:, 0] = rows[:, 1:].sum(1)
+    elif kind == "rows twice":
+        rows = rows[: len(rows) // 2].repeat(2, 1)
+    return rows
+
+
+KINDS = ("features twice", "constant features", "one constant feature", "a direction without variance", "rows twice")
+
+
+@pytest.mark.parametrize("counts", [(500, 400), (DIM + 1, DIM + 1), (40, 30), (500, 30)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_singular_covariances_give_the_same_distance(counts, kind):
+    first, second = drawn(counts[0], 1), drawn(counts[1], 2)
+    for pair in ((changed(kind, first), changed(kind, second)), (changed(kind, first), second)):
+        expected = by_square_root(*pair)
+        assert distance(*pair) == pytest.approx(expected, rel=1e-6)
+        assert distance(*pair[::-1]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 30, DIM, DIM + 1, 500])
+@pytest.mark.parametrize("kind", ["as they are", *KINDS])
+def test_equal_sets_are_at_distance_zero(count, kind):
+    rows = changed(kind, drawn(count, 1))
+    assert 0 <= distance(rows, rows.flip(0)) <= 1e-6 * float(rows.var(0).sum())
+
+
+def test_a_constant_set_is_as_far_as_its_mean_and_the_variance_of_the_other():
+    constant, rows = torch.full((10, DIM), 0.5, dtype=torch.float64), drawn(500, 1)
+    expected = float((rows.mean(0) - 0.5).square().sum() + rows.var(0).sum())
+    assert distance(constant, rows) == pytest.approx(expected, rel=1e-9)
+    assert distance(constant.repeat(50, 1), rows) == pytest.approx(expected, rel=1e-6)
+    for count in (10, 500):
+        assert distance(constant, constant[:1].repeat(count, 1)) == 0
+    assert distance(constant.repeat(50, 1), constant.repeat(50, 1)) == 0
+
+
+def test_a_shift_adds_its_square():
+    rows = drawn(500, 1)
+    assert distance(rows, rows + 0.5) == pytest.approx(DIM * 0.25, rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [30, 500])
+def test_features_far_from_zero_give_the_same_distance(count):
+    near = distance(drawn(count, 1), drawn(count, 2))
+    assert distance(drawn(count, 1, shift=1e4), drawn(count, 2, shift=1e4)) == pytest.approx(near, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_the_distance_grows_with_the_square_of_the_features(scale):
+    first, second = drawn(300, 1), drawn(300, 2)
+    assert distance(first * scale, second * scale) == pytest.approx(distance(first, second) * scale**2, rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [30, 500])
+def test_statistics_stand_for_their_rows(count):
+    first, second = drawn(count, 1), drawn(300, 2)
+    published = FeatureMoments.from_mean_and_covariance(second.mean(0), second.T.cov())
+    moments = FeatureMoments.from_rows(first)
+    assert frechet_distance(moments, published) == pytest.approx(distance(first, second), rel=1e-9)
+    assert frechet_distance(published, moments) == pytest.approx(distance(first, second), rel=1e-9)
+    assert moments.count == count
+    assert frechet_distance(moments, published) == frechet_distance(moments, published)  # nothing was used up
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1000, 2100])
+def test_at_the_size_of_fid_it_is_the_formula(count):
+    first, second = drawn(count, 1, dim=2048), drawn(count, 2, dim=2048)
+    assert distance(first, second) == pytest.approx(by_square_root(first, second), rel=1e-6)
+
+
+def test_what_has_no_distance_is_refused():
+    rows = drawn(10, 1)
+    with pytest.raises(ValueError, match="at least 2 rows on each side, got 1"):
+        distance(rows, rows[:1])
+    with pytest.raises(ValueError, match="64 and 3"):
+        distance(rows, rows[:, :3])
+    for value in (math.nan, math.inf):
+        for count in (10, 500):
+            broken = drawn(count, 1)
+            broken[3, 3] = value
+            with pytest.raises(ValueError, match="not finite"):
+                distance(broken, drawn(500, 2))

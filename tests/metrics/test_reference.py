@@ -1,0 +1,112 @@
+"""Features of a reference are found again under what they were computed from, and never under anything else."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from looc_ldm.errors import UserError
+from looc_ldm.metrics.collect import Features
+from looc_ldm.metrics.frechet import frechet_distance
+from looc_ldm.metrics.moments import FeatureMoments
+from looc_ldm.metrics.reference import ReferenceCache, default_cache_folder
+
+KEY = {"data": "0f", "transform": {"resolution": 32, "fit": "crop"}, "network": {"layer": "64", "sha256": "ab"}}
+
+
+def features(count: int = 7, dim: int = 4, complete: bool = True) -> Features:
+    rows = torch.randn(count, dim, generator=torch.Generator().manual_seed(0))
+    return Features(
+        moments=FeatureMoments.from_rows(rows),
+        rows=rows if complete else None,
+        logits=torch.rand(count, 3) if complete else None,
+        labels=torch.arange(count) if complete else None,
+        count=count,
+    )
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("count", [3, 7])  # fewer and more than dimensions
+def test_what_was_saved_is_loaded(complete, count, tmp_path):
+    saved = features(count, complete=complete)
+    ReferenceCache(tmp_path / "new").save(KEY, saved)
+    loaded = ReferenceCache(tmp_path / "new").load(KEY)
+    assert loaded.count == loaded.moments.count == count
+    torch.testing.assert_close(loaded.moments.mean, saved.moments.mean, rtol=0, atol=1e-14)
+    torch.testing.assert_close(loaded.moments.covariance, saved.moments.covariance, rtol=1e-12, atol=1e-14)
+    other = FeatureMoments.from_rows(torch.randn(9, 4, generator=torch.Generator().manual_seed(1)))
+    distance = frechet_distance(loaded.moments, other)
+    assert distance == pytest.approx(frechet_distance(saved.moments, other), rel=1e-9)
+    for name in ("rows", "logits", "labels"):
+        found, expected = getattr(loaded, name), getattr(saved, name)
+        assert (found is None and expected is None) or torch.equal(found, expected)
+
+
+def test_the_order_of_a_key_does_not_matter_and_everything_in_it_does(tmp_path):
+    cache = ReferenceCache(tmp_path)
+    cache.save(KEY, features())
+    assert cache.load(dict(reversed(KEY.items()))) is not None
+    for name, other in (("data", "1f"), ("transform", {**KEY["transform"], "fit": "pad"}), ("network", {})):
+        assert cache.load({**KEY, name: other}) is None
+    assert cache.load({**KEY, "limit": None}) is None
+
+
+def test_a_later_save_replaces_an_earlier_one_and_leaves_nothing_beside_it(tmp_path):
+    cache = ReferenceCache(tmp_path)
+    cache.save(KEY, features(7))
+    cache.save(KEY, features(5))
+    assert cache.load(KEY).count == 5
+    assert list(tmp_path.iterdir()) == [cache.file(KEY)]
+
+
+def half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def of_another_key(file: Path) -> None:
+    cache = ReferenceCache(file.parent)
+    cache.save({"data": "other"}, features(5))
+    cache.file({"data": "other"}).replace(file)
+
+
+@pytest.mark.parametrize("damage", [half, empty, of_another_key])
+def test_a_damaged_file_is_named_and_computed_anew(damage, tmp_path, caplog):
+    cache = ReferenceCache(tmp_path)
+    cache.save(KEY, features())
+    damage(cache.file(KEY))
+    with caplog.at_level(logging.WARNING):
+        assert cache.load(KEY) is None
+    (line,) = caplog.messages
+    assert str(cache.file(KEY)) in line
+    assert "computed anew" in line
+    assert "\n" not in line
+    cache.save(KEY, features())
+    assert cache.load(KEY).count == 7
+
+
+def test_without_a_folder_nothing_is_kept():
+    cache = ReferenceCache(None)
+    cache.save(KEY, features())
+    assert cache.load(KEY) is None
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match="cannot make the folder"):
+        ReferenceCache(tmp_path / "file" / "cache").save(KEY, features())
+
+
+def test_the_default_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOOC_LDM_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert default_cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("LOOC_LDM_CACHE")
+    assert default_cache_folder() == tmp_path / "xdg" / "looc_ldm"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache_folder() == tmp_path / ".cache" / "looc_ldm"

@@ -1,0 +1,302 @@
+"""DINOv2 and CLIP give the published features: of the right token, of images prepared as Pillow and their makers do."""
+
+import importlib.util
+import json
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers import BitImageProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
+
+from looc_ldm.metrics import vision_transformers
+from looc_ldm.metrics.extractors import CLIPFeatures, DINOv2Features
+
+IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+KINDS = {"dinov2": DINOv2Features, "clip": CLIPFeatures}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Tiny networks with random weights, saved as transformers saves them."""
+    root = tmp_path_factory.mktemp("networks")
+    torch.manual_seed(0)
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    dinov2 = Dinov2Model(Dinov2Config(hidden_size=32, image_size=70, patch_size=14, **layers))
+    text = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 50, "max_position_embeddings": 8}
+    text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "image_size": 48, "patch_size": 8}
+    clip = CLIPModel(CLIPConfig(text_config=text | layers, vision_config=vision | layers, projection_dim=24))
+    for name, network in (("dinov2", dinov2), ("clip", clip)):
+        network.save_pretrained(root / name)
+    return {name: root / name for name in KINDS}
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """What HF_HUB_OFFLINE=1 and an empty cache mean to the client, which reads both when it is imported."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+def noise(*size: int, channels: int = 3) -> torch.Tensor:
+    """The hardest images to resize alike: filters overshoot everywhere."""
+    return torch.randint(256, (2, channels, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def processed(processor, images: torch.Tensor) -> torch.Tensor:
+    return processor(images=list(images.permute(0, 2, 3, 1).numpy()), return_tensors="pt").pixel_values
+
+
+def with_positions(network: Dinov2Model, factor: float) -> Dinov2Model:
+    """With position embeddings for 224 pixels, 16x16 patches, resized by a factor."""
+    (stored,) = network.embeddings.position_embeddings.data
+    grid = stored[1:].T.reshape(1, 32, 5, 5)
+    resized = torch.nn.functional.interpolate(grid, scale_factor=(factor, factor), mode="bicubic")
+    positions = torch.cat([stored[None, :1], resized.reshape(1, 32, 256).mT], dim=1)
+    network.embeddings.position_embeddings = torch.nn.Parameter(positions)
+    return network
+
+
+@pytest.mark.parametrize("size", [(60, 80), (300, 260), (224, 224)], ids=str)
+def test_dinov2_is_the_class_token_of_images_as_its_processor_prepares_them(folders, size):
+    network = with_positions(Dinov2Model.from_pretrained(folders["dinov2"]).eval(), (16 + 0.1) / 5)
+    published = BitImageProcessor(size={"height": 224, "width": 224}, do_center_crop=False, **IMAGENET)
+    with torch.no_grad():
+        expected = network(pixel_values=processed(published, noise(*size))).last_hidden_state[:, 0]
+    features = DINOv2Features(folders["dinov2"]).load("cpu")(noise(*size))["features"]
+    assert (features.shape, features.dtype) == ((2, 32), torch.float32)
+    # Ten times closer than what rounding and clipping to 8 bits once instead of twice makes of noise.
+    torch.testing.assert_close(features, expected, rtol=0, atol=3e-4)
+    assert (expected[0] - expected[1]).abs().max() > 0.05
+
+
+def test_positions_of_dinov2_are_not_interpolated_as_transformers_does(folders):
+    """But as its makers do: they multiply coordinates by a factor that is off by a tenth of a patch."""
+    images, processor = noise(224, 224), BitImageProcessor(do_resize=False, do_center_crop=False, **IMAGENET)
+    network = Dinov2Model.from_pretrained(folders["dinov2"]).eval()
+    with torch.no_grad():
+        other = network(pixel_values=processed(processor, images)).last_hidden_state[:, 0]
+        exact = with_positions(network, (16 + 0.1) / 5)(pixel_values=processed(processor, images))
+    found = DINOv2Features(folders["dinov2"]).load("cpu")(images)["features"]
+    torch.testing.assert_close(found, exact.last_hidden_state[:, 0], rtol=0, atol=1e-5)
+    assert (found - other).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("size", [(60, 80), (30, 26), (48, 48)], ids=str)
+def test_clip_is_the_projected_embedding_of_length_one(folders, size):
+    network = CLIPModel.from_pretrained(folders["clip"]).eval()
+    published = CLIPImageProcessor(size={"height": 48, "width": 48}, do_center_crop=False)
+    with torch.no_grad():
+        expected = network(
+            pixel_values=processed(published, noise(*size)), input_ids=torch.tensor([[0, 2, 1]] * 2)
+        ).image_embeds
+    features = CLIPFeatures(folders["clip"]).load("cpu")(noise(*size))["features"]
+    assert (features.shape, features.dtype) == ((2, 24), torch.float32)
+    assert features.norm(dim=1).tolist() == pytest.approx([1, 1])
+    torch.testing.assert_close(features, expected, rtol=0, atol=3e-4)
+    assert (expected[0] - expected[1]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixels_are_those_of_pillow_to_one_in_255(kind):
+    """Which the features above would show only to those who know how much one level matters."""
+    for size, target in (((60, 80), 224), ((300, 260), 224), ((60, 80), 48)):
+        square = {"size": {"height": target, "width": target}, "do_center_crop": False}
+        if kind == "dinov2":
+            processor, mean, std = BitImageProcessor(**square, **IMAGENET), *IMAGENET.values()
+        else:
+            processor = CLIPImageProcessor(**square)
+            mean, std = vision_transformers.CLIP_MEAN, vision_transformers.CLIP_STD
+        ours = vision_transformers._normalized(noise(*size), target, mean, std)
+        levels = (ours - processed(processor, noise(*size))).abs() * torch.tensor(std).view(3, 1, 1) * 255
+        assert levels.max() < 2.1
+        assert (levels > 0.5).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_grey_image_counts_as_its_rgb_copy(folders, kind):
+    features = KINDS[kind](folders[kind]).load("cpu")
+    grey = noise(40, 50, channels=1)
+    assert torch.equal(features(grey)["features"], features(grey.repeat(1, 3, 1, 1))["features"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_around_the_network_changes_nothing(folders, kind):
+    features = KINDS[kind](folders[kind]).load("cpu")
+    expected = features(noise(40, 50))["features"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(features(noise(40, 50))["features"], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_stored_in_half_precision_compute_in_float32(folders, kind, tmp_path):
+    model = {"dinov2": Dinov2Model, "clip": CLIPModel}[kind].from_pretrained(folders[kind])
+    model.bfloat16().save_pretrained(tmp_path / kind)
+    both = (tmp_path / kind, folders[kind])
+    features, exact = (KINDS[kind](folder).load("cpu")(noise(48, 48))["features"] for folder in both)
+    assert features.dtype == torch.float32
+    assert not torch.equal(features, exact)
+    assert not torch.equal(features, features.bfloat16().float())
+    torch.testing.assert_close(features, exact, rtol=0.1, atol=0.1)
+
+
+def test_name_dimension_and_identity_are_the_models(folders, tmp_path):
+    copy = shutil.copytree(folders["clip"], tmp_path / "clip-tiny")
+    for kind, dim in (("dinov2", 32), ("clip", 24)):
+        features = KINDS[kind](folders[kind])
+        features.check()
+        assert (features.name, features.dim) == (kind, dim)
+    original, copied = CLIPFeatures(folders["clip"]), CLIPFeatures(copy)
+    assert copied.name == "clip-tiny"
+    assert original.identity()["sha256"] == copied.identity()["sha256"]
+    assert json.dumps(copied.identity())
+    assert copied.identity()["weights"] == str(copy)
+    torch.manual_seed(1)
+    CLIPModel(CLIPConfig.from_pretrained(copy)).save_pretrained(copy)
+    assert original.identity()["sha256"] != copied.identity()["sha256"]
+
+
+def test_the_published_models_are_the_default():
+    assert (DINOv2Features().name, CLIPFeatures().name) == ("dinov2-large", "clip-vit-large-patch14-336")
+
+
+def test_images_of_another_kind_are_refused(folders):
+    features = DINOv2Features(folders["dinov2"]).load("cpu")
+    for images in (noise(20, 20).float(), noise(20, 20)[0], noise(20, 20, channels=4)):
+        with pytest.raises(ValueError, match=r"uint8 tensors of shape \(batch, 1 or 3, height, width\), got torch"):
+            features(images)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_that_is_not_such_a_model_is_refused_in_one_line(folders, kind, tmp_path):
+    other = next(name for name in KINDS if name != kind)
+    pickled = shutil.copytree(folders[kind], tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    damaged = shutil.copytree(folders[kind], tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"not tensors")
+    (tmp_path / "empty").mkdir()
+    for folder, reason in {
+        folders[other]: f"is not a {kind} model: model_type is '{other}'",
+        tmp_path / "empty": f"is not a {kind} model: there is no config.json",
+        pickled: "holds no safetensors; give a folder or hub id that does",
+        damaged: f"cannot be loaded as a {kind} model",
+    }.items():
+        with pytest.raises(ValueError, match=reason) as error:
+            KINDS[kind](folder).check()
+        assert "\n" not in str(error.value)
+        assert str(folder) in str(error.value)
+
+
+def test_weights_that_are_missing_are_not_made_up(folders, tmp_path):
+    """transformers fills them at random, and only warns."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(folders["dinov2"], tmp_path / "incomplete")
+    weights = load_file(folder / "model.safetensors")
+    del weights["layernorm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"incomplete' does not hold layernorm\.weight of a dinov2 model"):
+        DINOv2Features(folder).check()
+
+
+def test_what_is_neither_a_folder_nor_an_id_is_named(tmp_path):
+    for absent in (tmp_path / "nowhere", "./nowhere", "networks/of/mine"):
+        with pytest.raises(FileNotFoundError, match="is neither a folder nor a hub id") as error:
+            DINOv2Features(absent).check()
+        assert repr(str(absent)) in str(error.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_cannot_be_downloaded_is_one_line_that_says_how_to_give_it(offline, kind):
+    features = KINDS[kind](f"somebody/{kind}-offline")
+    for ask in (features.check, features.identity, lambda: features.dim, lambda: features.load("cpu")):
+        with pytest.raises(ConnectionError, match=rf"somebody/{kind}-offline.*give the path of a folder") as error:
+            ask()
+        assert "\n" not in str(error.value)
+
+
+# A hub on loopback --------------------------------------------------------------------------------------------------
+
+
+def discussions(handler, repo_id):
+    """What the hub answers when asked for the open proposals of its converter."""
+    assert handler.query["author"] == ["SFconvertbot"]
+    proposals = [
+        {
+            "title": "Adding `safetensors` variant of this model",
+            "num": int(branch.rpartition("/")[2]),
+            "author": {"name": "SFconvertbot"},
+            "createdAt": "2023-03-21T00:00:00.000Z",
+            "status": "open",
+            "repo": {"name": repo_id, "type": "model"},
+            "isPullRequest": True,
+        }
+        for branch in handler.hub.repositories[repo_id].branches
+        if branch.startswith("refs/pr/")
+    ]
+    handler.answer(200, {"discussions": proposals, "count": len(proposals), "start": 0})
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """An empty hub and an empty cache; connections to other machines fail."""
+    spec = importlib.util.spec_from_file_location("hub_of_networks", Path(__file__).parents[1] / "hub" / "server.py")
+    server = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "hub_of_networks", server)
+    spec.loader.exec_module(server)
+    server._ROUTES.append((("GET",), rf"/api/models/{server._R}/discussions", discussions))
+    connect = socket.socket.connect
+
+    def connect_to_loopback(self, address):
+        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "localhost", "::1"), address
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_to_loopback)
+    vision_transformers._hub_folder.cache_clear()
+    with server.Hub() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", running.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield running
+    vision_transformers._hub_folder.cache_clear()
+
+
+def test_a_model_of_the_hub_is_downloaded_without_its_other_formats(hub, folders, tmp_path):
+    files = {file.name: file.read_bytes() for file in folders["dinov2"].iterdir()}
+    hub.add("somebody/dinov2-tiny", files | {"pytorch_model.bin": b"pickle", "tf_model.h5": b"tensorflow"})
+    features = DINOv2Features("somebody/dinov2-tiny")
+    features.check()
+    assert (features.name, features.dim) == ("dinov2-tiny", 32)
+    assert features.identity()["sha256"] == DINOv2Features(folders["dinov2"]).identity()["sha256"]
+    there = {file.name for file in (tmp_path / "cache").rglob("snapshots/*/*")}
+    assert there == {"config.json", "model.safetensors"}
+
+
+def test_of_a_repository_of_pickles_the_proposed_safetensors_are_taken_online_and_then_offline(
+    hub, folders, monkeypatch
+):
+    """CLIP for 336 pixels is in one."""
+    config = (folders["clip"] / "config.json").read_bytes()
+    pickled = {"config.json": config, "pytorch_model.bin": b"pickle"}
+    hub.add("somebody/clip-old", pickled)
+    features = CLIPFeatures("somebody/clip-old")
+    with pytest.raises(ValueError, match="'somebody/clip-old' holds no safetensors"):
+        features.check()
+    proposed = pickled | {"model.safetensors": (folders["clip"] / "model.safetensors").read_bytes()}
+    hub.add("somebody/clip-old", proposed, branch="refs/pr/8")
+    vision_transformers._hub_folder.cache_clear()
+    features.check()
+    expected = CLIPFeatures(folders["clip"]).identity()["sha256"]
+    assert features.identity()["sha256"] == expected
+
+    vision_transformers._hub_folder.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert features.identity()["sha256"] == expected
