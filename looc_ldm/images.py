@@ -32,6 +32,19 @@ def to_uint8(image: torch.Tensor) -> torch.Tensor:
     return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def centre_crop(images: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
+    """The middle of images `(..., H, W)`, `size` = (height, width); where the margin is odd, the smaller half is above
+    and to the left. The whole images if `size` is None. Raises ValueError if it does not lie inside.
+    """
+    if size is None:
+        return images
+    (height, width), (given_height, given_width) = size, images.shape[-2:]
+    if not (0 < height <= given_height and 0 < width <= given_width):
+        raise ValueError(f"the centre, {height}x{width}, does not lie inside images of {given_height}x{given_width}.")
+    top, left = (given_height - height) // 2, (given_width - width) // 2
+    return images[..., top : top + height, left : left + width]
+
+
 def to_pil(image: torch.Tensor) -> Image.Image:
     """A uint8 image `(C, H, W)`, C = 1 or 3, as a grey or RGB PIL image."""
     pixels = image.cpu().permute(1, 2, 0).numpy()

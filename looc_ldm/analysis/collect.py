@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from looc_ldm.autoencoder import LooCVQModel
-from looc_ldm.images import to_uint8
+from looc_ldm.images import centre_crop, to_uint8
 from looc_ldm.metrics import psnr
 from looc_ldm.metrics.reconstruction import PSNR_CEILING, eval_mode
 from looc_ldm.statistics import CodebookStatistics, CodeCounter
@@ -109,7 +109,7 @@ class Findings:
 
     def content(self, images: torch.Tensor) -> torch.Tensor:
         """Images (..., H, W) without their padding."""
-        return _centre(images, self.content_size)
+        return centre_crop(images, self.content_size)
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def collect(
             counter.update(codes, rows)
             _see(first_seen, codes.cpu(), seen)
             original, reconstruction = (
-                (_centre(x.to(model.device), content_size or size).clamp(-1, 1) + 1) / 2 for x in (batch, decoded)
+                (centre_crop(x.to(model.device), content_size).clamp(-1, 1) + 1) / 2 for x in (batch, decoded)
             )
             error_sum = error_sum + (original - reconstruction).abs().mean(1).cpu().double().sum(0)
             psnr_each = psnr(original, reconstruction).clamp(max=PSNR_CEILING).cpu()
@@ -240,8 +240,3 @@ def _see(first_seen: torch.Tensor, codes: torch.Tensor, images_before: int) -> N
     flat = codes.flatten()
     place = images_before * math.prod(codes.shape[1:3]) + torch.arange(len(flat)) // codes.shape[-1]
     first_seen.scatter_reduce_(0, flat, place, "amin")
-
-
-def _centre(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    top, left = ((whole - part) // 2 for whole, part in zip(images.shape[-2:], size, strict=True))
-    return images[..., top : top + size[0], left : left + size[1]]

@@ -79,6 +79,7 @@ def _compare(options: argparse.Namespace) -> None:
         markdown_table,
         rate_distortion_figure,
     )
+    from looc_ldm.images import centre_crop
     from looc_ldm.training.data import spread
 
     check_folder(options.output)
@@ -98,7 +99,7 @@ def _compare(options: argparse.Namespace) -> None:
     compared.sort(key=lambda pair: pair[1].figures["bits_per_pixel"])  # stable: equal rates stay in the order given
 
     models = [model for _, model in compared]
-    originals = _content(shown, images.content_size)
+    originals = centre_crop(shown, images.content_size)
     factor = difference_factor(originals, models)
     drawings = [comparison_picture(originals, models, factor), rate_distortion_figure(codecs, models, len(compressed))]
     table, lines = markdown_table(models), _circumstances(surveys, measures, images, len(chosen), options)
@@ -190,11 +191,12 @@ def _codec_curves(images, chosen, options: argparse.Namespace) -> dict[str, list
     from tqdm.auto import tqdm
 
     from looc_ldm.analysis.rate_distortion import CODECS, codec_curve
+    from looc_ldm.images import centre_crop
 
     curves = {}
     with as_user_errors(ValueError):
         for codec in CODECS:
-            pixels = (_content(images[index][0], images.content_size) for index in chosen)
+            pixels = (centre_crop(images[index][0], images.content_size) for index in chosen)
             bar = tqdm(pixels, total=len(chosen), desc=codec, unit="img", delay=1)
             curves[codec] = codec_curve(bar, codec, protocol=options.protocol)
     return curves
@@ -208,6 +210,7 @@ def _measured(survey: _Survey, measures, images, chosen, shown, options: argpars
 
     from looc_ldm.analysis.comparison import Compared
     from looc_ldm.image_codes import set_tiling
+    from looc_ldm.images import centre_crop
     from looc_ldm.loading import load_autoencoder
     from looc_ldm.training.data import float_batches
 
@@ -222,7 +225,7 @@ def _measured(survey: _Survey, measures, images, chosen, shown, options: argpars
     figures["downsampling_factor"] = survey.downsampling_factor
     figures["interpolation_factor"] = survey.interpolation_factor
     reconstructions = _reconstructed(model, shown, batch_size)
-    return Compared(survey.name, figures, _content(reconstructions, images.content_size))
+    return Compared(survey.name, figures, centre_crop(reconstructions, images.content_size))
 
 
 def _reconstructed(model, originals, batch_size: int):
@@ -234,14 +237,6 @@ def _reconstructed(model, originals, batch_size: int):
     with torch.no_grad():
         batches = (to_float(batch).to(model.device, model.dtype) for batch in originals.split(batch_size))
         return torch.cat([to_uint8(model.decode(model.encode(batch).latents).sample).cpu() for batch in batches])
-
-
-def _content(images, size: tuple[int, int] | None):
-    """What is inside the padding of images `(..., H, W)`, as it is measured."""
-    if size is None:
-        return images
-    top, left = ((given - inner) // 2 for given, inner in zip(images.shape[-2:], size, strict=True))
-    return images[..., top : top + size[0], left : left + size[1]]
 
 
 # The results ----------------------------------------------------------------------------------------------------------

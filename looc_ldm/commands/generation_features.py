@@ -73,7 +73,7 @@ def reference_features(
     if "fid" in compared and has_usable_statistics(measures, reference):
         statistics = reference.images.statistics()
         if not rows["inception"]:
-            found["inception"] = Features(statistics, None, None, None, len(reference.images))
+            found["inception"] = Features(statistics, None, None, len(reference.images))
     keys = {name: _cache_key(reference, measures, name) for name in rows}
     if is_main:
         for name in rows.keys() - found.keys():
@@ -96,7 +96,7 @@ def reference_features(
             disable=not is_main,
         )
         collected = collect_features(
-            map(measures.protocol.of_uint8, batches),
+            batches,
             {name: networks[name] for name in missing},
             [name for name in missing if rows[name]],
             accelerator,
@@ -116,7 +116,7 @@ def reference_features(
 def _cache_key(reference: Reference, measures: GenerationMeasures, network: str) -> dict:
     """All that the features depend on. Not where weights lie, nor whether logits were computed beside the features."""
     identity = {k: v for k, v in measures.extractors[network].identity().items() if k not in ("weights", "logits")}
-    return {**reference.key, "features": identity, "protocol": measures.protocol.name}
+    return {**reference.key, "features": identity}
 
 
 def sample_features(
@@ -145,8 +145,7 @@ def sample_features(
         if options.export_npz is not None:
             images = _exported(images, rounds, writer, accelerator)
         keep = [name for name in networks if rows_needed(measures.metrics, name)]
-        batches = map(measures.protocol.of_uint8, images)
-        return collect_features(batches, networks, keep, accelerator, stopwatch, device=stopwatch.device)
+        return collect_features(images, networks, keep, accelerator, stopwatch, device=stopwatch.device)
 
 
 def _exported(

@@ -25,15 +25,15 @@ class Features:
         moments (`FeatureMoments`): Of all images.
         rows (`torch.Tensor` or `None`): Features `(n, D)`, float32 on the CPU, where they were kept.
         logits (`torch.Tensor` or `None`): `(n, classes)`, float32 on the CPU, where the network gave them.
-        labels (`torch.Tensor` or `None`): int64 `(n,)` on the CPU, where they were given.
         count (`int`): n.
+        labels (`torch.Tensor` or `None`): Classes, int64 `(n,)`, where somebody has set them.
     """
 
     moments: FeatureMoments
     rows: torch.Tensor | None
     logits: torch.Tensor | None
-    labels: torch.Tensor | None
     count: int
+    labels: torch.Tensor | None = None
 
 
 class FeatureCollector:
@@ -49,22 +49,23 @@ class FeatureCollector:
         self.moments: FeatureMoments | None = None
         self._rows: list[torch.Tensor] = []
         self._logits: list[torch.Tensor] = []
-        self._labels: list[torch.Tensor] = []
+        self._places: list[torch.Tensor] = []
 
-    def update(self, outputs: Mapping[str, torch.Tensor], labels: torch.Tensor | None = None) -> None:
+    def update(self, outputs: Mapping[str, torch.Tensor], places: torch.Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
             outputs (`Mapping`): `features` `(B, D)` and, if the network has them, `logits` `(B, classes)`.
-            labels (`torch.Tensor`, *optional*): Integers `(B,)`.
+            places (`torch.Tensor`, *optional*): Where the images stand among those of all processes, integers `(B,)`
+                (`looc_ldm.metrics.shares.places`).
 
         Raises:
-            ValueError: Shapes that do not fit, or logits or labels in some batches only.
+            ValueError: Shapes that do not fit, or logits or places in some batches only.
         """
         features, logits = outputs["features"], outputs.get("logits")
         if features.ndim != 2:
             raise ValueError(f"features must have shape (B, D), got {tuple(features.shape)}.")
-        for name, tensor, kept in (("logits", logits, self._logits), ("labels", labels, self._labels)):
+        for name, tensor, kept in (("logits", logits, self._logits), ("places", places, self._places)):
             if tensor is not None and len(tensor) != len(features):
                 raise ValueError(f"{name} must be as many as the features, {len(features)}, got {len(tensor)}.")
             if self.moments is not None and (tensor is not None) != bool(kept):
@@ -76,14 +77,14 @@ class FeatureCollector:
             self._rows.append(features.detach().to("cpu", torch.float32, copy=True))
         if logits is not None:
             self._logits.append(logits.detach().to("cpu", torch.float32, copy=True))
-        if labels is not None:
-            self._labels.append(labels.detach().to("cpu", torch.int64, copy=True))
+        if places is not None:
+            self._places.append(places.detach().to("cpu", torch.int64, copy=True))
 
     def collect(self, accelerator: Accelerator | None = None) -> Features:
         """Bring everything together. A collective.
 
-        Of the whole, process r of R has seen the rows r, r + R, ...; afterwards every process has the moments of all,
-        and the main process also the rows, logits and labels, in the order 0, 1, ... (None elsewhere).
+        Afterwards every process has the moments of all, and the main process also the rows and logits, in the order of
+        their places, or, of one process without these, in that of `update` (None elsewhere).
 
         Raises:
             ValueError: There are no images at all, or the processes have seen features of different kinds.
@@ -93,7 +94,7 @@ class FeatureCollector:
             0 if moments is None else moments.count,
             0 if moments is None else moments.dim,
             self._logits[0].shape[1] if self._logits else 0,
-            int(bool(self._labels)),
+            int(bool(self._places)),
         ]
         layouts = torch.tensor([layout])
         if accelerator is not None:  # a process without images does not know what the others have
@@ -104,16 +105,19 @@ class FeatureCollector:
             raise ValueError(
                 "there are no images to collect features of."
                 if len(seen) == 0
-                else f"the processes have (features, logits, labels) of different kinds: {seen.tolist()}."
+                else f"the processes have (features, logits, places) of different kinds: {seen.tolist()}."
             )
-        dim, classes, labelled = seen[0].tolist()
+        dim, classes, placed = seen[0].tolist()
         moments = moments or FeatureMoments(dim)
         if accelerator is not None:
             moments.reduce(accelerator)
         rows = _brought(self._rows, (dim,), torch.float32, counts, accelerator) if self.keep_rows else None
         logits = _brought(self._logits, (classes,), torch.float32, counts, accelerator) if classes else None
-        labels = _brought(self._labels, (), torch.int64, counts, accelerator) if labelled else None
-        return Features(moments, rows, logits, labels, int(counts.sum()))
+        places = _brought(self._places, (), torch.int64, counts, accelerator) if placed else None
+        if places is not None:
+            order = places.argsort()
+            rows, logits = (None if tensor is None else tensor[order] for tensor in (rows, logits))
+        return Features(moments, rows, logits, int(counts.sum()))
 
 
 def _brought(
@@ -123,7 +127,7 @@ def _brought(
     counts: torch.Tensor,
     accelerator: Accelerator | None,
 ) -> torch.Tensor | None:
-    """The rows of all processes, interleaved, on the main process; None on the others."""
+    """The rows of all processes on the main process, in an order of their own; None on the others."""
     share = torch.cat([torch.empty(0, *shape, dtype=dtype), *parts])
     if accelerator is None or accelerator.num_processes == 1:
         return share
@@ -136,5 +140,5 @@ def _brought(
         if accelerator.is_main_process:
             gathered = gathered.cpu().unflatten(0, (-1, length))  # (R, length, ...)
             there = start + torch.arange(length) < counts[:, None]
-            blocks.append(gathered.transpose(0, 1)[there.T])
+            blocks.append(gathered[there])
     return torch.cat(blocks) if accelerator.is_main_process else None

@@ -19,7 +19,7 @@ from looc_ldm.metrics.frechet import frechet_distance
 from looc_ldm.metrics.inception_score import inception_score
 from looc_ldm.metrics.kernel import cmmd, kid
 from looc_ldm.metrics.precision_recall import precision_recall
-from looc_ldm.metrics.shares import at_a_time, in_one_order, places
+from looc_ldm.metrics.shares import at_a_time, places
 from looc_ldm.metrics.timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def collect_features(
                     kept = found if logits else {"features": found["features"]}
                     collectors[name].update(kept, place)
     with stopwatch.running("statistics"):
-        return {name: in_one_order(collector.collect(accelerator)) for name, collector in collectors.items()}
+        return {name: collector.collect(accelerator) for name, collector in collectors.items()}
 
 
 def generation_figures(

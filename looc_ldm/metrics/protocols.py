@@ -4,8 +4,8 @@
 
 `paper` (the evaluation scripts that CVQ-VAE and LooC share): originals and reconstructions are clamped, truncated to
 8 bits, stored as JPEG of Pillow's default quality, 75, grey ones as RGB, and measured as they are read back; SSIM has
-uniform windows; images are brought to 229x229 for FID. A JPEG damages both sides: figures of the two protocols must
-never stand in one column.
+uniform windows; images are brought to 229x229 for FID. Generated images go through no JPEG: of these only the resize is
+another. A JPEG damages both sides: figures of the two protocols must never stand in one column.
 """
 
 from __future__ import annotations
@@ -40,10 +40,6 @@ class CleanProtocol:
         """What feature networks are given: `view`'s float `(B, C, H, W)` in [0, 1] rounded to uint8 in 0..255."""
         return (viewed * 255).round().byte()
 
-    def of_uint8(self, images: torch.Tensor) -> torch.Tensor:
-        """What feature networks are given of images that have 8 bits, uint8 `(B, C, H, W)`: these themselves."""
-        return images
-
 
 @dataclass(frozen=True)
 class PaperProtocol(CleanProtocol):
@@ -69,13 +65,9 @@ class PaperProtocol(CleanProtocol):
         if not images.isfinite().all():  # as 8-bit numbers they would look like images
             raise ValueError("images and reconstructions must be finite, got nan or infinite values.")
         eight_bits = (super().view(images) * 255).byte()  # truncated, not rounded
-        return self.of_uint8(eight_bits).float() / 255
-
-    def of_uint8(self, images: torch.Tensor) -> torch.Tensor:
-        """Images that have 8 bits, uint8 `(B, 1 or 3, H, W)`, as the RGB JPEGs that are read back."""
-        rows = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+        rows = eight_bits.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
         decoded = np.stack([_through_jpeg(image) for image in rows])
-        return torch.from_numpy(decoded).permute(0, 3, 1, 2).to(images.device)
+        return torch.from_numpy(decoded).permute(0, 3, 1, 2).to(images.device).float() / 255
 
 
 _BY_NAME = {protocol.name: protocol for protocol in (CleanProtocol(), PaperProtocol())}

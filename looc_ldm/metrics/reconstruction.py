@@ -12,13 +12,14 @@ import torch
 import torch.nn as nn
 from accelerate.utils import gather_object
 
+from looc_ldm.images import centre_crop
 from looc_ldm.metrics.collect import FeatureCollector, Features
 from looc_ldm.metrics.extractors import InceptionFeatures
 from looc_ldm.metrics.frechet import frechet_distance
 from looc_ldm.metrics.kernel import kid
 from looc_ldm.metrics.protocols import get_protocol
 from looc_ldm.metrics.quality import l1, psnr, ssim
-from looc_ldm.metrics.shares import at_a_time, in_one_order, on_main, places
+from looc_ldm.metrics.shares import at_a_time, on_main, places
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -103,7 +104,7 @@ def evaluate_reconstruction(
             if not output.sample.isfinite().all():
                 raise ValueError("reconstructions must be finite, got nan or infinite values.")
             whole = [x.to(model.device, torch.float32) for x in (batch, output.sample)]
-            measured = rules.views(*(_centre(x, measured_size) for x in whole))
+            measured = rules.views(*(centre_crop(x, measured_size) for x in whole))
             totals.add_codes(output.indices)
             figures = _of_pixels(*measured, rules.ssim_window, chosen)
             if lpips:
@@ -121,7 +122,7 @@ def evaluate_reconstruction(
 
     report = _report(model, totals, measured_size, protocol)
     if features is not None:
-        sides = [in_one_order(collector.collect(accelerator)) for collector in collectors]
+        sides = [collector.collect(accelerator) for collector in collectors]
         report |= on_main(accelerator, lambda: _distances(*sides, chosen, features.name))
     return report
 
@@ -227,16 +228,6 @@ def _check_batch(batch: torch.Tensor, size: tuple[int, int] | None) -> None:
         )
     if size is not None and size != tuple(batch.shape[-2:]):
         raise ValueError(f"all images must have one size, got {size} and {tuple(batch.shape[-2:])}.")
-
-
-def _centre(images: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
-    if size is None:
-        return images
-    (height, width), (given_height, given_width) = size, images.shape[-2:]
-    if not (0 < height <= given_height and 0 < width <= given_width):
-        raise ValueError(f"measured_size {height}x{width} does not lie inside images of {given_height}x{given_width}.")
-    top, left = (given_height - height) // 2, (given_width - width) // 2
-    return images[..., top : top + height, left : left + width]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from looc_ldm.metrics.moments import FeatureMoments
 
 logger = logging.getLogger(__name__)
 
-OPTIONAL = ("rows", "logits", "labels")  # of `Features`
+OPTIONAL = ("rows", "logits")  # of `Features`
 OF_MOMENTS = "moments."  # before the names of their tensors
 
 

@@ -16,8 +16,6 @@ from accelerate.utils import broadcast_object_list
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from looc_ldm.metrics.collect import Features
-
 T = TypeVar("T")
 
 # Images that go through a feature network at a time. Inception's activations are then small enough for a CPU's memory
@@ -48,19 +46,6 @@ def places(batch: int, size: int, accelerator: Accelerator | None = None) -> tor
 def at_a_time(device: torch.device | str) -> int:
     """How many images go through a feature network at a time on this device."""
     return AT_A_TIME.get(torch.device(device).type, AT_A_TIME_ELSEWHERE)
-
-
-def in_one_order(features: Features) -> Features:
-    """Collected features, whose `labels` are `places`, in the order that one process has them in; then without labels.
-
-    In place.
-    """
-    if features.labels is not None:
-        order = features.labels.argsort()
-        features.rows = None if features.rows is None else features.rows[order]
-        features.logits = None if features.logits is None else features.logits[order]
-        features.labels = None
-    return features
 
 
 def on_main(accelerator: Accelerator | None, make: Callable[[], T]) -> T:

@@ -16,26 +16,26 @@ COUNTS = (1, 2, 7, 8, 3001)  # 1: the second process has none; 3001: more than t
 SOME_REDUCE = {"few": (3, 2), "many": (50, 9), "none on the second": (50, 0), "few and many": (2, 90)}
 
 
-def whole(count: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def whole(count: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(count)
     features = torch.randn(count, DIM, generator=generator) * torch.logspace(0, -2, DIM) + 100
     logits = torch.randn(count, CLASSES, generator=generator)
-    return {"features": features, "logits": logits}, torch.randint(0, 2**40, (count,), generator=generator)
+    return {"features": features, "logits": logits}
 
 
 def collect(count: int, rank: int = 0, world_size: int = 1, accelerator=None, keep_rows=True, both=True) -> Features:
     """Of every `world_size`-th row from `rank` on, in batches of 3."""
-    outputs, labels = whole(count)
+    outputs = whole(count)
     collector = FeatureCollector(keep_rows)
     mine = torch.arange(rank, count, world_size)
     for part in mine.split(3) if len(mine) else ():
         batch = {name: tensor[part] for name, tensor in outputs.items() if both or name == "features"}
-        collector.update(batch, labels[part] if both else None)
+        collector.update(batch, part if both else None)
     return collector.collect(accelerator)
 
 
 def reduced(counts: tuple[int, int], rank: int, accelerator) -> FeatureMoments:
-    rows = whole(sum(counts))[0]["features"]
+    rows = whole(sum(counts))["features"]
     moments = FeatureMoments.from_rows(rows.split(counts)[rank])
     moments.reduce(accelerator)
     return moments
@@ -74,18 +74,17 @@ def assert_equal(first: FeatureMoments, second: FeatureMoments, tolerance: float
 
 def test_one_process_has_everything_in_order():
     for count in COUNTS:
-        (outputs, labels), features = whole(count), collect(count)
+        outputs, features = whole(count), collect(count)
         assert features.count == count
         assert torch.equal(features.rows, outputs["features"])
         assert torch.equal(features.logits, outputs["logits"])
-        assert torch.equal(features.labels, labels)
         assert_equal(features.moments, FeatureMoments.from_rows(outputs["features"]))
 
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_the_main_process_of_two_has_all_rows_in_order_and_the_other_none(two_processes, count):
     expected, features, other = collect(count), two_processes[0][count], two_processes[1][count]
-    for name in ("rows", "logits", "labels"):
+    for name in ("rows", "logits"):
         assert torch.equal(getattr(features, name), getattr(expected, name)), name
         assert getattr(other, name) is None
     assert features.count == other.count == count
@@ -105,13 +104,13 @@ def test_rows_that_nobody_needs_are_not_kept(two_processes, count):
         collect(count, keep_rows=False, both=False),
         *(process[count, "moments only"] for process in two_processes),
     ):
-        assert features.rows is features.logits is features.labels is None
+        assert features.rows is features.logits is None
         assert features.count == count
 
 
 @pytest.mark.parametrize("case", SOME_REDUCE)
 def test_moments_are_reduced_whatever_the_shares(two_processes, case):
-    expected = FeatureMoments.from_rows(whole(sum(SOME_REDUCE[case]))[0]["features"])
+    expected = FeatureMoments.from_rows(whole(sum(SOME_REDUCE[case]))["features"])
     for process in two_processes:
         assert_equal(process[case], expected)
 
@@ -123,7 +122,7 @@ def test_both_processes_refuse_what_does_not_fit(two_processes):
 
 
 def test_moments_only_take_no_memory_for_each_image(largest_tensor):
-    outputs, _ = whole(3000)
+    outputs = whole(3000)
     collector = FeatureCollector(keep_rows=False)
     with largest_tensor() as largest:
         for part in outputs["features"].split(3):
@@ -134,26 +133,28 @@ def test_moments_only_take_no_memory_for_each_image(largest_tensor):
 
 
 def test_the_caller_may_use_its_tensors_again():
-    outputs, labels = whole(8)
+    outputs, places = whole(8), torch.arange(8)
+    expected = outputs["logits"].flip(0)
     collector = FeatureCollector(keep_rows=True)
-    collector.update(outputs, labels)
-    for tensor in (*outputs.values(), labels):
+    collector.update(outputs, places.flip(0))
+    for tensor in (*outputs.values(), places):
         tensor.zero_()
     features = collector.collect()
-    assert all(part.abs().min() > 0 for part in (features.rows, features.logits, features.labels))
+    assert torch.equal(features.logits, expected)
+    assert features.rows.abs().min() > 0
     assert features.moments.mean.min() > 0
 
 
 def test_batches_of_different_kinds_are_refused():
-    outputs, labels = whole(8)
+    outputs, places = whole(8), torch.arange(8)
     collector = FeatureCollector(keep_rows=True)
-    collector.update(outputs, labels)
+    collector.update(outputs, places)
     with pytest.raises(ValueError, match="logits must come with all"):
-        collector.update({"features": outputs["features"]}, labels)
-    with pytest.raises(ValueError, match="labels must come with all"):
+        collector.update({"features": outputs["features"]}, places)
+    with pytest.raises(ValueError, match="places must come with all"):
         collector.update(outputs)
-    with pytest.raises(ValueError, match="labels must be as many as the features, 8, got 7"):
-        collector.update(outputs, labels[1:])
+    with pytest.raises(ValueError, match="places must be as many as the features, 8, got 7"):
+        collector.update(outputs, places[1:])
     with pytest.raises(ValueError, match=r"\(B, D\)"):
         collector.update({"features": outputs["features"][0]})
     with pytest.raises(ValueError, match="no images"):

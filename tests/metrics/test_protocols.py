@@ -70,14 +70,6 @@ def test_the_paper_truncates_originals_of_our_loader_as_those_of_the_authors():
     assert set(lost.unique().tolist()) == {0, 1}
 
 
-def test_images_that_have_8_bits_are_themselves_in_clean_and_a_jpeg_in_the_paper(tmp_path):
-    images = get_protocol("clean").as_uint8(get_protocol("clean").view(photos(channels=1)))
-    assert torch.equal(get_protocol("clean").of_uint8(images), images)
-    for image, found in zip(images, get_protocol("paper").of_uint8(images), strict=True):
-        imageio.imwrite(tmp_path / "image.jpg", image.expand(3, -1, -1).permute(1, 2, 0).numpy())
-        assert torch.equal(found.permute(1, 2, 0), torch.from_numpy(np.asarray(imageio.imread(tmp_path / "image.jpg"))))
-
-
 def test_clean_clamps_and_does_nothing_else():
     protocol = get_protocol("clean")
     images = photos()

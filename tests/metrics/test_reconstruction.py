@@ -268,7 +268,7 @@ def test_bad_batches_are_refused():
         evaluate_reconstruction(model, [torch.ones(1, 3, 32, 32, dtype=torch.uint8)])
     with pytest.raises(ValueError, match=r"one size, got \(32, 32\) and \(16, 16\)"):
         evaluate_reconstruction(model, [photos(), photos(size=(16, 16))])
-    with pytest.raises(ValueError, match="measured_size 64x28 does not lie inside images of 32x32"):
+    with pytest.raises(ValueError, match="the centre, 64x28, does not lie inside images of 32x32"):
         evaluate_reconstruction(model, [photos()], measured_size=(64, 28))
 
 
