@@ -146,7 +146,7 @@ def whole_run(photos: Path, weights: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs="+", default=[1000, 3000, 10000], help="images of each set")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--photos", type=Path, help="folder of photographs")
     parser.add_argument("--inception-weights", type=Path, help="torch-fidelity's .pth")
@@ -155,7 +155,7 @@ def main() -> None:
         parser.error("--photos and --inception-weights go together")
     by_looc(features(100, 1), features(100, 2))  # starts threads
     record = {
-        "command": "python benchmarks/metrics.py"
+        "command": f"python benchmarks/metrics.py --turns {options.turns}"
         + (" --photos FOLDER --inception-weights FILE" if options.photos is not None else ""),
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),

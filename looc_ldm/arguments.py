@@ -58,7 +58,12 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], None]
     sample.set_defaults(**add_sampling_options(sample, batch_size=64))
     add_device_option(sample)
     add_dtype_option(sample)
-    sample.add_argument("--output", type=Path, default=Path("samples"), help="folder of PNGs (default: samples)")
+    sample.add_argument(
+        "--output",
+        type=Path,
+        default=Path("samples"),
+        help="folder of PNGs, a sub-folder a class; the grid is the .png of its name (default: samples)",
+    )
     sample.set_defaults(command=commands_by_name["sample"])
 
     reconstruct = commands.add_parser("reconstruct", help="originals beside reconstructions")

@@ -59,10 +59,13 @@ def _quickstart(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     from diffusers.utils import make_image_grid
 
+    from looc_ldm.commands.class_labels import class_folder
     from looc_ldm.files import write_image
     from looc_ldm.images import to_pil
 
+    grid_file = options.output.with_name(f"{options.output.resolve().name}.png")  # not among what it shows
     check_folder(options.output)
+    check_file(grid_file)
     pipe = load_pipeline(options)
     classes = options.labels or sorted(pipe.config.id2label or {}) or [None]
     labels = [by_index(label, pipe) for label in classes for _ in range(options.images)]
@@ -70,13 +73,14 @@ def _sample(options: argparse.Namespace) -> None:
     grid = []
     with as_user_errors(ValueError):
         for i, drawn in enumerate(draw_samples(pipe, labels, options)):
-            options.output.mkdir(parents=True, exist_ok=True)
+            folder = options.output / class_folder(labels[i], pipe)
+            folder.mkdir(parents=True, exist_ok=True)
             image = to_pil(drawn)
-            write_image(image, options.output / f"{i:05d}.png")
+            write_image(image, folder / f"{i:05d}.png")
             if i // options.images < rows and i % options.images < columns:
                 grid.append(image)
-    write_image(make_image_grid(grid, rows, columns), options.output / "grid.png")
-    print(f"{len(labels)} images and {options.output / 'grid.png'}, a row a class")
+    write_image(make_image_grid(grid, rows, columns), grid_file)
+    print(f"{len(labels)} images in {options.output}, and {grid_file}, a row a class")
 
 
 def _reconstruct(options: argparse.Namespace) -> None:

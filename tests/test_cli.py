@@ -119,19 +119,21 @@ def test_versions_are_printed_for_a_bug_report():
 def test_sample_writes_each_image_and_a_grid_with_a_row_a_class(pipeline, capsys):
     printed = run(capsys, "sample", pipeline, "--steps", 2, "--images", 2, "--output", "new/samples")
     assert "6 images" in printed
-    files = sorted(path.name for path in Path("new/samples").iterdir())
-    assert files == [*(f"{i:05d}.png" for i in range(6)), "grid.png"]
-    assert PIL.Image.open("new/samples/00000.png").size == (16, 16)
-    grid = PIL.Image.open("new/samples/grid.png")
+    files = sorted(str(path.relative_to("new")) for path in Path("new").rglob("*.png"))
+    classes = [(2, "7"), (0, "circle"), (1, "square")]
+    drawn = [f"samples/{name}/{2 * label + i:05d}.png" for label, name in classes for i in (0, 1)]
+    assert files == ["samples.png", *drawn]
+    assert PIL.Image.open("new/samples/circle/00000.png").size == (16, 16)
+    grid = PIL.Image.open("new/samples.png")
     assert grid.size == (32, 48)
     second_of_class_1 = grid.crop((16, 16, 32, 32)).convert("L")
-    assert second_of_class_1.tobytes() == PIL.Image.open("new/samples/00003.png").tobytes()
+    assert second_of_class_1.tobytes() == PIL.Image.open("new/samples/square/00003.png").tobytes()
 
 
 def test_labels_are_names_or_indices_and_a_name_comes_before_an_index(pipeline, capsys):
     def samples(folder, *labels):
         run(capsys, "sample", pipeline, "--steps", 2, "--images", 1, "--output", folder, "--labels", *labels)
-        return PIL.Image.open(f"{folder}/grid.png").tobytes()
+        return PIL.Image.open(f"{folder}.png").tobytes()
 
     assert samples("a", "Circle", "1", "7") == samples("b", "0", "square", "2")
     assert samples("a", "Circle", "1", "7") != samples("b", "1", "square", "2")
@@ -140,7 +142,7 @@ def test_labels_are_names_or_indices_and_a_name_comes_before_an_index(pipeline, 
 def test_the_seed_decides_the_samples_and_the_batch_size_does_not(pipeline, capsys):
     def samples(*options):
         run(capsys, "sample", pipeline, "--steps", 2, "--images", 2, *options)
-        return np.asarray(PIL.Image.open("samples/grid.png")).astype(int)
+        return np.asarray(PIL.Image.open("samples.png")).astype(int)
 
     assert np.array_equal(samples("--seed", 0), samples())
     assert not np.array_equal(samples("--seed", 1), samples())

@@ -396,6 +396,30 @@ def test_other_classes_than_the_models_are_said_and_all_of_the_models_are_drawn(
     draw = ["evaluate", "generation", pipeline, "--reference", "zoo", *network, "--images", 6, "--steps", 1]
     assert "the reference has not the model's classes" in run(capsys, *draw, "--export-npz", "drawn.npz")
     assert np.load("drawn.npz")["arr_1"].tolist() == [0, 0, 1, 1, 2, 2]
+    # As many, under names that the model has not: by number they would be compared with strangers.
+    write_images("zoo", {"cow": 2})
+    assert "the reference has not the model's classes" in run(capsys, *draw)
+
+
+def test_what_sample_has_drawn_is_measured_with_its_classes(pipeline, network, capsys):
+    reals = write_images("reals", {"circle": 4, "square": 4, "7": 4}, (16, 16))
+    run(capsys, "sample", pipeline, "--images", 3, "--steps", 1, "--output", "drawn")
+    record = measured(capsys, "generation", "drawn", "--reference", reals, *network, "--metrics", "fid", "class_fid")
+    assert record["images_first"] == 9
+    assert record["class_fid"]["per_class"].keys() == {"circle", "square", "7"}
+
+
+def test_splits_among_samples_are_refused(network, capsys):
+    write_images("fakes", {"test": 3, "train": 3})
+    reals = write_images("reals", {"": 4})
+    assert "holds the splits" in refusal(capsys, "generation", "fakes", "--reference", reals, *network)
+
+
+def test_statistics_of_other_features_are_refused_before_anything_is_written(pipeline, untrained_inception, capsys):
+    np.savez("published.npz", mu=np.zeros(64), sigma=np.eye(64))
+    command = ["generation", pipeline, "--reference", "published.npz", "--metrics", "fid", "--images", 2]
+    command += ["--inception-weights", untrained_inception, "--steps", 1, "--export-npz", "drawn.npz"]
+    assert "are of 64 features, and those of the samples are 2048" in refusal(capsys, *command)
 
 
 def test_the_inception_score_and_published_statistics(untrained_inception, capsys):
@@ -463,16 +487,35 @@ def test_features_of_the_real_images_are_computed_once(network, capsys, monkeypa
     monkeypatch.setattr(FeatureCollector, "update", counted)
     command = ["generation", fakes, "--reference", reals, *network]
     first = measured(capsys, *command)
-    assert seen == [5, 4]
+    assert seen == [4, 5]
     assert measured(capsys, *command)["fid@64"] == first["fid@64"]
-    assert seen == [5, 4, 4]
+    assert seen == [4, 5, 4]
     measured(capsys, *command, "--metrics", "fid", "precision_recall")
-    assert seen == [5, 4, 4, 4]
+    assert seen == [4, 5, 4, 4]
     measured(capsys, *command, "--protocol", "paper")
-    assert seen[4:] == [5, 4]
+    assert seen[4:] == [4, 5]
     PIL.Image.new("RGB", (14, 14), "red").save("reals/3.png")
     assert measured(capsys, *command)["fid@64"] != first["fid@64"]
-    assert seen[6:] == [5, 4]
+    assert seen[6:] == [4, 5]
+    state = torch.load(network[1], weights_only=True)
+    torch.save({name: x * 1.5 if name == "Conv2d_1a_3x3.conv.weight" else x for name, x in state.items()}, "other.pth")
+    for other in (
+        ["--fit", "pad"],
+        ["--resolution", 10],
+        ["--feature-layer", 192],
+        ["--inception-weights", "other.pth"],
+    ):
+        seen.clear()
+        measured(capsys, *command, *other)
+        assert seen == [4, 5], other
+
+
+def test_the_record_says_where_the_time_went(network, capsys):
+    fakes, reals = write_images("fakes", {"": 4}), write_images("reals", {"": 5}, seed=1)
+    record = measured(capsys, "generation", fakes, "--reference", reals, *network, "--no-cache")
+    assert record["seconds"].keys() == {"images", "network", "statistics"}
+    assert all(seconds > 0 for seconds in record["seconds"].values())
+    assert record["seconds"]["network"] > record["seconds"]["images"]
 
 
 def test_without_the_cache_nothing_is_kept(network, capsys):
@@ -496,7 +539,8 @@ def _main(arguments: list[str]) -> None:
     main(arguments)
 
 
-def test_two_processes_measure_what_one_does_on_the_same_samples(pipeline, image_folder, network, capsys):
+def test_two_processes_measure_what_one_does_on_the_same_samples(pipeline, image_folder, network, monkeypatch, capsys):
+    monkeypatch.setattr("looc_ldm.commands.generation_features.READ_BATCH", 5)  # both read some of the reference
     command = ["evaluate", "generation", pipeline, "--reference", image_folder, *network, "--images", 7, "--steps", 1]
     command += ["--batch-size", 3, "--no-cache", "--metrics", "fid", "kid", "precision_recall", "class_fid"]
     records = []
@@ -518,4 +562,16 @@ def test_two_processes_measure_the_reconstructions_of_one(pipeline, network, mon
     on_two_processes(*command, "--output", "two.json")
     one, two = (json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two"))
     assert two["images"] == 10
+    assert figures_of(two) == pytest.approx(figures_of(one), rel=1e-6)
+
+
+def test_two_processes_take_statistics_beside_cached_features(untrained_inception, capsys):
+    fakes = write_images("fakes", {"": 4})
+    images = np.random.default_rng(2).integers(0, 256, (5, 14, 14, 3), np.uint8)
+    np.savez("reference.npz", images, mu=np.zeros(2048), sigma=np.eye(2048))
+    command = ["evaluate", "generation", fakes, "--reference", "reference.npz"]
+    command += ["--inception-weights", untrained_inception]
+    run(capsys, *command, "--output", "one.json")  # KID's features are kept now
+    on_two_processes(*command, "--output", "two.json")
+    one, two = (json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two"))
     assert figures_of(two) == pytest.approx(figures_of(one), rel=1e-6)

@@ -33,6 +33,7 @@ from looc_ldm.errors import ConfigError, one_line_errors, print_once
 from looc_ldm.files import check_folder, replace_text
 from looc_ldm.images import to_float, to_pil
 from looc_ldm.loading import load_autoencoder
+from looc_ldm.metrics.shares import on_main
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.scaling import scale_latents
@@ -64,7 +65,6 @@ from looc_ldm.training.objectives import Objective
 from looc_ldm.training.optimization import adamw, set_learning_rate
 from looc_ldm.training.result import write_description
 from looc_ldm.training.run import Run
-from looc_ldm.training.together import from_main
 from looc_ldm.training.validation import check_evaluation, generation_figures
 from looc_ldm.unet import FixedHeadsUNet2DModel
 
@@ -243,7 +243,7 @@ def measured_once(vqvae: LooCVQModel, images: ImageSet | Subset, run: Run) -> Mo
         replace_text(file, json.dumps(asdict(moments)))
         return moments
 
-    return from_main(run.accelerator, measure)
+    return on_main(run.accelerator, measure)
 
 
 @torch.no_grad()

@@ -41,7 +41,8 @@ def features_of_share(
     """
     shares = share_of_batches(count, BATCH, accelerator)
     images = iter(images_at([place for share in shares for place in share]))
-    batches = (torch.stack(list(islice(images, len(share)))) for share in shares)
+    # Fewer at the end where some cannot be read.
+    batches = (torch.stack(batch) for share in shares if (batch := list(islice(images, len(share)))))
     return collect_features(batches, {"inception": network}, {"inception"}, accelerator, device=accelerator.device)[
         "inception"
     ]

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.errors import ConfigError, DataError, UnreadableImage
 from looc_ldm.files import make_folder, replace_text
+from looc_ldm.metrics.shares import on_main
 from looc_ldm.training.config import DataConfig
 from looc_ldm.training.data import ImageSet
 from looc_ldm.training.latent_cache import (
@@ -36,7 +37,6 @@ from looc_ldm.training.latent_fingerprint import cache_fingerprint, differences
 from looc_ldm.training.latent_shards import Progress, check_unreadable, encode_shards
 from looc_ldm.training.moments import Moments
 from looc_ldm.training.reports import write_unreadable
-from looc_ldm.training.together import from_main
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def cache_latents(
     computed_in = dtype if dtype is not None and model.dtype == torch.float32 else model.dtype
     precision = str(computed_in).removeprefix("torch.")
 
-    about, missing = from_main(accelerator, lambda: _begin(model, images, shards, precision, dtype is not None))
+    about, missing = on_main(accelerator, lambda: _begin(model, images, shards, precision, dtype is not None))
     if missing is not None:
         _check_all_see(folder, accelerator)
         mine = missing[accelerator.process_index :: accelerator.num_processes]
@@ -91,7 +91,7 @@ def cache_latents(
             # A process that fails does not wait for the others: its launcher ends them.
             encode_shards(model, images, shards, mine, shape, about, batch_size, progress)
             accelerator.wait_for_everyone()
-        from_main(accelerator, lambda: _complete(images, shards, shape, about))
+        on_main(accelerator, lambda: _complete(images, shards, shape, about))
     return LatentCache(folder)
 
 
@@ -117,8 +117,8 @@ def _check_all_see(folder: Path, accelerator: Accelerator) -> None:
     if accelerator.num_processes == 1:
         return
     # A new name each time: file systems remember for a while that a file was not there.
-    sign = folder / from_main(accelerator, lambda: f".seen-by-all-{uuid.uuid4().hex}")
-    from_main(accelerator, lambda: replace_text(sign, ""))
+    sign = folder / on_main(accelerator, lambda: f".seen-by-all-{uuid.uuid4().hex}")
+    on_main(accelerator, lambda: replace_text(sign, ""))
     seen = gather_object([sign.is_file()])
     if accelerator.is_main_process:
         sign.unlink()

@@ -40,6 +40,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from looc_ldm.errors import ConfigError, Terminated, TrainingError
 from looc_ldm.files import replace_text, write_image
+from looc_ldm.metrics.shares import on_main
 from looc_ldm.training import log as logs
 from looc_ldm.training import trackers
 from looc_ldm.training.checkpoints import Checkpoints, checkpoints_in, passes
@@ -49,7 +50,7 @@ from looc_ldm.training.optimization import learning_rate_at, resolve_precision
 from looc_ldm.training.pushing import Pusher
 from looc_ldm.training.reports import Reports
 from looc_ldm.training.stopping import StopSignals, leave_signals_to_the_trainer
-from looc_ldm.training.together import from_main, write_together
+from looc_ldm.training.together import write_together
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class Run:
         # Models are made by now, equal on all processes; dropout and random anchors must not be.
         self._seed(0)
         if made_from is not None:
-            self.checkpoints.made_from = from_main(self.accelerator, made_from)
+            self.checkpoints.made_from = on_main(self.accelerator, made_from)
         state = self.checkpoints.load_newest(before_load=self._seed)
         self.accelerator.wait_for_everyone()  # all have compared their config with the one that is replaced here
         if self.accelerator.is_main_process:

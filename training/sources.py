@@ -100,6 +100,10 @@ class Selection(Source):
     def labels(self) -> np.ndarray:
         return self.source.labels()[self.indices]
 
+    def sizes(self) -> np.ndarray | None:
+        sizes = self.source.sizes()
+        return None if sizes is None else sizes[self.indices]
+
 
 class FileSource(Source):
     """Image files.
@@ -179,7 +183,7 @@ def _open_sources(config: DataConfig, wanted: Collection[str] | None) -> dict[st
         return open_tables(datasets.load_from_disk(folder), config, wanted)
     if (folder / "dataset_info.json").is_file():
         return open_tables({"train": datasets.load_from_disk(folder)}, config, wanted)
-    split_folders = _split_folders(folder)
+    split_folders = split_folders_of(folder)
     shards = find_shards(folder, split_folders)
     if shards is not None:
         if next(_walk(folder, "", ()), None) is not None:
@@ -225,7 +229,7 @@ def find_shards(
     They lie in sub-folders that are splits, or where there are none, in the folder or in its `data` (as on the hub).
     The split is then the first word of a file's name that is one (`imagenet1k-train-0003.tar`), else it is `train`.
     """
-    split_folders = _split_folders(folder) if split_folders is None else split_folders
+    split_folders = split_folders_of(folder) if split_folders is None else split_folders
     places = split_folders or [(folder.resolve(), None), (folder.resolve() / "data", None)]
     for suffix, builder in BUILDERS.items():
         splits: dict[str, list[str]] = {}
@@ -305,7 +309,7 @@ def _walk(folder: Path | str, below: str, above: tuple[str, ...]) -> Iterator[st
                 yield from _walk(entry.path, name, (*above, place))
 
 
-def _split_folders(folder: Path) -> list[tuple[Path, str]]:
+def split_folders_of(folder: Path) -> list[tuple[Path, str]]:
     """Sub-folders that are splits, and the names of these."""
     with os.scandir(folder) as entries:  # a flat folder may have millions: only a handful become objects that are kept
         found = sorted(entry.name for entry in entries if entry.name.lower() in SPLIT_NAMES and entry.is_dir())

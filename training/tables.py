@@ -83,6 +83,13 @@ class TableSource(Source):
     def labels(self) -> np.ndarray:
         return self._labels
 
+    def sizes(self) -> np.ndarray | None:
+        sizes = []
+        for rows in self._images.iter(1000):  # as Arrow keeps the lengths apart, no image is read
+            sizes.append(pa.compute.binary_length(pa.compute.struct_field(rows.column(0), "bytes")).to_numpy())
+        sizes = np.concatenate([np.empty(0), *sizes])
+        return None if np.isnan(sizes).any() else sizes.astype(np.int64)  # not of images that are only named
+
 
 class Columns(NamedTuple):
     """Where the image and the class are in a row of a table.

@@ -5,15 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, gather_object
 from safetensors import SafetensorError
 
 from looc_ldm.errors import TrainingError, UserError
-
-T = TypeVar("T")
 
 # torch.save reports what the disk refuses as a RuntimeError with one of these in it.
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream")
@@ -61,20 +58,6 @@ def write_together(
     if problem is None:
         raise error
     raise TrainingError(f"cannot write {what} in {str(folder)!r}: {problem}.") from error
-
-
-def from_main(accelerator: Accelerator, make: Callable[[], T]) -> T:
-    """What `make` returns on the main process, which alone calls it; its UserErrors are raised by all. Collective."""
-    outcome: list = [None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [make()]
-        except UserError as error:
-            outcome = [error]
-    outcome = broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]
 
 
 def disk_problem(error: BaseException, folder: Path) -> str | None:

@@ -19,25 +19,26 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from looc_ldm.autoencoder import LooCVQModel
-from looc_ldm.errors import ConfigError
+from looc_ldm.errors import ConfigError, DataError
 from looc_ldm.images import to_float, to_pil, to_uint8
 from looc_ldm.metrics.collect import Features
 from looc_ldm.metrics.generation import Network
 from looc_ldm.metrics.generation import generation_figures as generation_figures_of
 from looc_ldm.metrics.reconstruction import eval_mode, evaluate_reconstruction
 from looc_ldm.metrics.reference import ReferenceCache
+from looc_ldm.metrics.shares import on_main
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.quantizer import LooCQuantizer
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, EvaluationConfig
 from looc_ldm.training.data import ImageSet, float_batches, spread
 from looc_ldm.training.features import features_of_config, features_of_share, read_pixels
-from looc_ldm.training.together import from_main, write_together
+from looc_ldm.training.together import write_together
 
 logger = logging.getLogger(__name__)
 
 READ_BATCH = 32  # images a loader's worker reads at a time
-SAMPLE_BATCH = 64  # images drawn at a time, if the training batch of a process is not smaller
+SAMPLE_BATCH = 64  # images drawn at a time, if the training batch is not smaller; the same for any number of processes
 LOGGED = ("images", "psnr", "ssim", "l1", "lpips", "codebook_use", "perplexity", "bits_per_pixel")
 
 
@@ -169,7 +170,7 @@ def generation_figures(
             pipe,
             labels,
             seed=config.seed,
-            batch_size=min(SAMPLE_BATCH, max(1, config.batch_size // accelerator.num_processes)),
+            batch_size=min(SAMPLE_BATCH, config.batch_size),
             progress=accelerator.is_main_process,
             indices=indices,
             num_inference_steps=config.preview_steps,
@@ -180,22 +181,20 @@ def generation_figures(
         network = features.load(accelerator.device)
         reference = _reference_features(network, images, config, accelerator)
         drawn = features_of_share(network, draw, count, accelerator)
-    figures = {}
-    if accelerator.is_main_process:
-        figures = {
-            name: value
-            for name, value in generation_figures_of(
-                ("fid", "kid"), {"inception": drawn}, {"inception": reference}, {"inception": features.name}
-            ).items()
-            if not name.startswith("kid_std")
-        }
-        figures |= {
+
+    def measure() -> dict[str, float | int]:
+        if reference.count < 2:
+            raise DataError(f"FID needs at least 2 images that can be read, got {reference.count}.")
+        sides = {"inception": drawn}, {"inception": reference}
+        figures = generation_figures_of(("fid", "kid"), *sides, {"inception": features.name})
+        return {name: value for name, value in figures.items() if not name.startswith("kid_std")} | {
             "samples": drawn.count,
             "reference_images": reference.count,
             "steps": config.preview_steps,
             "guidance_scale": guidance,
         }
-    return broadcast_object_list([figures])[0]
+
+    return on_main(accelerator, measure)
 
 
 def _balanced_labels(pipe: LooCLDMPipeline, count: int) -> list[int | None]:
@@ -208,7 +207,7 @@ def _reference_features(
 ) -> Features | None:
     """Features of the images compared with, on the main process. A collective."""
     cache, key = ReferenceCache(Path(config.output_dir) / "reference"), _reference_key(images, config)
-    found = from_main(accelerator, lambda: cache.file(key).is_file())
+    found = on_main(accelerator, lambda: cache.file(key).is_file())
     stored = cache.load(key) if found and accelerator.is_main_process else None
     if broadcast_object_list([stored is not None])[0]:
         return stored

@@ -65,7 +65,8 @@ def draw_rate(findings: Findings, compared: dict) -> Drawing:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
         _rate_ticks(axes)
         axes.set_title(
-            f"{compared['psnr']:.2f} dB at {compared['bits_per_pixel']:.3g} bits per pixel, "
+            f"{counted(compared['images'], 'image')}: {compared['psnr']:.2f} dB at "
+            f"{compared['bits_per_pixel']:.3g} bits per pixel, "
             f"{compared['bits_per_pixel_entropy']:.3g} entropy-coded"
         )
     caption = (

@@ -128,8 +128,10 @@ def page(drawings: list[Drawing], figures: dict, name: str, data: str, command: 
 
 def write_analysis(folder: Path, drawings: list[Drawing], record: dict, html: str) -> None:
     """Write all files, each beside its place and renamed; the numbers last, so that they say that all are there."""
+    numbers = json.dumps(record, allow_nan=False)
+    (folder / NUMBERS).unlink(missing_ok=True)
     for drawing in drawings:
         replace_bytes(folder / f"{drawing.name}.png", drawing.png())
         replace_bytes(folder / f"{drawing.name}.svg", drawing.svg())
     replace_text(folder / PAGE, html)
-    replace_text(folder / NUMBERS, json.dumps(record) + "\n")
+    replace_text(folder / NUMBERS, numbers + "\n")

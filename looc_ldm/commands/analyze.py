@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from looc_ldm.arguments import DATA_HELP, add_data_options, add_device_option, add_dtype_option, positive, seed_number
-from looc_ldm.commands.many_files import pixel_budget
+from looc_ldm.commands.many_files import batch_of_squares, pixel_budget
 from looc_ldm.commands.record import versions
 from looc_ldm.commands.shared import as_user_errors, choose_device, data_of, load_images
 from looc_ldm.errors import DataError, ModelError, UserError
@@ -70,10 +70,10 @@ def _analyze(options: argparse.Namespace) -> None:
         model = load_autoencoder(options.model, dtype)
     model = model.to(device)
 
-    pixels, budget = images.config.resolution**2, pixel_budget(device.type)
-    set_tiling(model, pixels, budget)
+    side = images.config.resolution
+    set_tiling(model, side**2, pixel_budget(device.type))
     chosen = spread(len(images), min(options.images or len(images), len(images))).tolist()
-    batches = float_batches(Subset(images, chosen), max(1, min(64, budget // pixels)))
+    batches = float_batches(Subset(images, chosen), batch_of_squares(device.type, side, 64))
     bar = tqdm(batches, desc="analyzing", unit="batch", delay=1)
     with as_user_errors(ValueError):
         findings = collect(model, bar, len(chosen), images.content_size, options.seed)
@@ -95,11 +95,11 @@ def _analyze(options: argparse.Namespace) -> None:
 
 def _check_output(folder: Path) -> None:
     """Refuse, before any work, a folder that cannot be written to, or that holds anything but an analysis."""
-    from looc_ldm.analysis.page import NUMBERS
+    from looc_ldm.analysis.page import NUMBERS, PAGE
 
     check_name(folder / "rate_distortion.png")  # the longest of them
     check_folder(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / NUMBERS).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).is_file() for name in (NUMBERS, PAGE)):
         raise UserError(
             f"--output {str(folder)!r} holds something else than an analysis: give a new or an empty folder."
         )

@@ -24,6 +24,23 @@ class ComparedLabels:
     names: Mapping[int, str] | None
 
 
+def class_folder(label: int | str | None, pipe) -> str:
+    """The sub-folder of samples of a class: its name, as far as a folder can have it, or its number; none without.
+
+    Of a folder like that `compared_labels` knows the classes again.
+    """
+    names = pipe.config.id2label or {}
+    if label is None:
+        return ""
+    (label,) = pipe.get_label_ids([label])
+    name = names.get(label, str(label))
+    return _as_folder(name) if list(names.values()).count(name) < 2 else f"{_as_folder(name)} ({label})"
+
+
+def _as_folder(name: str) -> str:
+    return name.replace("/", "-").replace("\\", "-")
+
+
 def labels_to_draw(pipe, reference, count: int) -> tuple[list[int | None], torch.Tensor | None]:
     """The class that each of `count` samples is drawn as.
 
@@ -45,11 +62,14 @@ def labels_to_draw(pipe, reference, count: int) -> tuple[list[int | None], torch
 
 
 def _labels_of_pipe(pipe, own: list[int], reference) -> Mapping[int, int] | None:
-    """The pipeline's label of each class of the reference: by name where all names are known, else by number where
-    both have as many; None where the classes are others."""
+    """The pipeline's label of each class of the reference: by name, or, where one of the two has only numbers, by
+    number if both have as many. None where the classes are others."""
     found = {label: pipe.labels.get(name.casefold(), []) for label, name in reference.classes.items()}
     if found and all(len(labels) == 1 for labels in found.values()):
         return {label: labels[0] for label, labels in found.items()}
+    own_names = [name for name, labels in pipe.labels.items() if set(labels) & set(own)]
+    if all(any(not name.isdecimal() for name in names) for names in (own_names, reference.classes.values())):
+        return None  # other names: numbers would match classes with strangers
     numbers = sorted(reference.classes) or reference.labels.unique().tolist()
     if len(numbers) != len(own) or numbers != list(range(len(own))):
         return None
@@ -87,7 +107,7 @@ def compared_labels(samples, reference, drawn_from: torch.Tensor | None, draws: 
         return ComparedLabels(samples.labels, reference.labels, names)
     if names is None:
         raise UserError("class_fid: classes of the samples have names, and those of the reference only numbers.")
-    number_of = {name: label for label, name in names.items()}
+    number_of = {_as_folder(name): label for label, name in names.items()} | {n: label for label, n in names.items()}
     unknown = [name for name in samples.classes.values() if name not in number_of]
     if unknown:
         raise UserError(f"class_fid: the reference has no class {unknown[0]!r}, which the samples have.")

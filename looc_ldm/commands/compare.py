@@ -10,7 +10,7 @@ from pathlib import Path
 
 from looc_ldm import __version__
 from looc_ldm.arguments import DATA_HELP, add_data_options, add_device_option, add_dtype_option, positive
-from looc_ldm.commands.many_files import pixel_budget
+from looc_ldm.commands.many_files import batch_of_squares, pixel_budget
 from looc_ldm.commands.reconstruction_metrics import add_reconstruction_metric_options, reconstruction_measures
 from looc_ldm.commands.record import bias_note, versions
 from looc_ldm.commands.shared import as_user_errors, choose_device, data_of, square_images
@@ -216,9 +216,9 @@ def _measured(survey: _Survey, measures, images, chosen, shown, options: argpars
 
     device = choose_device(options.device)
     model = load_autoencoder(survey.source, getattr(torch, options.dtype)).to(device)
-    pixels, budget = images.config.resolution**2, pixel_budget(device.type)
-    set_tiling(model, pixels, budget)
-    batch_size = max(1, min(64, budget // pixels))
+    side = images.config.resolution
+    set_tiling(model, side**2, pixel_budget(device.type))
+    batch_size = batch_of_squares(device.type, side, 64)
     batches = float_batches(Subset(images, chosen.tolist()), batch_size)
     bar = tqdm(batches, desc=survey.name, unit="batch", delay=1)
     figures = measures.evaluate(model, bar, images.content_size)

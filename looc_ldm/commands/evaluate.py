@@ -104,10 +104,12 @@ def _evaluate_reconstruction(options: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
 
     from looc_ldm.commands.image_sets import StoredImages
+    from looc_ldm.commands.many_files import batch_of_squares, pixel_budget
     from looc_ldm.commands.reconstruction_metrics import reconstruction_measures
     from looc_ldm.commands.record import bias_note, machine, make_record, print_record, write_record
     from looc_ldm.commands.shared import check_file, data_of, fingerprints_for, load_images
     from looc_ldm.devices import start_processes
+    from looc_ldm.image_codes import set_tiling
     from looc_ldm.images import to_float
     from looc_ldm.loading import load_autoencoder
     from looc_ldm.metrics.shares import share_of_batches
@@ -120,8 +122,10 @@ def _evaluate_reconstruction(options: argparse.Namespace) -> None:
     model = load_autoencoder(options.model, getattr(torch, options.dtype)).to(device)
     images = load_images(options, model)
     fingerprints = fingerprints_for(options) if is_main else {}
+    side = images.config.resolution
+    set_tiling(model, side**2, pixel_budget(device.type))
     chosen = StoredImages(images, spread(len(images), options.images or len(images)).tolist())
-    shares = share_of_batches(len(chosen), READ_BATCH, accelerator)
+    shares = share_of_batches(len(chosen), batch_of_squares(device.type, side, READ_BATCH), accelerator)
     bar = tqdm(
         chosen.batches(shares), desc="reconstructing", unit="batch", total=len(shares), delay=1, disable=not is_main
     )

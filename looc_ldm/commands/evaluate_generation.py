@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from looc_ldm.metrics.generation import METRICS, generation_figures
 from looc_ldm.metrics.inception_score import SEED as INCEPTION_SCORE_SEED
 from looc_ldm.metrics.kernel import SEED as KID_SEED
 from looc_ldm.metrics.timing import Stopwatch
+from looc_ldm.metrics.weights import weights_identity
 
 DEFAULT_SAMPLES = 10_000
 SHOWN_CLASSES = 10  # in one line; the record names all
@@ -55,7 +55,8 @@ def evaluate_samples(options: argparse.Namespace) -> None:
     pipe = _load_pipeline(options, device) if draws else None
     samples = None if draws else _read_samples(options.model)
     reference = _open_reference(options, pipe, samples)
-    notes = [_size_note(samples, pipe, reference)]
+    rate = _rate(pipe, reference)
+    notes = [_size_note(samples, pipe, reference), _fit_note(options, reference)]
     drawn_from = None
     if draws:
         labels, drawn_from = labels_to_draw(pipe, reference.images, options.images)
@@ -71,8 +72,11 @@ def evaluate_samples(options: argparse.Namespace) -> None:
     stopwatch = Stopwatch(device)
     with as_user_errors(ValueError):
         networks = {name: extractor.load(device) for name, extractor in measures.extractors.items()}
+        if not draws:  # what may be wrong with them is found first
+            generated = sample_features(samples, measures, networks, options, accelerator, stopwatch)
         real = reference_features(reference, measures, networks, cache, accelerator, stopwatch)
-        generated = sample_features(samples, measures, networks, options, accelerator, stopwatch)
+        if draws:
+            generated = sample_features(samples, measures, networks, options, accelerator, stopwatch)
         if accelerator is not None:
             accelerator.end_training()
         if not is_main:
@@ -86,7 +90,7 @@ def evaluate_samples(options: argparse.Namespace) -> None:
 
     about = _circumstances(options, samples, pipe, reference, real)
     record = make_record(
-        {"protocol": measures.protocol.name, **about, **figures, **_rate(pipe, reference), **reference.about},
+        {"protocol": measures.protocol.name, **about, **figures, **rate, **reference.about},
         options,
         weights=measures.weights,
         fingerprints=fingerprints,
@@ -130,7 +134,11 @@ def _read_samples(name: str) -> StoredImages | NpzImages:
         return _open_npz(name, "SAMPLES")
     from looc_ldm.training.config import DataConfig
     from looc_ldm.training.data import load_image_set
+    from looc_ldm.training.sources import split_folders_of
 
+    splits = [place.name for place, _ in split_folders_of(Path(name))]
+    if len(splits) > 1:
+        raise UserError(f"{name!r} holds the splits {', '.join(splits)}: give the folder of one of them as samples.")
     return StoredImages(load_image_set(DataConfig(path=name, split="", fit="crop"), 3), at_own_size=True)
 
 
@@ -148,11 +156,11 @@ def _open_reference(options: argparse.Namespace, pipe, samples) -> Reference:
             if getattr(options, option) is not None:
                 raise UserError(f"--{option} goes with a data set; the images of {options.data!r} are as they are.")
         images = _open_npz(options.data, "--reference")
-        return Reference(
-            images, {"data": {"sha256": _sha256(images.file)}}, {"data": options.data, "split": None, "fit": None}
-        )
+        key = {"data": {"sha256": weights_identity([images.file])}}
+        return Reference(images, key, {"data": options.data, "split": None, "fit": None})
     from looc_ldm.training.latent_fingerprint import reference_fingerprint
 
+    guessed = False
     if pipe is not None:
         images = load_images(options, pipe.vqvae)
     else:
@@ -162,9 +170,13 @@ def _open_reference(options: argparse.Namespace, pipe, samples) -> Reference:
                 f"the samples are {width}x{height} and real images are brought to squares: give --resolution, the side "
                 "of these, or a reference npz."
             )
+        guessed = options.fit is None
         options.fit = options.fit or "crop"
         images = square_images(options, options.model, options.resolution or height, 3)
-    return Reference(StoredImages(images), reference_fingerprint(images), data_of(images))
+        if guessed and len(images):
+            guessed = images.open(0)[0].size != (images.config.resolution,) * 2
+    stored = StoredImages(images)
+    return Reference(stored, reference_fingerprint(images), data_of(images), fit_is_guess=guessed)
 
 
 def _check_counts(measures: GenerationMeasures, samples, reference: Reference) -> None:
@@ -175,6 +187,14 @@ def _check_counts(measures: GenerationMeasures, samples, reference: Reference) -
             needed = what == "samples" or (len(images) and not METRICS[name].logits)
             if needed and len(images) < least:
                 raise UserError(f"{name} needs at least {least} {what}, got {len(images)}.")
+    if "fid" in measures.metrics and has_usable_statistics(measures, reference):
+        with as_user_errors(ValueError):
+            stored, needed = reference.images.statistics().dim, measures.extractors["inception"].dim
+        if stored != needed:
+            raise UserError(
+                f"the statistics in {reference.about['data']!r} are of {stored} features, and those of the samples "
+                f"are {needed}."
+            )
     if len(reference.images):
         return
     for name in measures.metrics:
@@ -198,6 +218,16 @@ def _size_note(samples, pipe, reference: Reference) -> str | None:
     return (
         f"warning: samples of {drawn[1]}x{drawn[0]} are compared with images of {real[1]}x{real[0]}: networks bring "
         "both to one size, where the blur of the smaller ones counts"
+    )
+
+
+def _fit_note(options: argparse.Namespace, reference: Reference) -> str | None:
+    """Where nobody has said how real images become square, and a model that could is not there."""
+    if not reference.fit_is_guess:
+        return None
+    return (
+        f"note: real images of other sizes than the samples are brought to theirs by --fit {options.fit}; give the fit "
+        "that the model of the samples was trained with, if it is another"
     )
 
 
@@ -269,8 +299,3 @@ def _notes(
 def _first_of(names: list[str], separator: str) -> str:
     shown = separator.join(names[:SHOWN_CLASSES])
     return shown + (f" and {len(names) - SHOWN_CLASSES} more" if len(names) > SHOWN_CLASSES else "")
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

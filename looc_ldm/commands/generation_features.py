@@ -39,11 +39,13 @@ class Reference:
         images: The set.
         key (`dict`): Of the data and of what is done to it, for the cache and the record.
         about (`dict`): `data`, `split` and `fit`, for the record.
+        fit_is_guess: Whether images are made square in a way that nobody has asked for.
     """
 
     images: StoredImages | NpzImages
     key: dict
     about: dict
+    fit_is_guess: bool = False
 
 
 def open_cache(options: argparse.Namespace) -> ReferenceCache:
@@ -108,7 +110,7 @@ def reference_features(
             for name, features in collected.items():
                 cache.save(keys[name] | {"rows": rows[name]}, features)
         found |= collected
-    if statistics is not None:
+    if statistics is not None and "inception" in found:  # from the cache only the main process has them
         found["inception"].moments = statistics
     return found
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from looc_ldm.commands.many_files import read_ahead
+from looc_ldm.commands.many_files import READERS, read_ahead
 from looc_ldm.errors import DataError
 from looc_ldm.metrics.samples import NpzSamples
 
@@ -43,7 +43,9 @@ class StoredImages:
         """uint8 images `(B, C, H, W)` of each share. Raises DataError for one that is unreadable or of another size."""
         shares = list(shares)
         places = chain.from_iterable(shares)
-        reading = read_ahead((self.chosen[place] for place in places), self._read)
+        # A whole batch: they are read while the network is busy with the one before.
+        ahead = max(2 * READERS, *map(len, shares), 0)
+        reading = read_ahead((self.chosen[place] for place in places), self._read, ahead)
         for share in shares:
             yield torch.stack([future.result() for _, future in islice(reading, len(share))])
 

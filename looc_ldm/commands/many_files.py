@@ -78,13 +78,15 @@ def parents_among(targets: Collection[Path]) -> Iterator[tuple[Path, Path]]:
     return ((target, parent) for target in targets for parent in target.parents if parent in targets)
 
 
-def read_ahead(sources: Iterable[T], read: Callable[[T], Result]) -> Iterator[tuple[T, Future[Result]]]:
-    """Each source with what `read` makes of it in a thread, in order; only a few are held at a time."""
+def read_ahead(
+    sources: Iterable[T], read: Callable[[T], Result], ahead: int = 2 * READERS
+) -> Iterator[tuple[T, Future[Result]]]:
+    """Each source with what `read` makes of it in a thread, in order; only `ahead` are held at a time."""
     with ThreadPoolExecutor(READERS) as pool:
         pending: deque[tuple[T, Future[Result]]] = deque()
         for source in sources:
             pending.append((source, pool.submit(read, source)))
-            if len(pending) > 2 * READERS:
+            if len(pending) > ahead:
                 yield pending.popleft()
         yield from pending
 
@@ -92,6 +94,11 @@ def read_ahead(sources: Iterable[T], read: Callable[[T], Result]) -> Iterator[tu
 def pixel_budget(device: str) -> int:
     """Pixels that go through the network at a time on this kind of device."""
     return PIXELS_PER_BATCH.get(device, PIXELS_PER_BATCH_ELSEWHERE)
+
+
+def batch_of_squares(device: str, side: int, most: int) -> int:
+    """How many square images go through the network at a time on this kind of device, 1 to `most`."""
+    return max(1, min(most, pixel_budget(device) // side**2))
 
 
 def those_that_fit(

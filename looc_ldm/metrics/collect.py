@@ -81,7 +81,7 @@ class FeatureCollector:
             self._places.append(places.detach().to("cpu", torch.int64, copy=True))
 
     def collect(self, accelerator: Accelerator | None = None) -> Features:
-        """Bring everything together. A collective.
+        """Bring everything together, once. A collective.
 
         Afterwards every process has the moments of all, and the main process also the rows and logits, in the order of
         their places, or, of one process without these, in that of `update` (None elsewhere).
@@ -114,7 +114,7 @@ class FeatureCollector:
         rows = _brought(self._rows, (dim,), torch.float32, counts, accelerator) if self.keep_rows else None
         logits = _brought(self._logits, (classes,), torch.float32, counts, accelerator) if classes else None
         places = _brought(self._places, (), torch.int64, counts, accelerator) if placed else None
-        if places is not None:
+        if places is not None and not bool((places.diff() > 0).all()):
             order = places.argsort()
             rows, logits = (None if tensor is None else tensor[order] for tensor in (rows, logits))
         return Features(moments, rows, logits, int(counts.sum()))
@@ -127,8 +127,9 @@ def _brought(
     counts: torch.Tensor,
     accelerator: Accelerator | None,
 ) -> torch.Tensor | None:
-    """The rows of all processes on the main process, in an order of their own; None on the others."""
+    """The rows of all processes on the main process, in an order of their own; None on the others. Empties `parts`."""
     share = torch.cat([torch.empty(0, *shape, dtype=dtype), *parts])
+    parts.clear()  # not to hold all twice
     if accelerator is None or accelerator.num_processes == 1:
         return share
     blocks = []

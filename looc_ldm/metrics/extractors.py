@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+from looc_ldm.metrics.float32 import in_float32
 from looc_ldm.metrics.vision_transformers import CLIPFeatures, DINOv2Features, as_rgb
 from looc_ldm.metrics.weights import weights_identity
 
@@ -99,11 +100,6 @@ class InceptionFeatures:
         """The number of features."""
         return int(self.layer)
 
-    @property
-    def weights_path(self) -> str | None:
-        """The path as torch-fidelity takes it."""
-        return None if self.weights is None else str(self.weights)
-
     def check(self) -> None:
         """Fail now rather than after hours of sampling. Downloads the network if no `weights` were given.
 
@@ -155,7 +151,7 @@ class InceptionFeatures:
         @torch.no_grad()
         def features(images: torch.Tensor) -> dict[str, torch.Tensor]:
             images = as_rgb(images)
-            with torch.autocast(torch.device(device).type, enabled=False):
+            with in_float32(device):
                 if self.pil_resize is None:
                     return dict(zip(names, network(images.to(device)), strict=True))
                 return self._from_resized(network, _pil_resized(images, self.pil_resize).to(device))
@@ -234,7 +230,7 @@ class VGG16Features:
 
         @torch.no_grad()
         def features(images: torch.Tensor) -> dict[str, torch.Tensor]:
-            with torch.autocast(torch.device(device).type, enabled=False):
+            with in_float32(device):
                 return {"features": network(as_rgb(images).to(device))[0]}
 
         return features

@@ -241,6 +241,8 @@ def evaluate_generation(
         if name not in networks:
             raise ValueError(f"networks must hold {name!r}, which {', '.join(metrics)} need.")
         networks[name].check()
+    if "is" in metrics and not networks["inception"].logits:
+        raise ValueError("is needs the logits of the network: InceptionFeatures(..., logits=True).")
     loaded = {name: networks[name].load(device) for name in needed}
     keep = [name for name in needed if rows_needed(metrics, name)]
     sides = []

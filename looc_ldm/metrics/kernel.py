@@ -48,6 +48,7 @@ def kid(
     ]
     if len(x) ** 2 + len(x) * len(y) + len(y) ** 2 <= 3 * subsets * size**2:
         # Few rows are in many subsets: each entry of the kernel is computed once for all of them.
+        x, y = _float64(x), _float64(y)
         chosen = [torch.zeros(subsets, len(rows), dtype=torch.float64, device=rows.device) for rows in (x, y)]
         for number, pair in enumerate(drawn):
             for matrix, indices in zip(chosen, pair, strict=True):
@@ -55,7 +56,7 @@ def kid(
         estimates = _unbiased(x, y, *chosen, size)
     else:
         ones = torch.ones(1, size, dtype=torch.float64, device=x.device)
-        estimates = torch.cat([_unbiased(x[i], y[j], ones, ones, size) for i, j in drawn])
+        estimates = torch.cat([_unbiased(_float64(x[i]), _float64(y[j]), ones, ones, size) for i, j in drawn])
     return float(estimates.mean()), float(estimates.std(correction=0))
 
 
@@ -114,13 +115,14 @@ def _weighted_sums(
     for i in range(0, len(x), BLOCK):
         for j in range(i if same else 0, len(y), BLOCK):
             columns = slice(j, j + BLOCK)
-            block = (weights_x[:, i : i + BLOCK] @ kernel(x[i : i + BLOCK], y[columns]) * weights_y[:, columns]).sum(1)
+            values = kernel(_float64(x[i : i + BLOCK]), _float64(y[columns]))
+            block = (weights_x[:, i : i + BLOCK] @ values * weights_y[:, columns]).sum(1)
             sums += 2 * block if same and j > i else block
     return sums
 
 
 def _checked(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """In float64, on their device unless it has none."""
+    """The features, on their device unless it has no float64."""
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
         raise ValueError(
             f"features must have shapes (n, D) and (m, D), got {tuple(first.shape)} and {tuple(second.shape)}."
@@ -129,9 +131,9 @@ def _checked(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, t
         raise ValueError(f"a kernel distance needs at least 2 rows on each side, got {len(first)} and {len(second)}.")
     if not (first.isfinite().all() and second.isfinite().all()):
         raise ValueError("the features are not finite.")
-    return tuple(_float64(rows) for rows in (first, second))
+    return tuple(rows.detach().cpu() if rows.device.type == "mps" else rows.detach() for rows in (first, second))
 
 
 def _float64(rows: torch.Tensor) -> torch.Tensor:
-    rows = rows.detach()
-    return (rows.cpu() if rows.device.type == "mps" else rows).double()
+    """Only of what is computed with at a time: all rows in float64 would take three times their memory."""
+    return rows.double()

@@ -176,22 +176,6 @@ class FeatureMoments:
             self._waiting.append(part.cpu().to(torch.float64, copy=True))
             self.count += len(part)
 
-    def merge(self, other: FeatureMoments) -> None:
-        """Add all that `other` has seen, which stays as it is.
-
-        Raises:
-            ValueError: Another D, or one of the two does not know its number of rows.
-        """
-        if other.dim != self.dim:
-            raise ValueError(f"moments of {other.dim} features cannot be added to moments of {self.dim}.")
-        for moments in (self, other):
-            moments._check_known()
-        if other._scatter is not None:
-            self._add(other._folded, other._mean, other._scatter)
-            self.count += other._folded
-        for rows in other._waiting:
-            self.update(rows)
-
     def reduce(self, accelerator: Accelerator) -> None:
         """Add the rows of all processes: each ends with the moments of all. A collective.
 
@@ -225,22 +209,20 @@ class FeatureMoments:
         rows = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
         self._waiting = []
         mean = rows.mean(0)
-        self._add(len(rows), mean, None)
+        self._shift(len(rows), mean)
         rows.sub_(mean)
         # Fortran's matrices are the transposed ones, and its lower triangle is the upper one here.
         scatter = dsyrk(1.0, rows.numpy().T, beta=1.0, c=self._scatter.numpy().T, lower=1, overwrite_c=1)
         self._scatter = torch.from_numpy(scatter.T)
 
-    def _add(self, count: int, mean: torch.Tensor, scatter: torch.Tensor | None) -> None:
-        """Add the moments of other rows; the scatter about their own mean may follow."""
+    def _shift(self, count: int, mean: torch.Tensor) -> None:
+        """Move the mean to that of all when `count` rows of this `mean` are added; their own scatter follows."""
         if self._scatter is None:
             self._scatter = torch.zeros(self.dim, self.dim, dtype=torch.float64)
         total = self._folded + count
         apart = mean - self._mean
         self._mean = self._mean + apart * (count / total)
         self._scatter.addr_(apart, apart, alpha=self._folded * count / total)  # apart apart^T
-        if scatter is not None:
-            self._scatter += scatter
         self._folded = total
 
     def _check_known(self) -> None:

@@ -18,7 +18,6 @@ from looc_ldm.metrics.moments import FeatureMoments
 
 logger = logging.getLogger(__name__)
 
-OPTIONAL = ("rows", "logits")  # of `Features`
 OF_MOMENTS = "moments."  # before the names of their tensors
 
 
@@ -59,7 +58,8 @@ class ReferenceCache:
             moments = {name.removeprefix(OF_MOMENTS): x for name, x in tensors.items() if name.startswith(OF_MOMENTS)}
             return Features(
                 moments=FeatureMoments.from_tensors(moments),
-                **{name: tensors.get(name) for name in OPTIONAL},
+                rows=tensors.get("rows"),
+                logits=None,
                 count=int(tensors["count"]),
             )
         except (SafetensorError, OSError, ValueError, KeyError) as error:
@@ -68,7 +68,7 @@ class ReferenceCache:
             return None
 
     def save(self, key: dict, features: Features) -> None:
-        """Keep features under a key; a file of this key is replaced when the new one is complete.
+        """Keep features, without logits, under a key; a file of this key is replaced when the new one is complete.
 
         In a run of many processes the first one saves: the others have no rows.
 
@@ -79,12 +79,16 @@ class ReferenceCache:
         if file is None:
             return
         tensors = {f"{OF_MOMENTS}{name}": x for name, x in features.moments.tensors().items()}
-        tensors |= {name: x for name in OPTIONAL if (x := getattr(features, name)) is not None}
+        if features.rows is not None:
+            tensors["rows"] = features.rows
         tensors["count"] = torch.tensor(features.count)
         make_folder(self.folder)
         # The process is in the name: two runs may compute the same reference at a time.
         with renamed_when_complete(file, file.with_name(f".{file.name}.{os.getpid()}.partial")) as partial:
-            save_file({name: x.contiguous() for name, x in tensors.items()}, partial, {"key": _canonical(key)})
+            try:
+                save_file({name: x.contiguous() for name, x in tensors.items()}, partial, {"key": _canonical(key)})
+            except SafetensorError as error:  # what it makes of a full disk
+                raise OSError(str(error)) from error
 
     def file(self, key: dict) -> Path | None:
         """Where features of this key are, or would be; None without a folder."""

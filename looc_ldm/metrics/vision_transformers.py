@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from looc_ldm.metrics.float32 import in_float32
 from looc_ldm.metrics.weights import weights_identity
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -21,6 +23,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 DINOV2_SIZE = 224  # pixels, of the image that the network sees
 POSITION_OFFSET = 0.1  # patches
 CONVERTER = "SFconvertbot"  # of the hub
+NOT_OF_THE_MODEL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")  # in a config
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class DINOv2Features:
         _load(self.model, "dinov2")
 
     def identity(self) -> dict[str, str]:
-        """Network, hub id or folder, and the SHA-256 of its safetensors. Downloads the model if need be."""
+        """Network, hub id or folder, and the SHA-256 of safetensors and config. Downloads the model if need be."""
         return _identity(self.model, "dinov2")
 
     def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
@@ -69,7 +72,7 @@ class DINOv2Features:
 
         @torch.no_grad()
         def features(images: torch.Tensor) -> dict[str, torch.Tensor]:
-            with torch.autocast(torch.device(device).type, enabled=False):
+            with in_float32(device):
                 pixels = _normalized(as_rgb(images).to(device), DINOV2_SIZE, IMAGENET_MEAN, IMAGENET_STD)
                 return {"features": network(pixel_values=pixels).last_hidden_state[:, 0]}
 
@@ -111,7 +114,7 @@ class CLIPFeatures:
         _load(self.model, "clip")
 
     def identity(self) -> dict[str, str]:
-        """Network, hub id or folder, and the SHA-256 of its safetensors. Downloads the model if need be."""
+        """Network, hub id or folder, and the SHA-256 of safetensors and config. Downloads the model if need be."""
         return _identity(self.model, "clip")
 
     def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
@@ -121,7 +124,7 @@ class CLIPFeatures:
 
         @torch.no_grad()
         def features(images: torch.Tensor) -> dict[str, torch.Tensor]:
-            with torch.autocast(torch.device(device).type, enabled=False):
+            with in_float32(device):
                 pixels = _normalized(as_rgb(images).to(device), size, CLIP_MEAN, CLIP_STD)
                 seen = network.vision_model(pixel_values=pixels).pooler_output
                 return {"features": F.normalize(network.visual_projection(seen), dim=1)}
@@ -176,8 +179,14 @@ def _name(model: str | Path) -> str:
 
 def _identity(model: str | Path, kind: str) -> dict[str, str]:
     folder = _folder(model)
-    _check_folder(model, folder, kind)
-    return {"network": kind, "weights": str(model), "sha256": weights_identity(folder.glob("*.safetensors"))}
+    config = {name: value for name, value in _check_folder(model, folder, kind).items() if name not in NOT_OF_THE_MODEL}
+    return {
+        "network": kind,
+        "weights": str(model),
+        "sha256": weights_identity(folder.glob("*.safetensors")),
+        # Heads and activations show in no weight.
+        "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+    }
 
 
 def _config(model: str | Path, kind: str) -> dict:

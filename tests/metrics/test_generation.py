@@ -122,6 +122,8 @@ def test_what_figures_need_is_asked_for(random_weights):
         evaluate_generation(unlabelled, unlabelled, ["fad"], networks)
     with pytest.raises(ValueError, match="networks must hold 'clip'"):
         evaluate_generation(unlabelled, unlabelled, ["fid", "cmmd"], networks)
+    with pytest.raises(ValueError, match="logits=True"):
+        evaluate_generation(unlabelled, unlabelled, ["fid", "is"], networks)
 
 
 def test_no_image_is_kept(random_weights):

@@ -54,18 +54,6 @@ def test_figures_on_the_way_do_not_change_what_follows():
             assert_equal(moments, FeatureMoments.from_rows(rows[: moments.count]))
 
 
-@pytest.mark.parametrize("cut", [0, 3, 100, 190, 200])
-def test_merged_parts_are_the_whole(cut):
-    rows = drawn(200)
-    moments, rest = FeatureMoments.from_rows(rows[:cut]), FeatureMoments.from_rows(rows[cut:])
-    moments.merge(rest)
-    assert_equal(moments, FeatureMoments.from_rows(rows))
-    if cut < 199:
-        assert_equal(rest, FeatureMoments.from_rows(rows[cut:]))
-    moments.update(rows[:50])
-    assert_equal(moments, FeatureMoments.from_rows(torch.cat([rows, rows[:50]])))
-
-
 def test_features_far_from_zero_keep_their_covariance():
     rows = drawn(2000)
     near, far = FeatureMoments.from_rows(rows), FeatureMoments(DIM)
@@ -100,8 +88,6 @@ def test_published_statistics_are_taken_as_they_are():
     torch.testing.assert_close(unknown.covariance, rows.T.cov())
     with pytest.raises(ValueError, match="not known"):
         unknown.update(rows)
-    with pytest.raises(ValueError, match="not known"):
-        published.merge(unknown)
 
 
 def test_rows_are_kept_while_they_take_no_more_memory_than_a_covariance(largest_tensor):
@@ -122,8 +108,6 @@ def test_rows_are_kept_while_they_take_no_more_memory_than_a_covariance(largest_
 def test_what_cannot_be_rows_is_refused():
     with pytest.raises(ValueError, match=r"\(n, 24\)"):
         FeatureMoments(DIM).update(torch.zeros(3, 5))
-    with pytest.raises(ValueError, match="of 5 features"):
-        FeatureMoments(DIM).merge(FeatureMoments(5))
     with pytest.raises(ValueError, match="dim"):
         FeatureMoments(0)
     with pytest.raises(ValueError, match="at least 2 rows, got 1"):

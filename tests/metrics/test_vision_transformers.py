@@ -155,6 +155,11 @@ def test_name_dimension_and_identity_are_the_models(folders, tmp_path):
     assert original.identity()["sha256"] == copied.identity()["sha256"]
     assert json.dumps(copied.identity())
     assert copied.identity()["weights"] == str(copy)
+    assert original.identity()["config_sha256"] == copied.identity()["config_sha256"]
+    config = json.loads((copy / "config.json").read_text())
+    config["vision_config"]["hidden_act"] = "tanh"  # of which the weights know nothing
+    (copy / "config.json").write_text(json.dumps(config))
+    assert original.identity()["config_sha256"] != copied.identity()["config_sha256"]
     torch.manual_seed(1)
     CLIPModel(CLIPConfig.from_pretrained(copy)).save_pretrained(copy)
     assert original.identity()["sha256"] != copied.identity()["sha256"]

@@ -43,6 +43,16 @@ def test_the_bundled_set_has_ten_balanced_classes(bundled):
     assert train.content_size == (28, 28)
 
 
+def test_stored_sizes_of_tables_and_folders_are_known_for_every_image(bundled, garments):
+    train, _ = bundled
+    sizes = train.source.sizes()
+    assert [len(train.source.read(i).content) for i in (0, 999, 5000, 7999)] == sizes[[0, 999, 5000, 7999]].tolist()
+    folder = load_image_set(DataConfig(path=str(garments), split="train"), 1)
+    assert (
+        folder.source.sizes()[:5] == [len(Path(folder.source.read(i).content).read_bytes()) for i in range(5)]
+    ).all()
+
+
 def test_fewer_validation_images_are_as_many_of_each_class(bundled):
     train, _ = bundled
     _, fewer = load_image_sets(replace(train.config, validation_images=50), channels=1)
