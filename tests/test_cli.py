@@ -126,6 +126,9 @@ def test_sample_writes_each_image_and_a_grid_with_a_row_a_class(pipeline, capsys
     assert PIL.Image.open("new/samples/circle/00000.png").size == (16, 16)
     grid = PIL.Image.open("new/samples.png")
     assert grid.size == (32, 48)
+    assert "warning" not in printed
+    fewer = run(capsys, "sample", pipeline, "--steps", 2, "--images", 1, "--output", "new/samples")
+    assert "warning: new/samples holds 5 more" in fewer  # of six, one has been replaced
     second_of_class_1 = grid.crop((16, 16, 32, 32)).convert("L")
     assert second_of_class_1.tobytes() == PIL.Image.open("new/samples/square/00003.png").tobytes()
 
