@@ -18,7 +18,7 @@ FIGURES = {
     "fid@2048": 12.25,
     "kid@2048": 0.000331,
     "class_fid@2048": 20.5,
-    "class_fid": {"per_class": {"cat": 20.5}, "skipped": {}, "biased": ["cat"]},
+    "class_fid": {"per_class": {"cat": 20.5}, "skipped": {}, "biased": {"cat": 3}},
     "bits_per_pixel": 1.5,
     "data": "ada/animals",
 }

@@ -63,7 +63,8 @@ def reference_fingerprint(images: ImageSet) -> dict[str, dict]:
     stored = (
         {} if sizes is None else {"sizes of files": DIGEST + hashlib.sha256(sizes.astype("<i8").tobytes()).hexdigest()}
     )
-    return {"data": _of_data(images) | stored, "transform": _of_transform(images)}
+    transform = {name: value for name, value in _of_transform(images).items() if name != "flip"}  # of training alone
+    return {"data": _of_data(images) | stored, "transform": transform}
 
 
 def differences(old: dict[str, dict], new: dict[str, dict]) -> list[str]:

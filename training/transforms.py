@@ -141,7 +141,8 @@ def pad(image: Image.Image, side: int, name: str = "the image") -> Image.Image:
     """The image in the centre of a black one. Raises DataError if it is larger."""
     if max(image.size) > side:
         raise DataError(
-            f"{name} is {image.width}x{image.height}: fit=pad needs images of at most {side}x{side} (the resolution)."
+            f"{name} is {image.width}x{image.height}: fit=pad needs images of at most {side}x{side} (the "
+            "resolution); fit=crop takes any."
         )
     canvas = Image.new(image.mode, (side, side))
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

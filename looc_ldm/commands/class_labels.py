@@ -88,12 +88,14 @@ def compared_labels(samples, reference, drawn_from: torch.Tensor | None, draws: 
         UserError: A side has no classes, or they cannot be matched.
     """
     if reference.labels is None:
-        raise UserError("class_fid needs classes, and the reference has none.")
+        raise UserError("class_fid needs classes, and the reference has none: give it sub-folders, one a class.")
     names = reference.classes or None
     if drawn_from is not None:
         return ComparedLabels(drawn_from, reference.labels, names)
     if samples.labels is None:
-        raise UserError("class_fid needs classes, and the samples have none.")
+        raise UserError(
+            "class_fid needs classes, and the samples have none: give them sub-folders, one a class, or an npz arr_1."
+        )
     if draws:
         raise UserError(
             "class_fid: the classes of the reference cannot be matched with those of the model, by name or by number."

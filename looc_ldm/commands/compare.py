@@ -33,7 +33,9 @@ def add_parsers(commands) -> None:
     )
     compare.add_argument("--data", required=True, help=DATA_HELP)
     add_data_options(compare, model="the first model")
-    compare.add_argument("--images", type=positive, help="measure only so many images (default: all)")
+    compare.add_argument(
+        "--images", type=positive, help="measure only so many images, at even distances (default: all)"
+    )
     compare.add_argument(
         "--names",
         nargs="+",

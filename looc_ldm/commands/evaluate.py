@@ -39,7 +39,7 @@ def add_parsers(commands) -> None:
     images = reconstruction.add_argument_group("images")
     images.add_argument("--data", required=True, help=DATA_HELP)
     add_data_options(images)
-    images.add_argument("--images", type=positive, help="measure only so many images (default: all)")
+    images.add_argument("--images", type=positive, help="measure only so many images, at even distances (default: all)")
     add_reconstruction_metric_options(reconstruction)
     _add_run_options(reconstruction)
     reconstruction.set_defaults(command=_evaluate_reconstruction)
@@ -143,10 +143,13 @@ def _evaluate_reconstruction(options: argparse.Namespace) -> None:
         machine=machine(device, accelerator),
     )
     notes = list(measures.not_measured)
+    if options.images is not None and options.images > len(images):
+        notes.append(f"note: there are only {len(images):,} images")
     if measures.features is not None and "rfid" in measures.metrics:
         notes.append(bias_note(figures["images"], measures.features.dim, f"rfid@{measures.features.name}"))
+    record["notes"] = [note for note in notes if note]
     write_record(record, options.output)
-    print_record(record, [note for note in notes if note])
+    print_record(record, record["notes"])
 
 
 def _evaluate_generation(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -69,9 +70,13 @@ def evaluate_samples(options: argparse.Namespace) -> None:
     _check_counts(measures, samples, reference)
     fingerprints = fingerprints_for(options, generation=True) if draws and is_main else {}
 
+    samples_key = _samples_key(samples) if is_main else None
     stopwatch = Stopwatch(device)
     with as_user_errors(ValueError):
         networks = {name: extractor.load(device) for name, extractor in measures.extractors.items()}
+        if is_main:
+            for note in filter(None, notes):  # before hours of work, and again at the end
+                print(note, file=sys.stderr, flush=True)
         if not draws:  # what may be wrong with them is found first
             generated = sample_features(samples, measures, networks, options, accelerator, stopwatch)
         real = reference_features(reference, measures, networks, cache, accelerator, stopwatch)
@@ -95,13 +100,14 @@ def evaluate_samples(options: argparse.Namespace) -> None:
         weights=measures.weights,
         fingerprints=fingerprints,
         reference=reference.key,
+        samples=samples_key,
         seeds=_seeds(options if draws else None, measures.metrics),
         seconds={name: round(seconds, 3) for name, seconds in stopwatch.seconds.items()},
         machine=machine(device, accelerator),
     )
+    record["notes"] = [*filter(None, [*notes, *_notes(measures, generated, real, figures)])]
     write_record(record, options.output)
-    notes += _notes(measures, generated, real, figures)
-    print_record(record, [*filter(None, notes), f"time: {stopwatch.shares()}"])
+    print_record(record, [*record["notes"], f"time: {stopwatch.shares()}"])
 
 
 # Where images come from -----------------------------------------------------------------------------------------------
@@ -139,7 +145,20 @@ def _read_samples(name: str) -> StoredImages | NpzImages:
     splits = [place.name for place, _ in split_folders_of(Path(name))]
     if len(splits) > 1:
         raise UserError(f"{name!r} holds the splits {', '.join(splits)}: give the folder of one of them as samples.")
-    return StoredImages(load_image_set(DataConfig(path=name, split="", fit="crop"), 3), at_own_size=True)
+    images = StoredImages(load_image_set(DataConfig(path=name, split="", fit="crop"), 3), at_own_size=True)
+    images.check_sizes()
+    return images
+
+
+def _samples_key(samples) -> dict:
+    """What tells stored samples from others, for the record; nothing of samples that a model draws."""
+    if isinstance(samples, NpzImages):
+        return {"sha256": weights_identity([samples.file])}
+    if not isinstance(samples, StoredImages):
+        return {}
+    from looc_ldm.training.latent_fingerprint import reference_fingerprint
+
+    return reference_fingerprint(samples.images)["data"]
 
 
 def _open_npz(name: str, what: str) -> NpzImages:
@@ -226,8 +245,8 @@ def _fit_note(options: argparse.Namespace, reference: Reference) -> str | None:
     if not reference.fit_is_guess:
         return None
     return (
-        f"note: real images of other sizes than the samples are brought to theirs by --fit {options.fit}; give the fit "
-        "that the model of the samples was trained with, if it is another"
+        f"warning: real images of other sizes than the samples are brought to theirs by --fit {options.fit}; give "
+        "the fit that the model of the samples was trained with, if it is another"
     )
 
 
@@ -291,7 +310,8 @@ def _notes(
             notes.append(f"warning: class_fid leaves out {_first_of(reasons, '; ')}")
         if detail["biased"]:
             dim = measures.extractors["inception"].dim
-            few = _first_of(detail["biased"], ", ")
+            counts = sorted(detail["biased"].items(), key=lambda pair: pair[1])
+            few = _first_of([f"{name} ({count:,})" for name, count in counts], ", ")
             notes.append(f"warning: class_fid is of classes with fewer images than the {dim:,} features: {few}")
     return notes
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping
+from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
 
+import PIL.Image
 import torch
 
 from looc_ldm.commands.many_files import READERS, read_ahead
@@ -49,6 +51,26 @@ class StoredImages:
         for share in shares:
             yield torch.stack([future.result() for _, future in islice(reading, len(share))])
 
+    def check_sizes(self) -> None:
+        """Raise DataError where images that must have one size have several: by their headers, without decoding."""
+        for index in self.chosen:
+            stored = self.images.source.read(index)
+            try:
+                with PIL.Image.open(
+                    BytesIO(stored.content) if isinstance(stored.content, bytes) else stored.content
+                ) as image:
+                    size = image.size
+            except Exception:  # what cannot be read is named when it is read
+                continue
+            if sorted(size) != sorted(self._size):  # upright it may have them the other way round
+                raise self._another_size(stored.name, size)
+
+    def _another_size(self, name: str, size: tuple[int, int]) -> DataError:
+        return DataError(
+            f"{name} is {size[0]}x{size[1]} and {self._first_name} {self._size[0]}x{self._size[1]}: samples must have "
+            "one size."
+        )
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """C, H, W."""
@@ -61,10 +83,7 @@ class StoredImages:
 
         image, stored = self.images.open(index)
         if image.size != self._size:
-            raise DataError(
-                f"{stored.name} is {image.width}x{image.height} and {self._first_name} {self._size[0]}x"
-                f"{self._size[1]}: samples must have one size."
-            )
+            raise self._another_size(stored.name, image.size)
         return to_pixels(image)
 
 

@@ -19,14 +19,14 @@ class ClassFID:
         mean (`float`): Over the classes of `per_class`, each with the same weight.
         per_class (`dict[str, float]`): FID by the name of the class.
         skipped (`dict[str, str]`): Classes with fewer than 2 images on a side, and why they are not counted.
-        biased (`list[str]`): Counted classes with fewer images than features on a side: their covariances are
-            singular and their FID is larger than that of more images.
+        biased (`dict[str, int]`): Counted classes with fewer images than features on a side, and how many the smaller
+            side has: their covariances are singular and their FID is larger than that of more images.
     """
 
     mean: float
     per_class: dict[str, float]
     skipped: dict[str, str]
-    biased: list[str]
+    biased: dict[str, int]
 
 
 def class_averaged_fid(
@@ -59,7 +59,7 @@ def class_averaged_fid(
     name_of = {label: str(label if names is None else names.get(label, label)) for label in labels}
     if len(set(name_of.values())) < len(name_of):
         raise ValueError(f"each class must have a name of its own, got {list(name_of.values())}.")
-    per_class, skipped, biased = {}, {}, []
+    per_class, skipped, biased = {}, {}, {}
     for label, name in name_of.items():
         sides = [
             rows[(of == label).to(rows.device)]
@@ -71,7 +71,7 @@ def class_averaged_fid(
             continue
         per_class[name] = frechet_distance(*map(FeatureMoments.from_rows, sides))
         if min(counts) < generated.shape[1]:
-            biased.append(name)
+            biased[name] = min(counts)
     if not per_class:
         raise ValueError("no class has at least 2 generated and 2 reference images.")
     return ClassFID(sum(per_class.values()) / len(per_class), per_class, skipped, biased)

@@ -86,7 +86,7 @@ class InceptionFeatures:
 
     def __post_init__(self):
         if self.layer not in LAYERS:
-            raise ValueError(f"layer must be one of {', '.join(LAYERS)}, got {self.layer!r}.")
+            raise ValueError(f"layer must be one of {', '.join(map(repr, LAYERS))}, got {self.layer!r}.")
         if self.weights is not None and not Path(self.weights).is_file():
             raise FileNotFoundError(f"No Inception weights at {self.weights}.")
 

@@ -38,7 +38,7 @@ def test_classes_with_too_few_images_are_named(sides):
     assert list(result.skipped) == ["two", "three"]
     assert result.skipped["two"].startswith("1 generated and 30 reference images")
     assert result.skipped["three"].startswith("20 generated and 0 reference images")
-    assert result.biased == ["one", "7"]
+    assert list(result.biased) == ["one", "7"]
 
 
 def test_images_of_the_wrong_class_show(sides):
