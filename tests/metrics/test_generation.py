@@ -182,7 +182,7 @@ def test_a_file_that_is_not_the_network_is_refused_and_not_executed(tmp_path):
 
 
 def test_unknown_layers_and_missing_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="64, 192, 768, 2048, got '512'"):
+    with pytest.raises(ValueError, match="'64', '192', '768', '2048', got '512'"):
         InceptionFeatures("512")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         InceptionFeatures("64", tmp_path / "nowhere.pth")
