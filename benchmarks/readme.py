@@ -428,6 +428,10 @@ if __name__ == "__main__":
         replace_section("training", training())
     elif sys.argv[1:] == ["metrics"]:
         replace_section("metrics", metrics())
+    elif sys.argv[1:] == ["tables"]:
+        from tables_page import write_page
+
+        write_page()
     elif sys.argv[1:] == ["recipes"]:
         (ROOT / "docs" / "quantizer_recipes.md").write_text(recipes())
     elif len(sys.argv) == 3 and sys.argv[1] == "quickstart":

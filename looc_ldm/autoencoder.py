@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -302,12 +301,15 @@ class LooCVQModel(VQModel, AttentionMixin):
         return LooCDecoderOutput(sample=self._decode_quantized(quantized), indices=indices)
 
     def bits_per_image(self, height: int, width: int) -> float:
-        """The rate in bits, h * w * C * log2(K), of an image of `height` x `width` pixels."""
+        """The rate in bits, h * w * C * log2(K), of an image of `height` x `width` pixels.
+
+        With another quantizer than LooC it is h * w times its `bits_per_position`.
+        """
         f = self.downsampling_factor
         if height % f or width % f:
             raise ValueError(f"height and width must be divisible by {f}, got {height}x{width}.")
         positions = (height // f) * (width // f)
-        return positions * self.quantize.codes_per_position * math.log2(self.config.num_vq_embeddings)
+        return positions * self.quantize.bits_per_position
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> LooCDecoderOutput | tuple[torch.Tensor, ...]:
         """Encode, quantize and decode images `(B, in_channels, H, W)` in [-1, 1]; returns what `decode` returns."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -206,6 +207,16 @@ class LooCQuantizer(nn.Module):
         return self.vq_embed_dim * self.interpolation_factor**self.spatial_axes // self.codevector_dim
 
     @property
+    def bits_per_position(self) -> float:
+        """The rate of a latent position in bits, C * log2(K)."""
+        return self.codes_per_position * math.log2(self.num_codevectors)
+
+    @property
+    def codebook_scalars(self) -> int:
+        """Numbers in the codebook, K * d."""
+        return self.num_codevectors * self.codevector_dim
+
+    @property
     def spatial_axes(self) -> int:
         """2 for `"BCHW"`, 1 for `"BCL"` and `"BLC"`."""
         return len(self.input_layout) - 2
@@ -315,6 +326,10 @@ class LooCQuantizer(nn.Module):
         return quantized if self.input_layout == "BLC" else quantized.movedim(-1, 1).contiguous()
 
     @torch.no_grad()
+    def code_counts(self, indices: torch.Tensor) -> list[torch.Tensor]:
+        """How often each codevector was chosen: int64 `(K,)` on the CPU, one tensor since there is one codebook."""
+        return [torch.bincount(indices.flatten(), minlength=self.num_codevectors).cpu()]
+
     def revive(self) -> None:
         """Apply what the forwards since the last call collected to usage and codebook. Call once per optimizer step.
 

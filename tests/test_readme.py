@@ -30,6 +30,7 @@ def test_python_examples_run_one_after_the_other(quickstart_folder):
     assert len(variables["images"]) == 4
     assert variables["images"][0].size == (32, 32)
     assert variables["bits"] == 1024
+    assert variables["rate"] == 7 * 7 * 4 * 8
     assert variables["reconstruction"].shape == (1, 3, 32, 32)
     assert variables["indices"].shape == (16, 8, 8, 2)
     assert variables["tokens"].shape == (2, 100, 16)

@@ -48,7 +48,8 @@ def evaluate_reconstruction(
     kept; of rFID and KID the features are.
 
     Args:
-        model (`LooCVQModel`): The autoencoder.
+        model (`LooCVQModel`): The autoencoder. Its `quantize` may be another quantizer with `bits_per_position`,
+            `codebook_scalars` and `code_counts`, such as those of `looc_ldm.baselines`.
         batches: Float images in [-1, 1], `(B, C, H, W)` each, all of one height and width. Of several processes,
             process r of R gives batches r, r + R, ... of the whole (`looc_ldm.metrics.shares`).
         measured_size (`tuple[int, int]`, *optional*): Height and width of the centre that is measured, for images that
@@ -76,12 +77,14 @@ def evaluate_reconstruction(
           standard deviation of KID over subsets.
         - `codebook_use`: the share of the codevectors that were used at least once over all images, in [0, 1];
           `dead_codes`: how many were not. `perplexity`: exp of the entropy of the codes of all images, in [1, K];
-          `code_entropy`: that entropy in bits per code, in [0, log2 K].
+          `code_entropy`: that entropy in bits per code, in [0, log2 K]. Of several codebooks the codevectors of all
+          count, and the entropy is the mean over codes.
         - `bits_per_image`: the rate of the image the network was given, padding included, at log2(K) bits per code.
         - `bits_per_pixel`: `bits_per_image` per *measured* pixel: padding costs bits, but is nothing anybody wanted.
           `bits_per_pixel_entropy`: the same at `code_entropy` bits per code, which an ideal entropy coder that knows
           how often each code is used would need.
-        - `parameters` of the whole model, `codebook_scalars` = K d, `num_codevectors` = K, `codevector_dim` = d.
+        - `parameters` of the whole model, `codebook_scalars` = K d, `num_codevectors` = K, and d as `codevector_dim`
+          where the quantizer has it.
 
     Raises:
         ValueError: No images, a batch that is not as said, sizes that differ or do not fit, reconstructions that are
@@ -94,7 +97,7 @@ def evaluate_reconstruction(
         features.check()
         network = features.load(model.device)
         collectors = [FeatureCollector(keep_rows="kid" in chosen) for _ in ("originals", "reconstructions")]
-    totals = _Totals(model.config.num_vq_embeddings, [*(name for name in OF_PIXELS if name in chosen), *(lpips or {})])
+    totals = _Totals([*(name for name in OF_PIXELS if name in chosen), *(lpips or {})])
 
     with eval_mode(model):
         for number, batch in enumerate(batches):
@@ -105,7 +108,7 @@ def evaluate_reconstruction(
                 raise ValueError("reconstructions must be finite, got nan or infinite values.")
             whole = [x.to(model.device, torch.float32) for x in (batch, output.sample)]
             measured = rules.views(*(centre_crop(x, measured_size) for x in whole))
-            totals.add_codes(output.indices)
+            totals.add_codes(model.quantize.code_counts(output.indices), len(batch))
             figures = _of_pixels(*measured, rules.ssim_window, chosen)
             if lpips:
                 pair = [x.expand(-1, 3, -1, -1) * 2 - 1 for x in rules.views(*whole)]  # grey ones as RGB
@@ -131,32 +134,31 @@ def evaluate_reconstruction(
 class _Totals:
     """Sums over images, and how often each code was used; of one process, or of all."""
 
-    num_codevectors: int
     names: list[str]
     images: int = 0
     size: tuple[int, int] | None = None  # of the images that the network is given
     sums: dict[str, float] = field(init=False)
-    code_counts: torch.Tensor = field(init=False)  # (K,) int64
+    code_counts: list[torch.Tensor] = field(default_factory=list)  # (K,) int64 of each codebook; none before images
 
     def __post_init__(self):
         self.sums = dict.fromkeys(self.names, 0.0)
-        self.code_counts = torch.zeros(self.num_codevectors, dtype=torch.int64)
 
-    def add_codes(self, indices: torch.Tensor) -> None:
-        self.images += len(indices)
-        self.code_counts += torch.bincount(indices.flatten(), minlength=self.num_codevectors).cpu()
+    def add_codes(self, counts: list[torch.Tensor], images: int) -> None:
+        self.images += images
+        if counts:
+            before = self.code_counts or [0] * len(counts)
+            self.code_counts = [old + new for old, new in zip(before, counts, strict=True)]
 
     def of_all(self, accelerator: Accelerator | None) -> _Totals:
         """The totals of all processes. A collective."""
         if accelerator is None or accelerator.num_processes == 1:
             return self
-        together = _Totals(self.num_codevectors, self.names)
+        together = _Totals(self.names)
         for totals in gather_object([self]):
             if together.size is not None and totals.size not in (None, together.size):
                 raise ValueError(f"all images must have one size, got {together.size} and {totals.size}.")
             together.size = totals.size or together.size
-            together.images += totals.images
-            together.code_counts += totals.code_counts
+            together.add_codes(totals.code_counts, totals.images)
             together.sums = {name: value + totals.sums[name] for name, value in together.sums.items()}
         return together
 
@@ -185,28 +187,35 @@ def _of_pixels(original: torch.Tensor, reconstruction: torch.Tensor, ssim_window
 def _report(model: LooCVQModel, totals: _Totals, measured_size: tuple[int, int] | None, protocol: str) -> dict:
     height, width = measured_size if measured_size is not None else totals.size
     bits = model.bits_per_image(*totals.size)
-    shares = totals.code_counts[totals.code_counts > 0].double() / totals.code_counts.sum()
-    entropy = torch.special.entr(shares).sum().item()  # in nats
-    codes_per_image = totals.code_counts.sum().item() / totals.images
-    num_codevectors, codevector_dim = totals.num_codevectors, model.quantize.codevector_dim
+    codes = sum(int(counts.sum()) for counts in totals.code_counts)
+    nats = sum(_entropy(counts) * int(counts.sum()) for counts in totals.code_counts)
+    entropy, codes_per_image = nats / codes, codes / totals.images
+    num_codevectors = sum(len(counts) for counts in totals.code_counts)
+    used = sum(int((counts > 0).sum()) for counts in totals.code_counts)
+    dim = {"codevector_dim": model.quantize.codevector_dim} if hasattr(model.quantize, "codevector_dim") else {}
     return {
         "protocol": protocol,
         "images": totals.images,
         "height": height,
         "width": width,
         **{name: total / totals.images for name, total in totals.sums.items()},
-        "codebook_use": len(shares) / num_codevectors,
-        "dead_codes": num_codevectors - len(shares),
+        "codebook_use": used / num_codevectors,
+        "dead_codes": num_codevectors - used,
         "perplexity": math.exp(entropy),
         "code_entropy": entropy / math.log(2),
         "bits_per_image": bits,
         "bits_per_pixel": bits / (height * width),
         "bits_per_pixel_entropy": codes_per_image * entropy / math.log(2) / (height * width),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "codebook_scalars": num_codevectors * codevector_dim,
+        "codebook_scalars": model.quantize.codebook_scalars,
         "num_codevectors": num_codevectors,
-        "codevector_dim": codevector_dim,
+        **dim,
     }
+
+
+def _entropy(counts: torch.Tensor) -> float:
+    """Of a code in nats."""
+    return torch.special.entr(counts.double() / counts.sum().clamp_min(1)).sum().item()
 
 
 def _distances(originals: Features, reconstructions: Features, names: Collection[str], suffix: str) -> dict[str, float]:

@@ -1,0 +1,155 @@
+"""Train and measure the small VQ-VAE of LooC's and CVQ-VAE's tables with one quantizer on one set of images.
+
+Encoder, decoder, loss and optimizer are the published ones (MSE / data variance + quantizer loss, Adam 3e-4, no
+schedule, no augmentation). A run resumes: it leaves a checkpoint beside its result, and the same call goes on there.
+The weights that are measured are those with the lowest error on images held out of the *training* set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from looc_ldm.files import renamed_when_complete, replace_text
+from looc_ldm.images import to_float
+
+HELD_OUT = 5000  # the last training images: checkpoints are chosen on them
+EVALUATION_BATCH = 250
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a row is trained.
+
+    Attributes:
+        images: Training images to see, with repeats.
+        batch_size: Images of a step.
+        learning_rate: Of Adam.
+        seed: Of weights and order.
+        validations: How often the held-out error is measured at most, at even distances.
+    """
+
+    images: int
+    batch_size: int = 128
+    learning_rate: float = 3e-4
+    seed: int = 42
+    validations: int = 50
+
+
+def train(
+    make_model: Callable[[], torch.nn.Module],
+    pixels: torch.Tensor,
+    training: Training,
+    checkpoint: Path,
+    device: torch.device,
+    say: Callable[[str], None] = print,
+    objective: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.nn.Module, dict]:
+    """Train a model, or go on training it.
+
+    Args:
+        make_model: Makes the autoencoder: called with images it returns sample and loss as `LooCVQModel` does.
+        pixels: All training images, uint8 `(n, C, H, W)`.
+        training: See there.
+        checkpoint: File to go on from, and to leave.
+        device: Where.
+        say: Told how it goes.
+        objective: The loss of images and their reconstructions that goes with the quantizer's; if not given, the
+            published one, the mean squared error of images in [-1, 1] by the variance of training images in [0, 1].
+
+    Returns:
+        The model with the chosen weights, in eval mode, and what happened: `images_seen`, `chosen_at_images`,
+        `validation_mse` (images in [-1, 1]), `curve` (pairs of images seen and held-out MSE), `seconds`.
+    """
+    torch.manual_seed(training.seed)
+    model = make_model().to(device).train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=training.learning_rate)
+    state = {"images_seen": 0, "best": None, "curve": [], "seconds": 0.0, "training": asdict(training)}
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if state["training"] | {"images": 0} != asdict(training) | {"images": 0}:
+            raise ValueError(f"{checkpoint} is of another training: {state['training']}, not {asdict(training)}.")
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+        torch.set_rng_state(state.pop("rng").cpu())
+        state["training"] = asdict(training)
+        say(f"goes on at {state['images_seen']:,} images")
+    train_pixels, held_out = pixels[:-HELD_OUT].to(device), pixels[-HELD_OUT:].to(device)
+    variance = (pixels.double() / 255).var().item()
+    steps = math.ceil(training.images / training.batch_size)
+    every = max(math.ceil(HELD_OUT / training.batch_size), steps // training.validations)
+    started = time.perf_counter() - state["seconds"]
+    for step, x in _batches(train_pixels, training, state["images_seen"] // training.batch_size, steps):
+        output = model(x)
+        error = F.mse_loss(output.sample, x) / variance if objective is None else objective(x, output.sample)
+        loss = error + output.commit_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.quantize.revive()
+        if step % every == 0 or step == steps:
+            error = _error(model, held_out)
+            if not math.isfinite(error):
+                raise FloatingPointError(f"the error is {error} after {step * training.batch_size:,} images.")
+            state["images_seen"], state["seconds"] = step * training.batch_size, time.perf_counter() - started
+            state["curve"].append([state["images_seen"], error])
+            if state["best"] is None or error < state["best"]["error"]:
+                weights = {name: value.clone() for name, value in model.state_dict().items()}
+                state["best"] = {"error": error, "images": state["images_seen"], "weights": weights}
+            _save(checkpoint, state, model, optimizer)
+            psnr = 10 * math.log10(4 / error)
+            say(f"{state['images_seen']:>12,} images  {psnr:6.2f} dB  {state['seconds']:8.0f} s")
+    model.load_state_dict(state["best"]["weights"])
+    happened = {
+        "images_seen": state["images_seen"],
+        "chosen_at_images": state["best"]["images"],
+        "validation_mse": state["best"]["error"],
+        "curve": state["curve"],
+        "seconds": state["seconds"],
+    }
+    return model.eval(), happened
+
+
+def _batches(pixels: torch.Tensor, training: Training, done: int, steps: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Steps after `done`, counted from 1, with their batches; the order of an epoch depends on seed and epoch only."""
+    per_epoch = len(pixels) // training.batch_size
+    order = None
+    for step in range(done, steps):
+        epoch, place = divmod(step, per_epoch)
+        if order is None or place == 0:
+            generator = torch.Generator().manual_seed(training.seed * 100_003 + epoch)
+            order = torch.randperm(len(pixels), generator=generator).to(pixels.device)
+        rows = order[place * training.batch_size : (place + 1) * training.batch_size]
+        yield step + 1, to_float(pixels[rows])
+
+
+@torch.no_grad()
+def _error(model: torch.nn.Module, pixels: torch.Tensor) -> float:
+    """Mean squared error of reconstructions in [-1, 1]."""
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
+    for part in pixels.split(EVALUATION_BATCH):
+        x = to_float(part)
+        total += F.mse_loss(model(x).sample.clamp(-1, 1), x, reduction="sum").double().cpu()
+    model.train()
+    return (total / pixels.numel()).item()
+
+
+def _save(file: Path, state: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    everything = {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    with renamed_when_complete(file) as partial:
+        torch.save({**everything, "rng": torch.get_rng_state()}, partial)
+
+
+def write_result(file: Path, result: dict) -> None:
+    """A result as JSON, in place when it is complete."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(file, json.dumps(result, indent=1) + "\n")

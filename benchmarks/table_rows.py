@@ -1,0 +1,147 @@
+"""The rows of the paper's small-image tables, and rows at equal rates: which quantizer, with which sizes.
+
+A row is trained once for each set of images, however many tables it stands in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn as nn
+
+from looc_ldm import LooCQuantizer
+from looc_ldm.baselines import (
+    FactorizedQuantizer,
+    FiniteScalarQuantizer,
+    LookupFreeQuantizer,
+    ProductQuantizer,
+    ResidualFiniteScalarQuantizer,
+    ResidualQuantizer,
+    StochasticQuantizer,
+    gaussian_likelihood,
+)
+
+N_Q = 128  # channels of the latents of LooC's tables
+# The published rule, and what this package does by default; see docs/quantizer_recipes.md.
+PUBLISHED = {"codebook_update": "gradient", "gradient": "straight-through"}
+ROTATION = {"codebook_update": "ema", "gradient": "rotation"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantizer.
+
+    Attributes:
+        name: Of the file of its result.
+        method: For readers.
+        make: Makes the quantizer.
+        n_q: Channels of the latents.
+        objective: Of `small_vqvae.train`, where it is not the published one.
+    """
+
+    name: str
+    method: str
+    make: Callable[[], nn.Module]
+    n_q: int = N_Q
+    objective: Callable | None = None
+
+
+def _looc(codevectors: int, dim: int, factor: int = 1, suffix: str = "", n_q: int = N_Q, **settings) -> Row:
+    settings = PUBLISHED | settings
+    name = f"looc-{codevectors}x{dim}" + (f"-s{factor}" if factor > 1 else "") + suffix
+
+    def make() -> LooCQuantizer:
+        return LooCQuantizer(n_q, codevectors, dim, interpolation_factor=factor, **settings)
+
+    note = {"": "published recipe"}.get(suffix, suffix.strip("-").replace("-", " "))
+    return Row(name, f"LooC {codevectors}×{dim}, s={factor}, {note}", make, n_q)
+
+
+def _rows() -> list[Row]:
+    sizes_3 = [(256, dim) for dim in (4, 8, 16, 32, 64)]
+    sizes_4 = [(256, 128), (512, 64), (1024, 32), (2048, 16), (4096, 8), (8192, 4)]
+    sizes_5 = [(codevectors, 4) for codevectors in (16, 24, 32, 64, 128, 256, 512, 1024)]
+    looc = dict.fromkeys(sizes_3 + sizes_4 + sizes_5)
+    rows = [_looc(*size) for size in looc]
+    rows += [_looc(*size, suffix="-ema-rotation", **ROTATION) for size in ((32, 4), (256, 4), (1024, 4), (8192, 4))]
+    rows += [_looc(*size, suffix="-ema", codebook_update="ema") for size in ((32, 4), (256, 4))]
+    rows += [_looc(256, 4, factor) for factor in (2, 3, 4)]
+    rows += [_looc(*size, suffix="-no-revival", anchor="none") for size in ((256, 4), (1024, 4))]
+    # The others, each at its published kind of size, and then at equal rates.
+    rows.append(
+        Row(
+            "vq-512x64",
+            "VQ-VAE 512×64",
+            lambda: LooCQuantizer(64, 512, 64, 1, distance="euclidean", anchor="none", **PUBLISHED),
+            64,
+        )
+    )
+    rows.append(
+        Row("sq-512x64", "SQ-VAE 512×64", lambda: StochasticQuantizer(64, 512), 64, objective=gaussian_likelihood)
+    )
+    rows.append(Row("cvq-512x64", "CVQ-VAE 512×64", lambda: LooCQuantizer(64, 512, 64, 1, **PUBLISHED), 64))
+    for words in (8, 32, 256):
+        rows.append(
+            Row(
+                f"pq-32x{words}x4",
+                f"PQ, 32 codebooks of {words}×4",
+                lambda words=words: ProductQuantizer(N_Q, words, 4, **PUBLISHED),
+            )
+        )
+    for depth in (1, 2, 4, 8, 16, 32):
+        rows.append(
+            Row(
+                f"rq-256x128-depth{depth}",
+                f"RQ 256×128, depth {depth}",
+                lambda depth=depth: ResidualQuantizer(N_Q, 256, depth, kmeans_init=True),
+            )
+        )
+    rows.append(
+        Row("factorized-256x8", "ViT-VQGAN's codes 256×8", lambda: FactorizedQuantizer(N_Q, 256, 8, kmeans_init=True))
+    )
+    for codes in (1, 2, 4, 8, 16, 32):
+        rows += [
+            Row(
+                f"fsq-{codes}x8-5-5",  # 200 values, 7.6 bits
+                f"FSQ (8, 5, 5), {codes} a position",
+                lambda codes=codes: FiniteScalarQuantizer(N_Q, (8, 5, 5), codes),
+            ),
+            Row(
+                f"lfq-{codes}x8bits",
+                f"LFQ, {codes} codes of 8 bits",
+                lambda codes=codes: LookupFreeQuantizer(N_Q, 8, codes, commitment_loss_weight=0.25),
+            ),
+            Row(
+                f"rfsq-8-5-5-depth{codes}",
+                f"residual FSQ (8, 5, 5), depth {codes}",
+                lambda codes=codes: ResidualFiniteScalarQuantizer(N_Q, (8, 5, 5), codes),
+            ),
+        ]
+    return rows
+
+
+ROWS = {row.name: row for row in _rows()}
+TABLES: dict[str, list[str]] = {
+    "1": ["vq-512x64", "sq-512x64", "cvq-512x64", "pq-32x8x4", "looc-32x4", "looc-256x4"],
+    "3": [f"looc-256x{dim}" for dim in (4, 8, 16, 32, 64)],
+    "4": ["looc-256x128", "looc-512x64", "looc-1024x32", "looc-2048x16", "looc-4096x8", "looc-8192x4"],
+    "5": [f"looc-{codevectors}x4" for codevectors in (16, 24, 32, 64, 128, 256, 512, 1024)],
+    "6": ["looc-256x4", "looc-256x4-s2", "looc-256x4-s3", "looc-256x4-s4"],
+    "7": ["looc-256x4-no-revival", "looc-1024x4-no-revival", "looc-256x4", "looc-1024x4"],
+    "recipes": [f"looc-{size}{kind}" for size in ("32x4", "256x4") for kind in ("", "-ema", "-ema-rotation")],
+    "rates": [name for name in ROWS if not name.endswith("-no-revival")],
+}
+TABLES["8"] = TABLES["1"]
+# Which row of the paper's tables (paper_tables.json) a row stands beside.
+PAPER_ROWS: dict[str, dict[str, str]] = {
+    "1": {
+        "vq-512x64": "vq",
+        "sq-512x64": "sq",
+        "cvq-512x64": "cvq",
+        "pq-32x8x4": "pq",
+        "looc-32x4": "looc-32x4",
+        "looc-256x4": "looc-256x4",
+    },
+    **{table: {row: row.removeprefix("looc-") for row in TABLES[table]} for table in ("3", "4", "5")},
+}

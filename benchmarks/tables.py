@@ -1,0 +1,196 @@
+"""The paper's tables of small images, measured: train the rows of a table, and measure them on the test sets.
+
+    python benchmarks/tables.py 5 --data FOLDER                           a whole table, all three sets
+    python benchmarks/tables.py 1 --row looc-32x4 --sets cifar10 --data FOLDER
+    python benchmarks/tables.py rates --data FOLDER --device cuda --jobs 8   every quantizer, eight at a time
+    python benchmarks/tables.py codecs --data FOLDER                      JPEG and WebP, for the plots
+    python benchmarks/readme.py tables                                    docs/tables.md from all results
+
+A row is trained once for each set of images, however many tables it stands in. Its result is a file in
+benchmarks/results/tables, and rows that have one are left alone; a run that was interrupted goes on from its last
+checkpoint in --work. The network is the paper's small VQ-VAE, Adam 3e-4, the published loss. Checkpoints are chosen on
+the last 5,000 *training* images; the authors chose theirs on the test set. The test set is read once, at the end, under
+both protocols (docs/evaluation.md).
+
+--data holds the folders fashion_mnist and mnist, with train- and t10k-images-idx3-ubyte(.gz), and cifar10, with
+data_batch_1 to 5 and test_batch, as the binary version's .bin or as .png of a row an image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from small_images import SETS, load_images
+from small_vqvae import Training, train, write_result
+from table_rows import ROWS, TABLES, Row
+
+from looc_ldm import LooCSmallVQModel
+from looc_ldm.analysis.rate_distortion import CODECS, codec_curve
+from looc_ldm.commands.record import versions
+from looc_ldm.errors import DataError, UserError
+from looc_ldm.images import to_float
+from looc_ldm.metrics import InceptionFeatures, evaluate_reconstruction
+from looc_ldm.metrics.lpips import load_lpips
+
+RESULTS = Path(__file__).resolve().parent / "results" / "tables"
+EPOCHS = 500  # as published; of all training images
+BATCH = 250
+
+
+def make_model(row: Row, channels: int, side: int) -> LooCSmallVQModel:
+    """The small VQ-VAE with the quantizer of a row."""
+    model = LooCSmallVQModel(channels, channels, sample_size=side, vq_embed_dim=row.n_q, interpolation_factor=1)
+    model.quantize = row.make()
+    return model
+
+
+def result_file(row: str, images: str, budget: int, seed: int) -> Path:
+    return RESULTS / f"{images}_{row}_{budget}_seed{seed}.json"
+
+
+def measure(model: LooCSmallVQModel, pixels: torch.Tensor, options: argparse.Namespace) -> dict[str, dict]:
+    """Figures of the test set under both protocols."""
+    device = torch.device(options.device)
+    lpips = None
+    if options.lpips_vgg_weights is not None:
+        lpips = {"lpips_vgg": load_lpips("vgg", options.lpips_vgg_weights).to(device)}
+    figures = {}
+    for protocol in ("clean", "paper"):
+        features = None
+        if options.inception_weights is not None:
+            resize = 229 if protocol == "paper" else None
+            features = InceptionFeatures(options.feature_layer, options.inception_weights, pil_resize=resize)
+        batches = (to_float(part) for part in pixels.split(BATCH))
+        figures[protocol] = evaluate_reconstruction(model, batches, None, features, lpips, protocol)
+    return figures
+
+
+def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
+    """Train and measure one row on one set, unless its result is there."""
+    pixels = load_images(images, options.data, "train")
+    budget = options.budget or EPOCHS * len(pixels)
+    file = result_file(row.name, images, budget, options.seed)
+    if file.is_file():
+        print(f"{file.name} is there.", flush=True)
+        return
+    training = Training(budget, options.batch_size, seed=options.seed)
+    channels, side = pixels.shape[1], pixels.shape[-1]
+    name = f"{images} {row.name}"
+    model, happened = train(
+        lambda: make_model(row, channels, side),
+        pixels,
+        training,
+        options.work / f"{file.stem}.pt",
+        torch.device(options.device),
+        lambda line: print(f"{name}: {line}", flush=True),
+        row.objective,
+    )
+    figures = measure(model, load_images(images, options.data, "test"), options)
+    write_result(
+        file,
+        {
+            "row": row.name,
+            "method": row.method,
+            "images": images,
+            "budget": budget,
+            "batch_size": options.batch_size,
+            "seed": options.seed,
+            "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU",
+            **happened,
+            "test": figures,
+            "versions": versions(),
+            "command": f"python benchmarks/tables.py {options.table} --row {row.name} --sets {images} --data FOLDER"
+            f" --budget {budget} --batch-size {options.batch_size} --seed {options.seed}",
+        },
+    )
+    print(
+        f"{name}: {figures['clean']['psnr']:.2f} dB, {figures['clean']['bits_per_pixel']:.3f} bits per pixel",
+        flush=True,
+    )
+
+
+def measure_codecs(images: str, options: argparse.Namespace) -> None:
+    """JPEG and WebP on a thousand test images of a set, for the plots."""
+    pixels = load_images(images, options.data, "test")[::10]
+    curves = {codec: [asdict(point) for point in codec_curve(pixels, codec)] for codec in CODECS}
+    record = {"images": images, "count": len(pixels), "codecs": curves, "versions": versions()}
+    write_result(RESULTS / f"codecs_{images}.json", record)
+
+
+def run_apart(pairs: list[tuple[str, str]], options: argparse.Namespace) -> int:
+    """Each pair of row and set in a process of its own, `options.jobs` at a time. Returns how many failed."""
+    shared = [sys.executable, __file__, options.table, "--data", options.data, "--device", options.device]
+    shared += ["--work", options.work, "--batch-size", options.batch_size, "--seed", options.seed]
+    shared += ["--feature-layer", options.feature_layer]
+    for option in ("budget", "lpips_vgg_weights", "inception_weights"):
+        if getattr(options, option) is not None:
+            shared += [f"--{option.replace('_', '-')}", getattr(options, option)]
+
+    def run(pair: tuple[str, str]) -> int:
+        return subprocess.run([str(part) for part in (*shared, "--row", pair[0], "--sets", pair[1])]).returncode
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        return sum(code != 0 for code in pool.map(run, pairs))
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "table", choices=[*TABLES, "all", "codecs"], help="tables by their numbers in the paper, and further ones"
+    )
+    parser.add_argument("--row", nargs="+", choices=ROWS, metavar="ROW", help="only these of its rows")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="default: all three")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the sets' folders")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--budget", type=positive, help="training images to see (default: 500 epochs, as published)")
+    parser.add_argument("--batch-size", type=positive, default=128)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--jobs", type=positive, default=1, help="rows that are trained at a time")
+    parser.add_argument("--work", type=Path, default=Path("runs/tables"), help="folder of the checkpoints")
+    parser.add_argument("--lpips-vgg-weights", type=Path, help="without them LPIPS is not measured")
+    parser.add_argument("--inception-weights", type=Path, help="torch-fidelity's; without them rFID is not measured")
+    parser.add_argument("--feature-layer", default="2048", help="of rFID; 2048 is the published one")
+    options = parser.parse_args()
+    names = list(ROWS) if options.table == "all" else TABLES.get(options.table, [])
+    for row in options.row or ():
+        if row not in names:
+            parser.error(f"table {options.table} has the rows {', '.join(names)}, not {row!r}.")
+    options.rows = [ROWS[name] for name in options.row or names]
+    return options
+
+
+def main() -> None:
+    options = parse()
+    pairs = [(row.name, images) for images in options.sets for row in options.rows]
+    try:
+        if options.table == "codecs":
+            for images in options.sets:
+                measure_codecs(images, options)
+            return
+        if options.jobs > 1:
+            failed = run_apart(pairs, options)
+            if failed:
+                sys.exit(f"error: {failed} of {len(pairs)} rows failed; the same command again repeats them.")
+            return
+        for row, images in pairs:
+            run_row(ROWS[row], images, options)
+    except (DataError, UserError, FloatingPointError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Other people's quantizers with the interface of `LooCQuantizer`: each goes into every model of this package.
+
+For comparisons. A quantizer is assigned to the model, `model.quantize = ResidualQuantizer(128, 256, depth=4)`; it
+returns the tuple of diffusers' `VectorQuantizer`, says what its codes cost (`bits_per_position`) and how many numbers
+its codebooks hold (`codebook_scalars`), and its `revive()` is to be called once per optimizer step, as LooC's.
+"""
+
+from looc_ldm.baselines.library import (
+    FactorizedQuantizer,
+    FiniteScalarQuantizer,
+    LookupFreeQuantizer,
+    ResidualFiniteScalarQuantizer,
+    ResidualQuantizer,
+)
+from looc_ldm.baselines.product import ProductQuantizer
+from looc_ldm.baselines.stochastic import StochasticQuantizer, gaussian_likelihood
+
+__all__ = [
+    "FactorizedQuantizer",
+    "FiniteScalarQuantizer",
+    "LookupFreeQuantizer",
+    "ProductQuantizer",
+    "ResidualFiniteScalarQuantizer",
+    "ResidualQuantizer",
+    "StochasticQuantizer",
+    "gaussian_likelihood",
+]

@@ -1,0 +1,103 @@
+"""What the quantizers of this package share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+
+Quantized = tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, None, torch.Tensor]]
+
+
+class Quantizer(nn.Module):
+    """The interface of a quantizer of feature maps `(B, n_q, H, W)`: that of `LooCQuantizer`.
+
+    Attributes:
+        vq_embed_dim (`int`): n_q, the channels of a feature vector.
+        codes_per_position (`int`): C, the number of codes at each latent position.
+        code_sizes (`tuple[int, ...]` of length C): How many values each of these codes has.
+        codebooks (`tuple[int, ...]` of length C): The codebook that each of them is of; codes of one codebook are
+            counted together.
+    """
+
+    def __init__(self, vq_embed_dim: int, code_sizes: tuple[int, ...], codebooks: tuple[int, ...]):
+        super().__init__()
+        if vq_embed_dim < 1 or not code_sizes or min(code_sizes) < 2:
+            raise ValueError(
+                f"vq_embed_dim must be positive and every code have at least 2 values, got {vq_embed_dim} "
+                f"and {code_sizes}."
+            )
+        self.vq_embed_dim = vq_embed_dim
+        self.codes_per_position = len(code_sizes)
+        self.code_sizes = code_sizes
+        self.codebooks = codebooks
+
+    @property
+    def bits_per_position(self) -> float:
+        """The rate of a latent position in bits, the sum of log2 over `code_sizes`."""
+        return sum(math.log2(size) for size in self.code_sizes)
+
+    @property
+    def codebook_scalars(self) -> int:
+        """Numbers that are learned and stored as codevectors; 0 for quantizers without a codebook."""
+        raise NotImplementedError
+
+    def forward(self, z: torch.Tensor) -> Quantized:
+        """Quantize a feature map.
+
+        Args:
+            z (`torch.Tensor` of shape `(B, n_q, H, W)`): Floats.
+
+        Returns:
+            `tuple`: quantized, in the shape and dtype of `z`, with gradient to `z`; the loss, a float32 scalar; and
+            (perplexity, None, indices): exp of the entropy of the codes, a mean over codebooks, and int64
+            `(B, H, W, C)`.
+        """
+        if z.ndim != 4 or z.shape[1] != self.vq_embed_dim:
+            raise ValueError(f"z must have the shape (batch, {self.vq_embed_dim}, H, W), got {tuple(z.shape)}.")
+        with torch.autocast(z.device.type, enabled=False):
+            quantized, loss, indices = self._quantize(z.float())
+        return quantized.to(z.dtype), loss.float(), (self._perplexity(indices), None, indices)
+
+    @torch.no_grad()
+    def encode_indices(self, z: torch.Tensor) -> torch.Tensor:
+        """Codes of a feature map, int64 `(B, H, W, C)`. Moves no average, whatever the mode."""
+        training = self.training
+        self.eval()
+        try:
+            return self(z)[2][2]
+        finally:
+            self.train(training)
+
+    @torch.no_grad()
+    def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
+        """The float32 feature map `(B, n_q, H, W)` of codes `(B, H, W, C)`."""
+        if indices.ndim != 4 or indices.shape[-1] != self.codes_per_position:
+            raise ValueError(
+                f"indices must have the shape (batch, H, W, {self.codes_per_position}), got {tuple(indices.shape)}."
+            )
+        return self._lookup(indices.long()).movedim(-1, 1).contiguous()
+
+    def revive(self) -> None:
+        """Nothing, unless a quantizer says otherwise: `LooCQuantizer` moves its codebook here."""
+
+    def code_counts(self, indices: torch.Tensor) -> list[torch.Tensor]:
+        """How often each value of each codebook was chosen: int64 `(size,)` for every codebook, on the CPU."""
+        counts = [torch.zeros(0, dtype=torch.int64)] * (max(self.codebooks) + 1)
+        for slot, (size, book) in enumerate(zip(self.code_sizes, self.codebooks, strict=True)):
+            count = torch.bincount(indices[..., slot].flatten(), minlength=size).cpu()
+            counts[book] = count + (counts[book] if len(counts[book]) else 0)
+        return counts
+
+    def _perplexity(self, indices: torch.Tensor) -> torch.Tensor:
+        shares = [count.double() / count.sum().clamp_min(1) for count in self.code_counts(indices)]
+        return torch.stack([torch.special.entr(share).sum().exp() for share in shares]).mean().float()
+
+    def _quantize(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of float32 `(B, n_q, H, W)`: quantized, loss, indices `(B, H, W, C)`."""
+        raise NotImplementedError
+
+    def _lookup(self, indices: torch.Tensor) -> torch.Tensor:
+        """Of int64 `(B, H, W, C)`: float32 `(B, H, W, n_q)`."""
+        raise NotImplementedError

@@ -1,0 +1,206 @@
+"""Quantizers of the package vector-quantize-pytorch behind the interface of `LooCQuantizer`.
+
+It is installed with the extra `baselines`, and imported when one of these is made.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+
+from looc_ldm.baselines.base import Quantizer
+
+
+def _library():
+    try:
+        import vector_quantize_pytorch
+    except ImportError as error:
+        raise ImportError("These quantizers need vector-quantize-pytorch: the extra `baselines`.") from error
+    return vector_quantize_pytorch
+
+
+class _OfLibrary(Quantizer):
+    """A quantizer of rows `(B, H * W, n_q)`, as the library's are."""
+
+    inner: nn.Module
+
+    def _quantize(self, z):
+        batch, channels, height, width = z.shape
+        quantized, loss, indices = self._rows(z.flatten(2).transpose(1, 2))
+        quantized = quantized.transpose(1, 2).reshape(batch, channels, height, width)
+        return quantized, loss, indices.reshape(batch, height, width, -1).long()
+
+    def _lookup(self, indices):
+        batch, height, width, _ = indices.shape
+        return self._vectors(indices.flatten(1, 2)).reshape(batch, height, width, -1)
+
+    def _rows(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of `(B, n, n_q)`: quantized, loss, indices `(B, n)` or `(B, n, C)`."""
+        quantized, indices, loss = self.inner(rows)
+        return quantized, loss.sum(), indices
+
+    def _vectors(self, indices: torch.Tensor) -> torch.Tensor:
+        """Of `(B, n, C)`: `(B, n, n_q)`."""
+        return self.inner.get_output_from_indices(indices)
+
+
+class ResidualQuantizer(_OfLibrary):
+    """RQ-VAE's residual quantization: `depth` codes of one shared codebook, each of what the ones before left over.
+
+    Lee et al. 2022, "Autoregressive Image Generation using Residual Quantization". The codebook is a moving average;
+    the commitment term is over all partial sums.
+
+    Args:
+        vq_embed_dim (`int`): n_q, the channels of a feature vector and of a codevector.
+        num_codevectors (`int`): K.
+        depth (`int`): D, codes at a position.
+        commitment_weight (`float`, defaults to 0.25): beta.
+        usage_decay (`float`, defaults to 0.99): Of the moving average.
+        **settings: Further ones of the library's `VectorQuantize`.
+    """
+
+    def __init__(
+        self,
+        vq_embed_dim: int,
+        num_codevectors: int,
+        depth: int,
+        commitment_weight: float = 0.25,
+        usage_decay: float = 0.99,
+        **settings,
+    ):
+        super().__init__(vq_embed_dim, (num_codevectors,) * depth, (0,) * depth)
+        self.inner = _library().ResidualVQ(
+            dim=vq_embed_dim,
+            num_quantizers=depth,
+            codebook_size=num_codevectors,
+            shared_codebook=True,
+            commitment_weight=commitment_weight,
+            decay=usage_decay,
+            **settings,
+        )
+
+    @property
+    def codebook_scalars(self) -> int:
+        return self.code_sizes[0] * self.vq_embed_dim
+
+
+class FactorizedQuantizer(_OfLibrary):
+    """ViT-VQGAN's codes: found by cosine in a learned projection to few dimensions.
+
+    Yu et al. 2022, "Vector-quantized Image Modeling with Improved VQGAN". Features and codevectors are l2-normalized.
+    Here the codebook is a moving average, where theirs is learned by gradient.
+
+    Args:
+        vq_embed_dim (`int`): n_q, the channels of a feature vector.
+        num_codevectors (`int`): K.
+        codevector_dim (`int`): Dimensions of the projection.
+        commitment_weight (`float`, defaults to 0.25): beta.
+        **settings: Further ones of the library's `VectorQuantize`.
+    """
+
+    def __init__(
+        self, vq_embed_dim: int, num_codevectors: int, codevector_dim: int, commitment_weight: float = 0.25, **settings
+    ):
+        super().__init__(vq_embed_dim, (num_codevectors,), (0,))
+        self.codevector_dim = codevector_dim
+        self.inner = _library().VectorQuantize(
+            dim=vq_embed_dim,
+            codebook_size=num_codevectors,
+            codebook_dim=codevector_dim,
+            use_cosine_sim=True,
+            commitment_weight=commitment_weight,
+            **settings,
+        )
+
+    @property
+    def codebook_scalars(self) -> int:
+        return self.code_sizes[0] * self.codevector_dim
+
+    def _vectors(self, indices):
+        return self.inner.get_output_from_indices(indices[..., 0])
+
+
+class FiniteScalarQuantizer(_OfLibrary):
+    """FSQ: every channel of a projection is rounded to a few levels; there is no codebook (Mentzer et al. 2024).
+
+    Args:
+        vq_embed_dim (`int`): n_q, the channels of a feature vector.
+        levels (`tuple[int, ...]`): Of each channel of a code.
+        codes_per_position (`int`, defaults to 1): How many such codes a position has.
+        **settings: Further ones of the library's `FSQ`.
+    """
+
+    def __init__(self, vq_embed_dim: int, levels: tuple[int, ...], codes_per_position: int = 1, **settings):
+        size = math.prod(levels)
+        super().__init__(vq_embed_dim, (size,) * codes_per_position, tuple(range(codes_per_position)))
+        self.inner = _library().FSQ(
+            list(levels),
+            dim=vq_embed_dim,
+            num_codebooks=codes_per_position,
+            keep_num_codebooks_dim=True,
+            **settings,
+        )
+
+    @property
+    def codebook_scalars(self) -> int:
+        return 0
+
+    def _rows(self, rows):
+        quantized, indices = self.inner(rows)
+        return quantized, rows.new_zeros(()), indices
+
+    def _vectors(self, indices):
+        return self.inner.indices_to_codes(indices)
+
+
+class LookupFreeQuantizer(_OfLibrary):
+    """LFQ: the signs of a projection are the code; an entropy term keeps them in use (Yu et al. 2024, MAGVIT-v2).
+
+    Args:
+        vq_embed_dim (`int`): n_q, the channels of a feature vector.
+        bits (`int`): Signs in a code: K = 2^bits.
+        codes_per_position (`int`, defaults to 1): How many such codes a position has.
+        **settings: Further ones of the library's `LFQ`.
+    """
+
+    def __init__(self, vq_embed_dim: int, bits: int, codes_per_position: int = 1, **settings):
+        super().__init__(vq_embed_dim, (2**bits,) * codes_per_position, tuple(range(codes_per_position)))
+        self.inner = _library().LFQ(
+            dim=vq_embed_dim,
+            codebook_size=2**bits,
+            num_codebooks=codes_per_position,
+            keep_num_codebooks_dim=True,
+            **settings,
+        )
+
+    @property
+    def codebook_scalars(self) -> int:
+        return 0
+
+    def _vectors(self, indices):
+        return self.inner.indices_to_codes(indices)
+
+
+class ResidualFiniteScalarQuantizer(_OfLibrary):
+    """Residual FSQ: `depth` finite scalar quantizers, each of what the ones before left over.
+
+    Args:
+        vq_embed_dim (`int`): n_q, the channels of a feature vector.
+        levels (`tuple[int, ...]`): Of each channel of a code.
+        depth (`int`): Codes at a position.
+        **settings: Further ones of the library's `ResidualFSQ`.
+    """
+
+    def __init__(self, vq_embed_dim: int, levels: tuple[int, ...], depth: int, **settings):
+        super().__init__(vq_embed_dim, (math.prod(levels),) * depth, tuple(range(depth)))
+        self.inner = _library().ResidualFSQ(levels=list(levels), num_quantizers=depth, dim=vq_embed_dim, **settings)
+
+    @property
+    def codebook_scalars(self) -> int:
+        return 0
+
+    def _rows(self, rows):
+        quantized, indices = self.inner(rows)
+        return quantized, rows.new_zeros(()), indices

@@ -1,0 +1,58 @@
+"""Product quantization: a codebook of its own for every segment."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+
+from looc_ldm.baselines.base import Quantizer
+from looc_ldm.quantizer import LooCQuantizer
+
+
+class ProductQuantizer(Quantizer):
+    """m independent codebooks, one for each segment of a feature vector (Jégou et al. 2011; the "PQ" of LooC's tables).
+
+    Every segment has a `LooCQuantizer` of one segment: what differs from LooC is that nothing is shared.
+
+    Args:
+        vq_embed_dim (`int`): n_q, the channels of a feature vector.
+        num_codevectors (`int`): Of *each* codebook. LooC's table gives 256 to all 32 codebooks together: 8 each.
+        codevector_dim (`int`): d; it must divide n_q, m = n_q / d.
+        sum_losses (`bool`, defaults to True): Add the losses of the segments, as the published comparison does,
+            instead of taking their mean, which is what a shared codebook's loss is.
+        **settings: Of every `LooCQuantizer` (`distance`, `anchor`, `codebook_update`, ...).
+    """
+
+    def __init__(
+        self, vq_embed_dim: int, num_codevectors: int, codevector_dim: int, sum_losses: bool = True, **settings
+    ):
+        segments, rest = divmod(vq_embed_dim, codevector_dim)
+        if rest:
+            raise ValueError(f"codevector_dim={codevector_dim} does not divide vq_embed_dim={vq_embed_dim}.")
+        super().__init__(vq_embed_dim, (num_codevectors,) * segments, tuple(range(segments)))
+        settings.setdefault("interpolation_factor", 1)
+        if settings["interpolation_factor"] != 1:
+            raise ValueError("Product quantization is without interpolation: interpolation_factor must be 1.")
+        self.sum_losses = sum_losses
+        self.segments = nn.ModuleList(
+            LooCQuantizer(codevector_dim, num_codevectors, codevector_dim, **settings) for _ in range(segments)
+        )
+
+    @property
+    def codebook_scalars(self) -> int:
+        return sum(segment.embedding.weight.numel() for segment in self.segments)
+
+    def revive(self) -> None:
+        """Move all codebooks; once per optimizer step."""
+        for segment in self.segments:
+            segment.revive()
+
+    def _quantize(self, z):
+        parts = zip(self.segments, z.chunk(len(self.segments), dim=1), strict=True)
+        quantized, losses, extras = zip(*(segment(part) for segment, part in parts), strict=True)
+        loss = torch.stack(losses).sum() if self.sum_losses else torch.stack(losses).mean()
+        return torch.cat(quantized, dim=1), loss, torch.cat([indices for *_, indices in extras], dim=-1)
+
+    def _lookup(self, indices):
+        vectors = [segment.codebook[indices[..., i]] for i, segment in enumerate(self.segments)]
+        return torch.cat(vectors, dim=-1)

@@ -1,0 +1,79 @@
+"""SQ-VAE's stochastic quantization, whose noise anneals itself away."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from looc_ldm.baselines.base import Quantizer
+
+
+class StochasticQuantizer(Quantizer):
+    """Codes that are drawn in training, with a variance that is learned (Takida et al. 2022, Gaussian SQ-VAE, type I).
+
+    A feature z has code k with probability proportional to exp(-|z - c_k|^2 / (2 s^2)). Training sees samples of the
+    Gumbel-softmax at a temperature of exp(-`annealing` * steps); s^2 shrinks as the model gets better, and the draws
+    become choices of the nearest codevector, which is what evaluation takes. No codevector has to be revived.
+
+    Its loss is the divergence from the uniform prior in **nats per image**, up to a constant. It belongs beside the
+    log-likelihood of a decoder whose variance is learned too: `gaussian_likelihood`.
+
+    Args:
+        vq_embed_dim (`int`): n_q, the channels of a feature vector and of a codevector.
+        num_codevectors (`int`): K.
+        initial_log_variance (`float`, defaults to 0.0): log s^2 at the start. Where it is much larger than the
+            features, all codes are drawn alike and nothing is learned from them.
+        annealing (`float`, defaults to 1e-5): Of the temperature, a step.
+    """
+
+    def __init__(
+        self, vq_embed_dim: int, num_codevectors: int, initial_log_variance: float = 0.0, annealing: float = 1e-5
+    ):
+        super().__init__(vq_embed_dim, (num_codevectors,), (0,))
+        if annealing < 0:
+            raise ValueError(f"annealing must not be negative, got {annealing}.")
+        self.annealing = annealing
+        self.embedding = nn.Embedding(num_codevectors, vq_embed_dim)
+        self.log_variance = nn.Parameter(torch.tensor(float(initial_log_variance)))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def codebook_scalars(self) -> int:
+        return self.embedding.weight.numel()
+
+    @property
+    def temperature(self) -> float:
+        """Of the Gumbel-softmax, from 1 towards 0."""
+        return max(math.exp(-self.annealing * self.steps.item()), 1e-6)
+
+    def revive(self) -> None:
+        """Count a step of the optimizer; the temperature falls."""
+        self.steps += 1
+
+    def _quantize(self, z):
+        batch, _, height, width = z.shape
+        rows = z.movedim(1, -1).flatten(0, 2)  # (B h w, n_q)
+        codebook, precision = self.embedding.weight, 0.5 * torch.exp(-self.log_variance)
+        distances = (rows.square().sum(1, keepdim=True) - 2 * rows @ codebook.T + codebook.square().sum(1)).clamp_min(0)
+        logits = -distances * precision
+        indices = logits.argmax(1)
+        drawn = F.gumbel_softmax(logits, tau=self.temperature) if self.training else F.one_hot(indices, len(codebook))
+        quantized = drawn.to(codebook.dtype) @ codebook
+        log_shares = logits.log_softmax(1)
+        divergence = (log_shares.exp() * log_shares).sum() + precision * (rows - quantized).square().sum()
+        quantized = quantized.view(batch, height, width, -1).movedim(-1, 1)
+        return quantized, divergence / batch, indices.view(batch, height, width, 1)
+
+    def _lookup(self, indices):
+        return self.embedding(indices[..., 0])
+
+
+def gaussian_likelihood(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood in nats per image, up to a constant, of a Gaussian decoder with the best variance.
+
+    The variance that maximizes it is the mean squared error: D / 2 log(MSE) for D values of an image.
+    """
+    return images[0].numel() / 2 * F.mse_loss(reconstructions, images).log()
