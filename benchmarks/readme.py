@@ -8,6 +8,7 @@ python benchmarks/readme.py sampling               the speeds that benchmarks/sa
 python benchmarks/readme.py tiling                 what tiling costs and changes, as benchmarks/tiling.py measured
 python benchmarks/readme.py training               images a second of the trainers, as benchmarks/training.py measured
 python benchmarks/readme.py metrics                the speed and exactness that benchmarks/metrics.py measured
+python benchmarks/readme.py tables                 docs/tables.md and its plots, from what benchmarks/tables.py measured
 python benchmarks/readme.py recipes                docs/quantizer_recipes.md, from what benchmarks/quantizer_recipes.py
                                                    measured
 """

@@ -35,21 +35,21 @@ def load_results() -> list[dict]:
     return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*_seed*.json"))]
 
 
-def write_page() -> None:
-    """docs/tables.md, with a plot for each set that has results."""
+def write_page(docs: Path = ROOT / "docs") -> None:
+    """tables.md, with a plot for each set that has results."""
     results = load_results()
     paper = json.loads((ROOT / "benchmarks" / "paper_tables.json").read_text())["tables"]
     parts = [_head(results)]
     for images in NAMES:
         if any(result["images"] == images for result in results):
-            replace_bytes(ROOT / "docs" / f"rate_distortion_{images}.png", _plot(images, results))
+            replace_bytes(docs / f"rate_distortion_{images}.png", _plot(images, results))
             parts.append(f"![Quality over bits per pixel, {NAMES[images]}](rate_distortion_{images}.png)")
     for table, title in TITLES.items():
         found = [_table(table, images, results, paper) for images in NAMES]
         found = [text for text in found if text]
         if found:
             parts += [f"## {title}", *found]
-    replace_text(ROOT / "docs" / "tables.md", "\n\n".join(parts) + "\n")
+    replace_text(docs / "tables.md", "\n\n".join(parts) + "\n")
 
 
 def _head(results: list[dict]) -> str:

@@ -78,3 +78,36 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(scripts, row, tmp_
         assert torch.equal(weights, resumed.state_dict()[name]), name
     assert happened["curve"] == resumed_happened["curve"]
     assert happened["validation_mse"] == min(error for _, error in happened["curve"])
+
+
+def test_a_row_leaves_a_result_that_the_page_shows_beside_the_papers(scripts, tmp_path, monkeypatch):
+    small_vqvae, _, tables = scripts
+    import tables_page
+
+    monkeypatch.setattr(small_vqvae, "HELD_OUT", 8)
+    for module in (tables, tables_page):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (40, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    monkeypatch.setattr(tables, "load_images", lambda *_: pixels)
+    for row in ("looc-32x4", "rq-256x128-depth2"):
+        command = ["tables.py", "all", "--row", row, "--sets", "mnist", "--data", ".", "--device", "cpu"]
+        monkeypatch.setattr("sys.argv", [*command, "--budget", "32", "--batch-size", "8", "--work", str(tmp_path)])
+        tables.main()
+    (result,) = (tmp_path / "results").glob("mnist_looc-32x4_*.json")
+    figures = json.loads(result.read_text())
+    assert figures["test"]["clean"]["bits_per_pixel"] == 49 * 160 / 784
+    assert figures["test"]["paper"]["protocol"] == "paper"
+    written = result.stat().st_mtime_ns
+    tables.main()  # what is there is left alone
+    assert result.stat().st_mtime_ns == written
+
+    (tmp_path / "docs").mkdir()
+    tables_page.write_page(tmp_path / "docs")
+    page = (tmp_path / "docs" / "tables.md").read_text()
+    (line,) = {
+        line for line in page.splitlines() if line.startswith("| LooC 32×4") and "35.15" in line
+    }  # paper, Tab. 5
+    assert f"{figures['test']['clean']['psnr']:.2f}" in line
+    assert "RQ 256×128, depth 2" in page
+    assert (tmp_path / "docs" / "rate_distortion_mnist.png").stat().st_size > 10_000
