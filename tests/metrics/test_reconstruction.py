@@ -8,6 +8,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from looc_ldm import LooCVQModel
+from looc_ldm.baselines import ProductQuantizer
 from looc_ldm.metrics import InceptionFeatures, evaluate_reconstruction, fid_and_kid, psnr, ssim
 
 
@@ -189,6 +190,22 @@ def test_sizes_of_model_and_codebook_are_stated():
     report = evaluate_reconstruction(model, [photos()])
     assert report["parameters"] == sum(p.numel() for p in model.parameters())
     assert report["codebook_scalars"] == 16 * 2
+
+
+def test_codes_of_several_codebooks_are_counted_apart():
+    torch.manual_seed(0)
+    model = tiny_model()
+    model.quantize = ProductQuantizer(4, 16, 2, distance="euclidean")  # two codebooks
+    x = photos(4)
+    report = evaluate_reconstruction(model, [x[:3], x[3:]])
+    shares = [count.double() / count.sum() for count in model.quantize.code_counts(model.encode_indices(x))]
+    entropies = [-(share[share > 0] * share[share > 0].log2()).sum().item() for share in shares]
+    assert report["code_entropy"] == pytest.approx(sum(entropies) / 2)
+    assert report["perplexity"] == pytest.approx(2 ** report["code_entropy"])
+    assert report["codebook_use"] == pytest.approx(sum((share > 0).sum().item() for share in shares) / 32)
+    assert report["bits_per_pixel"] == pytest.approx(16 * 16 * 2 * 4 / 32**2)
+    assert report["bits_per_pixel_entropy"] == pytest.approx(16 * 16 * sum(entropies) / 32**2)
+    assert (report["num_codevectors"], report["codebook_scalars"]) == (32, 2 * 16 * 2)
 
 
 def test_perceptual_distances_are_of_whole_images_as_rgb_under_their_own_names():
