@@ -32,6 +32,10 @@ class Quantizer(nn.Module):
         self.codes_per_position = len(code_sizes)
         self.code_sizes = code_sizes
         self.codebooks = codebooks
+        size_of = dict(zip(codebooks, code_sizes, strict=True))
+        self._book_sizes = [size_of[book] for book in sorted(size_of)]
+        starts = [sum(self._book_sizes[:book]) for book in codebooks]
+        self.register_buffer("_starts", torch.tensor(starts), persistent=False)  # of each code's codebook, all in a row
 
     @property
     def bits_per_position(self) -> float:
@@ -84,14 +88,17 @@ class Quantizer(nn.Module):
 
     def code_counts(self, indices: torch.Tensor) -> list[torch.Tensor]:
         """How often each value of each codebook was chosen: int64 `(size,)` for every codebook, on the CPU."""
-        counts = [torch.zeros(0, dtype=torch.int64)] * (max(self.codebooks) + 1)
-        for slot, (size, book) in enumerate(zip(self.code_sizes, self.codebooks, strict=True)):
-            count = torch.bincount(indices[..., slot].flatten(), minlength=size).cpu()
-            counts[book] = count + (counts[book] if len(counts[book]) else 0)
-        return counts
+        return list(self._counts(indices).cpu().split(self._book_sizes))
+
+    def _counts(self, indices: torch.Tensor) -> torch.Tensor:
+        """Of all codebooks in a row, on the device of the indices; it does not wait for it, as bincount would."""
+        places = (indices.long() + self._starts).flatten()
+        counts = torch.zeros(sum(self._book_sizes), dtype=torch.int64, device=indices.device)
+        return counts.scatter_add_(0, places, torch.ones_like(places))
 
     def _perplexity(self, indices: torch.Tensor) -> torch.Tensor:
-        shares = [count.double() / count.sum().clamp_min(1) for count in self.code_counts(indices)]
+        counts = self._counts(indices).split(self._book_sizes)
+        shares = [count.float() / count.sum().clamp_min(1) for count in counts]
         return torch.stack([torch.special.entr(share).sum().exp() for share in shares]).mean().float()
 
     def _quantize(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

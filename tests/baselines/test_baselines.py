@@ -55,7 +55,11 @@ def test_the_rate_is_what_the_codes_take(quantizer):
     for slot, size in enumerate(quantizer.code_sizes):
         assert 0 <= indices[..., slot].min() <= indices[..., slot].max() < size
     assert quantizer.bits_per_position == pytest.approx(sum(map(math.log2, quantizer.code_sizes)))
-    assert sum(int(count.sum()) for count in quantizer.code_counts(indices)) == indices.numel()
+    counts = quantizer.code_counts(indices)
+    for book, count in enumerate(counts):
+        own = indices[..., [slot for slot, of in enumerate(quantizer.codebooks) if of == book]]
+        assert torch.equal(count, torch.bincount(own.flatten(), minlength=len(count)))
+    assert sum(int(count.sum()) for count in counts) == indices.numel()
 
 
 def test_gradients_reach_the_features_and_the_dtype_is_kept(quantizer):
