@@ -16,17 +16,15 @@ CIFAR-10's data_batch_1.png to data_batch_5.png, 10,000 rows of 1,024 RGB pixels
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from small_images import load_images
 
 from looc_ldm import LooCQuantizer
 
@@ -48,16 +46,6 @@ RECIPES = {
     "start by k-means, 10 steps": {"codebook_update": "gradient", "start": "k-means", "start_steps": 10},
     "moving average, learned rotation of channels": {"codebook_update": "ema", "rotate_channels": True},
 }
-
-
-def load_pixels(name: str, root: Path) -> torch.Tensor:
-    """Training images (N, C, H, W), uint8."""
-    if name == "cifar10":
-        parts = [np.asarray(Image.open(root / name / f"data_batch_{i}.png").convert("RGB")) for i in range(1, 6)]
-        return torch.from_numpy(np.concatenate(parts)).view(-1, 32, 32, 3).permute(0, 3, 1, 2).contiguous()
-    file = root / name / "train-images-idx3-ubyte"
-    content = file.read_bytes() if file.is_file() else gzip.decompress(Path(f"{file}.gz").read_bytes())
-    return torch.frombuffer(bytearray(content[16:]), dtype=torch.uint8).view(-1, 1, 28, 28)
 
 
 class ResidualBlock(nn.Module):
@@ -181,7 +169,7 @@ def main() -> None:
     done = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
     for seed in options.seeds:
         for name in options.data:
-            pixels = load_pixels(name, options.data_root)
+            pixels = load_images(name, options.data_root, "train")
             for recipe in options.recipes:
                 common = {
                     "distance": options.distance,
