@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 import torch
 from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
@@ -535,6 +536,8 @@ def on_two_processes(*arguments) -> None:
 
 
 def _main(arguments: list[str]) -> None:
+    # A fork has what accelerate knew of its parent, if a test before this one has asked it: that it is alone.
+    AcceleratorState._reset_state(reset_partial_state=True)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     main(arguments)
 
