@@ -70,19 +70,18 @@ def _sample(options: argparse.Namespace) -> None:
     classes = options.labels or sorted(pipe.config.id2label or {}) or [None]
     labels = [by_index(label, pipe) for label in classes for _ in range(options.images)]
     columns, rows = min(options.images, GRID_COLUMNS), min(len(classes), GRID_ROWS)
-    grid, written = [], set()
+    grid = []
     with as_user_errors(ValueError):
         for i, drawn in enumerate(draw_samples(pipe, labels, options)):
             folder = options.output / class_folder(labels[i], pipe)
             folder.mkdir(parents=True, exist_ok=True)
             image = to_pil(drawn)
-            written.add(folder / f"{i:05d}.png")
             write_image(image, folder / f"{i:05d}.png")
             if i // options.images < rows and i % options.images < columns:
                 grid.append(image)
     write_image(make_image_grid(grid, rows, columns), grid_file)
     print(f"{len(labels)} images in {options.output}, and {grid_file}, a row a class")
-    others = sum(file not in written for file in options.output.rglob("*.png"))
+    others = sum(1 for _ in options.output.rglob("*.png")) - len(labels)
     if others:
         print(f"warning: {options.output} holds {others} more, which were there before")
 

@@ -122,7 +122,23 @@ class FactorizedQuantizer(_OfLibrary):
         return self.inner.get_output_from_indices(indices[..., 0])
 
 
-class FiniteScalarQuantizer(_OfLibrary):
+class _WithoutCodebook(_OfLibrary):
+    """What is rounded to is fixed."""
+
+    @property
+    def codebook_scalars(self) -> int:
+        return 0
+
+
+class _FiniteScalar(_WithoutCodebook):
+    """The library's have no loss."""
+
+    def _rows(self, rows):
+        quantized, indices = self.inner(rows)
+        return quantized, rows.new_zeros(()), indices
+
+
+class FiniteScalarQuantizer(_FiniteScalar):
     """FSQ: every channel of a projection is rounded to a few levels; there is no codebook (Mentzer et al. 2024).
 
     Args:
@@ -143,19 +159,11 @@ class FiniteScalarQuantizer(_OfLibrary):
             **settings,
         )
 
-    @property
-    def codebook_scalars(self) -> int:
-        return 0
-
-    def _rows(self, rows):
-        quantized, indices = self.inner(rows)
-        return quantized, rows.new_zeros(()), indices
-
     def _vectors(self, indices):
         return self.inner.indices_to_codes(indices)
 
 
-class LookupFreeQuantizer(_OfLibrary):
+class LookupFreeQuantizer(_WithoutCodebook):
     """LFQ: the signs of a projection are the code; an entropy term keeps them in use (Yu et al. 2024, MAGVIT-v2).
 
     Args:
@@ -175,15 +183,11 @@ class LookupFreeQuantizer(_OfLibrary):
             **settings,
         )
 
-    @property
-    def codebook_scalars(self) -> int:
-        return 0
-
     def _vectors(self, indices):
         return self.inner.indices_to_codes(indices)
 
 
-class ResidualFiniteScalarQuantizer(_OfLibrary):
+class ResidualFiniteScalarQuantizer(_FiniteScalar):
     """Residual FSQ: `depth` finite scalar quantizers, each of what the ones before left over.
 
     Args:
@@ -196,11 +200,3 @@ class ResidualFiniteScalarQuantizer(_OfLibrary):
     def __init__(self, vq_embed_dim: int, levels: tuple[int, ...], depth: int, **settings):
         super().__init__(vq_embed_dim, (math.prod(levels),) * depth, tuple(range(depth)))
         self.inner = _library().ResidualFSQ(levels=list(levels), num_quantizers=depth, dim=vq_embed_dim, **settings)
-
-    @property
-    def codebook_scalars(self) -> int:
-        return 0
-
-    def _rows(self, rows):
-        quantized, indices = self.inner(rows)
-        return quantized, rows.new_zeros(()), indices

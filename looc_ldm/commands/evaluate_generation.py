@@ -208,7 +208,7 @@ def _check_counts(measures: GenerationMeasures, samples, reference: Reference) -
                 raise UserError(f"{name} needs at least {least} {what}, got {len(images)}.")
     if "fid" in measures.metrics and has_usable_statistics(measures, reference):
         with as_user_errors(ValueError):
-            stored, needed = reference.images.statistics().dim, measures.extractors["inception"].dim
+            stored, needed = reference.images.statistics.dim, measures.extractors["inception"].dim
         if stored != needed:
             raise UserError(
                 f"the statistics in {reference.about['data']!r} are of {stored} features, and those of the samples "

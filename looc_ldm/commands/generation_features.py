@@ -73,7 +73,7 @@ def reference_features(
     found: dict[str, Features] = {}
     statistics = None
     if "fid" in compared and has_usable_statistics(measures, reference):
-        statistics = reference.images.statistics()
+        statistics = reference.images.statistics
         if not rows["inception"]:
             found["inception"] = Features(statistics, None, None, len(reference.images))
     keys = {name: _cache_key(reference, measures, name) for name in rows}

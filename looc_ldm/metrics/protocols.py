@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-PROTOCOLS = ("clean", "paper")
-
 
 @dataclass(frozen=True)
 class CleanProtocol:
@@ -71,6 +69,7 @@ class PaperProtocol(CleanProtocol):
 
 
 _BY_NAME = {protocol.name: protocol for protocol in (CleanProtocol(), PaperProtocol())}
+PROTOCOLS = tuple(_BY_NAME)
 
 
 def get_protocol(name: str) -> CleanProtocol:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -63,6 +64,7 @@ class NpzSamples:
         """Whether it holds `mu` and `sigma`."""
         return set(STATISTICS) <= self._names
 
+    @cached_property
     def statistics(self) -> FeatureMoments:
         """Mean and covariance of Inception features, as `mu` and `sigma` have them."""
         with self._errors_named(), np.load(self.file, allow_pickle=False) as arrays:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -27,7 +28,50 @@ NOT_OF_THE_MODEL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "t
 
 
 @dataclass(frozen=True)
-class DINOv2Features:
+class _OfTransformers:
+    """What both networks are alike in."""
+
+    model: str | Path
+    kind: ClassVar[str]  # transformers' model_type
+    dim_setting: ClassVar[str]  # of the config
+
+    @property
+    def name(self) -> str:
+        """The last part of the id or folder, such as "dinov2-large"."""
+        folder = Path(self.model)
+        return folder.resolve().name if folder.is_dir() else folder.name
+
+    @property
+    def dim(self) -> int:
+        """The number of features; reads the config."""
+        return _check_folder(self.model, _folder(self.model), self.kind)[self.dim_setting]
+
+    def check(self) -> None:
+        """Fail now rather than after hours of sampling. Downloads the model if need be.
+
+        Raises:
+            FileNotFoundError: No such folder.
+            ValueError: Another kind of model, or not all of its weights are there, as safetensors.
+            ConnectionError: The model could not be downloaded.
+        """
+        _load(self.model, self.kind)
+
+    def identity(self) -> dict[str, str]:
+        """Network, hub id or folder, and the SHA-256 of safetensors and config. Downloads the model if need be."""
+        folder = _folder(self.model)
+        config = _check_folder(self.model, folder, self.kind)
+        config = {name: value for name, value in config.items() if name not in NOT_OF_THE_MODEL}
+        return {
+            "network": self.kind,
+            "weights": str(self.model),
+            "sha256": weights_identity(folder.glob("*.safetensors")),
+            # Heads and activations show in no weight.
+            "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        }
+
+
+@dataclass(frozen=True)
+class DINOv2Features(_OfTransformers):
     """The class token of DINOv2 after the last norm: the features of FD-DINOv2 (Stein et al. 2023).
 
     Images are brought to 224x224 with an antialiased bicubic filter, not cut, and normalized by ImageNet's statistics;
@@ -39,34 +83,12 @@ class DINOv2Features:
     """
 
     model: str | Path = "facebook/dinov2-large"
-
-    @property
-    def name(self) -> str:
-        """The last part of the id or folder: "dinov2-large"."""
-        return _name(self.model)
-
-    @property
-    def dim(self) -> int:
-        """The number of features; reads the config."""
-        return _config(self.model, "dinov2")["hidden_size"]
-
-    def check(self) -> None:
-        """Fail now rather than after hours of sampling. Downloads the model if need be.
-
-        Raises:
-            FileNotFoundError: No such folder.
-            ValueError: Not a DINOv2, or not all of its weights are there, as safetensors.
-            ConnectionError: The model could not be downloaded.
-        """
-        _load(self.model, "dinov2")
-
-    def identity(self) -> dict[str, str]:
-        """Network, hub id or folder, and the SHA-256 of safetensors and config. Downloads the model if need be."""
-        return _identity(self.model, "dinov2")
+    kind: ClassVar[str] = "dinov2"
+    dim_setting: ClassVar[str] = "hidden_size"
 
     def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
         """The network: uint8 `(B, 1 or 3, H, W)` to "features" `(B, dim)`. Raises what `check` raises."""
-        network = _load(self.model, "dinov2")
+        network = _load(self.model, self.kind)
         _interpolate_positions(network, DINOV2_SIZE // network.config.patch_size)
         network = network.to(device)
 
@@ -80,7 +102,7 @@ class DINOv2Features:
 
 
 @dataclass(frozen=True)
-class CLIPFeatures:
+class CLIPFeatures(_OfTransformers):
     """The image embedding of CLIP, projected and of length 1: the features of CMMD (Jayasumana et al. 2024).
 
     Images are brought to the square the model was made for with an antialiased bicubic filter, and not cut. (The
@@ -92,34 +114,12 @@ class CLIPFeatures:
     """
 
     model: str | Path = "openai/clip-vit-large-patch14-336"
-
-    @property
-    def name(self) -> str:
-        """The last part of the id or folder: "clip-vit-large-patch14-336"."""
-        return _name(self.model)
-
-    @property
-    def dim(self) -> int:
-        """The number of features; reads the config."""
-        return _config(self.model, "clip")["projection_dim"]
-
-    def check(self) -> None:
-        """Fail now rather than after hours of sampling. Downloads the model if need be.
-
-        Raises:
-            FileNotFoundError: No such folder.
-            ValueError: Not a CLIP, or not all of its weights are there, as safetensors.
-            ConnectionError: The model could not be downloaded.
-        """
-        _load(self.model, "clip")
-
-    def identity(self) -> dict[str, str]:
-        """Network, hub id or folder, and the SHA-256 of safetensors and config. Downloads the model if need be."""
-        return _identity(self.model, "clip")
+    kind: ClassVar[str] = "clip"
+    dim_setting: ClassVar[str] = "projection_dim"
 
     def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
         """The network: uint8 `(B, 1 or 3, H, W)` to "features" `(B, dim)`. Raises what `check` raises."""
-        network = _load(self.model, "clip").to(device)
+        network = _load(self.model, self.kind).to(device)
         size = network.config.vision_config.image_size
 
         @torch.no_grad()
@@ -170,27 +170,6 @@ def _interpolate_positions(network: nn.Module, side: int) -> None:
     grid = F.interpolate(grid, scale_factor=(side + POSITION_OFFSET) / stored_side, mode="bicubic")
     positions = torch.cat([of_class, grid.flatten(2).transpose(1, 2)], dim=1)
     network.embeddings.position_embeddings = nn.Parameter(positions, requires_grad=False)
-
-
-def _name(model: str | Path) -> str:
-    folder = Path(model)
-    return folder.resolve().name if folder.is_dir() else folder.name
-
-
-def _identity(model: str | Path, kind: str) -> dict[str, str]:
-    folder = _folder(model)
-    config = {name: value for name, value in _check_folder(model, folder, kind).items() if name not in NOT_OF_THE_MODEL}
-    return {
-        "network": kind,
-        "weights": str(model),
-        "sha256": weights_identity(folder.glob("*.safetensors")),
-        # Heads and activations show in no weight.
-        "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-    }
-
-
-def _config(model: str | Path, kind: str) -> dict:
-    return _check_folder(model, _folder(model), kind)
 
 
 def _load(model: str | Path, kind: str) -> nn.Module:

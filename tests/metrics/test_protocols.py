@@ -8,6 +8,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from looc_ldm import arguments
 from looc_ldm.images import to_float
 from looc_ldm.metrics import psnr, ssim
 from looc_ldm.metrics.protocols import PROTOCOLS, get_protocol
@@ -91,6 +92,7 @@ def test_an_unknown_protocol_is_refused_and_both_are_named():
     with pytest.raises(ValueError, match="one of clean, paper, got 'Paper'"):
         get_protocol("Paper")
     assert [get_protocol(name).name for name in PROTOCOLS] == list(PROTOCOLS)
+    assert arguments.PROTOCOLS == PROTOCOLS  # which the command line takes
 
 
 def test_what_the_paper_cannot_store_is_refused():

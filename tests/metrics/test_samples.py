@@ -87,7 +87,7 @@ def test_statistics_are_those_of_the_file(tmp_path):
     np.savez(tmp_path / "s.npz", mu=np.arange(3.0), sigma=covariance, mu_s=np.zeros(2), sigma_s=np.eye(2))
     samples = NpzSamples(tmp_path / "s.npz")
     assert (len(samples), samples.shape, samples.has_statistics) == (0, None, True)
-    moments = samples.statistics()
+    moments = samples.statistics
     assert moments.mean.tolist() == [0, 1, 2]
     assert np.allclose(moments.covariance.numpy(), covariance)
     assert moments.count is None
