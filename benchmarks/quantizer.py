@@ -2,12 +2,13 @@
 
 python benchmarks/quantizer.py                     the whole grid, about half an hour on 2 CPU cores
 python benchmarks/quantizer.py --dims 4            a third of it
+python benchmarks/quantizer.py --gradients         training with the rotation trick against straight through
 python benchmarks/quantizer.py --backends          the search back ends against each other, behind search.py's choices
 
 The contestants take turns, and each cell's figure is the fastest of its turns: read the ratios, not the milliseconds.
 Every contestant gets N vectors of d dimensions and one codebook of K codevectors, and measures by euclidean distance:
 
-    looc        LooCQuantizer, s = 1, anchor "closest"; in training with `revive()`
+    looc        LooCQuantizer, s = 1, anchor "closest", straight-through; in training with `revive()`
     diffusers   diffusers' VectorQuantizer, on maps of d channels
     lucidrains  vector-quantize-pytorch with its defaults, 8 heads that share the codebook
     cdist       torch.cdist and argmin, straight-through, the two losses
@@ -36,6 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from looc_ldm import LooCQuantizer
+from looc_ldm.quantizer import GRADIENTS
 from looc_ldm.search import nearest_codevectors
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -58,11 +60,13 @@ class Cdist(nn.Module):
         return vectors + (chosen - vectors).detach(), loss
 
 
-def make(name: str, n: int, k: int, d: int, device: str) -> tuple[nn.Module, torch.Tensor]:
-    """A contestant and its input, both with N(0, 1) entries."""
+def make(
+    name: str, n: int, k: int, d: int, device: str, gradient: str = "straight-through"
+) -> tuple[nn.Module, torch.Tensor]:
+    """A contestant and its input, both with N(0, 1) entries. `gradient` is that of looc."""
     torch.manual_seed(0)
     if name == "looc":
-        module = LooCQuantizer(HEADS * d, k, d, 1, distance="euclidean")
+        module = LooCQuantizer(HEADS * d, k, d, 1, distance="euclidean", gradient=gradient)
         shape = (n // (HEADS * SIDE**2), HEADS * d, SIDE, SIDE)
         nn.init.normal_(module.embedding.weight)
         module.usage.fill_(1 / k)
@@ -191,6 +195,22 @@ def cell(n: int, k: int, d: int, training: bool, device: str) -> dict[str, dict[
     return figures
 
 
+def gradients(device: str) -> list[dict]:
+    """Milliseconds of a training step for every `gradient`, in turns, at d = 4."""
+    cells = []
+    for k in (256, 1024):
+        for n in (2**16, 2**18, 2**20):
+            calls = {g: call_of("looc", *make("looc", n, k, 4, device, g), True) for g in GRADIENTS}
+            turns = {name: [] for name in calls}
+            for turn in range(-1, 2 * TURNS):  # one to warm up
+                for name, call in calls.items():
+                    taken = seconds(call, device)
+                    turns[name] += [taken] if turn >= 0 else []
+            cells.append({"n": n, "k": k, "d": 4, "ms": {name: 1000 * min(taken) for name, taken in turns.items()}})
+            print(json.dumps(cells[-1]), flush=True)
+    return cells
+
+
 def backends(dims: list[int]) -> None:
     """Milliseconds of each CPU back end at N = 262,144."""
     from looc_ldm import search, search_cpu
@@ -237,6 +257,13 @@ def search_time(n: int, k: int, d: int) -> float:
     return 1000 * min(seconds(lambda: nearest_codevectors(vectors, codebook, "euclidean"), "cuda") for _ in range(10))
 
 
+def write(output: Path, record: dict) -> None:
+    output.parent.mkdir(exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, output)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", type=int, nargs="+", default=[2**16, 2**18, 2**20], help="N")
@@ -245,20 +272,26 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="default: results/quantizer_DEVICE.json beside this script")
     parser.add_argument("--backends", action="store_true", help="compare the CPU back ends instead")
+    parser.add_argument("--gradients", action="store_true", help="compare what backward does instead")
     options = parser.parse_args()
     if options.backends:
         backends(options.dims)
         return
-    output = options.output or RESULTS / f"quantizer_{options.device}.json"
+    name = "rotation" if options.gradients else "quantizer"
+    output = options.output or RESULTS / f"{name}_{options.device}.json"
     packages = ("torch", "diffusers", "vector-quantize-pytorch", "numba", "scipy")
     record = {
-        "command": f"python benchmarks/quantizer.py --device {options.device}",
+        "command": f"python benchmarks/quantizer.py {'--gradients ' if options.gradients else ''}"
+        f"--device {options.device}",
         "processor": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
         "versions": {name: version(name) for name in packages},
         "cells": [],
     }
+    if options.gradients:
+        write(output, record | {"cells": gradients(options.device)})
+        return
     if output.is_file():  # cells of other sizes stay
         before = json.loads(output.read_text())
         if any(before[key] != record[key] for key in record if key != "cells"):
@@ -279,10 +312,7 @@ def main() -> None:
                         line["floor_ms"], line["search_ms"] = bandwidth_floor(n, d), search_time(n, k, d)
                     record["cells"].append(line)
                     print(json.dumps(line), flush=True)
-                    output.parent.mkdir(exist_ok=True)
-                    partial = output.with_name(f".{output.name}.partial")
-                    partial.write_text(json.dumps(record, indent=1) + "\n")
-                    os.replace(partial, output)
+                    write(output, record)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ from looc_ldm import LooCQuantizer
 RESULTS = Path(__file__).resolve().parent / "results" / "quantizer_recipes.jsonl"
 HELD_OUT, BATCH, RATE, WATCHED_STEPS = 2000, 64, 3e-4, 150
 CHANNELS, CODEVECTORS, DIM = 128, 256, 4
+PUBLISHED = {"codebook_update": "gradient", "gradient": "straight-through"}
 RECIPES = {
-    "published": {"codebook_update": "gradient", "gradient": "straight-through"},
+    "published": PUBLISHED,
     "published, rotation trick": {"codebook_update": "gradient", "gradient": "rotation"},
     "moving average": {"codebook_update": "ema", "gradient": "straight-through"},
     "moving average, rotation trick": {"codebook_update": "ema", "gradient": "rotation"},
@@ -42,9 +43,13 @@ RECIPES = {
         "start": "features",
         "start_steps": 1,
     },
-    "start from features, 30 steps": {"codebook_update": "gradient", "start": "features", "start_steps": 30},
-    "start by k-means, 10 steps": {"codebook_update": "gradient", "start": "k-means", "start_steps": 10},
-    "moving average, learned rotation of channels": {"codebook_update": "ema", "rotate_channels": True},
+    "start from features, 30 steps": {**PUBLISHED, "start": "features", "start_steps": 30},
+    "start by k-means, 10 steps": {**PUBLISHED, "start": "k-means", "start_steps": 10},
+    "moving average, learned rotation of channels": {
+        "codebook_update": "ema",
+        "gradient": "straight-through",
+        "rotate_channels": True,
+    },
 }
 
 

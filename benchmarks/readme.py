@@ -246,7 +246,8 @@ def quantizer() -> str:
             f"Measured on {where} by `{record['command']}`, all contestants in turns in one run: how many times as",
             "long as `LooCQuantizer` they take for N vectors of d = 4 and K codevectors, and the memory beyond the",
             "input; more sizes are in `benchmarks/results/`. Rates are equal in a row: log2 K bits a vector. Training",
-            f"is forward, backward and the update of the codebook. {versions}.",
+            f"is forward, backward and the update of the codebook, straight-through. {versions}.",
+            *_price_of_rotation(file.with_name(file.name.replace("quantizer_", "rotation_"))),
             "",
             "| N | K | | ours, ms | diffusers | vector-quantize-pytorch | `cdist` | ours, MiB | diffusers | "
             f"vector-quantize-pytorch | `cdist` |{floor}",
@@ -274,6 +275,17 @@ def quantizer() -> str:
             parts.append(f"| {' | '.join(columns)} |")
         parts.append("")
     return "\n".join(parts).rstrip()
+
+
+def _price_of_rotation(file: Path) -> list[str]:
+    if not file.is_file():
+        return []
+    record = json.loads(file.read_text())
+    ratios = [cell["ms"]["rotation"] / cell["ms"]["straight-through"] for cell in record["cells"]]
+    return [
+        f"With the rotation trick, the default, training takes {min(ratios):.2f} to {max(ratios):.2f} times as long",
+        f"(the N of this table, K to 1,024; `{record['command']}`).",
+    ]
 
 
 def sampling() -> str:
@@ -421,10 +433,10 @@ def recipes() -> str:
         "sets were not read. In brackets, the highest total loss of the first 150 steps over that of the first step:",
         "1.0 where it only falls. Several figures in a cell are seeds.",
         "",
-        "The moving average is the default: it starts without the climb of the published rule and ends higher on all",
-        'three sets. The rotation trick is an option (`gradient="rotation"`); whether it should be the default, full',
-        "trainings have to show. Starts from features or by k-means and a learned rotation of channels are in this",
-        "benchmark only, not in the package.",
+        "The moving average with the rotation trick is the default: it starts without the climb of the published rule",
+        "and ends higher on all three sets; longer trainings are in [tables.md](tables.md#how-the-codebook-learns).",
+        "Starts from features or by k-means and a learned rotation of channels are in this benchmark only, not in the",
+        "package. (Runs named *moving average* and *start* alone pass gradients straight through.)",
     ]
     settings = ("images", "distance", "anchor", "interpolation_factor", "bits_per_pixel")
     for setting in dict.fromkeys(tuple(run[key] for key in settings) for run in runs):

@@ -25,7 +25,7 @@ from looc_ldm.baselines import (
 )
 
 N_Q = 128  # channels of the latents of LooC's tables
-# The published rule; this package's default is "ema" and "straight-through", see docs/quantizer_recipes.md.
+# The published rule; this package's default is "ema" and "rotation", see docs/quantizer_recipes.md.
 PUBLISHED = {"codebook_update": "gradient", "gradient": "straight-through"}
 # What a LooC row differs in from it, by the end of its name, and in words.
 VARIANTS = {

@@ -133,7 +133,7 @@ class LooCVQModel(VQModel, AttentionMixin):
         anchor: str = "closest",
         usage_decay: float = 0.99,
         codebook_update: str = "ema",
-        gradient: str = "straight-through",
+        gradient: str = "rotation",
         revive_first_batch_only: bool = False,
         contrastive_weight: float = 0.0,
         latents_mean: Sequence[float] | None = None,

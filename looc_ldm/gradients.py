@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 # Numbers that a temporary holds where work on all segments goes in chunks.
 CHUNK_ELEMENTS = 2**20
 GPU_CHUNK_ELEMENTS = 2**26
+ROTATION_CHUNK_ELEMENTS = 2**17  # the ten temporaries of a part stay in the cache
 
 
 class QuantizerLoss(torch.autograd.Function):
@@ -46,17 +47,34 @@ class Rotation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         codebook, difference, codes = ctx.saved_tensors
-        chosen = F.embedding(codes, codebook)
-        rows = chosen - difference.view(chosen.shape)
-        length, chosen_length = (v.norm(dim=-1, keepdim=True).clamp_min(1e-12) for v in (rows, chosen))
-        before, after = rows / length, chosen / chosen_length
-        middle = F.normalize(before + after, dim=-1)
-        # The transpose of I - 2 m m' + 2 a b', which turns b into a in the plane of both.
-        turned = gradient - 2 * middle * (middle * gradient).sum(-1, keepdim=True)
-        turned = turned + 2 * before * (after * gradient).sum(-1, keepdim=True)
-        # A segment a thousand times shorter than its codevector has no direction to turn: straight through.
-        ratio = chosen_length / length
-        return torch.where(ratio < 1000, turned * ratio, gradient), None, None, None
+        if torch.compiler.is_compiling():  # fused by the compiler
+            chosen = F.embedding(codes, codebook)
+            return _turn_back(gradient, chosen, chosen - difference.view(chosen.shape)), None, None, None
+        d = codebook.shape[1]
+        turned = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        size = max(1, (ROTATION_CHUNK_ELEMENTS if gradient.device.type == "cpu" else GPU_CHUNK_ELEMENTS) // d)
+        parts = (turned.view(-1, d), gradient.reshape(-1, d), difference.view(-1, d), codes.flatten())
+        for out, upstream, offset, chosen in zip(*(part.split(size) for part in parts), strict=True):
+            chosen = F.embedding(chosen, codebook)
+            out.copy_(_turn_back(upstream, chosen, chosen - offset))
+        return turned, None, None, None
+
+
+def _turn_back(gradient: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The gradients of `chosen` (..., d), pulled back through the matrices that turn and scale `rows` onto them.
+
+    With the unit vectors a of a row, b of its codevector and m of a + b, the rotation is I - 2 m m' + 2 b a'. Its
+    transpose is taken apart into numbers a row, times the vectors that are there: d is small, and each pass counts.
+    """
+    length, chosen_length = (v.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12) for v in (rows, chosen))
+    cosine = (rows * chosen).sum(-1, keepdim=True) / (length * chosen_length)
+    along_row = (rows * gradient).sum(-1, keepdim=True) / length
+    along_chosen = (chosen * gradient).sum(-1, keepdim=True) / chosen_length
+    mirrored = (along_row + along_chosen) / (1 + cosine).clamp_min(1e-6)  # 2 m m' g = (a + b) * mirrored
+    ratio = chosen_length / length
+    turned = ratio * (gradient + rows * ((2 * along_chosen - mirrored) / length) - chosen * (mirrored / chosen_length))
+    # A segment a thousand times shorter than its codevector has no direction to turn: straight through.
+    return torch.where(ratio < 1000, turned, gradient)
 
 
 def sum_by_code(rows: torch.Tensor, indices: torch.Tensor, num_codevectors: int, dtype: torch.dtype) -> torch.Tensor:

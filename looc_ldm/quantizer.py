@@ -74,12 +74,14 @@ class LooCQuantizer(nn.Module):
         usage_decay (`float`, defaults to 0.99): gamma, the decay of the average of `usage`, and of the codebook's.
         codebook_update (`str`, defaults to `"ema"`): How a codevector follows the segments that choose it. `"ema"`, as
             their moving average (VQ-VAE, appendix A.1): `revive` moves it, and it has no gradient. `"gradient"`, by
-            the codebook term of the loss, as published; the optimizer then needs the quantizer's parameters. On some
-            data the loss climbs to many times its start in the first 50 steps, since the codevectors, which start in
-            [-1/K, 1/K], lag behind the encoder (docs/quantizer_recipes.md).
-        gradient (`str`, defaults to `"straight-through"`): What the choice of a codevector c for a segment z does to
-            the gradient: nothing, or, `"rotation"`, what the rotation and scaling of z onto c would do, taken for
-            constant ("Restructuring vector quantization with the rotation trick", ICLR 2025).
+            the codebook term of the loss, as published; the optimizer then needs the quantizer's parameters. Where
+            gradients pass straight through too, the loss climbs on some data to many times its start in the first 50
+            steps, since the codevectors, which start in [-1/K, 1/K], lag behind the encoder
+            (docs/quantizer_recipes.md).
+        gradient (`str`, defaults to `"rotation"`): What the choice of a codevector c for a segment z does to the
+            gradient. `"rotation"`: what the rotation and scaling of z onto c would do, taken for constant
+            ("Restructuring vector quantization with the rotation trick", ICLR 2025). `"straight-through"`: nothing, as
+            published; slower to learn on every data set that was tried (docs/quantizer_recipes.md, docs/tables.md).
         revive_first_batch_only (`bool`, defaults to False): Revive with the first batch and never again, CVQ-VAE's
             offline variant. The first is the one that meets a `usage` of zeros.
         contrastive_weight (`float`, defaults to 0.0): Weight of CVQ-VAE's contrastive term; needs
@@ -126,7 +128,7 @@ class LooCQuantizer(nn.Module):
         anchor: str = "closest",
         usage_decay: float = 0.99,
         codebook_update: str = "ema",
-        gradient: str = "straight-through",
+        gradient: str = "rotation",
         revive_first_batch_only: bool = False,
         contrastive_weight: float = 0.0,
         input_layout: str = "BCHW",

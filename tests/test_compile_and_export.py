@@ -46,7 +46,7 @@ def train(quantizer: LooCQuantizer, forward, owner_revives: bool, batches=(2, 2,
 def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
     for one, other in zip(found, expected, strict=True):
         if one.is_floating_point():
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(one, other, rtol=5e-6, atol=1e-6)
         else:
             assert torch.equal(one, other)
 

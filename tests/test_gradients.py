@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from looc_ldm import LooCQuantizer
+from looc_ldm import LooCQuantizer, LooCSmallVQModel, LooCVQModel
 
 LAYOUTS = [(1, "channel"), (2, "channel"), (2, "patch"), (3, "patch")]
 
@@ -39,6 +39,20 @@ def test_the_gradient_is_that_of_turning_and_scaling_segments_onto_their_codevec
     torch.testing.assert_close(quantized, expected, rtol=0, atol=1e-5)
     (expected_gradient,) = torch.autograd.grad(expected, z, upstream)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_work_in_chunks_changes_nothing(monkeypatch):
+    gradients = []
+    for size in (2**17, 12):  # three segments
+        monkeypatch.setattr("looc_ldm.gradients.ROTATION_CHUNK_ELEMENTS", size)
+        z = torch.randn(2, 8, 3, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        gradients.append(torch.autograd.grad(small_quantizer(2)(z)[0].square().sum(), z)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_turn_by_default_in_the_quantizer_and_in_every_model_with_it():
+    for quantizer in (LooCQuantizer(8, 32, 4), LooCVQModel().quantize, LooCSmallVQModel(1, 1).quantize):
+        assert quantizer.gradient == "rotation"
 
 
 def test_a_segment_that_is_its_codevector_passes_the_gradient_straight_through():

@@ -205,7 +205,8 @@ def losses_of_ten_steps(quantizer: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("s", [1, 2, 3])
 def test_training_follows_the_published_rule_to_six_digits(s):
-    quantizer = small_quantizer(interpolation_factor=s, segment_layout="patch", distance="cosine", anchor="closest")
+    published = {"distance": "cosine", "anchor": "closest", "gradient": "straight-through"}
+    quantizer = small_quantizer(interpolation_factor=s, segment_layout="patch", **published)
     published = PublishedQuantizer(codebook_of(quantizer), s)
     losses, expected = losses_of_ten_steps(quantizer), losses_of_ten_steps(published)
     torch.testing.assert_close(losses, expected, rtol=2e-6, atol=0)

@@ -175,7 +175,7 @@ def _notes_on_model(model) -> list[str]:
         )
         notes.append(
             f"Of further training only, from the original config or their code: anchor {config.anchor}, "
-            f"codebook_update {config.codebook_update}."
+            f"codebook_update {config.codebook_update}, gradient {config.gradient}."
         )
     return notes
 

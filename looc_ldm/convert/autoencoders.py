@@ -204,6 +204,7 @@ def _quantizer(
         "vq_embed_dim": latent,
         "codevector_dim": codebook.shape[1],
         "codebook_update": "gradient",  # in all of these projects
+        "gradient": "straight-through",
     }
     if not revived:
         if codebook.shape[1] != latent:

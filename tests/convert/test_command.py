@@ -79,7 +79,7 @@ def test_an_autoencoder_folder_that_all_commands_take(small, capsys):
     output = capsys.readouterr().out
     assert "LooCSmallVQModel: 0.02M parameters." in output
     assert "Codebook: 32 x 4, cosine distance, interpolation factor 1: 1.250 bits per pixel." in output
-    assert "anchor closest, codebook_update gradient" in output
+    assert "anchor closest, codebook_update gradient, gradient straight-through" in output
     assert "looc_ldm.training.latents.measure_scaling_factor" in output
     assert output.endswith("looc: models/looc\n")
 
