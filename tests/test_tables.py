@@ -158,6 +158,15 @@ def test_the_page_counts_which_pairs_stand_in_the_papers_order(scripts):
     assert tables_page._order("5", "mnist", results[:2], paper) == []
 
 
+def test_the_page_says_what_the_last_doubling_of_images_gained(scripts):
+    import tables_page
+
+    curve = [[100, 0.4], [200, 0.2], [400, 0.04]]  # 10, 13.01 and 20 dB
+    assert tables_page._last_doubling({"images_seen": 400, "curve": curve}) == "+6.99 dB"
+    assert tables_page._last_doubling({"images_seen": 150, "curve": [[100, 0.4], [150, 0.2]]}) == "-"
+    assert tables_page._last_doubling({"images_seen": 200, "curve": [[50, 0.4], [200, 0.1]]}) == "+3.01 dB"
+
+
 def noise(count: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, generator=generator)
