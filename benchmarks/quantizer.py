@@ -2,7 +2,7 @@
 
 python benchmarks/quantizer.py                     the whole grid, about half an hour on 2 CPU cores
 python benchmarks/quantizer.py --dims 4            a third of it
-python benchmarks/quantizer.py --gradients         training with the rotation trick against straight through
+python benchmarks/quantizer.py --gradients         training with the rotation trick against straight through, d = 4
 python benchmarks/quantizer.py --backends          the search back ends against each other, behind search.py's choices
 
 The contestants take turns, and each cell's figure is the fastest of its turns: read the ratios, not the milliseconds.
@@ -10,7 +10,7 @@ Every contestant gets N vectors of d dimensions and one codebook of K codevector
 
     looc        LooCQuantizer, s = 1, anchor "closest", straight-through; in training with `revive()`
     diffusers   diffusers' VectorQuantizer, on maps of d channels
-    lucidrains  vector-quantize-pytorch with its defaults, 8 heads that share the codebook
+    lucidrains  vector-quantize-pytorch with its defaults, 8 heads that share the codebook; its gradients turn
     cdist       torch.cdist and argmin, straight-through, the two losses
 
 "Evaluation" is a forward without gradient in eval mode, "training" forward and backward in training mode. Extra memory
@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -133,11 +134,11 @@ def available() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
 
 
-def measure_memory(queue, name: str, n: int, k: int, d: int, training: bool, device: str) -> None:
+def measure_memory(queue, name: str, n: int, k: int, d: int, training: bool, device: str, *gradient: str) -> None:
     """In a process of its own: MiB, or None where memory does not suffice."""
     try:
-        module, z = make(name, n, k, d, device)
-        warm_module, warm_z = make(name, HEADS * SIDE**2, k, d, device)
+        module, z = make(name, n, k, d, device, *gradient)
+        warm_module, warm_z = make(name, HEADS * SIDE**2, k, d, device, *gradient)
         call_of(name, warm_module, warm_z, training)()  # compiles, starts threads
         call = call_of(name, module, z, training)
         gc.collect()
@@ -196,7 +197,7 @@ def cell(n: int, k: int, d: int, training: bool, device: str) -> dict[str, dict[
 
 
 def gradients(device: str) -> list[dict]:
-    """Milliseconds of a training step for every `gradient`, in turns, at d = 4."""
+    """A training step for every `gradient`, at d = 4: milliseconds, the median ratio of turns, and MiB."""
     cells = []
     for k in (256, 1024):
         for n in (2**16, 2**18, 2**20):
@@ -206,7 +207,11 @@ def gradients(device: str) -> list[dict]:
                 for name, call in calls.items():
                     taken = seconds(call, device)
                     turns[name] += [taken] if turn >= 0 else []
-            cells.append({"n": n, "k": k, "d": 4, "ms": {name: 1000 * min(taken) for name, taken in turns.items()}})
+            pairs = zip(turns["rotation"], turns["straight-through"], strict=True)
+            figures = {name: 1000 * min(taken) for name, taken in turns.items()}
+            mib = {name: memory("looc", n, k, 4, True, device, name) for name in GRADIENTS}
+            ratio = statistics.median(turned / straight for turned, straight in pairs)
+            cells.append({"n": n, "k": k, "d": 4, "ratio": ratio, "ms": figures, "mib": mib})
             print(json.dumps(cells[-1]), flush=True)
     return cells
 

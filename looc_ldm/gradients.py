@@ -9,7 +9,9 @@ from torch.autograd.function import once_differentiable
 # Numbers that a temporary holds where work on all segments goes in chunks.
 CHUNK_ELEMENTS = 2**20
 GPU_CHUNK_ELEMENTS = 2**26
-ROTATION_CHUNK_ELEMENTS = 2**17  # the ten temporaries of a part stay in the cache
+ROTATION_CHUNK_ELEMENTS = 2**17
+# Of a gradient by turning: codevector over segment. Trained models stay below but for a segment in many thousands.
+LARGEST_SCALE = 32
 
 
 class QuantizerLoss(torch.autograd.Function):
@@ -63,18 +65,18 @@ class Rotation(torch.autograd.Function):
 def _turn_back(gradient: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """The gradients of `chosen` (..., d), pulled back through the matrices that turn and scale `rows` onto them.
 
-    With the unit vectors a of a row, b of its codevector and m of a + b, the rotation is I - 2 m m' + 2 b a'. Its
-    transpose is taken apart into numbers a row, times the vectors that are there: d is small, and each pass counts.
+    With the unit vectors a of a row, b of its codevector and m of a + b, the rotation is I - 2 m m' + 2 b a'.
     """
     length, chosen_length = (v.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12) for v in (rows, chosen))
-    cosine = (rows * chosen).sum(-1, keepdim=True) / (length * chosen_length)
-    along_row = (rows * gradient).sum(-1, keepdim=True) / length
-    along_chosen = (chosen * gradient).sum(-1, keepdim=True) / chosen_length
-    mirrored = (along_row + along_chosen) / (1 + cosine).clamp_min(1e-6)  # 2 m m' g = (a + b) * mirrored
+    before, after = rows / length, chosen / chosen_length
+    middle = before + after
+    # Not 2 + 2 a'b, which cancels where they are opposite.
+    mirrored = (middle * gradient).sum(-1, keepdim=True) * (2 / middle.square().sum(-1, keepdim=True).clamp_min(1e-12))
+    along = 2 * (after * gradient).sum(-1, keepdim=True)
     ratio = chosen_length / length
-    turned = ratio * (gradient + rows * ((2 * along_chosen - mirrored) / length) - chosen * (mirrored / chosen_length))
-    # A segment a thousand times shorter than its codevector has no direction to turn: straight through.
-    return torch.where(ratio < 1000, turned, gradient)
+    turned = ratio * (gradient - middle.mul_(mirrored) + before.mul_(along))
+    # A segment that is much shorter than its codevector has next to no direction to turn: straight through.
+    return torch.where(ratio < LARGEST_SCALE, turned, gradient)
 
 
 def sum_by_code(rows: torch.Tensor, indices: torch.Tensor, num_codevectors: int, dtype: torch.dtype) -> torch.Tensor:

@@ -51,8 +51,8 @@ class LooCQuantizer(nn.Module):
     3.2, "LDC"). Before that the map is enlarged bilinearly by `interpolation_factor` and afterwards pooled back
     (section 3.3). Codevectors that are hardly used are pulled towards features of the batch (the CVQ update).
 
-    Unlike there, indices keep the shape of the map, perplexity is a number, and `decode_indices` is what
-    `get_codebook_entry` is there.
+    Unlike there, indices keep the shape of the map, perplexity is a number, `decode_indices` is what
+    `get_codebook_entry` is there, and by default gradients turn with the segments.
 
     Codebook, search and loss are float32 whatever the dtype of the module around it: a bfloat16 search picks a wrong
     code for 2 to 8 % of vectors at 2 to 4 dimensions. The output has the dtype of the input.
@@ -80,8 +80,10 @@ class LooCQuantizer(nn.Module):
             (docs/quantizer_recipes.md).
         gradient (`str`, defaults to `"rotation"`): What the choice of a codevector c for a segment z does to the
             gradient. `"rotation"`: what the rotation and scaling of z onto c would do, taken for constant
-            ("Restructuring vector quantization with the rotation trick", ICLR 2025). `"straight-through"`: nothing, as
-            published; slower to learn on every data set that was tried (docs/quantizer_recipes.md, docs/tables.md).
+            ("Restructuring vector quantization with the rotation trick", ICLR 2025). Segments whose codevector is more
+            than 32 times longer pass it straight through, and all do at d = 1, where only a sign could turn.
+            `"straight-through"`: nothing, as published; slower to learn on the three sets of small images that were
+            tried (docs/quantizer_recipes.md, docs/tables.md).
         revive_first_batch_only (`bool`, defaults to False): Revive with the first batch and never again, CVQ-VAE's
             offline variant. The first is the one that meets a `usage` of zeros.
         contrastive_weight (`float`, defaults to 0.0): Weight of CVQ-VAE's contrastive term; needs
@@ -491,7 +493,7 @@ class LooCQuantizer(nn.Module):
 
     def _with_gradient(self, rows: torch.Tensor, codes: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
         """The pooled codevectors, (B, H, W, n_q), with a gradient for the segments."""
-        if self.gradient == "rotation":
+        if self.gradient == "rotation" and self.codevector_dim > 1:
             rows = Rotation.apply(rows, self.codebook.detach(), difference, codes)
         pooled = self._pool(rows)
         return self._lookup(codes).detach() + (pooled - pooled.detach())  # the difference is exactly 0

@@ -43,10 +43,10 @@ def train(quantizer: LooCQuantizer, forward, owner_revives: bool, batches=(2, 2,
     return everything
 
 
-def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor], rtol: float = 1e-6) -> None:
     for one, other in zip(found, expected, strict=True):
         if one.is_floating_point():
-            torch.testing.assert_close(one, other, rtol=5e-6, atol=1e-6)
+            torch.testing.assert_close(one, other, rtol=rtol, atol=1e-6)
         else:
             assert torch.equal(one, other)
 
@@ -71,7 +71,8 @@ def test_compiled_training_in_one_graph_is_eager_training_whatever_the_batch_siz
     eager, compiled = small_quantizer(**arguments), small_quantizer(**arguments)
     expected = train(eager, eager, owner_revives)
     forward = torch.compile(compiled, fullgraph=True, backend="aot_eager")
-    assert_same(train(compiled, forward, owner_revives), expected)
+    # Eager and compiled backward go in other parts.
+    assert_same(train(compiled, forward, owner_revives), expected, rtol=5e-6)
     assert not torch.equal(eager.usage, torch.zeros(32))
 
 

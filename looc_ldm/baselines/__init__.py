@@ -3,6 +3,10 @@
 For comparisons. A quantizer is assigned to the model, `model.quantize = ResidualQuantizer(128, 256, depth=4)`; it
 returns the tuple of diffusers' `VectorQuantizer`, says what its codes cost (`bits_per_position`) and how many numbers
 its codebooks hold (`codebook_scalars`), and its `revive()` is to be called once per optimizer step, as LooC's.
+
+LooC's gradients turn with the segments by default, and so do those of `ProductQuantizer`, which is made of its parts;
+the others pass them straight through, as published. Where the quantizers alone are to be compared, LooC and PQ take
+`gradient="straight-through"`.
 """
 
 from looc_ldm.baselines.factorized import FactorizedQuantizer

@@ -20,7 +20,8 @@ class ProductQuantizer(Quantizer):
         codevector_dim (`int`): d; it must divide n_q, m = n_q / d.
         sum_losses (`bool`, defaults to True): Add the losses of the segments, as the published comparison does,
             instead of taking their mean, which is what a shared codebook's loss is.
-        **settings: Of every `LooCQuantizer` (`distance`, `anchor`, `codebook_update`, ...).
+        **settings: Of every `LooCQuantizer`, with its defaults (`distance`, `anchor`, `codebook_update`, `gradient`,
+            ...).
     """
 
     def __init__(

@@ -49,7 +49,7 @@ def test_a_pipelines_first_stage_will_do(autoencoder_config, autoencoder_run, pi
 
 
 def test_how_the_codebook_learns_is_the_configs_to_say(autoencoder_config, autoencoder_run, tmp_path):
-    settings = {"anchor": "none", "gradient": "rotation", "codebook_update": "gradient"}
+    settings = {"anchor": "none", "gradient": "straight-through", "codebook_update": "gradient"}
     config = autoencoder_config(tmp_path, model=settings, init_from=str(autoencoder_run / "model"))
     quantizer = autoencoder_from(config).quantize
     assert {name: getattr(quantizer, name) for name in settings} == settings
