@@ -25,21 +25,21 @@ from looc_ldm.baselines import (
 )
 
 N_Q = 128  # channels of the latents of LooC's tables
-# The published rule; this package's default is "ema" and "rotation", see docs/quantizer_recipes.md.
 PUBLISHED = {"codebook_update": "gradient", "gradient": "straight-through"}
+DEFAULT = {"codebook_update": "ema", "gradient": "rotation"}  # of this package, see docs/quantizer_recipes.md
 # What a LooC row differs in from it, by the end of its name, and in words.
 VARIANTS = {
     "": ({}, "published rule"),
     "-no-revival": ({"anchor": "none"}, "published rule without revival"),
     "-rotation": ({"gradient": "rotation"}, "published rule, rotation trick"),
     "-ema": ({"codebook_update": "ema"}, "moving average"),
-    "-ema-rotation": ({"codebook_update": "ema", "gradient": "rotation"}, "moving average, rotation trick"),
+    "-ema-rotation": (DEFAULT, "moving average, rotation trick (the default)"),
     "-ema-rotation-random": (
-        {"codebook_update": "ema", "gradient": "rotation", "anchor": "random"},
+        {**DEFAULT, "anchor": "random"},
         "moving average, rotation trick, random anchors",
     ),
     "-ema-rotation-euclidean": (
-        {"codebook_update": "ema", "gradient": "rotation", "distance": "euclidean"},
+        {**DEFAULT, "distance": "euclidean"},
         "moving average, rotation trick, euclidean",
     ),
 }
@@ -124,6 +124,18 @@ def _rows() -> list[Row]:
             64,
         ),
         Row("pq-32x8x4", "PQ, 32 codebooks of 8×4", lambda: ProductQuantizer(N_Q, 8, 4, **PUBLISHED)),
+        # What LooC's default recipe gives the others.
+        Row(
+            "cvq-512x64-ema-rotation",
+            "CVQ-VAE 512×64 (n_q = 64), moving average, rotation trick",
+            lambda: LooCQuantizer(64, 512, 64, 1, **DEFAULT),
+            64,
+        ),
+        Row(
+            "pq-32x8x4-ema-rotation",
+            "PQ, 32 codebooks of 8×4, moving average, rotation trick",
+            lambda: ProductQuantizer(N_Q, 8, 4, **DEFAULT),
+        ),
     ]
     rows += [
         Row(

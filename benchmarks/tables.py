@@ -9,7 +9,8 @@
 
 A row is trained once for each set of images, however many tables it stands in. Its result is a file in
 benchmarks/results/tables, and rows that have one are left alone; a run that was interrupted goes on from its last
-checkpoint in --work. The network is the paper's small VQ-VAE, Adam 3e-4, the published loss. Checkpoints are chosen on
+checkpoint in --work. The network is the paper's small VQ-VAE, Adam 3e-4, the published loss (HVQ-VAE and SQ-VAE have
+theirs, docs/tables.md). Checkpoints are chosen on
 the last 5,000 *training* images; the authors chose theirs on the test set. The test set is read once, at the end, under
 both protocols (docs/evaluation.md).
 
