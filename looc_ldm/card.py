@@ -219,6 +219,9 @@ def _architecture(facts: Facts) -> list[tuple[str, str]]:
     if "num_vq_embeddings" in vqvae and codevector_dim:
         numbers = vqvae["num_vq_embeddings"] * codevector_dim
         rows.append(("codebook", f"{vqvae['num_vq_embeddings']} codevectors of {codevector_dim}, {numbers:,} numbers"))
+    for name in ("distance", "codebook_update", "gradient"):
+        if name in vqvae:
+            rows.append((name.replace("_", " "), f"`{vqvae[name]}`"))
     for name, config in facts.configs.items():
         rows.append((name, f"`{config.get('_class_name')}`"))
         if name == "scheduler" and "prediction_type" in config:
