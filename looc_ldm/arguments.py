@@ -56,7 +56,9 @@ def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], None]
         "model", metavar="MODEL", help="pipeline: folder, hub id, or starter, which comes with the package"
     )
     sample.add_argument("--labels", nargs="+", help="classes, by name or index (default: all)")
-    sample.add_argument("--images", type=positive, default=4, help="images of each class, or in all (default: 4)")
+    sample.add_argument(
+        "--images", type=positive, default=4, help="images of each class, or of a model without classes (default: 4)"
+    )
     sample.set_defaults(**add_sampling_options(sample, batch_size=64))
     add_device_option(sample)
     add_dtype_option(sample)

@@ -18,7 +18,7 @@ from looc_ldm.commands.shared import (
     model_and_images,
     rate_of,
 )
-from looc_ldm.errors import one_line_errors
+from looc_ldm.errors import UserError, one_line_errors
 from looc_ldm.files import check_folder
 
 GRID_COLUMNS, GRID_ROWS = 16, 100  # of the grid of samples, at most
@@ -91,6 +91,8 @@ def _reconstruct(options: argparse.Namespace) -> None:
     from looc_ldm.training.validation import reconstruction_grid
 
     check_file(options.output)
+    if options.output.suffix.lower() != ".png":
+        raise UserError(f"--output must be a .png file, got {str(options.output)!r}.")
     model, images = model_and_images(options)
     grid = reconstruction_grid([model], images, options.images)
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,13 @@ def codebook_statistics(quantizer: LooCQuantizer, feature_maps: Iterable[torch.T
 
     Raises:
         ValueError: There are no feature maps, or the quantizer refuses one.
+        TypeError: It is no `LooCQuantizer`. Codes of the others are counted by their `code_counts`.
     """
+    if not hasattr(quantizer, "search"):  # which a compiled one has too
+        raise TypeError(
+            f"codebook_statistics is of a LooCQuantizer, got {type(quantizer).__name__}. "
+            "quantizer.code_counts(quantizer.encode_indices(z)) counts the codes of the others."
+        )
     counter = CodeCounter(quantizer)
     for z in feature_maps:
         counter.update(*quantizer.search(z))

@@ -73,7 +73,7 @@ def refusal(capsys, *arguments) -> str:
 
 
 def in_a_process(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "looc_ldm.cli", *arguments]
+    command = [sys.executable, "-m", "looc_ldm", *arguments]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -213,6 +213,7 @@ def test_cache_latents_encodes_the_data_of_a_config(pipeline, image_folder, caps
         (["sample", "MODEL", "--device", "cuda:99"], "--device cuda:99"),
         (["sample", "MODEL", "--labels", "sqare"], "unknown class name 'sqare'; did you mean square"),
         (["sample", "MODEL", "--labels", "4"], "class label must be in [0, 4)"),
+        (["sample", "MODEL", "--labels", "3"], "3 stands for no class"),
         (["sample", "MODEL", "--steps", "1001"], "1001"),
         (["sample", "/no/such/folder"], "'/no/such/folder'"),
         (["sample", "MODEL/vqvae"], "no model_index.json"),
@@ -227,6 +228,7 @@ def test_cache_latents_encodes_the_data_of_a_config(pipeline, image_folder, caps
         (["reconstruct", "MODEL", "DATA", "--split", "tain"], "'tain'"),
         (["reconstruct", "MODEL", "DATA", "--output", "file/grid.png"], "'file' is not a folder"),
         (["reconstruct", "MODEL", "DATA", "--output", "empty"], "is a folder"),
+        (["reconstruct", "MODEL", "DATA", "--output", "grids"], "must be a .png file, got 'grids'"),
         (["evaluate", "reconstruction", "MODEL"], "--data"),
         (["evaluate", "reconstruction", "MODEL", "--data", "DATA", "--resolution", "10"], "at least 11x11"),
         (

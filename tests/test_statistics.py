@@ -6,6 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from looc_ldm import LooCQuantizer
+from looc_ldm.baselines import ProductQuantizer
 from looc_ldm.quantizer import INPUT_LAYOUTS, SEGMENT_LAYOUTS
 from looc_ldm.search import DISTANCES
 from looc_ldm.statistics import DISTANCE_EDGES, CodebookStatistics, codebook_statistics
@@ -135,6 +136,8 @@ def test_to_count_changes_nothing_in_the_quantizer(training):
 
 
 def test_without_feature_maps_there_is_nothing_to_count():
+    with pytest.raises(TypeError, match="of a LooCQuantizer, got ProductQuantizer"):
+        codebook_statistics(ProductQuantizer(8, 16, 4), [torch.randn(2, 8, 4, 4)])
     with pytest.raises(ValueError, match="no feature maps"):
         codebook_statistics(small_quantizer(), [])
     with pytest.raises(ValueError, match="batch, 8, height, width"):

@@ -23,11 +23,12 @@ class Quantizer(nn.Module):
 
     def __init__(self, vq_embed_dim: int, code_sizes: tuple[int, ...], codebooks: tuple[int, ...]):
         super().__init__()
-        if vq_embed_dim < 1 or not code_sizes or min(code_sizes) < 2:
-            raise ValueError(
-                f"vq_embed_dim must be positive and every code have at least 2 values, got {vq_embed_dim} "
-                f"and {code_sizes}."
-            )
+        if vq_embed_dim < 1:
+            raise ValueError(f"vq_embed_dim must be positive, got {vq_embed_dim}.")
+        if not code_sizes:
+            raise ValueError("a position must have at least 1 code, got none.")
+        if min(code_sizes) < 2:
+            raise ValueError(f"every code must have at least 2 values, got {min(code_sizes)}.")
         self.vq_embed_dim = vq_embed_dim
         self.codes_per_position = len(code_sizes)
         self.code_sizes = code_sizes
@@ -109,6 +110,12 @@ class Quantizer(nn.Module):
     def _lookup(self, indices: torch.Tensor) -> torch.Tensor:
         """Of int64 `(B, H, W, C)`: float32 `(B, H, W, n_q)`."""
         raise NotImplementedError
+
+
+def at_least_one(name: str, number: int) -> None:
+    """Refuses a setting that is no positive whole number."""
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"{name} must be a positive whole number, got {number!r}.")
 
 
 def squared_distances(rows: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn as nn
 
-from looc_ldm.baselines.base import Quantizer
+from looc_ldm.baselines.base import Quantizer, at_least_one
 
 
 def _library():
@@ -71,6 +71,7 @@ class ResidualQuantizer(_OfLibrary):
         usage_decay: float = 0.99,
         kmeans_init: bool = False,
     ):
+        at_least_one("depth", depth)
         super().__init__(vq_embed_dim, (num_codevectors,) * depth, (0,) * depth)
         self.inner = _library().ResidualVQ(
             dim=vq_embed_dim,
@@ -121,6 +122,7 @@ class FiniteScalarQuantizer(_FiniteScalar):
     """
 
     def __init__(self, vq_embed_dim: int, levels: tuple[int, ...], codes_per_position: int = 1, **settings):
+        at_least_one("codes_per_position", codes_per_position)
         size = math.prod(levels)
         super().__init__(vq_embed_dim, (size,) * codes_per_position, tuple(range(codes_per_position)))
         self.inner = _library().FSQ(
@@ -138,6 +140,8 @@ class FiniteScalarQuantizer(_FiniteScalar):
 class LookupFreeQuantizer(_WithoutCodebook):
     """LFQ: the signs of a projection are the code; an entropy term keeps them in use (Yu et al. 2024, MAGVIT-v2).
 
+    The loss has the entropy of all codes with a minus, and may be negative.
+
     Args:
         vq_embed_dim (`int`): n_q, the channels of a feature vector.
         bits (`int`): Signs in a code: K = 2^bits.
@@ -146,6 +150,8 @@ class LookupFreeQuantizer(_WithoutCodebook):
     """
 
     def __init__(self, vq_embed_dim: int, bits: int, codes_per_position: int = 1, **settings):
+        at_least_one("bits", bits)
+        at_least_one("codes_per_position", codes_per_position)
         super().__init__(vq_embed_dim, (2**bits,) * codes_per_position, tuple(range(codes_per_position)))
         self.inner = _library().LFQ(
             dim=vq_embed_dim,
@@ -172,5 +178,6 @@ class ResidualFiniteScalarQuantizer(_FiniteScalar):
     """
 
     def __init__(self, vq_embed_dim: int, levels: tuple[int, ...], depth: int, **settings):
+        at_least_one("depth", depth)
         super().__init__(vq_embed_dim, (math.prod(levels),) * depth, tuple(range(depth)))
         self.inner = _library().ResidualFSQ(levels=list(levels), num_quantizers=depth, dim=vq_embed_dim, **settings)

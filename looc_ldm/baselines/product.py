@@ -21,7 +21,7 @@ class ProductQuantizer(Quantizer):
         sum_losses (`bool`, defaults to True): Add the losses of the segments, as the published comparison does,
             instead of taking their mean, which is what a shared codebook's loss is.
         **settings: Of every `LooCQuantizer`, with its defaults (`distance`, `anchor`, `codebook_update`, `gradient`,
-            ...).
+            ...), but `interpolation_factor` is 1 and `input_layout` "BCHW".
     """
 
     def __init__(
@@ -34,6 +34,10 @@ class ProductQuantizer(Quantizer):
         settings.setdefault("interpolation_factor", 1)
         if settings["interpolation_factor"] != 1:
             raise ValueError("Product quantization is without interpolation: interpolation_factor must be 1.")
+        if settings.get("input_layout", "BCHW") != "BCHW":
+            raise ValueError(
+                f"ProductQuantizer takes feature maps, input_layout 'BCHW', not {settings['input_layout']!r}."
+            )
         self.sum_losses = sum_losses
         self.segments = nn.ModuleList(
             LooCQuantizer(codevector_dim, num_codevectors, codevector_dim, **settings) for _ in range(segments)

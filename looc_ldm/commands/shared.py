@@ -24,8 +24,10 @@ def load_pipeline(options: argparse.Namespace):
 
 
 def by_index(label: int | str | None, pipe) -> int | str | None:
-    """A label as typed: an index, unless it is a name."""
+    """A label as typed: an index, unless it is a name. That of no class is refused: what is drawn is a mixture."""
     is_index = isinstance(label, str) and label.isdecimal() and label not in pipe.labels
+    if is_index and int(label) == pipe.config.null_class_label:
+        raise UserError(f"--labels: {label} stands for no class; classes are the other numbers, or their names.")
     return int(label) if is_index else label
 
 

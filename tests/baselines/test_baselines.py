@@ -117,6 +117,20 @@ def test_encoding_moves_no_average(quantizer):
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ResidualQuantizer(8, 64, 0), "depth must be a positive whole number, got 0"),
+        (lambda: LookupFreeQuantizer(8, 8, -1), "codes_per_position must be a positive whole number, got -1"),
+        (lambda: FactorizedQuantizer(8, 1, 4), "at least 2 values, got 1"),
+        (lambda: ProductQuantizer(8, 16, 4, input_layout="BLC"), "takes feature maps, .*, not 'BLC'"),
+    ],
+)
+def test_a_wrong_setting_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 def test_product_quantization_is_independent_quantizers_whose_losses_are_added():
     torch.manual_seed(0)
     product = ProductQuantizer(8, 16, 4, distance="euclidean").eval()
