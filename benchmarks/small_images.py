@@ -41,7 +41,8 @@ def load_images(name: str, root: Path, split: str) -> torch.Tensor:
     if name not in SETS:
         raise DataError(f"set must be one of {', '.join(SETS)}, got {name!r}.")
     folder = root / name
-    images = _cifar10(folder, split) if name == "cifar10" else _idx(folder, "train" if split == "train" else "t10k")
+    read = _cifar10_batch if name == "cifar10" else _idx
+    images = torch.cat([read(file) for file in _files(name, folder, split)])
     expected = 10_000 if split == "test" else COUNTS[name]
     mean = images.double().mean().item() / 255
     if len(images) != expected or abs(mean - MEANS[name][split == "test"]) > 1e-3:
@@ -51,14 +52,32 @@ def load_images(name: str, root: Path, split: str) -> torch.Tensor:
     return images
 
 
-def _idx(folder: Path, prefix: str) -> torch.Tensor:
-    file = folder / f"{prefix}-images-idx3-ubyte"
-    packed = file.with_name(f"{file.name}.gz")
-    file = next((candidate for candidate in (file, packed) if candidate.is_file()), None)
-    if file is None:
-        raise DataError(f"no {packed.stem} or {packed.name} in {str(folder)!r}.")
+def check_files(name: str, root: Path) -> None:
+    """Raises DataError if a file of a set is missing."""
+    for split in ("train", "test"):
+        _files(name, root / name, split)
+
+
+def _files(name: str, folder: Path, split: str) -> list[Path]:
+    """The files of a split, in their order."""
+    if name == "cifar10":
+        stems = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
+        choices = [(f"{stem}.png", f"{stem}.bin") for stem in stems]
+    else:
+        stem = f"{'train' if split == 'train' else 't10k'}-images-idx3-ubyte"
+        choices = [(stem, f"{stem}.gz")]
+    files = []
+    for names in choices:
+        found = [folder / name for name in names if (folder / name).is_file()]
+        if not found:
+            raise DataError(f"no {' or '.join(names)} in {str(folder)!r}.")
+        files.append(found[0])
+    return files
+
+
+def _idx(file: Path) -> torch.Tensor:
     content = file.read_bytes()
-    if file == packed:
+    if file.suffix == ".gz":
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
@@ -69,24 +88,16 @@ def _idx(folder: Path, prefix: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(content[16:]), dtype=torch.uint8).view(count, 1, height, width)
 
 
-def _cifar10(folder: Path, split: str) -> torch.Tensor:
-    names = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
-    return torch.cat([_cifar10_batch(folder, name) for name in names])
-
-
-def _cifar10_batch(folder: Path, name: str) -> torch.Tensor:
-    picture, binary = folder / f"{name}.png", folder / f"{name}.bin"
-    if picture.is_file():
+def _cifar10_batch(file: Path) -> torch.Tensor:
+    if file.suffix == ".png":
         try:
-            pixels = np.asarray(Image.open(picture).convert("RGB"))  # a row an image, its pixels one after the other
+            pixels = np.asarray(Image.open(file).convert("RGB"))  # a row an image, its pixels one after the other
         except OSError as error:
-            raise DataError(f"{str(picture)!r} is not a picture: {error}.") from None
+            raise DataError(f"{str(file)!r} is not a picture: {error}.") from None
         if pixels.shape[1] * 3 != CIFAR10_BYTES:
-            raise DataError(f"{str(picture)!r} has {pixels.shape[1]} columns, not the 1,024 pixels of an image.")
+            raise DataError(f"{str(file)!r} has {pixels.shape[1]} columns, not the 1,024 pixels of an image.")
         return torch.from_numpy(pixels.copy()).view(-1, 32, 32, 3).permute(0, 3, 1, 2).contiguous()
-    if binary.is_file():
-        rows = torch.frombuffer(bytearray(binary.read_bytes()), dtype=torch.uint8)
-        if len(rows) % (1 + CIFAR10_BYTES):
-            raise DataError(f"{str(binary)!r} is not a batch of CIFAR-10's binary version.")
-        return rows.view(-1, 1 + CIFAR10_BYTES)[:, 1:].reshape(-1, 3, 32, 32).contiguous()
-    raise DataError(f"no {picture.name} or {binary.name} in {str(folder)!r}.")
+    rows = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
+    if len(rows) % (1 + CIFAR10_BYTES):
+        raise DataError(f"{str(file)!r} is not a batch of CIFAR-10's binary version.")
+    return rows.view(-1, 1 + CIFAR10_BYTES)[:, 1:].reshape(-1, 3, 32, 32).contiguous()

@@ -7,12 +7,12 @@
     python benchmarks/tables.py codecs --data FOLDER                      JPEG and WebP, for the plots
     python benchmarks/readme.py tables                                    docs/tables.md from all results
 
-A row is trained once for each set of images, however many tables it stands in. Its result is a file in
-benchmarks/results/tables, and rows that have one are left alone; a run that was interrupted goes on from its last
-checkpoint in --work. The network is the paper's small VQ-VAE, Adam 3e-4, the published loss (HVQ-VAE and SQ-VAE have
-theirs, docs/tables.md). Checkpoints are chosen on
-the last 5,000 *training* images; the authors chose theirs on the test set. The test set is read once, at the end, under
-both protocols (docs/evaluation.md).
+A row is trained once for each set of images, however many tables it stands in. Its result is a file in --results, and
+rows that have one are left alone; those in benchmarks/results/tables are what the page shows, so try things out with
+another folder. A run that was interrupted goes on from its last checkpoint in --work, one every 25,000 images or, of a
+long training, a fiftieth of it. The network is the paper's small VQ-VAE, Adam 3e-4, the published loss (HVQ-VAE and
+SQ-VAE have theirs, docs/tables.md). Checkpoints are chosen on the last 5,000 *training* images; the authors chose
+theirs on the test set. The test set is read once, at the end, under both protocols (docs/evaluation.md).
 
 --data holds the folders fashion_mnist and mnist, with train- and t10k-images-idx3-ubyte(.gz), and cifar10, with
 data_batch_1 to 5 and test_batch, as the binary version's .bin or as .png of a row an image.
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import math
 import os
@@ -32,16 +33,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from small_images import COUNTS, SETS, load_images
+from small_images import COUNTS, SETS, check_files, load_images
 from small_vqvae import Training, train, write_result
 from table_rows import ROWS, TABLES, Row
 
 from looc_ldm import LooCSmallVQModel
 from looc_ldm.analysis.rate_distortion import CODECS, codec_curve
+from looc_ldm.arguments import Parser, positive
 from looc_ldm.commands.record import versions
 from looc_ldm.errors import UserError, one_line_errors
 from looc_ldm.files import check_folder
-from looc_ldm.images import to_float
+from looc_ldm.images import to_float, to_pil
 from looc_ldm.metrics import InceptionFeatures, evaluate_reconstruction
 from looc_ldm.metrics.lpips import load_lpips
 
@@ -61,7 +63,7 @@ def make_model(row: Row, channels: int, side: int, batches: int) -> LooCSmallVQM
 
 
 def result_file(row: str, images: str, budget: int, options: argparse.Namespace) -> Path:
-    return RESULTS / f"{images}_{row}_{budget}_batch{options.batch_size}_seed{options.seed}.json"
+    return options.results / f"{images}_{row}_{budget}_batch{options.batch_size}_seed{options.seed}.json"
 
 
 def measure(model: LooCSmallVQModel, pixels: torch.Tensor, options: argparse.Namespace) -> dict[str, dict]:
@@ -98,6 +100,8 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
     if is_there(file, options):
         print(f"{file.name} is there.", flush=True)
         return
+    if budget < options.batch_size:
+        raise UserError(f"--budget {budget} is less than a batch of {options.batch_size} images.")
     pixels = load_images(images, options.data, "train")
     training = Training(budget, options.batch_size, seed=options.seed)
     channels, side = pixels.shape[1], pixels.shape[-1]
@@ -126,7 +130,8 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
             "test": figures,
             "versions": versions(),
             "command": f"python benchmarks/tables.py {options.table} --row {row.name} --sets {images} --data FOLDER"
-            f" --budget {budget} --batch-size {options.batch_size} --seed {options.seed}",
+            f" --budget {budget} --batch-size {options.batch_size} --seed {options.seed}"
+            f" --device {options.device.split(':')[0]}",
         },
     )
     print(
@@ -136,18 +141,47 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
 
 
 def measure_codecs(images: str, options: argparse.Namespace) -> None:
-    """JPEG and WebP on a thousand test images of a set, for the plots."""
+    """JPEG and WebP, and what raw pixels and lossless files take, on a thousand test images of a set, for the plots."""
     pixels = load_images(images, options.data, "test")[::10]
     curves = {codec: [asdict(point) for point in codec_curve(pixels, codec)] for codec in CODECS}
     command = f"python benchmarks/tables.py codecs --sets {images} --data FOLDER"
-    record = {"images": images, "count": len(pixels), "command": command, "codecs": curves, "versions": versions()}
-    write_result(RESULTS / f"codecs_{images}.json", record)
+    one_grey = torch.full_like(pixels[:1], 128)
+    record = {
+        "images": images,
+        "count": len(pixels),
+        "command": command,
+        "raw": 8 * pixels.shape[1],
+        "lossless": {"png": bits_per_pixel(pixels, "PNG", optimize=True), "webp": bits_per_pixel(pixels, "WEBP")},
+        "empty_jpeg": bits_per_pixel(one_grey, "JPEG", quality=1, optimize=True),
+        "codecs": curves,
+        "versions": versions(),
+    }
+    write_result(options.results / f"codecs_{images}.json", record)
+
+
+def bits_per_pixel(pixels: torch.Tensor, format: str, **settings) -> float:
+    """What files of images take, without loss where the format can: uint8 `(n, C, H, W)`."""
+    size = 0
+    for image in pixels:
+        file = io.BytesIO()
+        to_pil(image).save(file, format, **({"lossless": True} if format == "WEBP" else {}), **settings)
+        size += file.tell()
+    return 8 * size / (len(pixels) * pixels.shape[2] * pixels.shape[3])
 
 
 def run_apart(pairs: list[tuple[str, str]], options: argparse.Namespace) -> int:
     """Each pair of row and set in a process of its own, `options.jobs` at a time. Returns how many failed."""
     shared = [sys.executable, __file__, options.table, "--data", options.data, "--device", options.device]
-    shared += ["--work", options.work, "--batch-size", options.batch_size, "--seed", options.seed]
+    shared += [
+        "--work",
+        options.work,
+        "--results",
+        options.results,
+        "--batch-size",
+        options.batch_size,
+        "--seed",
+        options.seed,
+    ]
     shared += ["--feature-layer", options.feature_layer]
     for option in ("budget", "lpips_vgg_weights", "inception_weights"):
         if getattr(options, option) is not None:
@@ -165,19 +199,12 @@ def run_apart(pairs: list[tuple[str, str]], options: argparse.Namespace) -> int:
         return sum(code != 0 for code in pool.map(run, pairs))
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "table", choices=[*TABLES, "all", "codecs"], help="tables by their numbers in the paper, and further ones"
     )
-    parser.add_argument("--row", nargs="+", choices=ROWS, metavar="ROW", help="only these of its rows")
+    parser.add_argument("--row", nargs="+", metavar="ROW", help="only these of its rows")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="default: all three")
     parser.add_argument("--data", type=Path, required=True, help="folder of the sets' folders")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -186,16 +213,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--jobs", type=positive, default=1, help="rows that are trained at a time")
     parser.add_argument("--work", type=Path, default=Path("runs/tables"), help="folder of the checkpoints")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results/tables)"
+    )
     parser.add_argument("--lpips-vgg-weights", type=Path, help="without them LPIPS is not measured")
     parser.add_argument("--inception-weights", type=Path, help="torch-fidelity's; without them rFID is not measured")
     parser.add_argument("--feature-layer", default="2048", help="of rFID; 2048 is the published one")
     options = parser.parse_args()
     names = list(ROWS) if options.table == "all" else TABLES.get(options.table, [])
+    if options.table == "codecs" and options.row:
+        parser.error("codecs have no rows")
     for row in options.row or ():
         if row not in names:
-            parser.error(f"table {options.table} has the rows {', '.join(names)}, not {row!r}.")
-    if options.table == "codecs" and options.row:
-        parser.error("codecs have no rows.")
+            parser.error(f"table {options.table} has the rows {', '.join(names)}, not {row!r}")
     options.rows = [ROWS[name] for name in options.row or names]
     return options
 
@@ -213,23 +243,28 @@ def check(options: argparse.Namespace) -> None:
     of_library = any(row.name.startswith(("rq-", "fsq-", "lfq-", "rfsq-")) for row in options.rows)
     if of_library and importlib.util.find_spec("vector_quantize_pytorch") is None:
         raise UserError('RQ, FSQ, LFQ and residual FSQ need vector-quantize-pytorch: pip install -e ".[baselines]".')
-    check_folder(options.work)
+    for folder in (options.work, options.results):
+        check_folder(folder)
+    for images in options.sets:
+        check_files(images, options.data)
 
 
 def main() -> None:
-    options = parse()
-    pairs = [(row.name, images) for images in options.sets for row in options.rows]
     with one_line_errors():
+        options = parse()
+        pairs = [(row.name, images) for images in options.sets for row in options.rows]
         check(options)
-        if options.table == "codecs":
+        if options.table == "codecs" or (options.table == "all" and not options.row):
             for images in options.sets:
                 measure_codecs(images, options)
-        elif len(pairs) == 1:
+        if len(pairs) == 1:
             try:
                 run_row(options.rows[0], options.sets[0], options)
             except FloatingPointError as error:
                 sys.exit(f"error: {error}")
-        else:  # a process each: one that fails does not end the others
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("interrupted: the same command goes on from the last checkpoint") from None
+        elif pairs:  # a process each: one that fails does not end the others
             failed = run_apart(pairs, options)
             if failed:
                 sys.exit(f"error: {failed} of {len(pairs)} rows failed; the same command again repeats them.")

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from small_images import COUNTS
-from table_rows import PAPER_ROWS, ROWS, TABLES, VARIANTS
+from table_rows import PAPER_ROWS, ROWS, TABLES
+from tables_plot import draw_plot
 
-from looc_ldm.analysis.rate_distortion import Point, draw_rate_distortion
-from looc_ldm.analysis.style import new_figure, style
 from looc_ldm.files import replace_bytes, replace_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,21 +42,7 @@ def write_page(docs: Path = ROOT / "docs") -> None:
     results = load_results()
     published = json.loads((ROOT / "benchmarks" / "paper_tables.json").read_text())
     paper = published["tables"]
-    parts = [_head(results, published["source"]), *_summary(results, paper)]
-    plots = []
-    for images in NAMES:
-        chosen = _one_training(_of(results, images, TABLES["rates"]))
-        if len({result["test"]["clean"]["bits_per_pixel"] for result in chosen}) > 1:
-            replace_bytes(docs / f"rate_distortion_{images}.png", _plot(images, chosen, paper))
-            plots += [
-                f"![Quality over bits per pixel, {NAMES[images]}](rate_distortion_{images}.png)",
-                f"{NAMES[images]}, clean figures, of the {len(chosen)} rows that were trained for "
-                f"{_words_of_training(chosen[0])}. Hollow: what the paper states, after 500 epochs, of JPEGs (ours by "
-                "that protocol are in the tables). "
-                "Codecs: 1,000 of the test images, whole files with their headers.",
-            ]
-    if plots:
-        parts += ["## At equal bits", *plots]
+    parts = [_head(results, published["source"]), *_summary(results, paper), *_equal_bits(results, paper, docs)]
     shown = set()
     for table, title in TITLES.items():
         if table == "recipes":
@@ -85,25 +69,97 @@ def _head(results: list[dict], source: str) -> str:
 
 Written by `python benchmarks/readme.py tables` from what `benchmarks/tables.py` measured ({devices}).
 
-The paper's small VQ-VAE (f = 4, n_q = 128 unless a row says otherwise), Adam 3e-4, MSE / variance + quantizer loss, no
-augmentation. HVQ-VAE has networks of its own and a sum of squared errors, SQ-VAE the likelihood of a decoder with a
-learned variance; the losses of PQ's 32 codebooks are added, as published, unless a row says that they are averaged;
-VQ-VAE's commitment weight is on the commitment term, where the authors' code has it on the other.
-
-*Epochs* are images seen over the size of the whole training set, of which the last 5,000 images are held out and choose
-the checkpoint; **the authors chose theirs on the test set**. The published training has 500 epochs, of batches of 128:
-a shorter one shows order and trend, not the level. Figures are of the 10,000 test images unless they are called held
-out. *Clean* figures are of float images; those of the protocol *paper*, of JPEGs, stand beside the paper's
-([protocols](evaluation.md#protocols)). *Use* is the share of the codevectors that the test images use; *chosen at* is
-where the checkpoint is from if not from the end of the training. Bits per pixel are log2 K bits a code: methods of one
-table pay very different rates, which a table by K x d hides.
-
-The command that repeats a row is in its result file in `benchmarks/results/tables/`. Everything as it was published,
-on a GPU: `python benchmarks/tables.py all --data FOLDER --device cuda --jobs 8 --lpips-vgg-weights FILE
---inception-weights FILE`. MoVQ's modulated decoder, a switch of `LooCVQModel` (`norm_type="spatial"`), is in no row:
-it modulates norms, of which this small network has none.
+- **Network**: the paper's small VQ-VAE (f = 4, n_q = 128 unless a row says otherwise), Adam 3e-4, MSE / variance +
+  quantizer loss, no augmentation. HVQ-VAE has networks of its own and a sum of squared errors, SQ-VAE the likelihood of
+  a decoder with a learned variance. The losses of PQ's 32 codebooks are added, as published, unless a row says that
+  they are averaged; VQ-VAE's commitment weight is on the commitment term, where the authors' code has it on the other;
+  RQ starts by k-means. MoVQ's modulated decoder, a switch of `LooCVQModel` (`norm_type="spatial"`), is in no row: it
+  modulates norms, of which this network has none.
+- **Gradients** go straight through every quantizer, unless a row says *rotation trick*.
+- **Training**: *epochs* are images seen over the size of the whole training set, of which the last 5,000 images are
+  held out and choose the checkpoint; **the authors chose theirs on the test set**. The published training has 500
+  epochs, of batches of 128: a shorter one shows order and trend, not the level. One seed: a few tenths of a dB are
+  noise.
+- **Figures** are of the 10,000 test images unless they are called held out. *Clean* ones are of float images; those of
+  the protocol *paper*, of JPEGs and with another window of SSIM, stand beside the paper's
+  ([protocols](evaluation.md#protocols)). *Use* is the share of the codevectors that the test images use; *chosen at*,
+  images seen where the checkpoint is from, if not from the end of the training.
+- **Rates** are log2 K bits a code, over all pixels of an image. Methods of one table pay very different rates, which a
+  table by K x d hides, and many of LooC's at d = 4 are **above what lossless files of the same images take**
+  ([below](#at-equal-bits)): these tables compare quantizers in a network, not ways to store small images.
+- **Commands** stand at the tables; that of a single row is in its result file in `benchmarks/results/tables/`.
+  Everything as it was published, on a GPU: `python benchmarks/tables.py all --data FOLDER --device cuda --jobs 8
+  --lpips-vgg-weights FILE --inception-weights FILE`.
 
 The paper's figures: {source}"""
+
+
+def _equal_bits(results: list[dict], paper: dict, docs: Path) -> list[str]:
+    """For each set a plot of its rows, written into `docs`, and who is ahead at the rates that several pay."""
+    parts = []
+    for images in NAMES:
+        rows = _one_training(_of(results, images, TABLES["rates"]))
+        if len({result["test"]["clean"]["bits_per_pixel"] for result in rows}) < 2:
+            continue
+        file = RESULTS / f"codecs_{images}.json"
+        codecs = json.loads(file.read_text()) if file.is_file() else {}
+        title = f"{NAMES[images]}, test set, {_words_of_training(rows[0])}"
+        replace_bytes(docs / f"rate_distortion_{images}.png", draw_plot(images, rows, codecs, paper, title))
+        others = len({r["row"] for r in _of(results, images, TABLES["rates"])} - {r["row"] for r in rows})
+        left_out = f"; {others} further rows had another training" if others else ""
+        parts += [
+            f"### {NAMES[images]}",
+            f"![Quality over bits per pixel, {NAMES[images]}](rate_distortion_{images}.png)",
+            f"Clean figures of the {len(rows)} rows that were trained for {_words_of_training(rows[0])}{left_out}: "
+            f"{_command('rates', rows[0], images)}. Hollow: what the paper states, after 500 epochs, of JPEGs (ours by "
+            f"that protocol are in the tables). {_of_codecs(codecs)}",
+        ]
+        best = max((r for r in rows if _is_published_looc(r["row"])), key=_psnr, default=None)
+        cheaper = [r for r in rows if best and _psnr(r) > _psnr(best) + TIE and _rate(r) < _rate(best)]
+        if cheaper:
+            listed = "; ".join(_in_words(r) for r in sorted(cheaper, key=_rate))
+            parts.append(
+                f"Of the published rule of LooC, {_in_words(best)} is the highest. Higher for fewer bits: {listed}."
+            )
+        rates = defaultdict(list)
+        for result in rows:
+            rates[round(_rate(result), 2)].append(result)
+        lines = []
+        for rate, found in sorted(rates.items()):
+            if len(found) > 1:
+                found = sorted(found, key=_psnr, reverse=True)
+                lines.append([f"{rate:.3g}", "; ".join(f"{ROWS[r['row']].method} {_psnr(r):.2f}" for r in found)])
+        if lines:
+            parts.append(_markdown(["bits per pixel", "clean PSNR in dB, the highest first"], lines, numbers=False))
+    return ["## At equal bits", *parts] if parts else []
+
+
+def _of_codecs(record: dict) -> str:
+    """What the caption of a plot says of what images take without a model."""
+    if not record:
+        return ""
+    lossless = record["lossless"]
+    return (
+        f"Codecs: {record['count']:,} of the test images, whole files with their headers (a JPEG of one grey takes "
+        f"{record['empty_jpeg']:.3g} bits per pixel): `{record['command']}`. The same images raw: {record['raw']} bits "
+        f"per pixel; without loss {lossless['png']:.3g} as PNG, {lossless['webp']:.3g} as WebP."
+    )
+
+
+def _is_published_looc(row: str) -> bool:
+    return row.startswith("looc-") and row.count("-") == 1
+
+
+def _psnr(result: dict) -> float:
+    return result["test"]["clean"]["psnr"]
+
+
+def _rate(result: dict) -> float:
+    return result["test"]["clean"]["bits_per_pixel"]
+
+
+def _in_words(result: dict) -> str:
+    return f"{ROWS[result['row']].method}, {_psnr(result):.2f} dB at {_rate(result):.3g} bits per pixel"
 
 
 def _table(table: str, images: str, rows: list[dict], paper: dict) -> str:
@@ -116,12 +172,24 @@ def _table(table: str, images: str, rows: list[dict], paper: dict) -> str:
         lines.append((result["test"]["clean"]["bits_per_pixel"], _line(result, published)))
     if table == "rates":
         lines.sort(key=lambda pair: pair[0])
-    figures = [name for name in FIGURES if any(name in row["test"]["clean"] for row in rows)]
-    head = ["", "bits per pixel", "use", "chosen at"]
-    columns = [("clean", name) for name in CLEAN] + [(kind, name) for kind in KINDS[1:] for name in figures]
+    head = ["", "bits per pixel", "use", "chosen at (images)"]
+    columns = [("clean", name) for name in CLEAN] + [(kind, name) for kind in KINDS[1:] for name in FIGURES]
+    measured = {name for name in FIGURES if any(name in row["test"]["clean"] for row in rows)}
+    columns = [
+        (kind, name) for kind, name in columns if name in measured and any(line[kind, name] for _, line in lines)
+    ]
     head += [f"{HEADS[name]}, {KIND_NAMES[kind]}" for kind, name in columns]
     cells = [[*line["first"], *(line[column] for column in columns)] for _, line in lines]
-    return f"### {NAMES[images]}, {_words_of_training(rows[0])}\n\n{_markdown(head, cells)}"
+    heading = f"### {NAMES[images]}, {_words_of_training(rows[0])}"
+    return f"{heading}\n\n{_command(table, rows[0], images)}\n\n{_markdown(head, cells)}"
+
+
+def _command(table: str, result: dict, *sets: str) -> str:
+    """What makes the rows of a table like a result of it."""
+    return (
+        f"`python benchmarks/tables.py {table} --sets {' '.join(sets)} --data FOLDER --budget {result['budget']} "
+        f"--batch-size {result['batch_size']} --seed {result['seed']}`"
+    )
 
 
 def _summary(results: list[dict], paper: dict) -> list[str]:
@@ -143,31 +211,34 @@ def _summary(results: list[dict], paper: dict) -> list[str]:
                     *_training(result),
                     f"{figures['codebook_use']:.1%}",
                 ]
-                cells.append(f"{figures['psnr'] - published['psnr']:+.2f}")
-                cells.append(f"{result['test']['clean']['psnr']:.2f}")
                 for name in ("psnr", "ssim", "l1", "lpips_vgg"):
                     ours = FIGURES[name].format(figures[name]) if name in figures else "-"
                     cells.append(f"{ours} / {FIGURES[name].format(published[name])}")
-                cells.append(_last_doubling(result))
+                cells.insert(-3, f"{figures['psnr'] - published['psnr']:+.2f}")
+                cells += [_last_doubling(result), f"{result['test']['clean']['psnr']:.2f}"]
                 levels.append(cells)
     parts = []
     if orders:
-        head = ["table", "images", "epochs", "batch", "pairs", "in the paper's order", "the others"]
-        head.append("without a figure in the paper")
+        head = ["table", "images", "epochs", "batch", "pairs", f"closer than {TIE} dB", "in the paper's order"]
+        head += ["the others", "without a figure in the paper"]
         parts.append(
             "Of all pairs of rows of one table and one training for which the paper has figures, how many stand in its "
-            "order by PSNR. More bits per pixel mostly mean a higher PSNR, so that agreement alone says little."
+            f"order by PSNR, protocol *paper*; pairs that are closer than {TIE} dB here are not judged, and trainings "
+            "with fewer than three such rows are left out. More bits per pixel mostly mean a higher PSNR, so that "
+            "agreement alone says little."
         )
         parts.append(_markdown(head, orders))
     if levels:
-        head = ["", "images", "epochs", "batch", "use", "PSNR, difference", "PSNR, clean", "PSNR, ours / the paper's"]
+        head = ["row", "images", "epochs", "batch", "use", "PSNR, ours / the paper's", "difference"]
+        head += ["SSIM, ours / the paper's", "L1, ours / the paper's", "LPIPS, ours / the paper's"]
         parts.append(
-            "The level, protocol *paper*, of the longest training of each row. *Last doubling* is about what the "
-            "held-out PSNR gained from half of the images seen to all of them: as long as it is whole decibels, the "
-            "training is too short to say which level a method reaches. From two epochs to the published 500 there "
-            "are eight doublings of the images, and five of the steps, whose batches are larger there."
+            "The level of 32×4 and 256×4, protocol *paper*, of the longest training of each row. The paper's figure "
+            "is that of its own rule, whatever rule ours is of. *Last doubling* is about what the held-out PSNR gained "
+            "from half of the images seen to all of them: as long as it is whole decibels, the training is too short "
+            "to say which level a method reaches. From two epochs in batches of 16 to the published 500 in batches of "
+            "128 there are eight doublings of the images and five of the steps."
         )
-        parts.append(_markdown([*head, "SSIM", "L1", "LPIPS", "last doubling"], levels))
+        parts.append(_markdown([*head, "last doubling, held out", "PSNR, clean"], levels))
     return ["## How close to the paper", *parts] if parts else []
 
 
@@ -193,14 +264,15 @@ def _order(table: str, images: str, results: list[dict], paper: dict) -> list[li
         if len(pairs_of_psnr) < 3:
             continue
         pairs = list(combinations(pairs_of_psnr.items(), 2))
+        told = [((a, ours), (b, theirs)) for (a, ours), (b, theirs) in pairs if abs(ours[0] - theirs[0]) >= TIE]
         differ = [
             f"{a.removeprefix('looc-')} and {b.removeprefix('looc-')}"
-            for (a, (our_a, their_a)), (b, (our_b, their_b)) in pairs
+            for (a, (our_a, their_a)), (b, (our_b, their_b)) in told
             if (our_a - our_b) * (their_a - their_b) <= 0
         ]
-        cells = [table, NAMES[images], *_training(training[0]), str(len(pairs))]
+        cells = [table, NAMES[images], *_training(training[0]), str(len(pairs)), str(len(pairs) - len(told))]
         unknown = [row["row"] for row in training if row["row"] not in pairs_of_psnr]
-        agreement = f"{1 - len(differ) / len(pairs):.0%}"
+        agreement = f"{len(told) - len(differ)} of {len(told)}"
         lines.append([*cells, agreement, "; ".join(differ), ", ".join(unknown)])
     return lines
 
@@ -222,12 +294,12 @@ def _words_of_training(result: dict) -> str:
     return f"{epochs} epoch{'' if epochs == '1' else 's'} with batches of {batch} and seed {result['seed']}"
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def _markdown(head: list[str], rows: list[list[str]], numbers: bool = True) -> str:
+    lines = [head, ["---", *["---:" if numbers else "---"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-LEGEND_COLUMNS = 2
+TIE = 0.2  # dB; figures of one seed that are closer say nothing about an order
 LEVELS = ("", "-rotation", "-ema", "-ema-rotation")  # variants whose level stands beside the paper's
 KIND_NAMES = {"clean": "clean", "paper": "paper protocol", "published": "the paper's"}
 KINDS = tuple(KIND_NAMES)
@@ -268,13 +340,16 @@ def _recipes(title: str, results: list[dict]) -> list[str]:
         rate = next(iter(found.values()))["test"]["clean"]["bits_per_pixel"]
         training = f"{budget:,} images in batches of {batch}, seed {seed}"
         parts.append(f"### {size.replace('x', '×')}, {training}: {rate:.3g} bits per pixel")
+        first = next(iter(found.values()))
+        parts.append(f"{_command('recipes', first, *sets)[:-1]} --row {' '.join(rows)}`")
         cells = [[ROWS[row].method, *(_held_out(found.get((row, images))) for images in sets)] for row in rows]
         parts.append(_markdown(["", *(NAMES[images] for images in sets)], cells))
     if not parts:
         return []
     words = (
-        "Clean PSNR in dB of the held-out training images (of the mean squared error of all), at equal bits and equal "
-        "images seen; figures of the test images are in the tables below. One seed each: a few tenths are noise."
+        "PSNR in dB of the held-out training images, of float images and of the mean squared error of all of them, at "
+        "equal bits and equal images seen. Figures of the test images are in the tables below; more starts and rules, "
+        "after shorter trainings, are [on a page of their own](quantizer_recipes.md)."
     )
     return [f"## {title}", words, *parts, *_by_rotation(trainings)]
 
@@ -311,62 +386,5 @@ def _by_training(results: list[dict]) -> list[list[dict]]:
 
 
 def _one_training(results: list[dict]) -> list[dict]:
-    """Of one training only (budget, batch, seed): that of most rows, and of those the longest."""
-    return max(_by_training(results), key=lambda rows: (len(rows), rows[0]["budget"]), default=[])
-
-
-def _plot(images: str, results: list[dict], paper: dict) -> bytes:
-    """PSNR and SSIM, clean, over bits per pixel: every quantizer, JPEG and WebP, and what the paper states of LooC."""
-    file = RESULTS / f"codecs_{images}.json"
-    codecs = {}
-    if file.is_file():
-        stored = json.loads(file.read_text())["codecs"]
-        codecs = {name: [Point(**point) for point in points] for name, points in stored.items()}
-    families = defaultdict(list)
-    for result in results:
-        families[_family(result["row"])].append(result["test"]["clean"])
-    with style():
-        legend_rows = math.ceil((len(families) + len(codecs) + 1) / LEGEND_COLUMNS)
-        figure = new_figure(3.0 + 0.2 * legend_rows)
-        for number, name in enumerate(("psnr", "ssim")):
-            axes = figure.add_subplot(1, 2, number + 1)
-            draw_rate_distortion(axes, codecs, [], name)
-            for color, (family, points) in enumerate(sorted(families.items())):
-                points = sorted(points, key=lambda point: point["bits_per_pixel"])
-                axes.plot(
-                    [point["bits_per_pixel"] for point in points],
-                    [point[name] for point in points],
-                    marker="os^vDP*X<>"[color % 10],
-                    linestyle="none" if family.startswith("LooC") else "-",
-                    linewidth=1,
-                    markersize=5,
-                    label=family,
-                )
-            stated = _of_paper(images, paper, name)
-            axes.plot(*zip(*stated, strict=True), "^", mfc="none", color="0.5", markersize=5, label="LooC, the paper")
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=LEGEND_COLUMNS)
-        figure.suptitle(f"{NAMES[images]}, test set, {_words_of_training(results[0])}")
-        content = BytesIO()
-        figure.savefig(content, format="png", dpi=130)
-    return content.getvalue()
-
-
-def _of_paper(images: str, paper: dict, figure: str) -> list[tuple[float, float]]:
-    """Bits per pixel and a figure of the LooC rows of Tables 3, 4 and 5."""
-    rows = {row: paper[table][name] for table in ("3", "4", "5") for row, name in PAPER_ROWS[table].items()}
-    pixels_per_position = 16  # f = 4
-    return [
-        (ROWS[row].make().bits_per_position / pixels_per_position, figures[images][figure])
-        for row, figures in rows.items()
-    ]
-
-
-def _family(row: str) -> str:
-    kind = row.split("-")[0]
-    if kind != "looc":
-        return {"pq": "PQ", "rq": "RQ", "rfsq": "residual FSQ", "factorized": "ViT-VQGAN"}.get(kind, kind.upper())
-    variant = next(name for name in sorted(VARIANTS, key=len, reverse=True) if row.endswith(name))
-    if variant:
-        return f"LooC, {VARIANTS[variant][1]}"
-    return "LooC, published rule, s > 1" if "-s" in row else "LooC, published rule"
+    """Of one training only (budget, batch, seed): that of most rates, and of those the longest."""
+    return max(_by_training(results), key=lambda rows: (len(set(map(_rate, rows))), rows[0]["budget"]), default=[])

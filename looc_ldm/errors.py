@@ -67,5 +67,5 @@ def one_line_errors() -> Iterator[None]:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        print_once(f"\n{interrupt or 'interrupted'}", file=sys.stderr)
+        print_once(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
         sys.exit(143 if isinstance(interrupt, Terminated) else 130)

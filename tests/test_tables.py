@@ -104,6 +104,7 @@ def test_a_row_leaves_a_result_that_the_page_shows_beside_the_papers(scripts, tm
         return {"train": pixels, "test": test_pixels}[split]
 
     monkeypatch.setattr(tables, "load_images", load_images)
+    monkeypatch.setattr(tables, "check_files", lambda name, root: None)
     for row in ("looc-32x4", "looc-32x4-ema", "rq-256x128-depth2"):
         command = ["tables.py", "all", "--row", row, "--sets", "mnist", "--data", ".", "--device", "cpu"]
         monkeypatch.setattr("sys.argv", [*command, "--budget", "32", "--batch-size", "8", "--work", str(tmp_path)])
@@ -136,11 +137,14 @@ def test_a_row_leaves_a_result_that_the_page_shows_beside_the_papers(scripts, tm
 
 
 def test_the_page_counts_which_pairs_stand_in_the_papers_order(scripts):
-    """Table 5 on MNIST, where the paper has 24x4 above 32x4: here everything rises with K but 512x4."""
+    """Table 5 on MNIST, where the paper has 24x4 above 32x4: here everything rises with K but 512x4.
+
+    16x4 and 64x4 are too close to each other to be judged.
+    """
     import tables_page
 
     paper = json.loads((BENCHMARKS / "paper_tables.json").read_text())["tables"]
-    psnr = {"16x4": 20.0, "24x4": 21.0, "32x4": 22.0, "512x4": 20.5}
+    psnr = {"16x4": 20.0, "24x4": 21.0, "32x4": 22.0, "64x4": 20.1, "512x4": 20.5}
     results = [
         {
             "row": f"looc-{size}",
@@ -154,7 +158,8 @@ def test_the_page_counts_which_pairs_stand_in_the_papers_order(scripts):
         for size, value in psnr.items()
     ]
     (line,) = tables_page._order("5", "mnist", results, paper)
-    assert line == ["5", "MNIST", "1", "16", "6", "50%", "24x4 and 32x4; 24x4 and 512x4; 32x4 and 512x4", ""]
+    others = "24x4 and 32x4; 24x4 and 64x4; 24x4 and 512x4; 32x4 and 64x4; 32x4 and 512x4"
+    assert line == ["5", "MNIST", "1", "16", "10", "1", "4 of 9", others, ""]
     assert tables_page._order("5", "mnist", results[:2], paper) == []
 
 
@@ -214,11 +219,19 @@ def test_a_checkpoint_of_another_quantizer_is_refused(scripts, tmp_path, monkeyp
         (["--device", "nothing"], "--device 'nothing' cannot be used"),
         (["--inception-weights", "nowhere.pth"], "--inception-weights: no file 'nowhere.pth'"),
         (["--data", "nowhere"], "no train-images-idx3-ubyte or train-images-idx3-ubyte.gz in 'nowhere/mnist'"),
+        (["--data", "half"], "no t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz in 'half/mnist'"),
+        (["--data", "half", "--row", "looc-32x4", "looc-256x4"], "no t10k-images-idx3-ubyte or"),  # once, not for each
         (["--work", "/dev/null/x"], "cannot write to '/dev/null/x'"),
+        (["--results", "/dev/null/x"], "cannot write to '/dev/null/x'"),
+        (["--row", "looc-64x4", "vq-512x64"], "table 5 has the rows looc-16x4, looc-24x4,"),
+        (["--budget", "0"], "must be a positive whole number, got '0'"),
     ],
 )
 def test_bad_input_is_one_line(scripts, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(scripts[2], "RESULTS", tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "half" / "mnist").mkdir(parents=True)
+    (tmp_path / "half" / "mnist" / "train-images-idx3-ubyte").touch()
     command = ["tables.py", "5", "--row", "looc-32x4", "--sets", "mnist", "--data", "nowhere", "--device", "cpu"]
     monkeypatch.setattr("sys.argv", [*command, "--work", str(tmp_path), "--budget", "16", *arguments])
     with pytest.raises(SystemExit) as exit:

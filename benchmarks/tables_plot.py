@@ -1,0 +1,130 @@
+"""Rate and distortion of the rows of benchmarks/tables.py as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from io import BytesIO
+
+from table_rows import PAPER_ROWS, ROWS, VARIANTS
+
+from looc_ldm.analysis.rate_distortion import Point, draw_rate_distortion
+from looc_ldm.analysis.style import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, new_figure, style
+
+LEGEND_COLUMNS = 3
+# A colour for each method, the same in every plot; the last three are of Paul Tol's "muted" scheme (2021).
+METHODS = {
+    "looc": ("LooC", BLUE),
+    "vq": ("VQ-VAE", "black"),
+    "cvq": ("CVQ-VAE", PURPLE),
+    "hvq": ("HVQ-VAE", "0.5"),
+    "sq": ("SQ-VAE", ORANGE),
+    "pq": ("PQ", RED),
+    "rq": ("RQ", GREEN),
+    "factorized": ("ViT-VQGAN", SKY),
+    "fsq": ("FSQ", "#999933"),
+    "lfq": ("LFQ", "#882255"),
+    "rfsq": ("residual FSQ", "#44aa99"),
+}
+# A marker for each way in which the codebook learns.
+MARKERS = {
+    "": "o",
+    "-rotation": "D",
+    "-ema": "s",
+    "-ema-rotation": "^",
+    "-ema-rotation-random": "v",
+    "-ema-rotation-euclidean": ">",
+}
+SHORT = {"-ema-rotation": "our default"}
+POSITION_PIXELS = 16  # pixels of a latent position, f = 4
+
+
+def draw_plot(images: str, results: list[dict], codecs: dict, paper: dict, title: str) -> bytes:
+    """PSNR and SSIM, clean, over bits per pixel, as a PNG.
+
+    Args:
+        images: Name of the set.
+        results: Of one training.
+        codecs: The record of `tables.measure_codecs`, or nothing.
+        paper: The tables of the paper.
+        title: Above the picture.
+    """
+    curves = {name: [Point(**point) for point in points] for name, points in codecs.get("codecs", {}).items()}
+    families = defaultdict(list)
+    for result in results:
+        families[_family(result["row"])].append(result["test"]["clean"])
+    stated = _of_paper(images, paper)
+    with style():
+        entries = len(families) + len(curves) + 1
+        figure = new_figure(3.0 + 0.18 * math.ceil(entries / LEGEND_COLUMNS))
+        for number, name in enumerate(("psnr", "ssim")):
+            axes = figure.add_subplot(1, 2, number + 1)
+            draw_rate_distortion(axes, curves, [], name)
+            if codecs:
+                for rate, word in ((codecs["lossless"]["webp"], "lossless WebP"), (codecs["raw"], "raw")):
+                    axes.axvline(rate, color="0.75", linewidth=0.8, zorder=0)
+                    place = (rate, 0.02)
+                    axes.annotate(
+                        word,
+                        place,
+                        xycoords=("data", "axes fraction"),
+                        rotation=90,
+                        fontsize=7,
+                        color="0.5",
+                        ha="left",
+                    )
+            for kind, rows in stated.items():
+                points = [(rate, figures[name]) for rate, figures in rows if name in figures]
+                label = None if any(kind == family[0] for family in families) else METHODS[kind][0]
+                axes.plot(
+                    *zip(*points, strict=True), "o", mfc="none", color=METHODS[kind][1], markersize=5, label=label
+                )
+            for (kind, variant, several), points in sorted(families.items(), key=_place):
+                words = ", ".join(filter(None, [METHODS[kind][0], _rule(kind, variant), "s > 1" if several else ""]))
+                axes.plot(
+                    [point["bits_per_pixel"] for point in points],
+                    [point[name] for point in points],
+                    marker="P" if several else MARKERS[variant],
+                    color=METHODS[kind][1],
+                    linestyle="none",
+                    markersize=5,
+                    markeredgecolor="white",
+                    markeredgewidth=0.4,
+                    label=words,
+                )
+            axes.plot([], [], "o", mfc="none", color="0.3", markersize=5, label="hollow: the paper's figure")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=LEGEND_COLUMNS)
+        figure.suptitle(title)
+        content = BytesIO()
+        figure.savefig(content, format="png", dpi=150)
+    return content.getvalue()
+
+
+def _of_paper(images: str, paper: dict) -> dict[str, list[tuple[float, dict]]]:
+    """By method, the rate and the figures of each row that the paper has of this set."""
+    rows = {row: paper[table][name] for table in PAPER_ROWS for row, name in PAPER_ROWS[table].items()}
+    found = defaultdict(list)
+    for row, figures in rows.items():
+        if ROWS[row].whole_model or "psnr" not in figures.get(images, {}):
+            continue
+        quantizer = ROWS[row].make(1) if ROWS[row].anneals else ROWS[row].make()
+        found[row.split("-")[0]].append((quantizer.bits_per_position / POSITION_PIXELS, figures[images]))
+    return found
+
+
+def _family(row: str) -> tuple[str, str, bool]:
+    """Method, how its codebook learns (the end of the row's name), and whether it interpolates."""
+    variant = next(name for name in sorted(VARIANTS, key=len, reverse=True) if row.endswith(name))
+    return row.split("-")[0], variant, any(row.endswith(f"-s{s}") for s in (2, 3, 4))
+
+
+def _rule(kind: str, variant: str) -> str:
+    if not variant:
+        return "published rule" if kind == "looc" else ""
+    return SHORT.get(variant, VARIANTS[variant][1].removeprefix("published rule, "))
+
+
+def _place(family: tuple) -> tuple:
+    (kind, variant, several), _ = family
+    return list(METHODS).index(kind), list(VARIANTS).index(variant), several
