@@ -25,9 +25,11 @@ import bundle_fashion_mnist
 import torch
 
 from looc_ldm import LooCLDMPipeline
+from looc_ldm.arguments import Parser, positive
 from looc_ldm.card import MARK, write_card
 from looc_ldm.errors import UserError, one_line_errors
 from looc_ldm.files import replace_text, write_image
+from looc_ldm.metrics.extractors import LAYERS
 from looc_ldm.model_facts import shareable
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.report import side_by_side
@@ -81,9 +83,9 @@ def ship(run: Path, options: argparse.Namespace) -> None:
     write_image(draw(folder, options.guidance_scale), half / "samples.png")
 
     data, records = options.work / "fashion-mnist", [half / f"{name}.json" for name in ("reconstruction", "generation")]
-    inception = []
+    inception = ["--feature-layer", options.feature_layer]
     if options.inception_weights is not None:
-        inception = ["--inception-weights", options.inception_weights, "--feature-layer", options.feature_layer]
+        inception += ["--inception-weights", options.inception_weights]
     validation = ["--split", "validation", "--output"]
     call("evaluate", "reconstruction", folder, "--data", data, *validation, records[0])
     samples = SAMPLES if options.rehearse is None else SAMPLES // 10
@@ -143,10 +145,10 @@ def card(text: str, options: argparse.Namespace) -> str:
         "the repository's README. The bundled data set `fashion_mnist` is a part of the 55,000. Fashion-MNIST is (c) "
         "2017 Zalando SE, MIT licence.\n\n"
     )
-    limits = (
-        "A small demonstration: ten kinds of garments, grey, 32x32 pixels. FID of 768 features does not compare with "
-        "published FIDs, which use 2,048.\n\n"
-    )
+    limits = "A small demonstration: ten kinds of garments, grey, 32x32 pixels."
+    if options.feature_layer != "2048":
+        layer = options.feature_layer
+        limits += f" FID of {layer} features does not compare with published FIDs, which use 2,048."
     drawn = f"num_inference_steps={STEPS}, guidance_scale={options.guidance_scale:g}"
     for pattern, replacement in (
         (re.escape(f"\n\n{MARK}"), ""),
@@ -157,7 +159,7 @@ def card(text: str, options: argparse.Namespace) -> str:
         (r"```\n\nor, where .*?\n\n", "```\n\n"),  # of models on the hub
         (r"All settings are in `config.yaml`.\n\n", ""),
         ("## Licence", made + "## Licence"),
-        ("## Use", limits + "## Use"),
+        ("## Use", limits + "\n\n## Use"),
     ):
         text, count = re.subn(pattern, replacement, text, count=1, flags=re.DOTALL)
         if not count:
@@ -166,17 +168,19 @@ def card(text: str, options: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="folder of train- and t10k-images-idx3-ubyte.gz and their labels")
     parser.add_argument("--work", type=Path, help="default: runs/starter, or runs/starter_rehearsal")
     parser.add_argument("--lpips-weights", type=Path, help="AlexNet's; torchvision downloads them if not given")
     parser.add_argument("--inception-weights", type=Path, help="torch-fidelity's; downloaded if not given")
-    parser.add_argument("--feature-layer", default="768", help="that of the shipped card's figures (default: 768)")
+    parser.add_argument(
+        "--feature-layer", choices=LAYERS, default="768", help="of the FID; that of the shipped card (default: 768)"
+    )
     parser.add_argument("--guidance-scale", type=float, default=1.5, help="as chosen on the held-out images")
-    parser.add_argument("--rehearse", type=int, metavar="IMAGES", help="train on so few images, ship nothing")
-    options = parser.parse_args()
-    options.work = options.work or Path("runs/starter" if options.rehearse is None else "runs/starter_rehearsal")
+    parser.add_argument("--rehearse", type=positive, metavar="IMAGES", help="train on so few images, ship nothing")
     with one_line_errors():
+        options = parser.parse_args()
+        options.work = options.work or Path("runs/starter" if options.rehearse is None else "runs/starter_rehearsal")
         check(options)
         try:
             ship(train(options), options)

@@ -5,14 +5,16 @@
     python benchmarks/tables.py rates --data FOLDER --device cuda --jobs 8   every quantizer, eight at a time
     python benchmarks/tables.py 5 --data FOLDER --budget 60000 --batch-size 16 --jobs 2      one epoch, without a GPU
     python benchmarks/tables.py codecs --data FOLDER                      JPEG and WebP, for the plots
+    python benchmarks/tables.py all --data FOLDER --device cuda --jobs 8  all rows, and the codecs
     python benchmarks/readme.py tables                                    docs/tables.md from all results
 
 A row is trained once for each set of images, however many tables it stands in. Its result is a file in --results, and
 rows that have one are left alone; those in benchmarks/results/tables are what the page shows, so try things out with
-another folder. A run that was interrupted goes on from its last checkpoint in --work, one every 25,000 images or, of a
-long training, a fiftieth of it. The network is the paper's small VQ-VAE, Adam 3e-4, the published loss (HVQ-VAE and
-SQ-VAE have theirs, docs/tables.md). Checkpoints are chosen on the last 5,000 *training* images; the authors chose
-theirs on the test set. The test set is read once, at the end, under both protocols (docs/evaluation.md).
+another folder, which then has the checkpoints too. A run that was interrupted goes on from its last checkpoint in
+--work, one every 25,000 images or, of a long training, a fiftieth of it. The network is the paper's small VQ-VAE, Adam
+3e-4, the published loss (HVQ-VAE and SQ-VAE have theirs, docs/tables.md). Checkpoints are chosen on the last 5,000
+*training* images; the authors chose theirs on the test set. The test set is read once, at the end, under both protocols
+(docs/evaluation.md).
 
 --data holds the folders fashion_mnist and mnist, with train- and t10k-images-idx3-ubyte(.gz), and cifar10, with
 data_batch_1 to 5 and test_batch, as the binary version's .bin or as .png of a row an image.
@@ -34,7 +36,7 @@ from pathlib import Path
 
 import torch
 from small_images import COUNTS, SETS, check_files, load_images
-from small_vqvae import Training, train, write_result
+from small_vqvae import HELD_OUT, Training, train, write_result
 from table_rows import ROWS, TABLES, Row
 
 from looc_ldm import LooCSmallVQModel
@@ -45,6 +47,7 @@ from looc_ldm.errors import UserError, one_line_errors
 from looc_ldm.files import check_folder
 from looc_ldm.images import to_float, to_pil
 from looc_ldm.metrics import InceptionFeatures, evaluate_reconstruction
+from looc_ldm.metrics.extractors import LAYERS
 from looc_ldm.metrics.lpips import load_lpips
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tables"
@@ -100,8 +103,6 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
     if is_there(file, options):
         print(f"{file.name} is there.", flush=True)
         return
-    if budget < options.batch_size:
-        raise UserError(f"--budget {budget} is less than a batch of {options.batch_size} images.")
     pixels = load_images(images, options.data, "train")
     training = Training(budget, options.batch_size, seed=options.seed)
     channels, side = pixels.shape[1], pixels.shape[-1]
@@ -141,7 +142,14 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
 
 
 def measure_codecs(images: str, options: argparse.Namespace) -> None:
-    """JPEG and WebP, and what raw pixels and lossless files take, on a thousand test images of a set, for the plots."""
+    """JPEG and WebP, and what raw pixels and lossless files take, on a thousand test images of a set, for the plots.
+
+    `all` leaves alone what is there, `codecs` measures anew.
+    """
+    file = options.results / f"codecs_{images}.json"
+    if options.table == "all" and file.is_file():
+        print(f"{file.name} is there.", flush=True)
+        return
     pixels = load_images(images, options.data, "test")[::10]
     curves = {codec: [asdict(point) for point in codec_curve(pixels, codec)] for codec in CODECS}
     command = f"python benchmarks/tables.py codecs --sets {images} --data FOLDER"
@@ -151,39 +159,32 @@ def measure_codecs(images: str, options: argparse.Namespace) -> None:
         "count": len(pixels),
         "command": command,
         "raw": 8 * pixels.shape[1],
-        "lossless": {"png": bits_per_pixel(pixels, "PNG", optimize=True), "webp": bits_per_pixel(pixels, "WEBP")},
+        "lossless": {
+            "png": bits_per_pixel(pixels, "PNG", optimize=True),
+            "webp": bits_per_pixel(pixels, "WEBP", lossless=True),
+        },
         "empty_jpeg": bits_per_pixel(one_grey, "JPEG", quality=1, optimize=True),
         "codecs": curves,
         "versions": versions(),
     }
-    write_result(options.results / f"codecs_{images}.json", record)
+    write_result(file, record)
 
 
 def bits_per_pixel(pixels: torch.Tensor, format: str, **settings) -> float:
-    """What files of images take, without loss where the format can: uint8 `(n, C, H, W)`."""
+    """What files of images take, uint8 `(n, C, H, W)`, a file each."""
     size = 0
     for image in pixels:
         file = io.BytesIO()
-        to_pil(image).save(file, format, **({"lossless": True} if format == "WEBP" else {}), **settings)
+        to_pil(image).save(file, format, **settings)
         size += file.tell()
     return 8 * size / (len(pixels) * pixels.shape[2] * pixels.shape[3])
 
 
 def run_apart(pairs: list[tuple[str, str]], options: argparse.Namespace) -> int:
     """Each pair of row and set in a process of its own, `options.jobs` at a time. Returns how many failed."""
-    shared = [sys.executable, __file__, options.table, "--data", options.data, "--device", options.device]
-    shared += [
-        "--work",
-        options.work,
-        "--results",
-        options.results,
-        "--batch-size",
-        options.batch_size,
-        "--seed",
-        options.seed,
-    ]
-    shared += ["--feature-layer", options.feature_layer]
-    for option in ("budget", "lpips_vgg_weights", "inception_weights"):
+    shared = [sys.executable, __file__, options.table]
+    names = ("data", "device", "work", "results", "batch_size", "seed", "budget")
+    for option in (*names, "feature_layer", "lpips_vgg_weights", "inception_weights"):
         if getattr(options, option) is not None:
             shared += [f"--{option.replace('_', '-')}", getattr(options, option)]
 
@@ -212,21 +213,31 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=positive, default=128)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--jobs", type=positive, default=1, help="rows that are trained at a time")
-    parser.add_argument("--work", type=Path, default=Path("runs/tables"), help="folder of the checkpoints")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="folder of the checkpoints (default: runs/tables, or checkpoints in another folder of results)",
+    )
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results/tables)"
     )
     parser.add_argument("--lpips-vgg-weights", type=Path, help="without them LPIPS is not measured")
     parser.add_argument("--inception-weights", type=Path, help="torch-fidelity's; without them rFID is not measured")
-    parser.add_argument("--feature-layer", default="2048", help="of rFID; 2048 is the published one")
+    parser.add_argument(
+        "--feature-layer", choices=LAYERS, default="2048", help="of rFID; 2048 is the published one (default: 2048)"
+    )
     options = parser.parse_args()
+    if options.work is None:
+        is_page = options.results.resolve() == RESULTS.resolve()
+        options.work = Path("runs/tables") if is_page else options.results / "checkpoints"
     names = list(ROWS) if options.table == "all" else TABLES.get(options.table, [])
     if options.table == "codecs" and options.row:
         parser.error("codecs have no rows")
     for row in options.row or ():
         if row not in names:
             parser.error(f"table {options.table} has the rows {', '.join(names)}, not {row!r}")
-    options.rows = [ROWS[name] for name in options.row or names]
+    options.rows = [ROWS[name] for name in dict.fromkeys(options.row or names)]
+    options.sets = list(dict.fromkeys(options.sets))
     return options
 
 
@@ -243,6 +254,11 @@ def check(options: argparse.Namespace) -> None:
     of_library = any(row.name.startswith(("rq-", "fsq-", "lfq-", "rfsq-")) for row in options.rows)
     if of_library and importlib.util.find_spec("vector_quantize_pytorch") is None:
         raise UserError('RQ, FSQ, LFQ and residual FSQ need vector-quantize-pytorch: pip install -e ".[baselines]".')
+    smallest = min(COUNTS[images] for images in options.sets) - HELD_OUT
+    if options.batch_size > smallest:
+        raise UserError(f"--batch-size {options.batch_size} is more than {smallest} training images.")
+    if options.budget is not None and options.budget < options.batch_size:
+        raise UserError(f"--budget {options.budget} is less than a batch of {options.batch_size} images.")
     for folder in (options.work, options.results):
         check_folder(folder)
     for images in options.sets:
@@ -254,20 +270,21 @@ def main() -> None:
         options = parse()
         pairs = [(row.name, images) for images in options.sets for row in options.rows]
         check(options)
-        if options.table == "codecs" or (options.table == "all" and not options.row):
-            for images in options.sets:
-                measure_codecs(images, options)
-        if len(pairs) == 1:
-            try:
+        try:
+            if options.table == "codecs" or (options.table == "all" and not options.row):
+                for images in options.sets:
+                    measure_codecs(images, options)
+            if len(pairs) == 1:
                 run_row(options.rows[0], options.sets[0], options)
-            except FloatingPointError as error:
-                sys.exit(f"error: {error}")
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt("interrupted: the same command goes on from the last checkpoint") from None
-        elif pairs:  # a process each: one that fails does not end the others
-            failed = run_apart(pairs, options)
-            if failed:
-                sys.exit(f"error: {failed} of {len(pairs)} rows failed; the same command again repeats them.")
+            elif pairs:  # a process each: one that fails does not end the others
+                failed = run_apart(pairs, options)
+                if failed:
+                    sys.exit(f"error: {failed} of {len(pairs)} rows failed; the same command again repeats them.")
+        except FloatingPointError as error:
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            kept = "interrupted: results and checkpoints are kept, the same command goes on from them"
+            raise KeyboardInterrupt(kept) from None
 
 
 if __name__ == "__main__":

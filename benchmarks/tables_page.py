@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
 from small_images import COUNTS
 from table_rows import PAPER_ROWS, ROWS, TABLES
-from tables_plot import draw_plot
+from tables_plot import draw_plot, family_of
 
 from looc_ldm.files import replace_bytes, replace_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "tables"
+TIE = 0.2  # dB; figures of one seed that are closer say nothing about an order
 NAMES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 TITLES = {
     "1": "Tables 1 and 8: LooC against others, at their published sizes",
@@ -30,6 +31,7 @@ TITLES = {
 }
 FIGURES = {"psnr": "{:.2f}", "ssim": "{:.4f}", "l1": "{:.4f}", "lpips_vgg": "{:.4f}", "rfid@2048": "{:.2f}"}
 HEADS = {"psnr": "PSNR", "ssim": "SSIM", "l1": "L1", "lpips_vgg": "LPIPS", "rfid@2048": "rFID"}
+PUBLISHED_EPOCHS = 500
 CLEAN = ("psnr", "ssim")  # of the protocol clean
 
 
@@ -85,8 +87,7 @@ Written by `python benchmarks/readme.py tables` from what `benchmarks/tables.py`
   ([protocols](evaluation.md#protocols)). *Use* is the share of the codevectors that the test images use; *chosen at*,
   images seen where the checkpoint is from, if not from the end of the training.
 - **Rates** are log2 K bits a code, over all pixels of an image. Methods of one table pay very different rates, which a
-  table by K x d hides, and many of LooC's at d = 4 are **above what lossless files of the same images take**
-  ([below](#at-equal-bits)): these tables compare quantizers in a network, not ways to store small images.
+  table by K x d hides{_above_lossless(results)}.
 - **Commands** stand at the tables; that of a single row is in its result file in `benchmarks/results/tables/`.
   Everything as it was published, on a GPU: `python benchmarks/tables.py all --data FOLDER --device cuda --jobs 8
   --lpips-vgg-weights FILE --inception-weights FILE`.
@@ -105,33 +106,50 @@ def _equal_bits(results: list[dict], paper: dict, docs: Path) -> list[str]:
         codecs = json.loads(file.read_text()) if file.is_file() else {}
         title = f"{NAMES[images]}, test set, {_words_of_training(rows[0])}"
         replace_bytes(docs / f"rate_distortion_{images}.png", draw_plot(images, rows, codecs, paper, title))
-        others = len({r["row"] for r in _of(results, images, TABLES["rates"])} - {r["row"] for r in rows})
-        left_out = f"; {others} further rows had another training" if others else ""
+        longer = [r for r in _of(results, images, TABLES["rates"]) if r["images_seen"] > rows[0]["images_seen"]]
+        best = max(longer, key=_psnr, default=None)
         parts += [
             f"### {NAMES[images]}",
             f"![Quality over bits per pixel, {NAMES[images]}](rate_distortion_{images}.png)",
-            f"Clean figures of the {len(rows)} rows that were trained for {_words_of_training(rows[0])}{left_out}: "
-            f"{_command('rates', rows[0], images)}. Hollow: what the paper states, after 500 epochs, of JPEGs (ours by "
-            f"that protocol are in the tables). {_of_codecs(codecs)}",
+            f"Clean figures of the {len(rows)} rows that were trained for {_words_of_training(rows[0])}: "
+            f"{_command('rates', rows, images)}. Hollow: the paper's PSNR, after 500 epochs, of JPEGs (ours by that "
+            f"protocol is in the tables). {_of_codecs(codecs)}",
         ]
-        best = max((r for r in rows if _is_published_looc(r["row"])), key=_psnr, default=None)
-        cheaper = [r for r in rows if best and _psnr(r) > _psnr(best) + TIE and _rate(r) < _rate(best)]
-        if cheaper:
-            listed = "; ".join(_in_words(r) for r in sorted(cheaper, key=_rate))
-            parts.append(
-                f"Of the published rule of LooC, {_in_words(best)} is the highest. Higher for fewer bits: {listed}."
-            )
-        rates = defaultdict(list)
-        for result in rows:
-            rates[round(_rate(result), 2)].append(result)
-        lines = []
-        for rate, found in sorted(rates.items()):
-            if len(found) > 1:
-                found = sorted(found, key=_psnr, reverse=True)
-                lines.append([f"{rate:.3g}", "; ".join(f"{ROWS[r['row']].method} {_psnr(r):.2f}" for r in found)])
-        if lines:
-            parts.append(_markdown(["bits per pixel", "clean PSNR in dB, the highest first"], lines, numbers=False))
+        if best:
+            epochs = _training(best)[0]
+            parts.append(f"The highest after a longer training: {_in_words(best)}, {epochs} epochs (not in the plot).")
+        parts += _who_is_ahead(rows)
     return ["## At equal bits", *parts] if parts else []
+
+
+def _who_is_ahead(rows: list[dict]) -> list[str]:
+    """Of rows of one training: what is as good as LooC's published rule for fewer bits, and a table of equal rates."""
+    parts = []
+    published = [r for r in rows if family_of(r["row"])[:2] == ("looc", "")]
+    best = max(published, key=_psnr, default=None)
+    cheaper = [r for r in rows if best and _psnr(r) > _psnr(best) - TIE and _rate(r) < _rate(best)]
+    if cheaper:
+        listed = "; ".join(_in_words(r) for r in sorted(cheaper, key=_rate))
+        parts.append(
+            f"After this training the highest PSNR of LooC's published rule is that of {_in_words(best)}. As high "
+            f"within {TIE} dB, or higher, for fewer bits: {listed}."
+        )
+    rates = defaultdict(list)
+    for result in rows:
+        rates[_rate(result)].append(result)
+    lines = []
+    for rate, found in sorted(rates.items()):
+        if len(found) > 1:
+            found = sorted(found, key=_psnr, reverse=True)
+            words = f"{ROWS[found[0]['row']].method} {_psnr(found[0]):.2f}"
+            for above, result in pairwise(found):
+                joint = " ≈ " if _psnr(above) - _psnr(result) < TIE else "; "
+                words += f"{joint}{ROWS[result['row']].method} {_psnr(result):.2f}"
+            lines.append([f"{rate:.3g}", words])
+    if lines:
+        head = f"clean PSNR in dB, the highest first; ≈ between those that are closer than {TIE} dB"
+        parts.append(_markdown(["bits per pixel", head], lines, numbers=False))
+    return parts
 
 
 def _of_codecs(record: dict) -> str:
@@ -144,10 +162,6 @@ def _of_codecs(record: dict) -> str:
         f"{record['empty_jpeg']:.3g} bits per pixel): `{record['command']}`. The same images raw: {record['raw']} bits "
         f"per pixel; without loss {lossless['png']:.3g} as PNG, {lossless['webp']:.3g} as WebP."
     )
-
-
-def _is_published_looc(row: str) -> bool:
-    return row.startswith("looc-") and row.count("-") == 1
 
 
 def _psnr(result: dict) -> float:
@@ -181,14 +195,17 @@ def _table(table: str, images: str, rows: list[dict], paper: dict) -> str:
     head += [f"{HEADS[name]}, {KIND_NAMES[kind]}" for kind, name in columns]
     cells = [[*line["first"], *(line[column] for column in columns)] for _, line in lines]
     heading = f"### {NAMES[images]}, {_words_of_training(rows[0])}"
-    return f"{heading}\n\n{_command(table, rows[0], images)}\n\n{_markdown(head, cells)}"
+    return f"{heading}\n\n{_command(table, rows, images)}\n\n{_markdown(head, cells)}"
 
 
-def _command(table: str, result: dict, *sets: str) -> str:
-    """What makes the rows of a table like a result of it."""
+def _command(table: str, results: list[dict], *sets: str) -> str:
+    """What makes the results of one training, which are rows of a table."""
+    names = list(dict.fromkeys(result["row"] for result in results))
+    rows = "" if set(names) == set(TABLES[table]) else f" --row {' '.join(names)}"
+    first = results[0]
     return (
-        f"`python benchmarks/tables.py {table} --sets {' '.join(sets)} --data FOLDER --budget {result['budget']} "
-        f"--batch-size {result['batch_size']} --seed {result['seed']}`"
+        f"`python benchmarks/tables.py {table}{rows} --sets {' '.join(sets)} --data FOLDER --budget {first['budget']} "
+        f"--batch-size {first['batch_size']} --seed {first['seed']}`"
     )
 
 
@@ -214,13 +231,15 @@ def _summary(results: list[dict], paper: dict) -> list[str]:
                 for name in ("psnr", "ssim", "l1", "lpips_vgg"):
                     ours = FIGURES[name].format(figures[name]) if name in figures else "-"
                     cells.append(f"{ours} / {FIGURES[name].format(published[name])}")
-                cells.insert(-3, f"{figures['psnr'] - published['psnr']:+.2f}")
-                cells += [_last_doubling(result), f"{result['test']['clean']['psnr']:.2f}"]
+                    if name == "psnr":
+                        cells.append(f"{figures['psnr'] - published['psnr']:+.2f}")
+                doublings = math.log2(PUBLISHED_EPOCHS * COUNTS[images] / result["images_seen"])
+                cells += [_last_doubling(result), f"{doublings:.1f}", f"{result['test']['clean']['psnr']:.2f}"]
                 levels.append(cells)
     parts = []
     if orders:
-        head = ["table", "images", "epochs", "batch", "pairs", f"closer than {TIE} dB", "in the paper's order"]
-        head += ["the others", "without a figure in the paper"]
+        head = ["table", "images", "epochs", "batch", "pairs", f"level, < {TIE} dB", "in the paper's order"]
+        head += ["the others", "level here, not in the paper", "without a figure in the paper"]
         parts.append(
             "Of all pairs of rows of one table and one training for which the paper has figures, how many stand in its "
             f"order by PSNR, protocol *paper*; pairs that are closer than {TIE} dB here are not judged, and trainings "
@@ -235,10 +254,9 @@ def _summary(results: list[dict], paper: dict) -> list[str]:
             "The level of 32×4 and 256×4, protocol *paper*, of the longest training of each row. The paper's figure "
             "is that of its own rule, whatever rule ours is of. *Last doubling* is about what the held-out PSNR gained "
             "from half of the images seen to all of them: as long as it is whole decibels, the training is too short "
-            "to say which level a method reaches. From two epochs in batches of 16 to the published 500 in batches of "
-            "128 there are eight doublings of the images and five of the steps."
+            "to say which level a method reaches; how many more doublings the published 500 epochs are, is beside it."
         )
-        parts.append(_markdown([*head, "last doubling, held out", "PSNR, clean"], levels))
+        parts.append(_markdown([*head, "last doubling, held out", "doublings to go", "PSNR, clean"], levels))
     return ["## How close to the paper", *parts] if parts else []
 
 
@@ -270,10 +288,15 @@ def _order(table: str, images: str, results: list[dict], paper: dict) -> list[li
             for (a, (our_a, their_a)), (b, (our_b, their_b)) in told
             if (our_a - our_b) * (their_a - their_b) <= 0
         ]
+        level = [
+            f"{a.removeprefix('looc-')} and {b.removeprefix('looc-')} (the paper: {abs(theirs[1] - ours[1]):.2f} dB)"
+            for (a, ours), (b, theirs) in pairs
+            if abs(ours[0] - theirs[0]) < TIE <= abs(ours[1] - theirs[1])
+        ]
         cells = [table, NAMES[images], *_training(training[0]), str(len(pairs)), str(len(pairs) - len(told))]
         unknown = [row["row"] for row in training if row["row"] not in pairs_of_psnr]
         agreement = f"{len(told) - len(differ)} of {len(told)}"
-        lines.append([*cells, agreement, "; ".join(differ), ", ".join(unknown)])
+        lines.append([*cells, agreement, "; ".join(differ), "; ".join(level), ", ".join(unknown)])
     return lines
 
 
@@ -299,7 +322,6 @@ def _markdown(head: list[str], rows: list[list[str]], numbers: bool = True) -> s
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-TIE = 0.2  # dB; figures of one seed that are closer say nothing about an order
 LEVELS = ("", "-rotation", "-ema", "-ema-rotation")  # variants whose level stands beside the paper's
 KIND_NAMES = {"clean": "clean", "paper": "paper protocol", "published": "the paper's"}
 KINDS = tuple(KIND_NAMES)
@@ -340,9 +362,11 @@ def _recipes(title: str, results: list[dict]) -> list[str]:
         rate = next(iter(found.values()))["test"]["clean"]["bits_per_pixel"]
         training = f"{budget:,} images in batches of {batch}, seed {seed}"
         parts.append(f"### {size.replace('x', '×')}, {training}: {rate:.3g} bits per pixel")
-        first = next(iter(found.values()))
-        parts.append(f"{_command('recipes', first, *sets)[:-1]} --row {' '.join(rows)}`")
-        cells = [[ROWS[row].method, *(_held_out(found.get((row, images))) for images in sets)] for row in rows]
+        parts.append(_command("recipes", list(found.values()), *sets))
+        cells = []
+        for row in rows:
+            of_sets = [found.get((row, images)) for images in sets]
+            cells.append([ROWS[row].method, *("" if r is None else f"{_held_out(r):.2f}" for r in of_sets)])
         parts.append(_markdown(["", *(NAMES[images] for images in sets)], cells))
     if not parts:
         return []
@@ -361,20 +385,36 @@ def _by_rotation(trainings: dict) -> list[str]:
         for (row, images), result in found.items():
             other = found.get((f"{row}-rotation", images))
             if other:
-                gains.append((float(_held_out(other)) - float(_held_out(result)), images))
+                gains.append((_held_out(other) - _held_out(result), images))
     if not gains:
         return []
     ahead = sum(gain > 0 for gain, _ in gains)
     sets = [NAMES[name] for name in NAMES if any(images == name for _, images in gains)]
     return [
-        f"The rotation trick is ahead in {ahead} of {len(gains)} pairs of rows of {', '.join(sets)} that differ in "
-        f"nothing else, by {min(gains)[0]:.1f} to {max(gains)[0]:.1f} dB; which update of the codebook is better with "
-        "it differs by set and, with one seed each, is not told here."
+        f"The rotation trick is ahead in {ahead} of {len(gains)} pairs of results that it alone tells apart "
+        f"({', '.join(sets)}); it gains {min(gains)[0]:+.1f} to {max(gains)[0]:+.1f} dB."
     ]
 
 
-def _held_out(result: dict | None) -> str:
-    return "" if result is None else f"{10 * math.log10(4 / result['validation_mse']):.2f}"
+def _above_lossless(results: list[dict]) -> str:
+    """How many results pay more than lossless files of the same images, for the head."""
+    above = known = 0
+    for images in NAMES:
+        file = RESULTS / f"codecs_{images}.json"
+        lossless = json.loads(file.read_text())["lossless"]["webp"] if file.is_file() else None
+        rates = [_rate(result) for result in results if result["images"] == images and lossless is not None]
+        known += len(rates)
+        above += sum(rate > lossless for rate in rates)
+    if not above:
+        return ""
+    return (
+        f"; {above} of the {known} results here pay\n  **more than lossless files of the same images take** "
+        "([below](#at-equal-bits)): these tables compare\n  quantizers in a network, not ways to store small images"
+    )
+
+
+def _held_out(result: dict) -> float:
+    return 10 * math.log10(4 / result["validation_mse"])
 
 
 def _by_training(results: list[dict]) -> list[list[dict]]:

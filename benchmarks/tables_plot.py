@@ -6,9 +6,10 @@ import math
 from collections import defaultdict
 from io import BytesIO
 
+from matplotlib.ticker import FixedLocator
 from table_rows import PAPER_ROWS, ROWS, VARIANTS
 
-from looc_ldm.analysis.rate_distortion import Point, draw_rate_distortion
+from looc_ldm.analysis.rate_distortion import OCTAVES, Point, draw_rate_distortion
 from looc_ldm.analysis.style import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, new_figure, style
 
 LEGEND_COLUMNS = 3
@@ -52,7 +53,7 @@ def draw_plot(images: str, results: list[dict], codecs: dict, paper: dict, title
     curves = {name: [Point(**point) for point in points] for name, points in codecs.get("codecs", {}).items()}
     families = defaultdict(list)
     for result in results:
-        families[_family(result["row"])].append(result["test"]["clean"])
+        families[family_of(result["row"])].append(result["test"]["clean"])
     stated = _of_paper(images, paper)
     with style():
         entries = len(families) + len(curves) + 1
@@ -61,24 +62,15 @@ def draw_plot(images: str, results: list[dict], codecs: dict, paper: dict, title
             axes = figure.add_subplot(1, 2, number + 1)
             draw_rate_distortion(axes, curves, [], name)
             if codecs:
-                for rate, word in ((codecs["lossless"]["webp"], "lossless WebP"), (codecs["raw"], "raw")):
+                lines = ((codecs["lossless"]["webp"], "lossless WebP", "right"), (codecs["raw"], "raw", "left"))
+                for rate, word, side in lines:
                     axes.axvline(rate, color="0.75", linewidth=0.8, zorder=0)
-                    place = (rate, 0.02)
-                    axes.annotate(
-                        word,
-                        place,
-                        xycoords=("data", "axes fraction"),
-                        rotation=90,
-                        fontsize=7,
-                        color="0.5",
-                        ha="left",
-                    )
-            for kind, rows in stated.items():
-                points = [(rate, figures[name]) for rate, figures in rows if name in figures]
+                    place = (rate, 1.01)
+                    axes.annotate(word, place, xycoords=("data", "axes fraction"), fontsize=7, color="0.4", ha=side)
+            for kind, points in stated.items() if name == "psnr" else ():  # its SSIM has another window
                 label = None if any(kind == family[0] for family in families) else METHODS[kind][0]
-                axes.plot(
-                    *zip(*points, strict=True), "o", mfc="none", color=METHODS[kind][1], markersize=5, label=label
-                )
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, "o", mfc="none", color=METHODS[kind][1], markersize=5, label=label)
             for (kind, variant, several), points in sorted(families.items(), key=_place):
                 words = ", ".join(filter(None, [METHODS[kind][0], _rule(kind, variant), "s > 1" if several else ""]))
                 axes.plot(
@@ -87,13 +79,16 @@ def draw_plot(images: str, results: list[dict], codecs: dict, paper: dict, title
                     marker="P" if several else MARKERS[variant],
                     color=METHODS[kind][1],
                     linestyle="none",
-                    markersize=5,
+                    markersize=4.5,
+                    zorder=4 if kind == "looc" else 3,  # ours is not to lie under others
                     markeredgecolor="white",
                     markeredgewidth=0.4,
                     label=words,
                 )
-            axes.plot([], [], "o", mfc="none", color="0.3", markersize=5, label="hollow: the paper's figure")
-        handles, labels = axes.get_legend_handles_labels()
+            if name == "psnr":
+                axes.plot([], [], "o", mfc="none", color="0.3", markersize=5, label="hollow: the paper's, 500 epochs")
+                handles, labels = axes.get_legend_handles_labels()
+            axes.xaxis.set_major_locator(FixedLocator([2.0**i for i in OCTAVES]))
         figure.legend(handles, labels, loc="outside lower center", ncols=LEGEND_COLUMNS)
         figure.suptitle(title)
         content = BytesIO()
@@ -101,19 +96,25 @@ def draw_plot(images: str, results: list[dict], codecs: dict, paper: dict, title
     return content.getvalue()
 
 
-def _of_paper(images: str, paper: dict) -> dict[str, list[tuple[float, dict]]]:
-    """By method, the rate and the figures of each row that the paper has of this set."""
+def _of_paper(images: str, paper: dict) -> dict[str, list[tuple[float, float]]]:
+    """By method, the rate and the PSNR of each row that the paper has of this set."""
     rows = {row: paper[table][name] for table in PAPER_ROWS for row, name in PAPER_ROWS[table].items()}
     found = defaultdict(list)
     for row, figures in rows.items():
-        if ROWS[row].whole_model or "psnr" not in figures.get(images, {}):
-            continue
-        quantizer = ROWS[row].make(1) if ROWS[row].anneals else ROWS[row].make()
-        found[row.split("-")[0]].append((quantizer.bits_per_position / POSITION_PIXELS, figures[images]))
+        if "psnr" in figures.get(images, {}):
+            found[row.split("-")[0]].append((_rate(row), figures[images]["psnr"]))
     return found
 
 
-def _family(row: str) -> tuple[str, str, bool]:
+def _rate(row: str) -> float:
+    """Bits per pixel of a row, where every pixel is in a latent position."""
+    if ROWS[row].whole_model:
+        return ROWS[row].make(1, 32, 1).bits_per_image(32, 32) / 32**2
+    quantizer = ROWS[row].make(1) if ROWS[row].anneals else ROWS[row].make()
+    return quantizer.bits_per_position / POSITION_PIXELS
+
+
+def family_of(row: str) -> tuple[str, str, bool]:
     """Method, how its codebook learns (the end of the row's name), and whether it interpolates."""
     variant = next(name for name in sorted(VARIANTS, key=len, reverse=True) if row.endswith(name))
     return row.split("-")[0], variant, any(row.endswith(f"-s{s}") for s in (2, 3, 4))

@@ -87,8 +87,8 @@ def codebook_statistics(quantizer: LooCQuantizer, feature_maps: Iterable[torch.T
     """
     if not hasattr(quantizer, "search"):  # which a compiled one has too
         raise TypeError(
-            f"codebook_statistics is of a LooCQuantizer, got {type(quantizer).__name__}. "
-            "quantizer.code_counts(quantizer.encode_indices(z)) counts the codes of the others."
+            f"codebook_statistics takes a LooCQuantizer, as model.quantize is, got {type(quantizer).__name__}. "
+            "quantizer.code_counts(quantizer.encode_indices(z)) counts the codes of other quantizers."
         )
     counter = CodeCounter(quantizer)
     for z in feature_maps:

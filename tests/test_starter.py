@@ -1,6 +1,10 @@
 """The model that comes with the package: it is small, loads in three lines, and draws what it is asked for."""
 
+import importlib.util
 import json
+import re
+import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from safetensors.torch import load_file
 
 import looc_ldm
 from looc_ldm import cli
+from looc_ldm.card import write_card
 from looc_ldm.loading import load_autoencoder
 from looc_ldm.metrics import evaluate_reconstruction
 from looc_ldm.pipelines.sampling import sample_images
@@ -109,3 +114,44 @@ def test_it_is_more_than_twice_as_good_as_the_quickstarts():
     )
     assert starter["reference"] == quickstart["reference"]
     assert starter["trained"]["fid@768"] < 0.5 * quickstart["trained"]["fid@768"]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """benchmarks/starter.py as a module."""
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    specification = importlib.util.spec_from_file_location("make_starter", folder / "starter.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_what_is_missing_is_named_before_the_training(script, tmp_path, monkeypatch, capsys):
+    names = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    monkeypatch.setattr(script, "train", lambda options: pytest.fail("it trains"))
+    for name in [*names, "nothing.pth"]:
+        monkeypatch.setattr("sys.argv", ["starter.py", str(tmp_path), "--inception-weights", "nothing.pth"])
+        with pytest.raises(SystemExit) as exit:
+            script.main()
+        assert exit.value.code == 2
+        assert name in capsys.readouterr().err
+        (tmp_path / name).touch()
+
+
+@pytest.mark.parametrize("layer", ["768", "2048"])
+def test_a_card_made_anew_is_like_the_one_that_is_shipped(script, layer, tmp_path):
+    folder = tmp_path / "starter" / "pipeline"
+    shutil.copytree(STARTER, folder)
+    (folder / "README.md").unlink()
+    shutil.copy(STARTER.parents[2] / "configs" / "starter" / "diffusion.yaml", tmp_path / "starter" / "config.yaml")
+    (tmp_path / "autoencoder" / "model").mkdir(parents=True)
+    (tmp_path / "autoencoder" / "model" / "training.json").write_text('{"images_seen": 300000}')
+    write_card(folder, samples=STARTER / "samples.png", license="mit")
+    options = Namespace(work=tmp_path, guidance_scale=1.5, feature_layer=layer)
+    card = script.card((folder / "README.md").read_text(), options)
+    shipped = (STARTER / "README.md").read_text()
+    for heading in ("Use", "Model", "Made by"):
+        (section,) = re.findall(rf"^## {heading}\n.*?(?=^## )", card, re.MULTILINE | re.DOTALL)
+        assert section in shipped
+    assert ("FID of 768 features does not compare" in card) == (layer == "768")

@@ -159,7 +159,9 @@ def test_the_page_counts_which_pairs_stand_in_the_papers_order(scripts):
     ]
     (line,) = tables_page._order("5", "mnist", results, paper)
     others = "24x4 and 32x4; 24x4 and 64x4; 24x4 and 512x4; 32x4 and 64x4; 32x4 and 512x4"
-    assert line == ["5", "MNIST", "1", "16", "10", "1", "4 of 9", others, ""]
+    apart = abs(paper["5"]["16x4"]["mnist"]["psnr"] - paper["5"]["64x4"]["mnist"]["psnr"])
+    level = f"16x4 and 64x4 (the paper: {apart:.2f} dB)"
+    assert line == ["5", "MNIST", "1", "16", "10", "1", "4 of 9", others, level, ""]
     assert tables_page._order("5", "mnist", results[:2], paper) == []
 
 
@@ -225,6 +227,9 @@ def test_a_checkpoint_of_another_quantizer_is_refused(scripts, tmp_path, monkeyp
         (["--results", "/dev/null/x"], "cannot write to '/dev/null/x'"),
         (["--row", "looc-64x4", "vq-512x64"], "table 5 has the rows looc-16x4, looc-24x4,"),
         (["--budget", "0"], "must be a positive whole number, got '0'"),
+        (["--batch-size", "64", "--row", "looc-32x4", "looc-256x4"], "--budget 16 is less than a batch of 64 images"),
+        (["--batch-size", "60000"], "--batch-size 60000 is more than 55000 training images"),
+        (["--feature-layer", "512"], "invalid choice: '512'"),
     ],
 )
 def test_bad_input_is_one_line(scripts, tmp_path, monkeypatch, capsys, arguments, message):
@@ -233,7 +238,8 @@ def test_bad_input_is_one_line(scripts, tmp_path, monkeypatch, capsys, arguments
     (tmp_path / "half" / "mnist").mkdir(parents=True)
     (tmp_path / "half" / "mnist" / "train-images-idx3-ubyte").touch()
     command = ["tables.py", "5", "--row", "looc-32x4", "--sets", "mnist", "--data", "nowhere", "--device", "cpu"]
-    monkeypatch.setattr("sys.argv", [*command, "--work", str(tmp_path), "--budget", "16", *arguments])
+    command += ["--work", str(tmp_path), "--budget", "16", "--batch-size", "16"]
+    monkeypatch.setattr("sys.argv", [*command, *arguments])
     with pytest.raises(SystemExit) as exit:
         scripts[2].main()
     error = capsys.readouterr().err
@@ -263,3 +269,146 @@ def test_a_page_without_rows_at_equal_bits_has_no_plot(scripts, tmp_path, monkey
     tables_page.write_page(tmp_path)
     assert "nothing yet" in (tmp_path / "tables.md").read_text()
     assert not list(tmp_path.glob("*.png"))
+
+
+def result_of(row: str, psnr: float, rate: float, images: str = "mnist", **changes) -> dict:
+    """A result with what the page needs for its sentences."""
+    result = {
+        "row": row,
+        "images": images,
+        "budget": 600,
+        "images_seen": 600,
+        "batch_size": 16,
+        "seed": 1,
+        "validation_mse": 4 / 10 ** (psnr / 10),
+        "test": {"clean": {"psnr": psnr, "bits_per_pixel": rate}},
+    }
+    return result | changes
+
+
+def test_the_page_says_what_is_as_good_for_fewer_bits_and_who_is_ahead_at_equal_bits(scripts):
+    import tables_page
+
+    rows = [
+        result_of("looc-1024x4", 25.0, 20.0),
+        result_of("looc-256x4", 24.0, 16.0),
+        result_of("looc-256x4-s2", 26.0, 64.0),  # the published rule too, and the highest of it
+        result_of("pq-32x8x4", 25.9, 6.0),  # as high, within 0.2 dB
+        result_of("rq-256x128-depth32", 27.0, 16.0),
+        result_of("looc-256x4-ema", 24.1, 16.0),
+        result_of("looc-256x8", 25.5, 8.0),
+    ]
+    sentence, table = tables_page._who_is_ahead(rows)
+    assert "is that of LooC 256×4, s=2, published rule, 26.00 dB at 64 bits per pixel." in sentence
+    listed = sentence.split("for fewer bits: ")[1]
+    assert listed == "PQ, 32 codebooks of 8×4, 25.90 dB at 6 bits per pixel; " + (
+        "RQ 256×128, depth 32, 27.00 dB at 16 bits per pixel."
+    )
+    assert table.splitlines()[2:] == [
+        "| 16 | RQ 256×128, depth 32 27.00; LooC 256×4, s=1, moving average 24.10 ≈ "
+        "LooC 256×4, s=1, published rule 24.00 |"
+    ]
+    assert tables_page._who_is_ahead(rows[:1]) == []
+
+
+def test_the_page_counts_what_the_rotation_trick_gains(scripts):
+    import tables_page
+
+    psnr = {"looc-256x4": 24.0, "looc-256x4-rotation": 26.5, "looc-256x4-ema": 25.0, "looc-256x4-ema-rotation": 24.7}
+    found = {(row, "mnist"): result_of(row, value, 16.0) for row, value in psnr.items()}
+    (sentence,) = tables_page._by_rotation({"a training": found})
+    assert "ahead in 1 of 2 pairs" in sentence
+    assert "(MNIST)" in sentence
+    assert sentence.endswith("it gains -0.3 to +2.5 dB.")
+    assert (
+        tables_page._by_rotation({"a training": {("looc-256x4", "mnist"): result_of("looc-256x4", 24.0, 16.0)}}) == []
+    )
+
+
+def test_a_command_of_the_page_names_the_rows_unless_they_are_the_whole_table(scripts):
+    import tables_page
+
+    rows = [result_of(f"looc-256x{dim}", 20.0, 1.0) for dim in (4, 8, 16, 32, 64)]
+    training = "--sets mnist --data FOLDER --budget 600 --batch-size 16 --seed 1`"
+    assert tables_page._command("3", rows, "mnist") == f"`python benchmarks/tables.py 3 {training}"
+    assert (
+        tables_page._command("3", rows[:2], "mnist")
+        == f"`python benchmarks/tables.py 3 --row looc-256x4 looc-256x8 {training}"
+    )
+
+
+@pytest.fixture
+def small_set(scripts, monkeypatch):
+    """`tables` with a set of 40 images to train on and 20 to test on."""
+    small_vqvae, _, tables = scripts
+    pixels = noise(40)
+    monkeypatch.setattr(small_vqvae, "HELD_OUT", 8)
+    monkeypatch.setattr(tables, "load_images", lambda name, root, split: pixels if split == "train" else pixels[:20])
+    monkeypatch.setattr(tables, "check_files", lambda name, root: None)
+    return tables
+
+
+def start(tables, monkeypatch, *arguments) -> None:
+    shared = ["--data", ".", "--device", "cpu", "--budget", "32", "--batch-size", "8"]
+    monkeypatch.setattr("sys.argv", ["tables.py", *map(str, arguments), *shared])
+    tables.main()
+
+
+def test_another_folder_of_results_has_checkpoints_of_its_own(small_set, tmp_path, monkeypatch, capsys):
+    page = set(small_set.RESULTS.iterdir())
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        start(small_set, monkeypatch, "5", "--row", "looc-32x4", "--sets", "mnist", "--results", folder)
+        assert len(list((tmp_path / folder).glob("mnist_looc-32x4_32_*.json"))) == 1
+        assert len(list((tmp_path / folder / "checkpoints").iterdir())) == 1
+    assert "goes on" not in capsys.readouterr().out
+    assert set(small_set.RESULTS.iterdir()) == page
+
+
+def test_all_is_every_row_and_the_codecs_that_are_missing(small_set, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(small_set, "run_apart", lambda pairs, options: called.append(pairs) and 0)
+    start(small_set, monkeypatch, "all", "--sets", "mnist", "mnist", "--results", tmp_path)
+    assert called == [[(row, "mnist") for row in small_set.ROWS]]
+    record = json.loads((tmp_path / "codecs_mnist.json").read_text())
+    assert record["raw"] == 8
+    # Noise does not compress; a file of one grey is hardly more than its header.
+    assert record["lossless"]["png"] > 8
+    assert record["lossless"]["webp"] > 8
+    assert record["empty_jpeg"] < 3 < record["codecs"]["jpeg"][-1]["bits_per_pixel"]
+    written = (tmp_path / "codecs_mnist.json").stat().st_mtime_ns
+    start(small_set, monkeypatch, "all", "--sets", "mnist", "--results", tmp_path)
+    assert (tmp_path / "codecs_mnist.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("rows", [["looc-32x4"], ["looc-32x4", "looc-256x4"]])
+def test_who_interrupts_is_told_what_is_kept(small_set, rows, tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(small_set, "run_row", interrupt)
+    monkeypatch.setattr(small_set, "run_apart", interrupt)
+    with pytest.raises(SystemExit) as exit:
+        start(small_set, monkeypatch, "5", "--row", *rows, "--sets", "mnist", "--results", tmp_path)
+    assert exit.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_images_are_read_packed_and_unpacked(scripts, tmp_path, monkeypatch):
+    import gzip
+
+    import small_images
+
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    pixels = noise(12)
+    header = b"".join(number.to_bytes(4) for number in (0x803, 12, 28, 28))
+    content = header + pixels.numpy().tobytes()
+    (folder / "train-images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(UserError, match=r"no t10k-images-idx3-ubyte or t10k-images-idx3-ubyte\.gz in"):
+        small_images.check_files("mnist", tmp_path)
+    (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
+    small_images.check_files("mnist", tmp_path)
+    for split in ("train", "test"):
+        (file,) = small_images._files("mnist", folder, split)
+        assert torch.equal(small_images._idx(file), pixels)

@@ -27,7 +27,10 @@ def by_index(label: int | str | None, pipe) -> int | str | None:
     """A label as typed: an index, unless it is a name. That of no class is refused: what is drawn is a mixture."""
     is_index = isinstance(label, str) and label.isdecimal() and label not in pipe.labels
     if is_index and int(label) == pipe.config.null_class_label:
-        raise UserError(f"--labels: {label} stands for no class; classes are the other numbers, or their names.")
+        raise UserError(
+            f"--labels: {label} stands for no class; classes are the other numbers in [0, {pipe.num_class_embeds}), "
+            "or their names."
+        )
     return int(label) if is_index else label
 
 

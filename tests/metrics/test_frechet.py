@@ -52,8 +52,9 @@ FEW = [(20, 20), (40, 9), (2, 2), (DIM, DIM), (DIM, 500), (500, 30), (500, 2)]
 def test_more_rows_than_features_give_the_distance_of_torch_fidelity_and_of_scipy(counts):
     first, second = drawn(counts[0], 1), drawn(counts[1], 2)
     # Where rows hardly outnumber features, the square root of theirs has noise that depends on the processor.
-    assert distance(first, second) == pytest.approx(of_torch_fidelity(first, second), rel=1e-7)
-    assert distance(first, second) == pytest.approx(by_square_root(first, second), rel=1e-7)
+    tolerance = 1e-7 if min(counts) < 2 * DIM else 1e-8
+    assert distance(first, second) == pytest.approx(of_torch_fidelity(first, second), rel=tolerance)
+    assert distance(first, second) == pytest.approx(by_square_root(first, second), rel=tolerance)
 
 
 @pytest.mark.parametrize("counts", FEW)
