@@ -56,7 +56,7 @@ def draw_plot(images: str, results: list[dict], codecs: dict, paper: dict, title
         families[family_of(result["row"])].append(result["test"]["clean"])
     stated = _of_paper(images, paper)
     with style():
-        entries = len(families) + len(curves) + 1
+        entries = len(families) + len(curves) + len(set(stated) - {family[0] for family in families}) + 1
         figure = new_figure(3.0 + 0.18 * math.ceil(entries / LEGEND_COLUMNS))
         for number, name in enumerate(("psnr", "ssim")):
             axes = figure.add_subplot(1, 2, number + 1)

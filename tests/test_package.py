@@ -14,7 +14,7 @@ import looc_ldm
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {"looc_ldm": "looc_ldm", "pipelines": "looc_ldm.pipelines", "training": "looc_ldm.training"}
 LAYERS = ("looc_ldm", "looc_ldm.pipelines", "looc_ldm.training", "command line")
-COMMAND_LINE = ("looc_ldm.cli", "looc_ldm.quickstart", "looc_ldm.commands")
+COMMAND_LINE = ("looc_ldm.__main__", "looc_ldm.cli", "looc_ldm.quickstart", "looc_ldm.commands")
 
 
 def python(*arguments: str, cwd: Path, path: str | None = None) -> subprocess.CompletedProcess:
