@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import pytest
 import torch
+import tqdm.std
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,6 +31,15 @@ class LargestTensor(TorchDispatchMode):
         sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         self.elements = max([self.elements, *sizes])
         return result
+
+
+@pytest.fixture(autouse=True)
+def _no_bar_is_left():
+    """A progress bar that an error leaves open stands in front of the error, and of what the next test writes."""
+    before = set(tqdm.std.tqdm._instances)
+    yield
+    left = [bar.desc for bar in set(tqdm.std.tqdm._instances) - before]
+    assert not left, f"bars left open: {left}"
 
 
 @pytest.fixture(scope="session")

@@ -250,12 +250,12 @@ def train(config: AutoencoderConfig) -> Path:
     run.say("measuring the scaling factor and the reconstructions of all held-out images")
     if accelerator.is_main_process:
         known = validation if config.data.streaming else Subset(images, spread(len(images), SCALING_IMAGES))
-        latents_of = tqdm(float_batches(known, **loading), "scaling factor", disable=None)  # on terminals
-        scaling_factor = measure_scaling_factor(ema.model, latents_of)
+        with tqdm(float_batches(known, **loading), "scaling factor", disable=None) as batches:  # on terminals
+            scaling_factor = measure_scaling_factor(ema.model, batches)
         for trained in (ema.model, live):
             trained.register_to_config(scaling_factor=scaling_factor)
-        held_out = tqdm(float_batches(validation, **loading), "validation", disable=None)
-        measured = evaluate_reconstruction(ema.model, held_out, validation.content_size)
+        with tqdm(float_batches(validation, **loading), "validation", disable=None) as batches:
+            measured = evaluate_reconstruction(ema.model, batches, validation.content_size)
         with run.writing_result() as folder:
             save(folder, validation=measured)
         if not run.due(config.preview_every_images):

@@ -239,7 +239,8 @@ def measured_once(vqvae: LooCVQModel, images: ImageSet | Subset, run: Run) -> Mo
         if run.images_seen and file.is_file():
             return Moments(**json.loads(file.read_text()))
         batches = float_batches(images, num_workers=run.config.data.num_workers)
-        moments = measure_latents(vqvae, tqdm(batches, "measuring latents", disable=None))
+        with tqdm(batches, "measuring latents", disable=None) as bar:
+            moments = measure_latents(vqvae, bar)
         replace_text(file, json.dumps(asdict(moments)))
         return moments
 

@@ -74,8 +74,7 @@ def _analyze(options: argparse.Namespace) -> None:
     set_tiling(model, side**2, pixel_budget(device.type))
     chosen = spread(len(images), min(options.images or len(images), len(images))).tolist()
     batches = float_batches(Subset(images, chosen), batch_of_squares(device.type, side, 64))
-    bar = tqdm(batches, desc="analyzing", unit="batch", delay=1)
-    with as_user_errors(ValueError):
+    with as_user_errors(ValueError), tqdm(batches, desc="analyzing", unit="batch", delay=1) as bar:
         findings = collect(model, bar, len(chosen), images.content_size, options.seed)
     drawings, figures = analyze(findings, model, lambda i: images[chosen[i]][0], options.seed)
 

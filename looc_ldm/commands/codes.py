@@ -191,8 +191,7 @@ def _encode_data_set(options: argparse.Namespace) -> None:
                 yield TableRow(ImageCodes(codes, *size, num_codevectors, fingerprint), name, label)
 
     make_folder(options.output)
-    bar = tqdm(rows(), total=len(images), desc="encoding", unit="img", delay=1)
-    with as_user_errors(ValueError):
+    with as_user_errors(ValueError), tqdm(rows(), total=len(images), desc="encoding", unit="img", delay=1) as bar:
         write_code_table(file, bar, num_codevectors, images.classes)
     size = file.stat().st_size
     classes = f"{len(images.classes) or 'no'} classes"

@@ -199,8 +199,8 @@ def _codec_curves(images, chosen, options: argparse.Namespace) -> dict[str, list
     with as_user_errors(ValueError):
         for codec in CODECS:
             pixels = (centre_crop(images[index][0], images.content_size) for index in chosen)
-            bar = tqdm(pixels, total=len(chosen), desc=codec, unit="img", delay=1)
-            curves[codec] = codec_curve(bar, codec, protocol=options.protocol)
+            with tqdm(pixels, total=len(chosen), desc=codec, unit="img", delay=1) as bar:
+                curves[codec] = codec_curve(bar, codec, protocol=options.protocol)
     return curves
 
 
@@ -222,8 +222,8 @@ def _measured(survey: _Survey, measures, images, chosen, shown, options: argpars
     set_tiling(model, side**2, pixel_budget(device.type))
     batch_size = batch_of_squares(device.type, side, 64)
     batches = float_batches(Subset(images, chosen.tolist()), batch_size)
-    bar = tqdm(batches, desc=survey.name, unit="batch", delay=1)
-    figures = measures.evaluate(model, bar, images.content_size)
+    with tqdm(batches, desc=survey.name, unit="batch", delay=1) as bar:
+        figures = measures.evaluate(model, bar, images.content_size)
     figures["downsampling_factor"] = survey.downsampling_factor
     figures["interpolation_factor"] = survey.interpolation_factor
     reconstructions = _reconstructed(model, shown, batch_size)

@@ -126,10 +126,10 @@ def _evaluate_reconstruction(options: argparse.Namespace) -> None:
     set_tiling(model, side**2, pixel_budget(device.type))
     chosen = StoredImages(images, spread(len(images), options.images or len(images)).tolist())
     shares = share_of_batches(len(chosen), batch_of_squares(device.type, side, READ_BATCH), accelerator)
-    bar = tqdm(
+    with tqdm(
         chosen.batches(shares), desc="reconstructing", unit="batch", total=len(shares), delay=1, disable=not is_main
-    )
-    figures = measures.evaluate(model, map(to_float, bar), images.content_size, accelerator)
+    ) as bar:
+        figures = measures.evaluate(model, map(to_float, bar), images.content_size, accelerator)
     if accelerator is not None:
         accelerator.end_training()
     if not is_main:

@@ -89,23 +89,23 @@ def reference_features(
         (missing,) = broadcast_object_list([missing])  # as the main process sees it
     if missing:
         shares = share_of_batches(len(reference.images), READ_BATCH, accelerator)
-        batches = tqdm(
+        with tqdm(
             reference.images.batches(shares),
             desc="real images",
             unit="batch",
             total=len(shares),
             delay=1,
             disable=not is_main,
-        )
-        collected = collect_features(
-            batches,
-            {name: networks[name] for name in missing},
-            [name for name in missing if rows[name]],
-            accelerator,
-            stopwatch,
-            logits=False,
-            device=stopwatch.device,
-        )
+        ) as batches:
+            collected = collect_features(
+                batches,
+                {name: networks[name] for name in missing},
+                [name for name in missing if rows[name]],
+                accelerator,
+                stopwatch,
+                logits=False,
+                device=stopwatch.device,
+            )
         if is_main:
             for name, features in collected.items():
                 cache.save(keys[name] | {"rows": rows[name]}, features)
@@ -134,8 +134,8 @@ def sample_features(
     drawn = isinstance(samples, DrawnImages)
     batch_size = options.batch_size if drawn else READ_BATCH
     shares = share_of_batches(len(samples), batch_size, accelerator)
-    images: Iterable[torch.Tensor] = samples.batches(shares)
-    images = tqdm(images, desc="samples", unit="batch", total=len(shares), delay=1, disable=drawn or not is_main)
+    hidden = drawn or not is_main  # samples that are drawn have a bar of their own
+    bar = tqdm(samples.batches(shares), desc="samples", unit="batch", total=len(shares), delay=1, disable=hidden)
     writing = nullcontext()
     if options.export_npz is not None:
         if is_main:
@@ -143,9 +143,10 @@ def sample_features(
             writing = npz_writer(options.export_npz, len(samples), samples.labels)
         processes = 1 if accelerator is None else accelerator.num_processes
         rounds = -(-len(samples) // (batch_size * processes))
-    with writing as writer:
+    with bar, writing as writer:
+        images: Iterable[torch.Tensor] = bar
         if options.export_npz is not None:
-            images = _exported(images, rounds, writer, accelerator)
+            images = _exported(bar, rounds, writer, accelerator)
         keep = [name for name in networks if rows_needed(measures.metrics, name)]
         return collect_features(images, networks, keep, accelerator, stopwatch, device=stopwatch.device)
 
