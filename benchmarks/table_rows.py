@@ -42,6 +42,12 @@ VARIANTS = {
         {**DEFAULT, "distance": "euclidean"},
         "moving average, rotation trick, euclidean",
     ),
+    # 32 times 0.25: what PQ's encoder sees, whose published loss is a sum of 32.
+    "-commitment8": ({"commitment_weight": 8.0}, "published rule, commitment 8"),
+    "-ema-rotation-commitment8": (
+        {**DEFAULT, "commitment_weight": 8.0},
+        "moving average, rotation trick, commitment 8",
+    ),
 }
 RECIPES = [variant for variant in VARIANTS if variant != "-no-revival"]
 
@@ -137,13 +143,13 @@ def _rows() -> list[Row]:
             lambda: ProductQuantizer(N_Q, 8, 4, **DEFAULT),
         ),
     ]
-    rows += [
+    rows += [  # with the weight that the loss of LooC's codebook has; 32 and 256 at the rates of LooC 32×4 and 256×4
         Row(
-            f"pq-32x{words}x4",
+            f"pq-32x{words}x4-mean",
             f"PQ, 32 codebooks of {words}×4, mean of their losses",
             lambda words=words: ProductQuantizer(N_Q, words, 4, sum_losses=False, **PUBLISHED),
         )
-        for words in (32, 256)
+        for words in (8, 32, 256)
     ]
     rows += [
         Row(

@@ -107,6 +107,7 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
     training = Training(budget, options.batch_size, seed=options.seed)
     channels, side = pixels.shape[1], pixels.shape[-1]
     name = f"{images} {row.name}"
+    code = revision()  # before a long training: a checkout may change meanwhile
     model, happened = train(
         lambda: make_model(row, channels, side, math.ceil(budget / options.batch_size)),
         pixels,
@@ -130,6 +131,8 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
             **happened,
             "test": figures,
             "versions": versions(),
+            "code": code,
+            "threads": torch.get_num_threads(),
             "command": f"python benchmarks/tables.py {options.table} --row {row.name} --sets {images} --data FOLDER"
             f" --budget {budget} --batch-size {options.batch_size} --seed {options.seed}"
             f" --device {options.device.split(':')[0]}",
@@ -139,6 +142,15 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
         f"{name}: {figures['clean']['psnr']:.2f} dB, {figures['clean']['bits_per_pixel']:.3f} bits per pixel",
         flush=True,
     )
+
+
+def revision() -> str | None:
+    """The commit that is run, "-dirty" if files have changed since, and None where there is no repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def measure_codecs(images: str, options: argparse.Namespace) -> None:

@@ -35,8 +35,11 @@ MARKERS = {
     "-ema-rotation": "^",
     "-ema-rotation-random": "v",
     "-ema-rotation-euclidean": ">",
+    "-commitment8": "X",
+    "-ema-rotation-commitment8": "*",
+    "-mean": "d",
 }
-SHORT = {"-ema-rotation": "our default"}
+SHORT = {"-ema-rotation": "our default", "-mean": "mean of its losses"}
 POSITION_PIXELS = 16  # pixels of a latent position, f = 4
 
 
@@ -116,16 +119,16 @@ def _rate(row: str) -> float:
 
 def family_of(row: str) -> tuple[str, str, bool]:
     """Method, how its codebook learns (the end of the row's name), and whether it interpolates."""
-    variant = next(name for name in sorted(VARIANTS, key=len, reverse=True) if row.endswith(name))
+    variant = next(name for name in sorted(MARKERS, key=len, reverse=True) if row.endswith(name))
     return row.split("-")[0], variant, any(row.endswith(f"-s{s}") for s in (2, 3, 4))
 
 
 def _rule(kind: str, variant: str) -> str:
     if not variant:
         return "published rule" if kind == "looc" else ""
-    return SHORT.get(variant, VARIANTS[variant][1].removeprefix("published rule, "))
+    return SHORT[variant] if variant in SHORT else VARIANTS[variant][1].removeprefix("published rule, ")
 
 
 def _place(family: tuple) -> tuple:
     (kind, variant, several), _ = family
-    return list(METHODS).index(kind), list(VARIANTS).index(variant), several
+    return list(METHODS).index(kind), list(MARKERS).index(variant), several

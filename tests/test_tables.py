@@ -325,6 +325,20 @@ def test_the_page_counts_what_the_rotation_trick_gains(scripts):
     )
 
 
+def test_the_page_shows_what_pq_owes_to_its_commitment_and_what_looc_gains_by_it(scripts):
+    import tables_page
+
+    psnr = {"pq-32x8x4": 25.0, "pq-32x8x4-mean": 22.0, "looc-32x4": 23.0, "looc-32x4-commitment8": 26.0}
+    results = [result_of(row, value, 6.0) for row, value in psnr.items()]
+    results.append(result_of("looc-32x4", 20.0, 10.0, images="cifar10"))  # PQ is missing there
+    for result in results:
+        result["test"]["paper"] = {"psnr": result["test"]["clean"]["psnr"] - 0.5}
+    _, table = tables_page._by_commitment(results)
+    assert table.splitlines()[0] == "|  | bits per pixel | MNIST |"
+    assert [line.split(" | ")[-1] for line in table.splitlines()[2:]] == ["24.50 |", "21.50 |", "22.50 |", "25.50 |"]
+    assert tables_page._by_commitment(results[1:]) == []
+
+
 def test_a_command_of_the_page_names_the_rows_unless_they_are_the_whole_table(scripts):
     import tables_page
 

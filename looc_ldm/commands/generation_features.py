@@ -135,7 +135,6 @@ def sample_features(
     batch_size = options.batch_size if drawn else READ_BATCH
     shares = share_of_batches(len(samples), batch_size, accelerator)
     hidden = drawn or not is_main  # samples that are drawn have a bar of their own
-    bar = tqdm(samples.batches(shares), desc="samples", unit="batch", total=len(shares), delay=1, disable=hidden)
     writing = nullcontext()
     if options.export_npz is not None:
         if is_main:
@@ -143,6 +142,7 @@ def sample_features(
             writing = npz_writer(options.export_npz, len(samples), samples.labels)
         processes = 1 if accelerator is None else accelerator.num_processes
         rounds = -(-len(samples) // (batch_size * processes))
+    bar = tqdm(samples.batches(shares), desc="samples", unit="batch", total=len(shares), delay=1, disable=hidden)
     with bar, writing as writer:
         images: Iterable[torch.Tensor] = bar
         if options.export_npz is not None:

@@ -264,7 +264,7 @@ def test_compiled_training_goes_the_same_way_past_the_start_of_the_patchgan(auto
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", wraps_compile(compiled))
     # Straight through: with turned gradients a near-tie of two codevectors parts weights further, see test_divided.py.
-    # That those are the same when compiled, tests/test_compile_and_export.py says.
+    # Of one step, tests/test_compile_and_export.py shows that compiled turned gradients are the eager ones.
     same = {"loss": ADVERSARIAL, "model": {"gradient": "straight-through"}, "total_images": 32}
     runs = {
         name: weights(autoencoder.train(autoencoder_config(tmp_path / name, **same, compile=name == "compiled")))
