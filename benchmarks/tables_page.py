@@ -17,7 +17,8 @@ from looc_ldm.files import replace_bytes, replace_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "tables"
-TIE = 0.2  # dB; figures of one seed that are closer say nothing about an order
+TIE = 0.4  # dB; one training done twice, with other rounding, has parted by 0.3 dB
+NEAR = 1.06  # rates up to this ratio are compared as equal
 NAMES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 TITLES = {
     "1": "Tables 1 and 8: LooC against others, at their published sizes",
@@ -27,7 +28,7 @@ TITLES = {
     "6": "Table 6: interpolation (the paper: FFHQ)",
     "7": "Table 7: without revival (the paper: FFHQ)",
     "recipes": "How the codebook learns",
-    "rates": "Every quantizer, by bits per pixel",
+    "rates": "All rows, by bits per pixel",
 }
 FIGURES = {"psnr": "{:.2f}", "ssim": "{:.4f}", "l1": "{:.4f}", "lpips_vgg": "{:.4f}", "rfid@2048": "{:.2f}"}
 HEADS = {"psnr": "PSNR", "ssim": "SSIM", "l1": "L1", "lpips_vgg": "LPIPS", "rfid@2048": "rFID"}
@@ -55,11 +56,11 @@ def write_page(docs: Path = ROOT / "docs") -> None:
             trainings = _by_training(_of(results, images, TABLES[table]))
             for rows in trainings:
                 if len(rows) == 1 < len(trainings) and rows[0]["row"] in TABLES["recipes"]:
-                    continue  # longer than the others: it stands beside its kind, in the table of recipes
+                    continue  # longer than the others: it stands among the levels
                 names = {(images, rows[0]["budget"], rows[0]["batch_size"], rows[0]["seed"], r["row"]) for r in rows}
                 if not names <= shown:  # something that no earlier table has shown
                     shown |= names
-                    sections.append(_table(table, images, rows, paper))
+                    sections += [_table(table, images, rows, paper), *_in_a_sentence(table, rows)]
         if sections:
             parts += [f"## {title}", *sections]
     replace_text(docs / "tables.md", "\n\n".join(parts) + "\n")
@@ -86,8 +87,9 @@ Written by `python benchmarks/readme.py tables` from what `benchmarks/tables.py`
   the protocol *paper*, of JPEGs and with another window of SSIM, stand beside the paper's
   ([protocols](evaluation.md#protocols)). *Use* is the share of the codevectors that the test images use; *chosen at*,
   images seen where the checkpoint is from, if not from the end of the training.
-- **Rates** are log2 K bits a code, over all pixels of an image. Methods of one table pay very different rates, which a
-  table by K x d hides{_above_lossless(results)}.
+- **Rates** are log2 K bits a code, over all pixels of an image; *entropy* is what an ideal coder would take that knows
+  how often a codebook's codevectors occur in the test images, and no context. Methods of one table pay very different
+  rates, which a table by K x d hides{_above_lossless(results)}.
 - **Commands** stand at the tables; that of a single row is in its result file in `benchmarks/results/tables/`.
   Everything as it was published, on a GPU: `python benchmarks/tables.py all --data FOLDER --device cuda --jobs 8
   --lpips-vgg-weights FILE --inception-weights FILE`.
@@ -116,8 +118,10 @@ def _equal_bits(results: list[dict], paper: dict, docs: Path) -> list[str]:
             f"protocol is in the tables). {_of_codecs(codecs)}",
         ]
         if best:
-            epochs = _training(best)[0]
-            parts.append(f"The highest after a longer training: {_in_words(best)}, {epochs} epochs (not in the plot).")
+            parts.append(
+                f"The highest after a longer training: {_in_words(best)}, {_training(best)[0]} epochs (not in the "
+                f"plot): {_command('recipes', [best], images)}."
+            )
         parts += _who_is_ahead(rows)
     return ["## At equal bits", *parts] if parts else []
 
@@ -134,18 +138,26 @@ def _who_is_ahead(rows: list[dict]) -> list[str]:
             f"After this training the highest PSNR of LooC's published rule is that of {_in_words(best)}. As high "
             f"within {TIE} dB, or higher, for fewer bits: {listed}."
         )
-    rates = defaultdict(list)
-    for result in rows:
-        rates[_rate(result)].append(result)
+    highest = [r for r in rows if not any(_rate(o) <= _rate(r) and _psnr(o) > _psnr(r) for o in rows)]
+    if len(rows) > 1:
+        listed = "; ".join(_in_words(r) for r in sorted(highest, key=_rate))
+        parts.append(f"No row has a higher PSNR for as many bits or fewer than these: {listed}.")
+    groups = []
+    for result in sorted(rows, key=_rate):
+        if not groups or _rate(result) > NEAR * _rate(groups[-1][0]):
+            groups.append([])
+        groups[-1].append(result)
     lines = []
-    for rate, found in sorted(rates.items()):
+    for found in groups:
         if len(found) > 1:
+            rates = list(dict.fromkeys(f"{_rate(r):.3g}" for r in found))
+            rate = " to ".join(rates[:: len(rates) - 1 or 1])
             found = sorted(found, key=_psnr, reverse=True)
             words = f"{ROWS[found[0]['row']].method} {_psnr(found[0]):.2f}"
             for above, result in pairwise(found):
                 joint = " ≈ " if _psnr(above) - _psnr(result) < TIE else "; "
                 words += f"{joint}{ROWS[result['row']].method} {_psnr(result):.2f}"
-            lines.append([f"{rate:.3g}", words])
+            lines.append([rate, words])
     if lines:
         head = f"clean PSNR in dB, the highest first; ≈ between those that are closer than {TIE} dB"
         parts.append(_markdown(["bits per pixel", head], lines, numbers=False))
@@ -186,7 +198,7 @@ def _table(table: str, images: str, rows: list[dict], paper: dict) -> str:
         lines.append((result["test"]["clean"]["bits_per_pixel"], _line(result, published)))
     if table == "rates":
         lines.sort(key=lambda pair: pair[0])
-    head = ["", "bits per pixel", "use", "chosen at (images)"]
+    head = ["", "bits per pixel", "entropy", "use", "chosen at (images)"]
     columns = [("clean", name) for name in CLEAN] + [(kind, name) for kind in KINDS[1:] for name in FIGURES]
     measured = {name for name in FIGURES if any(name in row["test"]["clean"] for row in rows)}
     columns = [
@@ -196,6 +208,29 @@ def _table(table: str, images: str, rows: list[dict], paper: dict) -> str:
     cells = [[*line["first"], *(line[column] for column in columns)] for _, line in lines]
     heading = f"### {NAMES[images]}, {_words_of_training(rows[0])}"
     return f"{heading}\n\n{_command(table, rows, images)}\n\n{_markdown(head, cells)}"
+
+
+def _in_a_sentence(table: str, rows: list[dict]) -> list[str]:
+    """What Tables 6 and 7 show, of rows of one training."""
+    found = {result["row"]: result for result in rows}
+    if table == "6" and "looc-256x4" in found:
+        base = found.pop("looc-256x4")
+        finer = {row.removeprefix("looc-256x4-s"): result for row, result in found.items() if "256x4-s" in row}
+        gains = [
+            f"{_psnr(r) - _psnr(base):+.2f} dB for {_rate(r) / _rate(base):.0f} times the bits" for r in finer.values()
+        ]
+        if finer:
+            return [f"LooC 256×4, clean, s = {', '.join(finer)} instead of 1: {'; '.join(gains)}."]
+    if table == "7":
+        losses = [
+            f"{row.removeprefix('looc-').replace('x', '×')} {_psnr(result) - _psnr(revived):+.2f} dB, clean, with "
+            f"{result['test']['clean']['codebook_use']:.1%} of the codebook in use"
+            for row, revived in found.items()
+            if (result := found.get(f"{row}-no-revival"))
+        ]
+        if losses:
+            return [f"Without revival: {'; '.join(losses)}. The paper has all of it in use, on FFHQ."]
+    return []
 
 
 def _command(table: str, results: list[dict], *sets: str) -> str:
@@ -239,12 +274,14 @@ def _summary(results: list[dict], paper: dict) -> list[str]:
     parts = []
     if orders:
         head = ["table", "images", "epochs", "batch", "pairs", f"level, < {TIE} dB", "in the paper's order"]
-        head += ["the others", "level here, not in the paper", "without a figure in the paper"]
+        head += ["in that of their bits", "the others", "level here, not in the paper"]
+        head += ["without a figure in the paper"]
         parts.append(
             "Of all pairs of rows of one table and one training for which the paper has figures, how many stand in its "
             f"order by PSNR, protocol *paper*; pairs that are closer than {TIE} dB here are not judged, and trainings "
-            "with fewer than three such rows are left out. More bits per pixel mostly mean a higher PSNR, so that "
-            "agreement alone says little."
+            "with fewer than three such rows are left out. More bits per pixel mostly mean a higher PSNR: how many of "
+            "the same pairs stand in the order of their bits is beside it, and agreement says no more than the "
+            "difference."
         )
         parts.append(_markdown(head, orders))
         parts += _by_commitment(results)
@@ -253,11 +290,13 @@ def _summary(results: list[dict], paper: dict) -> list[str]:
         head += ["SSIM, ours / the paper's", "L1, ours / the paper's", "LPIPS, ours / the paper's"]
         parts.append(
             "The level of 32×4 and 256×4, protocol *paper*, of the longest training of each row. The paper's figure "
-            "is that of its own rule, whatever rule ours is of. *Last doubling* is about what the held-out PSNR gained "
-            "from half of the images seen to all of them: as long as it is whole decibels, the training is too short "
-            "to say which level a method reaches; how many more doublings the published 500 epochs are, is beside it."
+            "is that of its own rule, whatever rule ours is of. *Last doubling* is about what the PSNR of the held-out "
+            "images, clean, gained from half of the images seen to all of them: as long as it is whole decibels, the "
+            "training is too short to say which level a method reaches. How many more doublings of the images seen the "
+            "published 500 epochs are, is beside it."
         )
         parts.append(_markdown([*head, "last doubling, held out", "doublings to go", "PSNR, clean"], levels))
+        parts += [f"{NAMES[r['images']]}, {ROWS[r['row']].method}: {r['note']}." for r in results if "note" in r]
     return ["## How close to the paper", *parts] if parts else []
 
 
@@ -268,7 +307,7 @@ def _by_commitment(results: list[dict]) -> list[str]:
     rows += ["looc-256x4-ema-rotation", "looc-256x4-ema-rotation-commitment8"]
     training = _one_training([result for result in results if result["row"] in rows])
     found = {(result["row"], result["images"]): result for result in training}
-    sets = [images for images in NAMES if {(row, images) for row in rows[:3]} <= set(found)]
+    sets = [images for images in NAMES if {(rows[0], images), (rows[2], images)} <= set(found)]
     if not sets:
         return []
     lines = []
@@ -282,7 +321,8 @@ def _by_commitment(results: list[dict]) -> list[str]:
         "**Commitment.** PQ's published loss is the *sum* of 32, one a codebook, where that of a shared codebook is "
         "their mean. Adam's steps of the codebooks do not depend on such a factor; the encoder is held to the "
         "codevectors as with a commitment weight of 8 instead of 0.25. What that alone does, in PQ and in LooC: PSNR, "
-        f"protocol *paper*, {_words_of_training(training[0])}."
+        f"protocol *paper*, after {training[0]['budget']:,} images in batches of {training[0]['batch_size']}, seed "
+        f"{training[0]['seed']}."
     )
     return [words, _markdown(["", "bits per pixel", *(NAMES[images] for images in sets)], lines)]
 
@@ -323,7 +363,11 @@ def _order(table: str, images: str, results: list[dict], paper: dict) -> list[li
         cells = [table, NAMES[images], *_training(training[0]), str(len(pairs)), str(len(pairs) - len(told))]
         unknown = [row["row"] for row in training if row["row"] not in pairs_of_psnr]
         agreement = f"{len(told) - len(differ)} of {len(told)}"
-        lines.append([*cells, agreement, "; ".join(differ), "; ".join(level), ", ".join(unknown)])
+        rates = {result["row"]: _rate(result) for result in training}
+        by_bits = sum((ours[0] - theirs[0]) * (rates[a] - rates[b]) > 0 for (a, ours), (b, theirs) in told)
+        lines.append(
+            [*cells, agreement, f"{by_bits} of {len(told)}", "; ".join(differ), "; ".join(level), ", ".join(unknown)]
+        )
     return lines
 
 
@@ -360,6 +404,7 @@ def _line(result: dict, published: dict) -> dict:
         "first": [
             ROWS[result["row"]].method,
             f"{clean['bits_per_pixel']:.3g}",
+            f"{clean['bits_per_pixel_entropy']:.3g}",
             f"{clean['codebook_use']:.1%}",
             "" if result["chosen_at_images"] == result["images_seen"] else f"{result['chosen_at_images']:,}",
         ]
@@ -418,25 +463,26 @@ def _by_rotation(trainings: dict) -> list[str]:
     ahead = sum(gain > 0 for gain, _ in gains)
     sets = [NAMES[name] for name in NAMES if any(images == name for _, images in gains)]
     return [
-        f"The rotation trick is ahead in {ahead} of {len(gains)} pairs of results that it alone tells apart "
-        f"({', '.join(sets)}); it gains {min(gains)[0]:+.1f} to {max(gains)[0]:+.1f} dB."
+        f"In {ahead} of the {len(gains)} pairs above that differ in the rotation trick alone ({', '.join(sets)}), the "
+        f"row with it is ahead; it gains {min(gains)[0]:+.1f} to {max(gains)[0]:+.1f} dB."
     ]
 
 
 def _above_lossless(results: list[dict]) -> str:
-    """How many results pay more than lossless files of the same images, for the head."""
+    """How many rows pay more than lossless files of the same images, for the head."""
     above = known = 0
     for images in NAMES:
         file = RESULTS / f"codecs_{images}.json"
         lossless = json.loads(file.read_text())["lossless"]["webp"] if file.is_file() else None
-        rates = [_rate(result) for result in results if result["images"] == images and lossless is not None]
+        rates = {r["row"]: _rate(r) for r in results if r["images"] == images and lossless is not None}
         known += len(rates)
-        above += sum(rate > lossless for rate in rates)
+        above += sum(rate > lossless for rate in rates.values())
     if not above:
         return ""
     return (
-        f"; {above} of the {known} results here pay\n  **more than lossless files of the same images take** "
-        "([below](#at-equal-bits)): these tables compare\n  quantizers in a network, not ways to store small images"
+        f"; {above} of the {known} rows here, counted for each set, pay\n  **more than lossless files of the same "
+        "images take** ([below](#at-equal-bits)): these tables compare\n  quantizers in a network, not ways to store "
+        "small images"
     )
 
 

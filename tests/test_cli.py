@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import tqdm.auto
 from diffusers import UNet2DModel
 
 import looc_ldm
@@ -256,6 +257,20 @@ def test_bad_input_ends_in_one_line_and_status_2_with_nothing_written(
     Path("full/photo.png").write_text("somebody's")
     arguments = [argument.replace("MODEL", pipeline).replace("DATA", image_folder) for argument in arguments]
     assert message in refusal(capsys, *arguments)
+
+
+def test_an_error_behind_a_progress_bar_has_a_line_of_its_own(pipeline, image_folder, capsys, monkeypatch):
+    class Shown(tqdm.auto.tqdm):  # at once, as it is on a terminal after a second
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings | {"delay": 0})
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Shown)
+    with pytest.raises(SystemExit):
+        main(["evaluate", "reconstruction", pipeline, "--data", image_folder, "--resolution", "10"])
+    said = capsys.readouterr().err
+    assert "reconstructing" in said
+    assert said.splitlines()[-1].startswith("error: ")
+    assert "\nerror: " in said
 
 
 @pytest.mark.parametrize(
