@@ -6,13 +6,14 @@ import math
 from collections import defaultdict
 from io import BytesIO
 
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from table_rows import PAPER_ROWS, ROWS, VARIANTS
 
 from looc_ldm.analysis.rate_distortion import OCTAVES, Point, draw_rate_distortion
 from looc_ldm.analysis.style import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, new_figure, style
 
-LEGEND_COLUMNS = 3
+HEIGHT, LINE = 3.0, 0.18  # inches, of a figure without its legend, and of a line of that
 # A colour for each method, the same in every plot; the last three are of Paul Tol's "muted" scheme (2021).
 METHODS = {
     "looc": ("LooC", BLUE),
@@ -39,7 +40,12 @@ MARKERS = {
     "-ema-rotation-commitment8": "*",
     "-mean": "d",
 }
-SHORT = {"-ema-rotation": "our default", "-mean": "mean of its losses"}
+SHORT = {
+    "-ema-rotation": "our default",
+    "-commitment8": "commitment 8",
+    "-ema-rotation-commitment8": "our default, commitment 8",
+    "-mean": "mean of its losses",
+}
 POSITION_PIXELS = 16  # pixels of a latent position, f = 4
 
 
@@ -59,8 +65,7 @@ def draw_plot(images: str, results: list[dict], codecs: dict, paper: dict, title
         families[family_of(result["row"])].append(result["test"]["clean"])
     stated = _of_paper(images, paper)
     with style():
-        entries = len(families) + len(curves) + len(set(stated) - {family[0] for family in families}) + 1
-        figure = new_figure(3.0 + 0.18 * math.ceil(entries / LEGEND_COLUMNS))
+        figure = new_figure(HEIGHT)
         for number, name in enumerate(("psnr", "ssim")):
             axes = figure.add_subplot(1, 2, number + 1)
             draw_rate_distortion(axes, curves, [], name)
@@ -75,7 +80,9 @@ def draw_plot(images: str, results: list[dict], codecs: dict, paper: dict, title
                 x, y = zip(*points, strict=True)
                 axes.plot(x, y, "o", mfc="none", color=METHODS[kind][1], markersize=5, label=label)
             for (kind, variant, several), points in sorted(families.items(), key=_place):
-                words = ", ".join(filter(None, [METHODS[kind][0], _rule(kind, variant), "s > 1" if several else ""]))
+                # What interpolates is LooC, also with the one segment of CVQ-VAE.
+                method = "LooC with m = 1" if kind == "cvq" and several else METHODS[kind][0]
+                words = ", ".join(filter(None, [method, _rule(kind, variant), "s > 1" if several else ""]))
                 axes.plot(
                     [point["bits_per_pixel"] for point in points],
                     [point[name] for point in points],
@@ -92,11 +99,21 @@ def draw_plot(images: str, results: list[dict], codecs: dict, paper: dict, title
                 axes.plot([], [], "o", mfc="none", color="0.3", markersize=5, label="hollow: the paper's, 500 epochs")
                 handles, labels = axes.get_legend_handles_labels()
             axes.xaxis.set_major_locator(FixedLocator([2.0**i for i in OCTAVES]))
-        figure.legend(handles, labels, loc="outside lower center", ncols=LEGEND_COLUMNS)
+        _add_legend(figure, handles, labels)
         figure.suptitle(title)
         content = BytesIO()
         figure.savefig(content, format="png", dpi=150)
     return content.getvalue()
+
+
+def _add_legend(figure: Figure, handles: list, labels: list[str]):
+    """Below the axes, in as many columns as the width takes; the figure grows by its lines."""
+    for columns in (3, 2, 1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        if legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+    figure.set_figheight(HEIGHT + LINE * math.ceil(len(labels) / columns))
 
 
 def _of_paper(images: str, paper: dict) -> dict[str, list[tuple[float, float]]]:

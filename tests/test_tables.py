@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from looc_ldm.analysis.style import new_figure
 from looc_ldm.errors import UserError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -345,6 +346,30 @@ def test_the_page_says_what_interpolation_gains_and_what_revival_does(scripts):
     (sentence,) = tables_page._in_a_sentence("7", [dying, finer[0]])
     assert sentence.startswith("Without revival: 256×4 -2.00 dB, clean, with 90.0% of the codebook in use.")
     assert tables_page._in_a_sentence("7", finer) == tables_page._in_a_sentence("6", finer[:1]) == []
+
+
+@pytest.mark.parametrize(
+    "words", ["our default", "a rule that takes many more words than others, and then some more of them"]
+)
+def test_no_word_of_a_plots_legend_is_cut_off(scripts, monkeypatch, words):
+    _, table_rows, _ = scripts
+    import tables_plot
+
+    monkeypatch.setitem(tables_plot.SHORT, "-ema-rotation", words)
+    figures = []
+    monkeypatch.setattr(tables_plot, "new_figure", lambda height: figures.append(new_figure(height)) or figures[0])
+    results = [
+        {"row": row, "test": {"clean": {"bits_per_pixel": 1.0 + number, "psnr": 20.0, "ssim": 0.9}}}
+        for number, row in enumerate(table_rows.ROWS)
+    ]
+    paper = json.loads((BENCHMARKS / "paper_tables.json").read_text())["tables"]
+    assert tables_plot.draw_plot("mnist", results, {}, paper, "All rows")
+    (figure,) = figures
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert figure.bbox.containsx(box.x0)
+    assert figure.bbox.containsx(box.x1)
+    assert box.y1 < min(axes.get_tightbbox().y0 for axes in figure.axes)
 
 
 def test_no_two_rows_of_one_rate_share_a_place_in_the_legend(scripts):

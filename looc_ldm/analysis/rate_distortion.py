@@ -26,7 +26,7 @@ CODEC_NAMES = {"jpeg": "JPEG", "webp": "WebP"}
 QUALITIES = (1, 5, 10, 20, 35, 50, 65, 80, 90, 95)
 AXIS_NAMES = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
 MARKERS = "osD^vP*Xp<>h"
-OCTAVES = range(-12, 7)  # of bits per pixel that the axis has ticks for
+OCTAVES = range(-12, 9)  # of bits per pixel that the axis has ticks for
 
 
 @dataclass(frozen=True)
