@@ -297,6 +297,7 @@ def _summary(results: list[dict], paper: dict) -> list[str]:
         )
         parts.append(_markdown([*head, "last doubling, held out", "doublings to go", "PSNR, clean"], levels))
         parts += [f"{NAMES[r['images']]}, {ROWS[r['row']].method}: {r['note']}." for r in results if "note" in r]
+        parts += _in_proportion(results, paper)
     return ["## How close to the paper", *parts] if parts else []
 
 
@@ -325,6 +326,46 @@ def _by_commitment(results: list[dict]) -> list[str]:
         f"{training[0]['seed']}."
     )
     return [words, _markdown(["", "bits per pixel", *(NAMES[images] for images in sets)], lines)]
+
+
+def _in_proportion(results: list[dict], paper: dict) -> list[str]:
+    """SSIM, L1 and LPIPS of the longest training of each set, beside the paper's at the same PSNR."""
+    lines, costs = [], []
+    for images in NAMES:
+        of_set = _of(results, images, [row for row in ROWS if row.startswith("looc-")])
+        if not of_set:
+            continue
+        published = [row[images] for table in ("3", "4", "5") for row in paper[table].values()]
+        longest = max(of_set, key=lambda result: (result["images_seen"], _psnr(result)))
+        for protocol, figures in longest["test"].items():
+            cells = [ROWS[longest["row"]].method, NAMES[images], _training(longest)[0], protocol]
+            cells.append(FIGURES["psnr"].format(figures["psnr"]))
+            for name in ("ssim", "l1", "lpips_vgg"):
+                # SSIM of the protocol clean has another window.
+                comparable = name in figures and (name, protocol) != ("ssim", "clean")
+                theirs = _at_psnr(figures["psnr"], published, name) if comparable else None
+                cells.append(" / ".join(FIGURES[name].format(x) for x in (figures[name], theirs)) if theirs else "-")
+            lines.append(cells)
+        costs.append(_psnr(longest) - longest["test"]["paper"]["psnr"])
+    if not lines:
+        return []
+    words = (
+        "**The other figures, at the same PSNR.** SSIM, L1 and LPIPS of the longest training of each set, beside those "
+        "that the paper's own rows have at this PSNR: Tables 3 to 5, interpolated between the two rows nearest to it. "
+        "Where they agree under one protocol only, that is the one of the paper's tables. The JPEGs of the protocol "
+        f"*paper* take {min(costs):.1f} to {max(costs):.1f} dB off the clean PSNR of these trainings."
+    )
+    head = ["row", "images", "epochs", "protocol", "PSNR, ours"]
+    head += [f"{HEADS[name]}, ours / the paper's" for name in ("ssim", "l1", "lpips_vgg")]
+    return [words, _markdown(head, lines)]
+
+
+def _at_psnr(psnr: float, published: list[dict], name: str) -> float | None:
+    """A figure of the paper's rows at a PSNR, interpolated; None beyond their range."""
+    points = sorted((row["psnr"], row[name]) for row in published if name in row and "psnr" in row)
+    if not points or not points[0][0] <= psnr <= points[-1][0]:
+        return None
+    return float(np.interp(psnr, *zip(*points, strict=True)))
 
 
 def _last_doubling(result: dict) -> str:

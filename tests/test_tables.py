@@ -178,6 +178,22 @@ def test_the_page_says_what_the_last_doubling_of_images_gained(scripts):
     assert tables_page._last_doubling({"images_seen": 200, "curve": [[50, 0.4], [200, 0.1]]}) == "+3.0 dB"
 
 
+def test_the_page_compares_other_figures_with_the_papers_at_the_same_psnr(scripts):
+    import tables_page
+
+    rows = {"256x4": {"psnr": 30.0, "l1": 0.02, "ssim": 0.9}, "256x8": {"psnr": 20.0, "l1": 0.04}}
+    paper = {"3": {name: {"mnist": figures} for name, figures in rows.items()}, "4": {}, "5": {}}
+    test = {"clean": {"psnr": 31.0, "ssim": 0.8, "l1": 0.01}, "paper": {"psnr": 28.0, "ssim": 0.85, "l1": 0.025}}
+    training = {"images": "mnist", "row": "looc-256x4", "batch_size": 16, "seed": 42, "budget": 60_000}
+    short, long = (dict(training, images_seen=n, test=test) for n in (1_000, 60_000))
+    short["test"] = {name: figures | {"psnr": 35.0} for name, figures in test.items()}  # the longer one is shown
+    words, table = tables_page._in_proportion([short, long], paper)
+    clean, as_paper = table.splitlines()[2:]
+    assert clean.endswith("| clean | 31.00 | - | - | - |")  # beyond the paper's rows
+    assert as_paper.endswith("| paper | 28.00 | - | 0.0250 / 0.0240 | - |")  # one row with SSIM is no range
+    assert "take 3.0 to 3.0 dB" in words
+
+
 def noise(count: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, generator=generator)
