@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import tqdm
 
 from looc_ldm.errors import ModelError
 
@@ -35,7 +36,15 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
         message = explain(error, repo_id, revision)
         if message is None:
             raise
+        _close_bars()
         raise ModelError(message) from error
+
+
+def _close_bars() -> None:
+    """The client leaves the bar of an upload that failed open: the error would stand behind it."""
+    for bar in list(tqdm._instances):
+        if isinstance(bar, tqdm):
+            bar.close()
 
 
 def explain(error: BaseException, repo_id: str, revision: str | None = None) -> str | None:
