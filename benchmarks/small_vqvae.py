@@ -1,7 +1,8 @@
 """Train and measure the small VQ-VAE of LooC's and CVQ-VAE's tables with one quantizer on one set of images.
 
 Encoder, decoder, loss and optimizer are the published ones (MSE / data variance + quantizer loss, Adam 3e-4, no
-schedule, no augmentation). A run resumes: it leaves a checkpoint beside its result, and the same call goes on there.
+schedule, no augmentation); an annealed training has a schedule, and networks in bfloat16, to learn more of fewer
+images. A run resumes: it leaves a checkpoint beside its result, and the same call goes on there.
 The weights that are measured are those with the lowest error on images held out of the *training* set.
 """
 
@@ -23,6 +24,7 @@ from looc_ldm.images import to_float
 
 HELD_OUT = 5000  # the last training images: checkpoints are chosen on them
 EVALUATION_BATCH = 250
+WARM_UP = 200  # steps of annealed trainings
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Training:
     Attributes:
         images: Training images to see, with repeats.
         batch_size: Images of a step.
-        learning_rate: Of Adam.
+        learning_rate: Of Adam; of an annealed training the highest.
+        annealed: Whether the learning rate falls, see `learning_rate_at`, and the networks are bfloat16.
         seed: Of weights and order.
         validations: How often the held-out error is measured at most, at even distances; also at the end.
     """
@@ -40,8 +43,19 @@ class Training:
     images: int
     batch_size: int = 128
     learning_rate: float = 3e-4
+    annealed: bool = False
     seed: int = 42
     validations: int = 50
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.images / self.batch_size)
+
+    def learning_rate_at(self, step: int) -> float:
+        """For a step counted from 1: always the same or, annealed, risen in 200 steps and falling in a line to 0."""
+        if not self.annealed:
+            return self.learning_rate
+        return self.learning_rate * min(step / WARM_UP, (self.steps - step + 1) / self.steps)
 
 
 def train(
@@ -78,7 +92,7 @@ def train(
         raise UserError(f"batch size {training.batch_size:,} is more than the {len(pixels) - HELD_OUT:,} images.")
     torch.manual_seed(training.seed)
     model = make_model().to(device).train()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=training.learning_rate)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=training.learning_rate_at(1))
     made_with = asdict(training) | settings_of(model.quantize)
     state = {"images_seen": 0, "best": None, "curve": [], "seconds": 0.0, "made_with": made_with}
     if checkpoint.is_file():
@@ -93,12 +107,16 @@ def train(
         say(f"goes on at {state['images_seen']:,} images")
     train_pixels, held_out = pixels[:-HELD_OUT].to(device), pixels[-HELD_OUT:].to(device)
     variance = (pixels.double() / 255).var().item()
-    steps = math.ceil(training.images / training.batch_size)
+    steps = training.steps
     # Not so often that validating takes a good part of the time.
     every = max(math.ceil(5 * HELD_OUT / training.batch_size), steps // training.validations)
     started = time.perf_counter() - state["seconds"]
     for step, x in _batches(train_pixels, training, state["images_seen"] // training.batch_size, steps):
-        output = model(x)
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate_at(step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=training.annealed):
+            output = model(x)
+        output.sample = output.sample.float()
         error = F.mse_loss(output.sample, x) / variance if objective is None else objective(x, output.sample)
         loss = error + output.commit_loss
         optimizer.zero_grad()

@@ -1,9 +1,11 @@
-"""The paper's tables of small images, measured: train the rows of a table, and measure them on the test sets.
+r"""The paper's tables of small images, measured: train the rows of a table, and measure them on the test sets.
 
     python benchmarks/tables.py 5 --data FOLDER                           a whole table, all three sets
     python benchmarks/tables.py 1 --row looc-32x4 --sets cifar10 --data FOLDER
     python benchmarks/tables.py rates --data FOLDER --device cuda --jobs 8   every quantizer, eight at a time
     python benchmarks/tables.py 5 --data FOLDER --budget 60000 --batch-size 16 --jobs 2      one epoch, without a GPU
+    python benchmarks/tables.py recipes --row looc-256x4-ema-rotation --data FOLDER --budget 600000 --batch-size 16 \
+        --annealed                                                        the most of ten epochs
     python benchmarks/tables.py codecs --data FOLDER                      JPEG and WebP, for the plots
     python benchmarks/tables.py all --data FOLDER --device cuda --jobs 8  all rows, and the codecs
     python benchmarks/readme.py tables                                    docs/tables.md from all results
@@ -12,9 +14,9 @@ A row is trained once for each set of images, however many tables it stands in. 
 rows that have one are left alone; those in benchmarks/results/tables are what the page shows, so try things out with
 another folder, which then has the checkpoints too. A run that was interrupted goes on from its last checkpoint in
 --work, one every 25,000 images or, of a long training, a fiftieth of it. The network is the paper's small VQ-VAE, Adam
-3e-4, the published loss (HVQ-VAE and SQ-VAE have theirs, docs/tables.md). Checkpoints are chosen on the last 5,000
-*training* images; the authors chose theirs on the test set. The test set is read once, at the end, under both protocols
-(docs/evaluation.md).
+3e-4 (--annealed has a schedule), the published loss (HVQ-VAE and SQ-VAE have theirs, docs/tables.md). Checkpoints are
+chosen on the last 5,000 *training* images; the authors chose theirs on the test set. The test set is read once, at the
+end, under both protocols (docs/evaluation.md).
 
 --data holds the folders fashion_mnist and mnist, with train- and t10k-images-idx3-ubyte(.gz), and cifar10, with
 data_batch_1 to 5 and test_batch, as the binary version's .bin or as .png of a row an image.
@@ -52,6 +54,7 @@ from looc_ldm.metrics.lpips import load_lpips
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tables"
 EPOCHS = 500  # as published; of all training images
+PUBLISHED_RATE, ANNEALED_RATE = 3e-4, 3e-3
 BATCH = 250
 FIGURES = ("psnr", "ssim", "l1")
 
@@ -66,7 +69,8 @@ def make_model(row: Row, channels: int, side: int, batches: int) -> LooCSmallVQM
 
 
 def result_file(row: str, images: str, budget: int, options: argparse.Namespace) -> Path:
-    return options.results / f"{images}_{row}_{budget}_batch{options.batch_size}_seed{options.seed}.json"
+    annealed = "_annealed" if options.annealed else ""
+    return options.results / f"{images}_{row}_{budget}_batch{options.batch_size}{annealed}_seed{options.seed}.json"
 
 
 def measure(model: LooCSmallVQModel, pixels: torch.Tensor, options: argparse.Namespace) -> dict[str, dict]:
@@ -104,7 +108,8 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
         print(f"{file.name} is there.", flush=True)
         return
     pixels = load_images(images, options.data, "train")
-    training = Training(budget, options.batch_size, seed=options.seed)
+    rate = ANNEALED_RATE if options.annealed else PUBLISHED_RATE
+    training = Training(budget, options.batch_size, rate, options.annealed, options.seed)
     channels, side = pixels.shape[1], pixels.shape[-1]
     name = f"{images} {row.name}"
     code = revision()  # before a long training: a checkout may change meanwhile
@@ -126,6 +131,7 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
             "images": images,
             "budget": budget,
             "batch_size": options.batch_size,
+            "annealed": options.annealed,
             "seed": options.seed,
             "device": torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else "CPU",
             **happened,
@@ -134,7 +140,8 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
             "code": code,
             "threads": torch.get_num_threads(),
             "command": f"python benchmarks/tables.py {options.table} --row {row.name} --sets {images} --data FOLDER"
-            f" --budget {budget} --batch-size {options.batch_size} --seed {options.seed}"
+            f" --budget {budget} --batch-size {options.batch_size}{' --annealed' if options.annealed else ''}"
+            f" --seed {options.seed}"
             f" --device {options.device.split(':')[0]}",
         },
     )
@@ -199,6 +206,8 @@ def run_apart(pairs: list[tuple[str, str]], options: argparse.Namespace) -> int:
     for option in (*names, "feature_layer", "lpips_vgg_weights", "inception_weights"):
         if getattr(options, option) is not None:
             shared += [f"--{option.replace('_', '-')}", getattr(options, option)]
+    if options.annealed:
+        shared.append("--annealed")
 
     environment = dict(os.environ)
     if options.device == "cpu":  # threads of several processes would be in each other's way
@@ -223,6 +232,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=positive, help="training images to see (default: 500 epochs, as published)")
     parser.add_argument("--batch-size", type=positive, default=128)
+    parser.add_argument(
+        "--annealed",
+        action="store_true",
+        help="learning rate up to 3e-3 in 200 steps and in a line down to 0, networks in bfloat16 (default: 3e-4 "
+        "throughout in float32, as published)",
+    )
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--jobs", type=positive, default=1, help="rows that are trained at a time")
     parser.add_argument(

@@ -37,7 +37,7 @@ CLEAN = ("psnr", "ssim")  # of the protocol clean
 
 
 def load_results() -> list[dict]:
-    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*_seed*.json"))]
+    return [{"annealed": False} | json.loads(file.read_text()) for file in sorted(RESULTS.glob("*_seed*.json"))]
 
 
 def write_page(docs: Path = ROOT / "docs") -> None:
@@ -57,7 +57,7 @@ def write_page(docs: Path = ROOT / "docs") -> None:
             for rows in trainings:
                 if len(rows) == 1 < len(trainings) and rows[0]["row"] in TABLES["recipes"]:
                     continue  # longer than the others: it stands among the levels
-                names = {(images, rows[0]["budget"], rows[0]["batch_size"], rows[0]["seed"], r["row"]) for r in rows}
+                names = {(images, *_setting(r), r["row"]) for r in rows}
                 if not names <= shown:  # something that no earlier table has shown
                     shown |= names
                     sections += [_table(table, images, rows, paper), *_in_a_sentence(table, rows)]
@@ -81,8 +81,9 @@ Written by `python benchmarks/readme.py tables` from what `benchmarks/tables.py`
 - **Gradients** go straight through every quantizer, unless a row says *rotation trick*.
 - **Training**: *epochs* are images seen over the size of the whole training set, of which the last 5,000 images are
   held out and choose the checkpoint; **the authors chose theirs on the test set**. The published training has 500
-  epochs, of batches of 128: a shorter one shows order and trend, not the level. One seed: a few tenths of a dB are
-  noise.
+  epochs, of batches of 128: a shorter one shows order and trend, not the level. *Annealed* ones, ours and not
+  published, learn more of as many images: Adam's learning rate is 3e-3 after 200 steps and falls in a line to 0, and
+  the networks are in bfloat16 (`--annealed`). One seed: a few tenths of a dB are noise.
 - **Figures** are of the 10,000 test images unless they are called held out. *Clean* ones are of float images; those of
   the protocol *paper*, of JPEGs and with another window of SSIM, stand beside the paper's
   ([protocols](evaluation.md#protocols)). *Use* is the share of the codevectors that the test images use; *chosen at*,
@@ -240,7 +241,7 @@ def _command(table: str, results: list[dict], *sets: str) -> str:
     first = results[0]
     return (
         f"`python benchmarks/tables.py {table}{rows} --sets {' '.join(sets)} --data FOLDER --budget {first['budget']} "
-        f"--batch-size {first['batch_size']} --seed {first['seed']}`"
+        f"--batch-size {first['batch_size']}{' --annealed' if first['annealed'] else ''} --seed {first['seed']}`"
     )
 
 
@@ -254,7 +255,7 @@ def _summary(results: list[dict], paper: dict) -> list[str]:
             published = paper["5"][row.removeprefix("looc-")][images]
             of_row = {}
             for result in _of(results, images, [f"{row}{variant}" for variant in LEVELS]):
-                of_row.setdefault(result["row"], result)  # the longest training
+                of_row.setdefault((result["row"], result["annealed"]), result)  # the longest training
             for result in of_row.values():
                 figures = result["test"]["paper"]
                 cells = [
@@ -322,8 +323,7 @@ def _by_commitment(results: list[dict]) -> list[str]:
         "**Commitment.** PQ's published loss is the *sum* of 32, one a codebook, where that of a shared codebook is "
         "their mean. Adam's steps of the codebooks do not depend on such a factor; the encoder is held to the "
         "codevectors as with a commitment weight of 8 instead of 0.25. What that alone does, in PQ and in LooC: PSNR, "
-        f"protocol *paper*, after {training[0]['budget']:,} images in batches of {training[0]['batch_size']}, seed "
-        f"{training[0]['seed']}."
+        f"protocol *paper*, after {_setting_in_words(training[0])}."
     )
     return [words, _markdown(["", "bits per pixel", *(NAMES[images] for images in sets)], lines)]
 
@@ -379,7 +379,7 @@ def _last_doubling(result: dict) -> str:
 
 
 def _order(table: str, images: str, results: list[dict], paper: dict) -> list[list[str]]:
-    """A line for each training (budget, batch, seed) of which a table has at least three rows."""
+    """A line for each training of which a table has at least three rows."""
     lines = []
     for training in _by_training(_of(results, images, PAPER_ROWS[table])):
         pairs_of_psnr = {}
@@ -416,17 +416,30 @@ def _of(results: list[dict], images: str, rows) -> list[dict]:
     """Results of some rows on one set, longest training first, in the order of the rows."""
     found = [result for result in results if result["images"] == images and result["row"] in rows]
     order = list(rows)
-    return sorted(found, key=lambda r: (order.index(r["row"]), -r["budget"], r["batch_size"], r["seed"]))
+    return sorted(found, key=lambda r: (order.index(r["row"]), -r["budget"], *_setting(r)[1:]))
+
+
+def _setting(result: dict) -> tuple:
+    """What results of one training share: budget, batch size, whether it was annealed, and seed."""
+    return tuple(result[key] for key in ("budget", "batch_size", "annealed", "seed"))
+
+
+def _setting_in_words(result: dict) -> str:
+    budget, batch, annealed, seed = _setting(result)
+    return f"{budget:,} images in batches of {batch}{', annealed' if annealed else ''}, seed {seed}"
 
 
 def _training(result: dict) -> list[str]:
     """Cells: epochs and batch."""
-    return [f"{result['images_seen'] / COUNTS[result['images']]:.3g}", str(result["batch_size"])]
+    annealed = ", annealed" if result["annealed"] else ""
+    return [f"{result['images_seen'] / COUNTS[result['images']]:.3g}{annealed}", str(result["batch_size"])]
 
 
 def _words_of_training(result: dict) -> str:
     epochs, batch = _training(result)
-    return f"{epochs} epoch{'' if epochs == '1' else 's'} with batches of {batch} and seed {result['seed']}"
+    number, *annealed = epochs.split(", ")
+    words = f"{number} epoch{'' if number == '1' else 's'} with batches of {batch} and seed {result['seed']}"
+    return ", ".join([words, *annealed])
 
 
 def _markdown(head: list[str], rows: list[list[str]], numbers: bool = True) -> str:
@@ -464,17 +477,16 @@ def _recipes(title: str, results: list[dict]) -> list[str]:
     trainings = defaultdict(dict)
     for result in results:
         if result["row"] in TABLES["recipes"]:
-            training = tuple(result[key] for key in ("budget", "batch_size", "seed"))
-            trainings[result["row"].split("-")[1], training][result["row"], result["images"]] = result
+            size = result["row"].split("-")[1]
+            trainings[size, _setting(result)][result["row"], result["images"]] = result
     parts = []
-    for (size, (budget, batch, seed)), found in sorted(trainings.items()):
+    for (size, _), found in sorted(trainings.items()):
         rows = [row for row in TABLES["recipes"] if any((row, images) in found for images in NAMES)]
         sets = [images for images in NAMES if any((row, images) in found for row in rows)]
         if len(rows) < 2:
             continue
-        rate = next(iter(found.values()))["test"]["clean"]["bits_per_pixel"]
-        training = f"{budget:,} images in batches of {batch}, seed {seed}"
-        parts.append(f"### {size.replace('x', '×')}, {training}: {rate:.3g} bits per pixel")
+        one = next(iter(found.values()))
+        parts.append(f"### {size.replace('x', '×')}, {_setting_in_words(one)}: {_rate(one):.3g} bits per pixel")
         parts.append(_command("recipes", list(found.values()), *sets))
         cells = []
         for row in rows:
@@ -532,13 +544,13 @@ def _held_out(result: dict) -> float:
 
 
 def _by_training(results: list[dict]) -> list[list[dict]]:
-    """Results apart by budget, batch and seed, longest training first."""
+    """Results apart by training, the longest first."""
     trainings = defaultdict(list)
     for result in results:
-        trainings[result["budget"], result["batch_size"], result["seed"]].append(result)
+        trainings[_setting(result)].append(result)
     return [trainings[training] for training in sorted(trainings, reverse=True)]
 
 
 def _one_training(results: list[dict]) -> list[dict]:
-    """Of one training only (budget, batch, seed): that of most rates, and of those the longest."""
+    """Of one training only: that of most rates, and of those the longest."""
     return max(_by_training(results), key=lambda rows: (len(set(map(_rate, rows))), rows[0]["budget"]), default=[])

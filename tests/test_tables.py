@@ -59,15 +59,16 @@ def test_rates_and_sizes_of_rows_are_those_of_the_tables(scripts, row, bits, sca
     assert model.bits_per_image(28, 28) == pytest.approx(49 * bits)
 
 
+@pytest.mark.parametrize("annealed", [False, True])
 @pytest.mark.parametrize("row", ["looc-32x4", "rq-256x128-depth2", "fsq-2x8-5-5", "sq-512x64", "hvq-512x64"])
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(scripts, row, tmp_path, monkeypatch):
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(scripts, row, annealed, tmp_path, monkeypatch):
     small_vqvae, table_rows, tables = scripts
     monkeypatch.setattr(small_vqvae, "HELD_OUT", 8)
     pixels = torch.randint(0, 256, (40, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
     def trained(name: str, say=lambda line: None):
         make = lambda: tables.make_model(table_rows.ROWS[row], 1, 28, 12)  # noqa: E731
-        training = small_vqvae.Training(images=96, batch_size=8, validations=3)
+        training = small_vqvae.Training(images=96, batch_size=8, annealed=annealed, validations=3)
         return small_vqvae.train(make, pixels, training, tmp_path / name, torch.device("cpu"), say)
 
     class Killed(Exception):
@@ -86,6 +87,19 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(scripts, row, tmp_
         assert torch.equal(weights, resumed.state_dict()[name]), name
     assert happened["curve"] == resumed_happened["curve"]
     assert happened["validation_mse"] == min(error for _, error in happened["curve"])
+
+
+def test_the_learning_rate_is_the_published_one_unless_it_is_annealed(scripts):
+    """Then it rises for 200 steps, and falls in a line to nothing at the end."""
+    small_vqvae, _, _ = scripts
+    published = small_vqvae.Training(images=8000, batch_size=8)
+    assert {published.learning_rate_at(step) for step in (1, 500, 1000)} == {3e-4}
+    annealed = small_vqvae.Training(images=8000, batch_size=8, learning_rate=3e-3, annealed=True)
+    rates = [annealed.learning_rate_at(step) for step in range(1, 1001)]
+    assert rates[99] == pytest.approx(1.5e-3)
+    assert max(rates) == rates[166] == pytest.approx(2.5e-3, rel=1e-2)  # where the two lines meet
+    assert rates[499] == pytest.approx(1.503e-3)
+    assert rates[-1] == pytest.approx(3e-6)
 
 
 def test_a_row_leaves_a_result_that_the_page_shows_beside_the_papers(scripts, tmp_path, monkeypatch):
@@ -151,6 +165,7 @@ def test_the_page_counts_which_pairs_stand_in_the_papers_order(scripts):
             "row": f"looc-{size}",
             "images": "mnist",
             "budget": 60_000,
+            "annealed": False,
             "images_seen": 60_000,
             "batch_size": 16,
             "seed": 1,
@@ -184,7 +199,14 @@ def test_the_page_compares_other_figures_with_the_papers_at_the_same_psnr(script
     rows = {"256x4": {"psnr": 30.0, "l1": 0.02, "ssim": 0.9}, "256x8": {"psnr": 20.0, "l1": 0.04}}
     paper = {"3": {name: {"mnist": figures} for name, figures in rows.items()}, "4": {}, "5": {}}
     test = {"clean": {"psnr": 31.0, "ssim": 0.8, "l1": 0.01}, "paper": {"psnr": 28.0, "ssim": 0.85, "l1": 0.025}}
-    training = {"images": "mnist", "row": "looc-256x4", "batch_size": 16, "seed": 42, "budget": 60_000}
+    training = {
+        "images": "mnist",
+        "row": "looc-256x4",
+        "batch_size": 16,
+        "seed": 42,
+        "budget": 60_000,
+        "annealed": False,
+    }
     short, long = (dict(training, images_seen=n, test=test) for n in (1_000, 60_000))
     short["test"] = {name: figures | {"psnr": 35.0} for name, figures in test.items()}  # the longer one is shown
     words, table = tables_page._in_proportion([short, long], paper)
@@ -297,6 +319,7 @@ def result_of(row: str, psnr: float, rate: float, images: str = "mnist", **chang
         "row": row,
         "images": images,
         "budget": 600,
+        "annealed": False,
         "images_seen": 600,
         "batch_size": 16,
         "seed": 1,
