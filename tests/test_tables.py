@@ -104,10 +104,11 @@ def test_the_learning_rate_is_the_published_one_unless_it_is_annealed(scripts):
 
 def test_a_row_leaves_a_result_that_the_page_shows_beside_the_papers(scripts, tmp_path, monkeypatch):
     small_vqvae, _, tables = scripts
+    import table_results
     import tables_page
 
     monkeypatch.setattr(small_vqvae, "HELD_OUT", 8)
-    for module in (tables, tables_page):
+    for module in (tables, table_results):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (40, 1, 28, 28), dtype=torch.uint8, generator=generator)
@@ -156,7 +157,7 @@ def test_the_page_counts_which_pairs_stand_in_the_papers_order(scripts):
 
     16x4 and 64x4 are too close to each other to be judged.
     """
-    import tables_page
+    import tables_closeness
 
     paper = json.loads((BENCHMARKS / "paper_tables.json").read_text())["tables"]
     psnr = {"16x4": 20.0, "24x4": 21.0, "32x4": 22.0, "64x4": 20.05, "512x4": 20.5}
@@ -176,25 +177,25 @@ def test_the_page_counts_which_pairs_stand_in_the_papers_order(scripts):
         }
         for size, value in psnr.items()
     ]
-    (line,) = tables_page._order("5", "mnist", results, paper)
+    (line,) = tables_closeness._order("5", "mnist", results, paper)
     others = "24x4 and 32x4; 24x4 and 64x4; 24x4 and 512x4; 32x4 and 64x4; 32x4 and 512x4"
     apart = abs(paper["5"]["16x4"]["mnist"]["psnr"] - paper["5"]["64x4"]["mnist"]["psnr"])
     level = f"16x4 and 64x4 (the paper: {apart:.2f} dB)"
     assert line == ["5", "MNIST", "1", "16", "10", "1", "4 of 9", "5 of 9", others, level, ""]
-    assert tables_page._order("5", "mnist", results[:2], paper) == []
+    assert tables_closeness._order("5", "mnist", results[:2], paper) == []
 
 
 def test_the_page_says_what_the_last_doubling_of_images_gained(scripts):
-    import tables_page
+    import tables_closeness
 
     curve = [[100, 0.4], [200, 0.2], [400, 0.04]]  # 10, 13.01 and 20 dB
-    assert tables_page._last_doubling({"images_seen": 400, "curve": curve}) == "+7.0 dB"
-    assert tables_page._last_doubling({"images_seen": 150, "curve": [[100, 0.4], [150, 0.2]]}) == "-"
-    assert tables_page._last_doubling({"images_seen": 200, "curve": [[50, 0.4], [200, 0.1]]}) == "+3.0 dB"
+    assert tables_closeness._last_doubling({"images_seen": 400, "curve": curve}) == "+7.0 dB"
+    assert tables_closeness._last_doubling({"images_seen": 150, "curve": [[100, 0.4], [150, 0.2]]}) == "-"
+    assert tables_closeness._last_doubling({"images_seen": 200, "curve": [[50, 0.4], [200, 0.1]]}) == "+3.0 dB"
 
 
 def test_the_page_compares_other_figures_with_the_papers_at_the_same_psnr(scripts):
-    import tables_page
+    import tables_closeness
 
     rows = {"256x4": {"psnr": 30.0, "l1": 0.02, "ssim": 0.9}, "256x8": {"psnr": 20.0, "l1": 0.04}}
     paper = {"3": {name: {"mnist": figures} for name, figures in rows.items()}, "4": {}, "5": {}}
@@ -209,7 +210,7 @@ def test_the_page_compares_other_figures_with_the_papers_at_the_same_psnr(script
     }
     short, long = (dict(training, images_seen=n, test=test) for n in (1_000, 60_000))
     short["test"] = {name: figures | {"psnr": 35.0} for name, figures in test.items()}  # the longer one is shown
-    words, table = tables_page._in_proportion([short, long], paper)
+    words, table = tables_closeness._in_proportion([short, long], paper)
     clean, as_paper = table.splitlines()[2:]
     assert clean.endswith("| clean | 31.00 | - | - | - |")  # beyond the paper's rows
     assert as_paper.endswith("| paper | 28.00 | - | 0.0250 / 0.0240 | - |")  # one row with SSIM is no range
@@ -305,9 +306,10 @@ def test_a_result_without_a_figure_that_is_asked_for_is_not_there(scripts, tmp_p
 
 
 def test_a_page_without_rows_at_equal_bits_has_no_plot(scripts, tmp_path, monkeypatch):
+    import table_results
     import tables_page
 
-    monkeypatch.setattr(tables_page, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(table_results, "RESULTS", tmp_path / "results")
     tables_page.write_page(tmp_path)
     assert "nothing yet" in (tmp_path / "tables.md").read_text()
     assert not list(tmp_path.glob("*.png"))
@@ -330,7 +332,7 @@ def result_of(row: str, psnr: float, rate: float, images: str = "mnist", **chang
 
 
 def test_the_page_says_what_is_as_good_for_fewer_bits_and_who_is_ahead_at_equal_bits(scripts):
-    import tables_page
+    import tables_rates
 
     rows = [
         result_of("looc-1024x4", 25.0, 20.0),
@@ -342,7 +344,7 @@ def test_the_page_says_what_is_as_good_for_fewer_bits_and_who_is_ahead_at_equal_
         result_of("looc-256x8", 25.5, 8.0),
     ]
     rows.append(result_of("fsq-32x8-5-5", 26.7, 15.3))
-    sentence, highest, table = tables_page._who_is_ahead(rows)
+    sentence, highest, table = tables_rates._who_is_ahead(rows)
     assert "is that of LooC 256×4, s=2, published rule, 26.00 dB at 64 bits per pixel." in sentence
     listed = sentence.split("for fewer bits: ")[1]
     front = (
@@ -356,7 +358,7 @@ def test_the_page_says_what_is_as_good_for_fewer_bits_and_who_is_ahead_at_equal_
         "LooC 256×4, s=1, moving average 24.10 ≈ "
         "LooC 256×4, s=1, published rule 24.00 |"
     ]
-    assert tables_page._who_is_ahead(rows[:1]) == []
+    assert tables_rates._who_is_ahead(rows[:1]) == []
 
 
 def test_the_page_counts_what_the_rotation_trick_gains(scripts):
@@ -424,27 +426,27 @@ def test_no_two_rows_of_one_rate_share_a_place_in_the_legend(scripts):
 
 
 def test_the_page_shows_what_pq_owes_to_its_commitment_and_what_looc_gains_by_it(scripts):
-    import tables_page
+    import tables_closeness
 
     psnr = {"pq-32x8x4": 25.0, "pq-32x8x4-mean": 22.0, "looc-32x4": 23.0, "looc-32x4-commitment8": 26.0}
     results = [result_of(row, value, 6.0) for row, value in psnr.items()]
     results.append(result_of("looc-32x4", 20.0, 10.0, images="cifar10"))  # PQ is missing there
     for result in results:
         result["test"]["paper"] = {"psnr": result["test"]["clean"]["psnr"] - 0.5}
-    _, table = tables_page._by_commitment(results)
+    _, table = tables_closeness._by_commitment(results)
     assert table.splitlines()[0] == "|  | bits per pixel | MNIST |"
     assert [line.split(" | ")[-1] for line in table.splitlines()[2:]] == ["24.50 |", "21.50 |", "22.50 |", "25.50 |"]
-    assert tables_page._by_commitment(results[1:]) == []
+    assert tables_closeness._by_commitment(results[1:]) == []
 
 
 def test_a_command_of_the_page_names_the_rows_unless_they_are_the_whole_table(scripts):
-    import tables_page
+    import table_results
 
     rows = [result_of(f"looc-256x{dim}", 20.0, 1.0) for dim in (4, 8, 16, 32, 64)]
     training = "--sets mnist --data FOLDER --budget 600 --batch-size 16 --seed 1`"
-    assert tables_page._command("3", rows, "mnist") == f"`python benchmarks/tables.py 3 {training}"
+    assert table_results.command_of("3", rows, "mnist") == f"`python benchmarks/tables.py 3 {training}"
     assert (
-        tables_page._command("3", rows[:2], "mnist")
+        table_results.command_of("3", rows[:2], "mnist")
         == f"`python benchmarks/tables.py 3 --row looc-256x4 looc-256x8 {training}"
     )
 

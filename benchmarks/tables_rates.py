@@ -1,0 +1,122 @@
+"""The rows of benchmarks/tables.py at equal bits: a plot for each set, and who is ahead at which rate."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+from table_results import (
+    NAMES,
+    TIE,
+    command_of,
+    in_words,
+    load_codecs,
+    markdown,
+    one_training,
+    psnr_of,
+    rate_of,
+    results_of,
+    training_cells,
+    words_of_training,
+)
+from table_rows import ROWS, TABLES
+from tables_plot import draw_plot, family_of
+
+from looc_ldm.files import replace_bytes
+
+NEAR = 1.06  # rates up to this ratio are compared as equal
+
+
+def equal_bits(results: list[dict], paper: dict, docs: Path) -> list[str]:
+    """For each set a plot of its rows, written into `docs`, and who is ahead at the rates that several pay."""
+    parts = []
+    for images in NAMES:
+        rows = one_training(results_of(results, images, TABLES["rates"]))
+        if len({result["test"]["clean"]["bits_per_pixel"] for result in rows}) < 2:
+            continue
+        codecs = load_codecs(images)
+        title = f"{NAMES[images]}, test set, {words_of_training(rows[0])}"
+        replace_bytes(docs / f"rate_distortion_{images}.png", draw_plot(images, rows, codecs, paper, title))
+        longer = [r for r in results_of(results, images, TABLES["rates"]) if r["images_seen"] > rows[0]["images_seen"]]
+        best = max(longer, key=psnr_of, default=None)
+        parts += [
+            f"### {NAMES[images]}",
+            f"![Quality over bits per pixel, {NAMES[images]}](rate_distortion_{images}.png)",
+            f"Clean figures of the {len(rows)} rows that were trained for {words_of_training(rows[0])}: "
+            f"{command_of('rates', rows, images)}. Hollow: the paper's PSNR, after 500 epochs, of JPEGs (ours by that "
+            f"protocol is in the tables). {_of_codecs(codecs)}",
+        ]
+        if best:
+            parts.append(
+                f"The highest after a longer training: {in_words(best)}, {training_cells(best)[0]} epochs (not in the "
+                f"plot): {command_of('recipes', [best], images)}."
+            )
+        parts += _who_is_ahead(rows)
+    return ["## At equal bits", *parts] if parts else []
+
+
+def _who_is_ahead(rows: list[dict]) -> list[str]:
+    """Of rows of one training: what is as good as LooC's published rule for fewer bits, and a table of equal rates."""
+    parts = []
+    published = [r for r in rows if family_of(r["row"])[:2] == ("looc", "")]
+    best = max(published, key=psnr_of, default=None)
+    cheaper = [r for r in rows if best and psnr_of(r) > psnr_of(best) - TIE and rate_of(r) < rate_of(best)]
+    if cheaper:
+        listed = "; ".join(in_words(r) for r in sorted(cheaper, key=rate_of))
+        parts.append(
+            f"After this training the highest PSNR of LooC's published rule is that of {in_words(best)}. As high "
+            f"within {TIE} dB, or higher, for fewer bits: {listed}."
+        )
+    highest = [r for r in rows if not any(rate_of(o) <= rate_of(r) and psnr_of(o) > psnr_of(r) for o in rows)]
+    if len(rows) > 1:
+        listed = "; ".join(in_words(r) for r in sorted(highest, key=rate_of))
+        parts.append(f"No row has a higher PSNR for as many bits or fewer than these: {listed}.")
+    groups = []
+    for result in sorted(rows, key=rate_of):
+        if not groups or rate_of(result) > NEAR * rate_of(groups[-1][0]):
+            groups.append([])
+        groups[-1].append(result)
+    lines = []
+    for found in groups:
+        if len(found) > 1:
+            rates = list(dict.fromkeys(f"{rate_of(r):.3g}" for r in found))
+            rate = " to ".join(rates[:: len(rates) - 1 or 1])
+            found = sorted(found, key=psnr_of, reverse=True)
+            words = f"{ROWS[found[0]['row']].method} {psnr_of(found[0]):.2f}"
+            for above, result in pairwise(found):
+                joint = " ≈ " if psnr_of(above) - psnr_of(result) < TIE else "; "
+                words += f"{joint}{ROWS[result['row']].method} {psnr_of(result):.2f}"
+            lines.append([rate, words])
+    if lines:
+        head = f"clean PSNR in dB, the highest first; ≈ between those that are closer than {TIE} dB"
+        parts.append(markdown(["bits per pixel", head], lines, numbers=False))
+    return parts
+
+
+def _of_codecs(record: dict) -> str:
+    """What the caption of a plot says of what images take without a model."""
+    if not record:
+        return ""
+    lossless = record["lossless"]
+    return (
+        f"Codecs: {record['count']:,} of the test images, whole files with their headers (a JPEG of one grey takes "
+        f"{record['empty_jpeg']:.3g} bits per pixel): `{record['command']}`. The same images raw: {record['raw']} bits "
+        f"per pixel; without loss {lossless['png']:.3g} as PNG, {lossless['webp']:.3g} as WebP."
+    )
+
+
+def above_lossless(results: list[dict]) -> str:
+    """How many rows pay more than lossless files of the same images, for the head."""
+    above = known = 0
+    for images in NAMES:
+        codecs = load_codecs(images)
+        rates = {r["row"]: rate_of(r) for r in results if r["images"] == images and codecs}
+        known += len(rates)
+        above += sum(rate > codecs["lossless"]["webp"] for rate in rates.values())
+    if not above:
+        return ""
+    return (
+        f"; {above} of the {known} rows here, counted for each set, pay\n  **more than lossless files of the same "
+        "images take** ([below](#at-equal-bits)): these tables compare\n  quantizers in a network, not ways to store "
+        "small images"
+    )
