@@ -24,7 +24,7 @@ from table_results import (
     words_of_training,
 )
 from table_rows import PAPER_ROWS, ROWS, TABLES
-from tables_closeness import closeness
+from tables_closeness import closeness, in_short
 from tables_rates import above_lossless, equal_bits
 
 from looc_ldm.files import replace_text
@@ -49,7 +49,8 @@ def write_page(docs: Path = ROOT / "docs") -> None:
     results = load_results()
     published = json.loads((ROOT / "benchmarks" / "paper_tables.json").read_text())
     paper = published["tables"]
-    parts = [_head(results, published["source"]), *closeness(results, paper), *equal_bits(results, paper, docs)]
+    parts = ["# The paper's tables, measured", *in_short(results, paper), _head(results, published["source"])]
+    parts += [*closeness(results, paper), *equal_bits(results, paper, docs)]
     shown = set()
     for table, title in TITLES.items():
         if table == "recipes":
@@ -72,7 +73,7 @@ def write_page(docs: Path = ROOT / "docs") -> None:
 
 def _head(results: list[dict], source: str) -> str:
     devices = ", ".join(sorted({result["device"] for result in results})) or "nothing yet"
-    return f"""# The paper's tables, measured
+    return f"""## How it was measured
 
 Written by `python benchmarks/readme.py tables` from what `benchmarks/tables.py` measured ({devices}).
 
