@@ -10,7 +10,8 @@ python benchmarks/readme.py sampling               the speeds that benchmarks/sa
 python benchmarks/readme.py tiling                 what tiling costs and changes, as benchmarks/tiling.py measured
 python benchmarks/readme.py training               images a second of the trainers, as benchmarks/training.py measured
 python benchmarks/readme.py metrics                the speed and exactness that benchmarks/metrics.py measured
-python benchmarks/readme.py tables                 docs/tables.md and its plots, from what benchmarks/tables.py measured
+python benchmarks/readme.py tables                 docs/tables.md, its plots and its short form, from what
+                                                   benchmarks/tables.py measured
 python benchmarks/readme.py recipes                docs/quantizer_recipes.md, from what benchmarks/quantizer_recipes.py
                                                    measured
 """
@@ -493,9 +494,10 @@ if __name__ == "__main__":
     elif sys.argv[1:] == ["metrics"]:
         replace_section("metrics", metrics())
     elif sys.argv[1:] == ["tables"]:
-        from tables_page import write_page
+        from tables_page import summary, write_page
 
         write_page()
+        replace_section("tables", summary())
     elif sys.argv[1:] == ["recipes"]:
         (ROOT / "docs" / "quantizer_recipes.md").write_text(recipes())
     elif len(sys.argv) == 3 and sys.argv[1] == "quickstart":

@@ -44,10 +44,22 @@ KIND_NAMES = {"clean": "clean", "paper": "paper protocol", "published": "the pap
 KINDS = tuple(KIND_NAMES)
 
 
+def summary() -> str:
+    """The page's short form and one of its plots, for the README."""
+    _, *parts = in_short(load_results(), _published()["tables"])
+    text = "\n\n".join(parts).replace("](#", "](docs/tables.md#")
+    plot = "![Quality over bits per pixel, Fashion-MNIST](docs/rate_distortion_fashion_mnist.png)"
+    return f"{text} Written by `python benchmarks/readme.py tables`.\n\n{plot}"
+
+
+def _published() -> dict:
+    return json.loads((ROOT / "benchmarks" / "paper_tables.json").read_text())
+
+
 def write_page(docs: Path = ROOT / "docs") -> None:
     """tables.md, with a plot for each set that has results."""
     results = load_results()
-    published = json.loads((ROOT / "benchmarks" / "paper_tables.json").read_text())
+    published = _published()
     paper = published["tables"]
     parts = ["# The paper's tables, measured", *in_short(results, paper), _head(results, published["source"])]
     parts += [*closeness(results, paper), *equal_bits(results, paper, docs)]
