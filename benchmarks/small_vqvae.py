@@ -66,6 +66,7 @@ def train(
     device: torch.device,
     say: Callable[[str], None] = print,
     objective: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    session: dict | None = None,
 ) -> tuple[torch.nn.Module, dict]:
     """Train a model, or go on training it.
 
@@ -78,11 +79,12 @@ def train(
         say: Told how it goes.
         objective: The loss of images and their reconstructions that goes with the quantizer's; if not given, the
             published one, the mean squared error of images in [-1, 1] by the variance of training images in [0, 1].
+        session: What is to be known of code and machine. A training that goes on keeps those of the parts before.
 
     Returns:
         The model with the chosen weights, in eval mode, and what happened: `images_seen`, `chosen_at_images`,
-        `validation_mse` (images in [-1, 1]), `curve` (pairs of images seen and held-out MSE), `seconds`, and the
-        settings of the `quantizer`.
+        `validation_mse` (images in [-1, 1]), `curve` (pairs of images seen and held-out MSE), `seconds`, the settings
+        of the `quantizer`, and `sessions`, each with the images seen before it.
 
     Raises:
         UserError: The checkpoint is of another training or quantizer, or a batch is larger than the training set.
@@ -93,8 +95,8 @@ def train(
     torch.manual_seed(training.seed)
     model = make_model().to(device).train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=training.learning_rate_at(1))
-    made_with = asdict(training) | settings_of(model.quantize)
-    state = {"images_seen": 0, "best": None, "curve": [], "seconds": 0.0, "made_with": made_with}
+    made_with = asdict(training) | settings_of(model.quantize) | {"device": device.type}
+    state = {"images_seen": 0, "best": None, "curve": [], "seconds": 0.0, "made_with": made_with, "sessions": []}
     if checkpoint.is_file():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         if state["made_with"] != made_with:
@@ -105,6 +107,8 @@ def train(
         if device.type == "cuda":
             torch.cuda.set_rng_state(state.pop("cuda_rng").cpu(), device)
         say(f"goes on at {state['images_seen']:,} images")
+    if state["images_seen"] < training.images:
+        state["sessions"].append({"images_seen": state["images_seen"], **(session or {})})
     train_pixels, held_out = pixels[:-HELD_OUT].to(device), pixels[-HELD_OUT:].to(device)
     variance = (pixels.double() / 255).var().item()
     steps = training.steps
@@ -143,6 +147,7 @@ def train(
         "curve": state["curve"],
         "seconds": state["seconds"],
         "quantizer": settings_of(model.quantize),
+        "sessions": state["sessions"],
     }
     return model.eval(), happened
 
@@ -153,8 +158,12 @@ def settings_of(quantizer: torch.nn.Module) -> dict:
     settings = {}
     for part in parts:
         settings["class"] = f"{settings['class']} of {type(part).__name__}" if settings else type(part).__name__
-        plain = {name: value for name, value in vars(part).items() if isinstance(value, bool | int | float | str)}
-        settings |= {name: value for name, value in plain.items() if not name.startswith("_") and name != "training"}
+        plain = bool | int | float | str | tuple
+        settings |= {
+            name: value
+            for name, value in vars(part).items()
+            if isinstance(value, plain) and not name.startswith("_") and name != "training"
+        }
     return settings
 
 

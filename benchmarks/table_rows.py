@@ -34,14 +34,6 @@ VARIANTS = {
     "-rotation": ({"gradient": "rotation"}, "published rule, rotation trick"),
     "-ema": ({"codebook_update": "ema"}, "moving average"),
     "-ema-rotation": (DEFAULT, "moving average, rotation trick (the default)"),
-    "-ema-rotation-random": (
-        {**DEFAULT, "anchor": "random"},
-        "moving average, rotation trick, random anchors",
-    ),
-    "-ema-rotation-euclidean": (
-        {**DEFAULT, "distance": "euclidean"},
-        "moving average, rotation trick, euclidean",
-    ),
     # 32 times 0.25: what PQ's encoder sees, whose published loss is a sum of 32.
     "-commitment8": ({"commitment_weight": 8.0}, "published rule, commitment 8"),
     "-ema-rotation-commitment8": (
@@ -157,10 +149,10 @@ def _rows() -> list[Row]:
             f"RQ 256×128, depth {depth}",
             lambda depth=depth: ResidualQuantizer(N_Q, 256, depth, kmeans_init=True),
         )
-        for depth in (1, 2, 4, 8, 16, 32)
+        for depth in (1, 8, 32)
     ]
     rows.append(Row("factorized-256x8", "ViT-VQGAN's codes 256×8", lambda: FactorizedQuantizer(N_Q, 256, 8)))
-    for codes in (1, 2, 4, 8, 16, 32):
+    for codes in (1, 8, 32):
         rows += [
             Row(
                 f"fsq-{codes}x8-5-5",  # 200 values, 7.6 bits
@@ -170,7 +162,7 @@ def _rows() -> list[Row]:
             Row(
                 f"lfq-{codes}x8bits",
                 f"LFQ, {codes} codes of 8 bits",
-                lambda codes=codes: LookupFreeQuantizer(N_Q, 8, codes, commitment_loss_weight=0.25),
+                lambda codes=codes: LookupFreeQuantizer(N_Q, 8, codes),
             ),
             Row(
                 f"rfsq-8-5-5-depth{codes}",

@@ -107,20 +107,29 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
     if is_there(file, options):
         print(f"{file.name} is there.", flush=True)
         return
+    checkpoint = options.work / f"{file.stem}.pt"
+    if file.is_file() and not checkpoint.is_file():
+        raise UserError(
+            f"{file.name} lacks a figure that is asked for, and its checkpoint {str(checkpoint)!r} is gone: remove the "
+            "result to train the row anew."
+        )
     pixels = load_images(images, options.data, "train")
     rate = ANNEALED_RATE if options.annealed else PUBLISHED_RATE
     training = Training(budget, options.batch_size, rate, options.annealed, options.seed)
     channels, side = pixels.shape[1], pixels.shape[-1]
     name = f"{images} {row.name}"
-    code = revision()  # before a long training: a checkout may change meanwhile
+    device = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else "CPU"
+    # Before a long training: a checkout may change meanwhile.
+    session = {"code": revision(), "device": device, "threads": torch.get_num_threads(), "versions": versions()}
     model, happened = train(
         lambda: make_model(row, channels, side, math.ceil(budget / options.batch_size)),
         pixels,
         training,
-        options.work / f"{file.stem}.pt",
+        checkpoint,
         torch.device(options.device),
         lambda line: print(f"{name}: {line}", flush=True),
         row.objective,
+        session,
     )
     figures = measure(model, load_images(images, options.data, "test"), options)
     write_result(
@@ -133,12 +142,9 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
             "batch_size": options.batch_size,
             "annealed": options.annealed,
             "seed": options.seed,
-            "device": torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else "CPU",
+            "device": device,
             **happened,
             "test": figures,
-            "versions": versions(),
-            "code": code,
-            "threads": torch.get_num_threads(),
             "command": f"python benchmarks/tables.py {options.table} --row {row.name} --sets {images} --data FOLDER"
             f" --budget {budget} --batch-size {options.batch_size}{' --annealed' if options.annealed else ''}"
             f" --seed {options.seed}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -13,78 +14,130 @@ from table_results import (
     NAMES,
     TIE,
     by_training,
+    held_out_psnr,
     markdown,
     one_training,
     psnr_of,
     rate_of,
     results_of,
+    setting,
     setting_in_words,
     training_cells,
 )
 from table_rows import PAPER_ROWS, ROWS
 
-PUBLISHED_EPOCHS = 500
-LEVELS = ("", "-rotation", "-ema", "-ema-rotation")  # variants whose level stands beside the paper's
+PUBLISHED_EPOCHS, PUBLISHED_BATCH = 500, 128
+SIZES = ("looc-32x4", "looc-256x4")  # LooC's in the paper's Tables 1 and 8
 ORDERED = ("1", "3", "4", "5")  # tables of which the paper has figures of these sets
+LEVEL_FIGURES = ("psnr", "ssim", "l1", "lpips_vgg")
+
+
+@dataclass(frozen=True)
+class Order:
+    """How the rows that a table and one training have stand to each other, by PSNR, protocol paper.
+
+    Attributes:
+        table: Its number.
+        images: Name of the set.
+        rows: Results of rows that the paper has a PSNR of.
+        unknown: Names of the other rows.
+        published: The paper's PSNR by row.
+    """
+
+    table: str
+    images: str
+    rows: list[dict]
+    unknown: list[str]
+    published: dict[str, float]
+
+    @property
+    def pairs(self) -> list[tuple[dict, dict]]:
+        return list(combinations(self.rows, 2))
+
+    @property
+    def judged(self) -> list[tuple[dict, dict]]:
+        """Those that are apart here."""
+        return [pair for pair in self.pairs if abs(_difference(*pair)) >= TIE]
+
+    def agrees(self, a: dict, b: dict) -> bool:
+        return _difference(a, b) * (self.published[a["row"]] - self.published[b["row"]]) > 0
+
+    def by_bits(self, a: dict, b: dict) -> bool:
+        return _difference(a, b) * (rate_of(a) - rate_of(b)) > 0
+
+    def key(self, a: dict, b: dict) -> tuple:
+        """A pair stands in several tables, and is to be counted once."""
+        return (self.images, setting(a), *sorted((a["row"], b["row"])))
+
+
+def _difference(a: dict, b: dict) -> float:
+    return a["test"]["paper"]["psnr"] - b["test"]["paper"]["psnr"]
+
+
+def orders(results: list[dict], paper: dict) -> list[Order]:
+    """One for each training of which a table has at least three rows with a figure in the paper."""
+    found = []
+    for table in ORDERED:
+        names = PAPER_ROWS[table]
+        for images in NAMES:
+            for training in by_training(results_of(results, images, names)):
+                stated = {r["row"]: paper[table][names[r["row"]]].get(images, {}).get("psnr") for r in training}
+                published = {row: psnr for row, psnr in stated.items() if psnr is not None}
+                rows = [result for result in training if result["row"] in published]
+                if len(rows) >= 3:
+                    found.append(Order(table, images, rows, [row for row in stated if row not in published], published))
+    return found
+
+
+def _of_size(results: list[dict], images: str, size: str) -> list[dict]:
+    """All results of LooC at one K x d without interpolation."""
+    interpolated = tuple(f"{size}-s{factor}" for factor in (2, 3, 4))
+    rows = [row for row in ROWS if row == size or row.startswith(f"{size}-")]
+    return results_of(results, images, [row for row in rows if not row.startswith(interpolated)])
 
 
 def in_short(results: list[dict], paper: dict) -> list[str]:
     """For who reads nothing else: the best that was reached, beside the paper, and how many pairs are in its order."""
     lines = []
     for images in NAMES:
-        for row in ("looc-32x4", "looc-256x4"):
-            found = results_of(results, images, [f"{row}{variant}" for variant in LEVELS])
+        for size in SIZES:
+            found = _of_size(results, images, size)
             if not found:
                 continue
-            best = min(found, key=lambda result: result["validation_mse"])
-            published = paper["5"][row.removeprefix("looc-")][images]["psnr"]
+            best = max(found, key=held_out_psnr)
+            published = paper["5"][size.removeprefix("looc-")][images]["psnr"]
             psnr = best["test"]["paper"]["psnr"]
-            cells = [ROWS[best["row"]].method, NAMES[images], f"{rate_of(best):.3g}", training_cells(best)[0]]
+            cells = [ROWS[best["row"]].method, NAMES[images], f"{rate_of(best):.3g}", *training_cells(best)]
             lines.append([*cells, f"{psnr:.2f}", f"{published:.2f}", f"{psnr - published:+.2f}"])
     if not lines:
         return []
-    judged = [line[:2] for table in ORDERED for name in NAMES for line in _order(table, name, results, paper)]
-    agree, told = (sum(numbers) for numbers in zip((0, 0), *judged, strict=True))
     words = (
         "The best that was reached at LooC's sizes in the paper's Tables 1 and 8, chosen by held-out training images: "
-        f"PSNR in dB of the test images, protocol *paper*. The paper's is after {PUBLISHED_EPOCHS} epochs."
+        f"PSNR in dB of the test images, protocol *paper*. The paper's is after {PUBLISHED_EPOCHS} epochs in batches "
+        f"of {PUBLISHED_BATCH}. *Annealed* is ours, see [how it was measured](#how-it-was-measured)."
     )
-    head = ["row", "images", "bits per pixel", "epochs", "PSNR, ours", "PSNR, the paper's", "difference"]
-    order = (
-        f"Of the pairs of rows of its Tables 1, 3, 4 and 5 that can be judged, {agree} of {told} stand in the paper's "
-        "order ([how](#how-close-to-the-paper)). Its tables hide what a method pays: [at equal bits](#at-equal-bits)."
-    )
-    return ["## In short", words, markdown(head, lines), *([order] if told else [])]
+    head = ["row", "images", "bits per pixel", "epochs", "batch", "PSNR, ours", "PSNR, the paper's", "difference"]
+    parts = ["## In short", words, markdown(head, lines)]
+    found = orders(results, paper)
+    pairs = {order.key(*pair) for order in found for pair in order.pairs}
+    judged = {order.key(*pair): (order, pair) for order in found for pair in order.judged}
+    if judged:
+        agree, by_bits = (sum(f(o, *p) for o, p in judged.values()) for f in (Order.agrees, Order.by_bits))
+        parts.append(
+            f"Of {len(pairs)} pairs of rows of the paper's Tables 1, 3, 4 and 5 that were trained alike, "
+            f"{len(pairs) - len(judged)} are level here; of the others {agree} of {len(judged)} stand in the paper's "
+            f"order. The number of bits alone, more being better, gets {by_bits} of them "
+            "([pair by pair](#how-close-to-the-paper)). What each method pays is hidden in a table by K x d: "
+            "[at equal bits](#at-equal-bits)."
+        )
+    return parts
 
 
 def closeness(results: list[dict], paper: dict) -> list[str]:
     """How far the paper's orders and levels are reached: words and a table each; nothing without results."""
-    orders = [cells for table in ORDERED for name in NAMES for _, _, cells in _order(table, name, results, paper)]
-    levels = []
-    for images in NAMES:
-        for row in ("looc-32x4", "looc-256x4"):
-            published = paper["5"][row.removeprefix("looc-")][images]
-            of_row = {}
-            for result in results_of(results, images, [f"{row}{variant}" for variant in LEVELS]):
-                of_row.setdefault((result["row"], result["annealed"]), result)  # the longest training
-            for result in of_row.values():
-                figures = result["test"]["paper"]
-                cells = [
-                    ROWS[result["row"]].method,
-                    NAMES[images],
-                    *training_cells(result),
-                    f"{figures['codebook_use']:.1%}",
-                ]
-                for name in ("psnr", "ssim", "l1", "lpips_vgg"):
-                    ours = FIGURES[name].format(figures[name]) if name in figures else "-"
-                    cells.append(f"{ours} / {FIGURES[name].format(published[name])}")
-                    if name == "psnr":
-                        cells.append(f"{figures['psnr'] - published['psnr']:+.2f}")
-                doublings = math.log2(PUBLISHED_EPOCHS * COUNTS[images] / result["images_seen"])
-                cells += [_last_doubling(result), f"{doublings:.1f}", f"{result['test']['clean']['psnr']:.2f}"]
-                levels.append(cells)
     parts = []
-    if orders:
+    lines = [_order_line(order) for order in orders(results, paper)]
+    if lines:
         head = ["table", "images", "epochs", "batch", "pairs", f"level, < {TIE} dB", "in the paper's order"]
         head += ["in that of their bits", "the others", "level here, not in the paper"]
         head += ["without a figure in the paper"]
@@ -95,23 +148,91 @@ def closeness(results: list[dict], paper: dict) -> list[str]:
             "the same pairs stand in the order of their bits is beside it, and agreement says no more than the "
             "difference."
         )
-        parts.append(markdown(head, orders))
-        parts += _by_commitment(results)
-    if levels:
-        head = ["row", "images", "epochs", "batch", "use", "PSNR, ours / the paper's", "difference"]
-        head += ["SSIM, ours / the paper's", "L1, ours / the paper's", "LPIPS, ours / the paper's"]
-        parts.append(
-            "The level of 32×4 and 256×4, protocol *paper*, of the longest training of each row. The paper's figure "
-            "is that of its own rule, whatever rule ours is of. *Last doubling* is about what the PSNR of the held-out "
-            "images, clean, gained from half of the images seen to all of them: as long as it is whole decibels, the "
-            "training is too short to say which level a method reaches; half of an annealed training is no annealed "
-            "training, so that it has none. How many more doublings of the images seen the "
-            "published 500 epochs are, is beside it."
-        )
-        parts.append(markdown([*head, "last doubling, held out", "doublings to go", "PSNR, clean"], levels))
-        parts += [f"{NAMES[r['images']]}, {ROWS[r['row']].method}: {r['note']}." for r in results if "note" in r]
-        parts += _in_proportion(results, paper)
+        parts.append(markdown(head, lines))
+    parts += _by_commitment(results)
+    parts += _by_annealing(results)
+    parts += _levels(results, paper)
+    parts += _in_proportion(results, paper)
     return ["## How close to the paper", *parts] if parts else []
+
+
+def _order_line(order: Order) -> list[str]:
+    judged = order.judged
+    agree, by_bits = (sum(f(*pair) for pair in judged) for f in (order.agrees, order.by_bits))
+    published = order.published
+    apart = [
+        f"{_names(a, b)} (the paper: {abs(published[a['row']] - published[b['row']]):.2f} dB)"
+        for a, b in order.pairs
+        if (a, b) not in judged and abs(published[a["row"]] - published[b["row"]]) >= TIE
+    ]
+    cells = [order.table, NAMES[order.images], *training_cells(order.rows[0])]
+    cells += [str(len(order.pairs)), str(len(order.pairs) - len(judged))]
+    cells += [f"{agree} of {len(judged)}", f"{by_bits} of {len(judged)}"]
+    cells.append("; ".join(_names(*pair) for pair in judged if not order.agrees(*pair)))
+    return [*cells, "; ".join(apart), ", ".join(order.unknown)]
+
+
+def _names(a: dict, b: dict) -> str:
+    return " and ".join(result["row"].removeprefix("looc-") for result in (a, b))
+
+
+def _levels(results: list[dict], paper: dict) -> list[str]:
+    """Of the longest training of each row of LooC's sizes."""
+    lines = []
+    for images in NAMES:
+        for size in SIZES:
+            published = paper["5"][size.removeprefix("looc-")][images]
+            of_row = {}
+            for result in _of_size(results, images, size):
+                of_row.setdefault((result["row"], result["annealed"]), result)
+            for result in of_row.values():
+                figures = result["test"]["paper"]
+                cells = [ROWS[result["row"]].method, NAMES[images], *training_cells(result)]
+                cells += [f"{result['seconds'] / 60:.0f}", f"{result['chosen_at_images']:,}"]
+                cells.append(f"{figures['codebook_use']:.1%}")
+                for name in LEVEL_FIGURES:
+                    ours = FIGURES[name].format(figures[name]) if name in figures else "-"
+                    cells.append(f"{ours} / {FIGURES[name].format(published[name])}")
+                    if name == "psnr":
+                        cells.append(f"{figures['psnr'] - published['psnr']:+.2f}")
+                images_to_see = PUBLISHED_EPOCHS * COUNTS[images]
+                steps = images_to_see / PUBLISHED_BATCH / (result["images_seen"] / result["batch_size"])
+                to_go = f"{math.log2(images_to_see / result['images_seen']):.1f}, {math.log2(steps):.1f}"
+                cells += [_last_doubling(result), to_go, f"{psnr_of(result):.2f}"]
+                lines.append(cells)
+    if not lines:
+        return []
+    words = (
+        "**Level.** 32×4 and 256×4, protocol *paper*, the longest training of each row. The paper's figure is that of "
+        "its own rule and its 500 epochs, whatever ours is of. *Minutes* are of one or two threads of a CPU that other "
+        "work shared. *Last doubling* is about what the PSNR of the held-out images, clean, gained from half of the "
+        "images seen to all of them: as long as it is whole decibels, the training is too short to say which level a "
+        "method reaches; annealed trainings have none, since half of one is not annealed. *To go* is how many more "
+        "doublings the published training has, of images seen and of steps."
+    )
+    head = ["row", "images", "epochs", "batch", "minutes", "chosen at (images)", "use", "PSNR, ours / the paper's"]
+    head += ["difference", *(f"{HEADS[name]}, ours / the paper's" for name in LEVEL_FIGURES[1:])]
+    return [words, markdown([*head, "last doubling", "to go", "PSNR, clean"], lines)]
+
+
+def _by_annealing(results: list[dict]) -> list[str]:
+    """What annealing adds, over all pairs of results that only it parts."""
+    found = {(r["images"], r["row"], r["budget"], r["batch_size"], r["seed"], r["annealed"]): r for r in results}
+    lines = []
+    for key, annealed in found.items():
+        constant = found.get((*key[:-1], False)) if key[-1] else None
+        if constant:
+            both = [held_out_psnr(result) for result in (constant, annealed)]
+            cells = [ROWS[annealed["row"]].method, NAMES[annealed["images"]], f"{annealed['budget']:,}"]
+            lines.append([*cells, *(f"{psnr:.2f}" for psnr in both), f"{both[1] - both[0]:+.2f}"])
+    if not lines:
+        return []
+    words = (
+        "**Annealing.** PSNR of the held-out images, clean, after as many images in as large batches, trained as "
+        "published and annealed: a higher learning rate, its fall and bfloat16 together. What it gains is of the "
+        "training, not of the quantizer."
+    )
+    return [words, markdown(["row", "images", "images seen", "constant", "annealed", "difference"], lines)]
 
 
 def _by_commitment(results: list[dict]) -> list[str]:
@@ -148,7 +269,7 @@ def _in_proportion(results: list[dict], paper: dict) -> list[str]:
         if not of_set:
             continue
         published = [row[images] for table in ("3", "4", "5") for row in paper[table].values()]
-        longest = max(of_set, key=lambda result: (result["images_seen"], psnr_of(result)))
+        longest = max(of_set, key=lambda result: (result["images_seen"], held_out_psnr(result)))
         for protocol, figures in longest["test"].items():
             cells = [ROWS[longest["row"]].method, NAMES[images], training_cells(longest)[0], protocol]
             cells.append(FIGURES["psnr"].format(figures["psnr"]))
@@ -156,7 +277,11 @@ def _in_proportion(results: list[dict], paper: dict) -> list[str]:
                 # SSIM of the protocol clean has another window.
                 comparable = name in figures and (name, protocol) != ("ssim", "clean")
                 theirs = _at_psnr(figures["psnr"], published, name) if comparable else None
-                cells.append(" / ".join(FIGURES[name].format(x) for x in (figures[name], theirs)) if theirs else "-")
+                if theirs is None:
+                    cells.append("-")
+                else:
+                    both = " / ".join(FIGURES[name].format(x) for x in (figures[name], theirs))
+                    cells.append(f"{both} ({figures[name] / theirs - 1:+.1%})")
             lines.append(cells)
         costs.append(psnr_of(longest) - longest["test"]["paper"]["psnr"])
     if not lines:
@@ -164,8 +289,8 @@ def _in_proportion(results: list[dict], paper: dict) -> list[str]:
     words = (
         "**The other figures, at the same PSNR.** SSIM, L1 and LPIPS of the longest training of each set, beside those "
         "that the paper's own rows have at this PSNR: Tables 3 to 5, interpolated between the two rows nearest to it. "
-        "Where they agree under one protocol only, that is the one of the paper's tables. The JPEGs of the protocol "
-        f"*paper* take {min(costs):.1f} to {max(costs):.1f} dB off the clean PSNR of these trainings."
+        "A protocol under which they part is not that of the paper's tables; L1 may agree under both. The JPEGs of the "
+        f"protocol *paper* take {min(costs):.1f} to {max(costs):.1f} dB off the clean PSNR of these trainings."
     )
     head = ["row", "images", "epochs", "protocol", "PSNR, ours"]
     head += [f"{HEADS[name]}, ours / the paper's" for name in ("ssim", "l1", "lpips_vgg")]
@@ -193,37 +318,3 @@ def _last_doubling(result: dict) -> str:
         return "-"
     psnr = [10 * math.log10(4 / error) for error in errors]
     return f"{psnr[-1] - np.interp(math.log(half), np.log(seen), psnr):+.1f} dB"
-
-
-def _order(table: str, images: str, results: list[dict], paper: dict) -> list[tuple[int, int, list[str]]]:
-    """For each training of which a table has at least three rows, the pairs in order, those judged, and a line."""
-    lines = []
-    for training in by_training(results_of(results, images, PAPER_ROWS[table])):
-        pairs_of_psnr = {}
-        for result in training:
-            published = paper[table][PAPER_ROWS[table][result["row"]]].get(images, {})
-            if "psnr" in published:
-                pairs_of_psnr[result["row"]] = (result["test"]["paper"]["psnr"], published["psnr"])
-        if len(pairs_of_psnr) < 3:
-            continue
-        pairs = list(combinations(pairs_of_psnr.items(), 2))
-        told = [((a, ours), (b, theirs)) for (a, ours), (b, theirs) in pairs if abs(ours[0] - theirs[0]) >= TIE]
-        differ = [
-            f"{a.removeprefix('looc-')} and {b.removeprefix('looc-')}"
-            for (a, (our_a, their_a)), (b, (our_b, their_b)) in told
-            if (our_a - our_b) * (their_a - their_b) <= 0
-        ]
-        level = [
-            f"{a.removeprefix('looc-')} and {b.removeprefix('looc-')} (the paper: {abs(theirs[1] - ours[1]):.2f} dB)"
-            for (a, ours), (b, theirs) in pairs
-            if abs(ours[0] - theirs[0]) < TIE <= abs(ours[1] - theirs[1])
-        ]
-        cells = [table, NAMES[images], *training_cells(training[0]), str(len(pairs)), str(len(pairs) - len(told))]
-        unknown = [row["row"] for row in training if row["row"] not in pairs_of_psnr]
-        agree = len(told) - len(differ)
-        rates = {result["row"]: rate_of(result) for result in training}
-        by_bits = sum((ours[0] - theirs[0]) * (rates[a] - rates[b]) > 0 for (a, ours), (b, theirs) in told)
-        cells += [f"{agree} of {len(told)}", f"{by_bits} of {len(told)}"]
-        cells += ["; ".join(differ), "; ".join(level), ", ".join(unknown)]
-        lines.append((agree, len(told), cells))
-    return lines

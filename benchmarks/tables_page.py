@@ -11,6 +11,7 @@ from table_results import (
     HEADS,
     NAMES,
     ROOT,
+    TIE,
     by_training,
     command_of,
     held_out_psnr,
@@ -72,14 +73,15 @@ def write_page(docs: Path = ROOT / "docs") -> None:
         for images in NAMES:
             trainings = by_training(results_of(results, images, TABLES[table]))
             for rows in trainings:
-                if len(rows) == 1 < len(trainings) and rows[0]["row"] in TABLES["recipes"]:
-                    continue  # longer than the others: it stands among the levels
+                if table != "rates" and len(rows) == 1 < len(trainings):
+                    continue  # nothing to compare in this table; it stands among all rows
                 names = {(images, *setting(r), r["row"]) for r in rows}
                 if not names <= shown:  # something that no earlier table has shown
                     shown |= names
                     sections += [_table(table, images, rows, paper), *_in_a_sentence(table, rows)]
         if sections:
             parts += [f"## {title}", *sections]
+    parts += _seeds(results)
     replace_text(docs / "tables.md", "\n\n".join(parts) + "\n")
 
 
@@ -90,29 +92,50 @@ def _head(results: list[dict], source: str) -> str:
 Written by `python benchmarks/readme.py tables` from what `benchmarks/tables.py` measured ({devices}).
 
 - **Network**: the paper's small VQ-VAE (f = 4, n_q = 128 unless a row says otherwise), Adam 3e-4, MSE / variance +
-  quantizer loss, no augmentation. HVQ-VAE has networks of its own and a sum of squared errors, SQ-VAE the likelihood of
-  a decoder with a learned variance. The losses of PQ's 32 codebooks are added, as published, unless a row says that
-  they are averaged; VQ-VAE's commitment weight is on the commitment term, where the authors' code has it on the other;
-  RQ starts by k-means. MoVQ's modulated decoder, a switch of `LooCVQModel` (`norm_type="spatial"`), is in no row: it
-  modulates norms, of which this network has none.
+  quantizer loss, no augmentation. MoVQ's modulated decoder, a switch of `LooCVQModel` (`norm_type="spatial"`), is in no
+  row: it modulates norms, of which this network has none.
+- **What differs from the others' publications**: VQ-VAE's commitment weight is on the commitment term, where the
+  authors' code has it on the other. PQ's 32 losses are added, as published, unless a row says that they are averaged.
+  RQ starts by k-means, and averages the losses of its depths. Residual FSQ is the library's: its gradient is the sum of
+  the estimates of all depths, and grows with them, and all depths share one projection to three numbers, where FSQ with
+  8 codes has 24. SQ-VAE has no batch norm, the likelihood of a decoder with a learned variance, and an annealing
+  stretched to the training. HVQ-VAE has networks of its own, a sum of squared errors, and trains both levels at once.
+  Their docstrings have more.
 - **Gradients** go straight through every quantizer, unless a row says *rotation trick*.
 - **Training**: *epochs* are images seen over the size of the whole training set, of which the last 5,000 images are
   held out and choose the checkpoint; **the authors chose theirs on the test set**. The published training has 500
-  epochs, of batches of 128: a shorter one shows order and trend, not the level. *Annealed* ones, ours and not
-  published, learn more of as many images: Adam's learning rate is 3e-3 after 200 steps and falls in a line to 0, and
-  the networks are in bfloat16 (`--annealed`). One seed: a few tenths of a dB are noise.
+  epochs, of batches of 128: a shorter one shows order and trend, not the level. *Annealed* trainings (`--annealed`) are
+  ours, to learn more of as many images: Adam's learning rate rises in 200 steps to the line that falls from 3e-3 to 0,
+  and the networks train in bfloat16; quantizers, losses, held-out errors and figures stay float32.
+- **Noise**: one seed, unless [seeds](#seeds) are named; differences below {TIE} dB are called level.
 - **Figures** are of the 10,000 test images unless they are called held out. *Clean* ones are of float images; those of
   the protocol *paper*, of JPEGs and with another window of SSIM, stand beside the paper's
-  ([protocols](evaluation.md#protocols)). *Use* is the share of the codevectors that the test images use; *chosen at*,
-  images seen where the checkpoint is from, if not from the end of the training.
+  ([protocols](evaluation.md#protocols)). {_lpips_and_rfid(results)} *Use* is the share of the codevectors that the test
+  images use; *chosen at*, images seen where the checkpoint is from, if not from the end of the training.
 - **Rates** are log2 K bits a code, over all pixels of an image; *entropy* is what an ideal coder would take that knows
   how often a codebook's codevectors occur in the test images, and no context. Methods of one table pay very different
   rates, which a table by K x d hides{above_lossless(results)}.
-- **Commands** stand at the tables; that of a single row is in its result file in `benchmarks/results/tables/`.
-  Everything as it was published, on a GPU: `python benchmarks/tables.py all --data FOLDER --device cuda --jobs 8
-  --lpips-vgg-weights FILE --inception-weights FILE`.
+- **Commands** stand at the tables; that of a single row is in its result file in `benchmarks/results/tables/`. All rows
+  with the published number of epochs and batch size, on a GPU: `python benchmarks/tables.py all --data FOLDER --device
+  cuda --jobs 8 --lpips-vgg-weights FILE --inception-weights FILE`.{_not_measured(results)}
 
 The paper's figures: {source}"""
+
+
+def _lpips_and_rfid(results: list[dict]) -> str:
+    """How many results have the figures that need other networks' weights."""
+    with_lpips, with_rfid = (sum(name in r["test"]["clean"] for r in results) for name in ("lpips_vgg", "rfid@2048"))
+    return (
+        f"LPIPS (VGG) was measured of {with_lpips} of the {len(results)} results, rFID, which needs 2,048 Inception "
+        f"features, of {with_rfid or 'none'}."
+    )
+
+
+def _not_measured(results: list[dict]) -> str:
+    """Rows that no set has a result of."""
+    there = {result["row"] for result in results}
+    missing = [f"`{name}`" for name in ROWS if name not in there]
+    return f" Not measured yet: {', '.join(missing)}." if missing else ""
 
 
 def _table(table: str, images: str, rows: list[dict], paper: dict) -> str:
@@ -134,7 +157,10 @@ def _table(table: str, images: str, rows: list[dict], paper: dict) -> str:
     head += [f"{HEADS[name]}, {KIND_NAMES[kind]}" for kind, name in columns]
     cells = [[*line["first"], *(line[column] for column in columns)] for _, line in lines]
     heading = f"### {NAMES[images]}, {words_of_training(rows[0])}"
-    return f"{heading}\n\n{command_of(table, rows, images)}\n\n{markdown(head, cells)}"
+    least, most = (f(row["seconds"] / 60 for row in rows) for f in (min, max))
+    minutes = f"{least:.0f}" if round(least) == round(most) else f"{least:.0f} to {most:.0f}"
+    took = f"{command_of(table, rows, images)}, {minutes} minutes a row"
+    return f"{heading}\n\n{took}\n\n{markdown(head, cells)}"
 
 
 def _line(result: dict, published: dict) -> dict:
@@ -168,7 +194,8 @@ def _in_a_sentence(table: str, rows: list[dict]) -> list[str]:
             for r in finer.values()
         ]
         if finer:
-            return [f"LooC 256×4, clean, s = {', '.join(finer)} instead of 1: {'; '.join(gains)}."]
+            words = f"LooC 256×4, clean, s = {', '.join(finer)} instead of 1: {'; '.join(gains)}."
+            return [f"{words} Below {TIE} dB is level."]
     if table == "7":
         losses = [
             f"{row.removeprefix('looc-').replace('x', '×')} {psnr_of(result) - psnr_of(revived):+.2f} dB, clean, with "
@@ -212,6 +239,28 @@ def _recipes(title: str, results: list[dict]) -> list[str]:
     return [f"## {title}", words, *parts, *_by_rotation(trainings)]
 
 
+def _seeds(results: list[dict]) -> list[str]:
+    """How far trainings part that differ in their seed alone."""
+    trainings = defaultdict(list)
+    for result in results:
+        trainings[result["images"], result["row"], *setting(result)[:-1]].append(result)
+    lines, spreads = [], []
+    for found in trainings.values():
+        if len(found) > 1:
+            psnr = [psnr_of(result) for result in found]
+            spreads.append(max(psnr) - min(psnr))
+            seeds = ", ".join(f"{value:.2f} ({result['seed']})" for value, result in zip(psnr, found, strict=True))
+            training = words_of_training(found[0]).replace(f" and seed {found[0]['seed']}", "")
+            lines.append([ROWS[found[0]["row"]].method, NAMES[found[0]["images"]], training, seeds])
+    if not lines:
+        return []
+    words = (
+        f"PSNR of the test images, clean, of trainings that only the seed parts, which is in brackets. They lie up to "
+        f"{max(spreads):.2f} dB apart."
+    )
+    return ["## Seeds", words, markdown(["", "images", "training", "PSNR in dB"], lines, numbers=False)]
+
+
 def _by_rotation(trainings: dict) -> list[str]:
     """What the rotation trick adds, over all pairs of results that only it parts."""
     gains = []
@@ -222,9 +271,9 @@ def _by_rotation(trainings: dict) -> list[str]:
                 gains.append((held_out_psnr(other) - held_out_psnr(result), images))
     if not gains:
         return []
-    ahead = sum(gain > 0 for gain, _ in gains)
+    ahead = sum(gain >= TIE for gain, _ in gains)
     sets = [NAMES[name] for name in NAMES if any(images == name for _, images in gains)]
     return [
         f"In {ahead} of the {len(gains)} pairs above that differ in the rotation trick alone ({', '.join(sets)}), the "
-        f"row with it is ahead; it gains {min(gains)[0]:+.1f} to {max(gains)[0]:+.1f} dB."
+        f"row with it is ahead by {TIE} dB or more; it gains {min(gains)[0]:+.2f} to {max(gains)[0]:+.2f} dB."
     ]

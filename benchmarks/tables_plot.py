@@ -34,8 +34,6 @@ MARKERS = {
     "-rotation": "D",
     "-ema": "s",
     "-ema-rotation": "^",
-    "-ema-rotation-random": "v",
-    "-ema-rotation-euclidean": ">",
     "-commitment8": "X",
     "-ema-rotation-commitment8": "*",
     "-mean": "d",
@@ -96,7 +94,7 @@ def draw_plot(images: str, results: list[dict], codecs: dict, paper: dict, title
                     label=words,
                 )
             if name == "psnr":
-                axes.plot([], [], "o", mfc="none", color="0.3", markersize=5, label="hollow: the paper's, 500 epochs")
+                axes.plot([], [], "o", mfc="none", color="0.3", markersize=5, label="hollow: the paper's, of JPEGs")
                 handles, labels = axes.get_legend_handles_labels()
             axes.xaxis.set_major_locator(FixedLocator([2.0**i for i in OCTAVES]))
         _add_legend(figure, handles, labels)

@@ -9,17 +9,19 @@ from table_results import (
     NAMES,
     TIE,
     command_of,
+    held_out_psnr,
     in_words,
     load_codecs,
     markdown,
+    method_of,
     one_training,
     psnr_of,
     rate_of,
     results_of,
-    training_cells,
+    setting,
     words_of_training,
 )
-from table_rows import ROWS, TABLES
+from table_rows import TABLES
 from tables_plot import draw_plot, family_of
 
 from looc_ldm.files import replace_bytes
@@ -37,8 +39,8 @@ def equal_bits(results: list[dict], paper: dict, docs: Path) -> list[str]:
         codecs = load_codecs(images)
         title = f"{NAMES[images]}, test set, {words_of_training(rows[0])}"
         replace_bytes(docs / f"rate_distortion_{images}.png", draw_plot(images, rows, codecs, paper, title))
-        longer = [r for r in results_of(results, images, TABLES["rates"]) if r["images_seen"] > rows[0]["images_seen"]]
-        best = max(longer, key=psnr_of, default=None)
+        others = [r for r in results_of(results, images, TABLES["rates"]) if setting(r) != setting(rows[0])]
+        best = max(others, key=held_out_psnr, default=None)
         parts += [
             f"### {NAMES[images]}",
             f"![Quality over bits per pixel, {NAMES[images]}](rate_distortion_{images}.png)",
@@ -48,8 +50,8 @@ def equal_bits(results: list[dict], paper: dict, docs: Path) -> list[str]:
         ]
         if best:
             parts.append(
-                f"The highest after a longer training: {in_words(best)}, {training_cells(best)[0]} epochs (not in the "
-                f"plot): {command_of('recipes', [best], images)}."
+                f"The highest of other trainings, by the held-out images: {in_words(best)}, "
+                f"{words_of_training(best)} (not in the plot): {command_of('rates', [best], images)}."
             )
         parts += _who_is_ahead(rows)
     return ["## At equal bits", *parts] if parts else []
@@ -82,10 +84,10 @@ def _who_is_ahead(rows: list[dict]) -> list[str]:
             rates = list(dict.fromkeys(f"{rate_of(r):.3g}" for r in found))
             rate = " to ".join(rates[:: len(rates) - 1 or 1])
             found = sorted(found, key=psnr_of, reverse=True)
-            words = f"{ROWS[found[0]['row']].method} {psnr_of(found[0]):.2f}"
+            words = f"{method_of(found[0])} {psnr_of(found[0]):.2f}"
             for above, result in pairwise(found):
                 joint = " ≈ " if psnr_of(above) - psnr_of(result) < TIE else "; "
-                words += f"{joint}{ROWS[result['row']].method} {psnr_of(result):.2f}"
+                words += f"{joint}{method_of(result)} {psnr_of(result):.2f}"
             lines.append([rate, words])
     if lines:
         head = f"clean PSNR in dB, the highest first; ≈ between those that are closer than {TIE} dB"

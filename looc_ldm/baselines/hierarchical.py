@@ -168,7 +168,7 @@ class HierarchicalVQModel(LooCSmallVQModel):
         lower_quantized, lower_loss, _ = self.lower_quantize(features)
         target = self.standardize(features.detach())
         quantized, upper_loss, (perplexity, _, indices) = self.quantize(self.encoder(target))
-        upper_error = (self.decoder(quantized) - target).square().sum() / len(sample)
+        upper_error = (self.decoder(quantized).float() - target.float()).square().sum() / len(sample)
         loss = lower_loss + upper_loss + upper_error
         reconstruction = self.lower_decoder(lower_quantized)
         if not return_dict:

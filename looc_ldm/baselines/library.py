@@ -73,6 +73,9 @@ class ResidualQuantizer(_OfLibrary):
     ):
         at_least_one("depth", depth)
         super().__init__(vq_embed_dim, (num_codevectors,) * depth, (0,) * depth)
+        self.commitment_weight = commitment_weight
+        self.usage_decay = usage_decay
+        self.kmeans_init = kmeans_init
         self.inner = _library().ResidualVQ(
             dim=vq_embed_dim,
             num_quantizers=depth,
@@ -118,19 +121,18 @@ class FiniteScalarQuantizer(_FiniteScalar):
         vq_embed_dim (`int`): n_q, the channels of a feature vector.
         levels (`tuple[int, ...]`): Of each channel of a code.
         codes_per_position (`int`, defaults to 1): How many such codes a position has.
-        **settings: Further ones of the library's `FSQ`.
     """
 
-    def __init__(self, vq_embed_dim: int, levels: tuple[int, ...], codes_per_position: int = 1, **settings):
+    def __init__(self, vq_embed_dim: int, levels: tuple[int, ...], codes_per_position: int = 1):
         at_least_one("codes_per_position", codes_per_position)
         size = math.prod(levels)
         super().__init__(vq_embed_dim, (size,) * codes_per_position, tuple(range(codes_per_position)))
+        self.levels = tuple(levels)
         self.inner = _library().FSQ(
             list(levels),
             dim=vq_embed_dim,
             num_codebooks=codes_per_position,
             keep_num_codebooks_dim=True,
-            **settings,
         )
 
     def _vectors(self, indices):
@@ -146,19 +148,20 @@ class LookupFreeQuantizer(_WithoutCodebook):
         vq_embed_dim (`int`): n_q, the channels of a feature vector.
         bits (`int`): Signs in a code: K = 2^bits.
         codes_per_position (`int`, defaults to 1): How many such codes a position has.
-        **settings: Further ones of the library's `LFQ`.
+        commitment_weight (`float`, defaults to 0.25): beta.
     """
 
-    def __init__(self, vq_embed_dim: int, bits: int, codes_per_position: int = 1, **settings):
+    def __init__(self, vq_embed_dim: int, bits: int, codes_per_position: int = 1, commitment_weight: float = 0.25):
         at_least_one("bits", bits)
         at_least_one("codes_per_position", codes_per_position)
         super().__init__(vq_embed_dim, (2**bits,) * codes_per_position, tuple(range(codes_per_position)))
+        self.commitment_weight = commitment_weight
         self.inner = _library().LFQ(
             dim=vq_embed_dim,
             codebook_size=2**bits,
             num_codebooks=codes_per_position,
             keep_num_codebooks_dim=True,
-            **settings,
+            commitment_loss_weight=commitment_weight,
         )
 
     def _vectors(self, indices):
@@ -174,10 +177,10 @@ class ResidualFiniteScalarQuantizer(_FiniteScalar):
         vq_embed_dim (`int`): n_q, the channels of a feature vector.
         levels (`tuple[int, ...]`): Of each channel of a code.
         depth (`int`): Codes at a position.
-        **settings: Further ones of the library's `ResidualFSQ`.
     """
 
-    def __init__(self, vq_embed_dim: int, levels: tuple[int, ...], depth: int, **settings):
+    def __init__(self, vq_embed_dim: int, levels: tuple[int, ...], depth: int):
         at_least_one("depth", depth)
         super().__init__(vq_embed_dim, (math.prod(levels),) * depth, tuple(range(depth)))
-        self.inner = _library().ResidualFSQ(levels=list(levels), num_quantizers=depth, dim=vq_embed_dim, **settings)
+        self.levels = tuple(levels)
+        self.inner = _library().ResidualFSQ(levels=list(levels), num_quantizers=depth, dim=vq_embed_dim)
