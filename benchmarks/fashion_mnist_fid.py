@@ -10,30 +10,29 @@ in equal shares, as the test set has. Images are padded to 32x32 on both sides.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import sys
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from small_images import read_images
 
+from looc_ldm.arguments import Parser, positive
+from looc_ldm.commands.record import versions
+from looc_ldm.errors import UserError, one_line_errors
+from looc_ldm.files import check_folder, replace_text
+from looc_ldm.fingerprint import model_fingerprint
 from looc_ldm.metrics import InceptionFeatures
+from looc_ldm.metrics.extractors import LAYERS
 from looc_ldm.metrics.generation import collect_features, generation_figures
 from looc_ldm.pipelines.loading import load_pipeline
 from looc_ldm.pipelines.sampling import sample_images
 
 BATCH = 100
+SEED = 0  # of the samples
 RESULT = Path(__file__).resolve().parent / "results" / "fashion_mnist_fid.json"
-
-
-def read_test_images(folder: Path) -> torch.Tensor:
-    """All 10,000, uint8 `(N, 1, 32, 32)`."""
-    with gzip.open(folder / "t10k-images-idx3-ubyte.gz") as file:
-        pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
-    return F.pad(torch.from_numpy(pixels.copy()), (2, 2, 2, 2))
 
 
 def command() -> str:
@@ -45,29 +44,42 @@ def command() -> str:
     return " ".join(["python", "benchmarks/fashion_mnist_fid.py", *words])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", help="folder, or starter")
-    parser.add_argument("images", type=Path)
-    parser.add_argument("--inception-weights", type=Path)
-    parser.add_argument("--feature-layer", default="2048")
-    parser.add_argument("--samples", type=int, default=2000, help="drawn from each of the two models")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance-scale", type=float, default=2.0)
+    parser.add_argument("images", type=Path, help="folder of t10k-images-idx3-ubyte.gz")
+    parser.add_argument("--inception-weights", type=Path, help="torch-fidelity's; downloaded if not given")
+    parser.add_argument("--feature-layer", choices=LAYERS, default="2048", help="default: 2048, the published one")
+    parser.add_argument("--samples", type=positive, default=2000, help="drawn from each model (default: 2000)")
+    parser.add_argument("--steps", type=positive, default=25, help="of the scheduler (default: 25)")
+    parser.add_argument("--guidance-scale", type=float, default=2.0, help="default: 2")
     parser.add_argument("--trained-only", action="store_true", help="not beside an untrained UNet")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=RESULT, help="default: benchmarks/results/fashion_mnist_fid.json")
+    return parser.parse_args()
 
-    features = InceptionFeatures(options.feature_layer, options.inception_weights)
-    reference = read_test_images(options.images)
+
+def main(options: argparse.Namespace) -> None:
+    check_folder(options.out.parent)
+    try:
+        features = InceptionFeatures(options.feature_layer, options.inception_weights)
+        features.check()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--inception-weights: {error}") from None
+    reference = F.pad(read_images("fashion_mnist", options.images, "test"), (2, 2, 2, 2))
     pipe = load_pipeline(options.pipeline)
     labels = [i % len(pipe.config.id2label) for i in range(options.samples)]
+    inception = features.identity()
+    del inception["weights"]  # a path; their SHA-256 stays
     results = {
         "command": command(),
         "reference": f"Fashion-MNIST test set, {len(reference)} images, padded to 32x32",
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance_scale,
+        "seed": SEED,
         "bits_per_pixel": pipe.vqvae.bits_per_image(32, 32) / 28**2,
+        "fingerprints": {name: model_fingerprint(getattr(pipe, name)) for name in ("vqvae", "unet")},
+        "inception": inception,
+        "versions": versions(),
     }
     networks = {"inception": features.load("cpu")}
     real = collect_features(reference.split(BATCH), networks, networks)
@@ -78,6 +90,7 @@ def main() -> None:
         samples = sample_images(
             pipe,
             labels,
+            seed=SEED,
             batch_size=BATCH,
             num_inference_steps=options.steps,
             guidance_scale=options.guidance_scale,
@@ -88,9 +101,9 @@ def main() -> None:
         figures = generation_figures(("fid", "kid"), generated, real, {"inception": features.name})
         results[name] = {"protocol": "clean", **counts, **figures}
         print(name, results[name], flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=2) + "\n")
+    replace_text(options.out, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main(parse())

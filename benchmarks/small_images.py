@@ -40,7 +40,11 @@ def load_images(name: str, root: Path, split: str) -> torch.Tensor:
     """
     if name not in SETS:
         raise DataError(f"set must be one of {', '.join(SETS)}, got {name!r}.")
-    folder = root / name
+    return read_images(name, root / name, split)
+
+
+def read_images(name: str, folder: Path, split: str) -> torch.Tensor:
+    """`load_images`, from the folder that holds the files."""
     read = _cifar10_batch if name == "cifar10" else _idx
     images = torch.cat([read(file) for file in _files(name, folder, split)])
     expected = 10_000 if split == "test" else COUNTS[name]
