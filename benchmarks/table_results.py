@@ -40,13 +40,8 @@ def held_out_psnr(result: dict) -> float:
     return 10 * math.log10(4 / result["validation_mse"])
 
 
-def method_of(result: dict) -> str:
-    """What a row is, with what its training did to it."""
-    return ROWS[result["row"]].method + (", annealed" if result["annealed"] else "")
-
-
 def in_words(result: dict) -> str:
-    return f"{method_of(result)}, {psnr_of(result):.2f} dB at {rate_of(result):.3g} bits per pixel"
+    return f"{ROWS[result['row']].method}, {psnr_of(result):.2f} dB at {rate_of(result):.3g} bits per pixel"
 
 
 def results_of(results: list[dict], images: str, rows) -> list[dict]:

@@ -13,7 +13,6 @@ from table_results import (
     in_words,
     load_codecs,
     markdown,
-    method_of,
     one_training,
     psnr_of,
     rate_of,
@@ -21,7 +20,7 @@ from table_results import (
     setting,
     words_of_training,
 )
-from table_rows import TABLES
+from table_rows import ROWS, TABLES
 from tables_plot import draw_plot, family_of
 
 from looc_ldm.files import replace_bytes
@@ -84,10 +83,10 @@ def _who_is_ahead(rows: list[dict]) -> list[str]:
             rates = list(dict.fromkeys(f"{rate_of(r):.3g}" for r in found))
             rate = " to ".join(rates[:: len(rates) - 1 or 1])
             found = sorted(found, key=psnr_of, reverse=True)
-            words = f"{method_of(found[0])} {psnr_of(found[0]):.2f}"
+            words = f"{ROWS[found[0]['row']].method} {psnr_of(found[0]):.2f}"
             for above, result in pairwise(found):
                 joint = " ≈ " if psnr_of(above) - psnr_of(result) < TIE else "; "
-                words += f"{joint}{method_of(result)} {psnr_of(result):.2f}"
+                words += f"{joint}{ROWS[result['row']].method} {psnr_of(result):.2f}"
             lines.append([rate, words])
     if lines:
         head = f"clean PSNR in dB, the highest first; ≈ between those that are closer than {TIE} dB"
