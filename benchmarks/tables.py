@@ -30,6 +30,7 @@ import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -121,6 +122,7 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
     device = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else "CPU"
     # Before a long training: a checkout may change meanwhile.
     session = {"code": revision(), "device": device, "threads": torch.get_num_threads(), "versions": versions()}
+    print(f"{name}: {training.steps:,} steps, result in {file}", flush=True)
     model, happened = train(
         lambda: make_model(row, channels, side, math.ceil(budget / options.batch_size)),
         pixels,
@@ -131,6 +133,7 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
         row.objective,
         session,
     )
+    print(f"{name}: measuring the test images", flush=True)
     figures = measure(model, load_images(images, options.data, "test"), options)
     write_result(
         file,
@@ -219,12 +222,24 @@ def run_apart(pairs: list[tuple[str, str]], options: argparse.Namespace) -> int:
     if options.device == "cpu":  # threads of several processes would be in each other's way
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
 
+    running: list[subprocess.Popen] = []
+
     def run(pair: tuple[str, str]) -> int:
         command = [str(part) for part in (*shared, "--row", pair[0], "--sets", pair[1])]
-        return subprocess.run(command, env=environment).returncode
+        process = subprocess.Popen(command, env=environment)
+        running.append(process)
+        return process.wait()
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        return sum(code != 0 for code in pool.map(run, pairs))
+        codes = [pool.submit(run, pair) for pair in pairs]
+        try:
+            return sum(code.result() != 0 for code in codes)
+        except KeyboardInterrupt:  # not from a terminal, it came to this process alone
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGINT)
+            raise
 
 
 def parse() -> argparse.Namespace:
@@ -284,6 +299,13 @@ def check(options: argparse.Namespace) -> None:
         file = getattr(options, name)
         if file is not None and not file.is_file():
             raise UserError(f"--{name.replace('_', '-')}: no file {str(file)!r}.")
+    try:
+        if options.lpips_vgg_weights is not None:
+            load_lpips("vgg", options.lpips_vgg_weights)
+        if options.inception_weights is not None:
+            InceptionFeatures(options.feature_layer, options.inception_weights).check()
+    except (OSError, ValueError) as error:
+        raise UserError(f"weights that cannot be used: {' '.join(str(error).split())}") from None
     of_library = any(row.name.startswith(("rq-", "fsq-", "lfq-", "rfsq-")) for row in options.rows)
     if of_library and importlib.util.find_spec("vector_quantize_pytorch") is None:
         raise UserError('RQ, FSQ, LFQ and residual FSQ need vector-quantize-pytorch: pip install -e ".[baselines]".')
@@ -316,7 +338,7 @@ def main() -> None:
         except FloatingPointError as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
-            kept = "interrupted: results and checkpoints are kept, the same command goes on from them"
+            kept = "interrupted: the same command goes on from the results and checkpoints that there are"
             raise KeyboardInterrupt(kept) from None
 
 

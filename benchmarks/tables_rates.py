@@ -53,7 +53,11 @@ def equal_bits(results: list[dict], paper: dict, docs: Path) -> list[str]:
                 f"{words_of_training(best)} (not in the plot): {command_of('rates', [best], images)}."
             )
         parts += _who_is_ahead(rows)
-    return ["## At equal bits", *parts] if parts else []
+    words = (
+        "Rows of one training, so that a rank is as much of how fast a method learns as of what it reaches: the last "
+        "doubling of such a training still gains whole decibels (above)."
+    )
+    return ["## At equal bits", words, *parts] if parts else []
 
 
 def _who_is_ahead(rows: list[dict]) -> list[str]:
@@ -72,16 +76,10 @@ def _who_is_ahead(rows: list[dict]) -> list[str]:
     if len(rows) > 1:
         listed = "; ".join(in_words(r) for r in sorted(highest, key=rate_of))
         parts.append(f"No row has a higher PSNR for as many bits or fewer than these: {listed}.")
-    groups = []
-    for result in sorted(rows, key=rate_of):
-        if not groups or rate_of(result) > NEAR * rate_of(groups[-1][0]):
-            groups.append([])
-        groups[-1].append(result)
     lines = []
-    for found in groups:
+    for found in _groups(rows):
         if len(found) > 1:
-            rates = list(dict.fromkeys(f"{rate_of(r):.3g}" for r in found))
-            rate = " to ".join(rates[:: len(rates) - 1 or 1])
+            rate = _rates(found)
             found = sorted(found, key=psnr_of, reverse=True)
             words = f"{ROWS[found[0]['row']].method} {psnr_of(found[0]):.2f}"
             for above, result in pairwise(found):
@@ -92,6 +90,54 @@ def _who_is_ahead(rows: list[dict]) -> list[str]:
         head = f"clean PSNR in dB, the highest first; ≈ between those that are closer than {TIE} dB"
         parts.append(markdown(["bits per pixel", head], lines, numbers=False))
     return parts
+
+
+def _groups(rows: list[dict]) -> list[list[dict]]:
+    """Rows of about one rate together, by their rates."""
+    groups = []
+    for result in sorted(rows, key=rate_of):
+        if not groups or rate_of(result) > NEAR * rate_of(groups[-1][0]):
+            groups.append([])
+        groups[-1].append(result)
+    return groups
+
+
+def _rates(found: list[dict]) -> str:
+    rates = list(dict.fromkeys(f"{rate_of(r):.3g}" for r in found))
+    return " to ".join(rates[:: len(rates) - 1 or 1])
+
+
+def ahead_in_short(results: list[dict]) -> list[str]:
+    """For who reads nothing else: LooC beside the best of the others, wherever both were trained at one rate."""
+    lines, level = [], 0
+    for images in NAMES:
+        rows = one_training(results_of(results, images, TABLES["rates"]))
+        for found in _groups(rows):
+            ours, others = ([r for r in found if r["row"].startswith("looc-") == is_ours] for is_ours in (True, False))
+            if ours and others:
+                default = [r for r in ours if r["row"].endswith("-ema-rotation")]
+                best = [max(choice, key=psnr_of, default=None) for choice in (ours, default, others)]
+                level += psnr_of(best[0]) > psnr_of(best[2]) - TIE
+                cells = ["-" if r is None else f"{psnr_of(r):.2f}" for r in best[:2]]
+                words = ROWS[best[2]["row"]].method
+                lines.append(
+                    [
+                        NAMES[images],
+                        words_of_training(rows[0]),
+                        _rates(found),
+                        *cells,
+                        f"{words} {psnr_of(best[2]):.2f}",
+                    ]
+                )
+    if not lines:
+        return []
+    words = (
+        f"At equal bits, clean PSNR in dB of the test images, each method the best of its rows: at {level} of the "
+        f"{len(lines)} rates that were tried LooC is ahead or within {TIE} dB. After so short a training this says as "
+        "much of how fast a method learns as of what it reaches ([all of it](#at-equal-bits))."
+    )
+    head = ["images", "training", "bits per pixel", "LooC, its best row", "LooC, our default", "best of the others"]
+    return [words, markdown(head, lines)]
 
 
 def _of_codecs(record: dict) -> str:

@@ -98,6 +98,7 @@ class LooCVQModel(VQModel, AttentionMixin):
     _supports_gradient_checkpointing = True  # of encoder and decoder blocks, never of the quantizer
     _keep_in_fp32_modules = ["quantize"]
     _no_split_modules = ["ResnetBlock2D", "Attention", "LooCQuantizer"]
+    _quantizer_class = LooCQuantizer  # that the config describes
     _supports_group_offloading = True  # the codebook is called, not read, wherever it is used
     _group_offload_block_modules = ["encoder", "quant_conv", "quantize", "embedding", "post_quant_conv", "decoder"]
 
@@ -186,6 +187,21 @@ class LooCVQModel(VQModel, AttentionMixin):
             revive_first_batch_only=revive_first_batch_only,
             contrastive_weight=contrastive_weight,
         )
+
+    def save_pretrained(self, *args, **kwargs):
+        """As `ModelMixin.save_pretrained`.
+
+        Raises:
+            ValueError: Another quantizer was assigned, which the config does not describe: loading would make a
+                `LooCQuantizer` of its weights.
+        """
+        if not isinstance(self.quantize, self._quantizer_class):
+            raise ValueError(
+                f"the config of {type(self).__name__} describes a {self._quantizer_class.__name__}, not the "
+                f"{type(self.quantize).__name__} that was assigned: save its state_dict() and, to load, construct, "
+                "assign and load_state_dict()."
+            )
+        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):

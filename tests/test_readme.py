@@ -59,4 +59,9 @@ def test_linked_files_and_pictures_exist():
     local = [target for target in targets if "://" not in target]
     assert "docs/samples.png" in local
     for target in local:
-        assert (README.parent / target).exists(), target
+        file, _, heading = target.partition("#")
+        assert (README.parent / file).exists(), target
+        if heading:
+            lines = (README.parent / file).read_text().splitlines()
+            headings = [line.lstrip("# ").lower().replace(" ", "-") for line in lines if line.startswith("#")]
+            assert heading in headings, target

@@ -582,9 +582,15 @@ def test_an_annealed_row_has_a_result_of_its_own_and_says_so(small_set, tmp_path
     assert annealed["curve"] != plain["curve"]
 
     commands = []
-    monkeypatch.setattr(
-        subprocess, "run", lambda command, env: commands.append(command) or subprocess.CompletedProcess([], 0)
-    )
+
+    class Process:
+        def __init__(self, command, env):
+            commands.append(command)
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
     start(small_set, monkeypatch, "3", "--sets", "mnist", "--results", tmp_path, "--annealed")
     assert len(commands) == 5
     assert all("--annealed" in command for command in commands)
@@ -602,8 +608,60 @@ def test_a_figure_that_needs_weights_which_are_gone_is_no_reason_to_train_anew(
     with pytest.raises(SystemExit) as exit:
         start(small_set, monkeypatch, *row, "--lpips-vgg-weights", result)  # a file that is there
     assert exit.value.code == 2
+    assert capsys.readouterr().err.startswith("error: weights that cannot be used: ")
+    monkeypatch.setattr(small_set, "check", lambda options: None)
+    with pytest.raises(SystemExit) as exit:
+        start(small_set, monkeypatch, *row, "--lpips-vgg-weights", result)
+    assert exit.value.code == 2
     assert "its checkpoint" in capsys.readouterr().err
     assert result.read_text() == before
+
+
+def test_a_signal_to_the_command_alone_ends_its_rows_too(small_set, tmp_path, monkeypatch):
+    import signal
+    import subprocess
+    import threading
+
+    ended = threading.Event()
+    signals = []
+
+    class Process:
+        def __init__(self, command, env):
+            if "looc-256x8" in command:
+                signal.raise_signal(signal.SIGINT)
+
+        def poll(self):
+            return None
+
+        def wait(self) -> int:
+            return 1 if ended.wait(60) else 0
+
+        def send_signal(self, number):
+            signals.append(number)
+            ended.set()
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    with pytest.raises(SystemExit) as exit:
+        start(small_set, monkeypatch, "3", "--sets", "mnist", "--results", tmp_path, "--jobs", "2")
+    assert exit.value.code == 130
+    assert set(signals) == {signal.SIGINT}
+
+
+def test_the_page_says_who_is_ahead_at_one_rate(scripts):
+    import tables_rates
+
+    rows = [
+        result_of("looc-256x16", 24.0, 4.0),
+        result_of("looc-256x16-ema-rotation", 26.0, 4.0),
+        result_of("fsq-8x8-5-5", 27.0, 3.9),
+        result_of("looc-256x4", 28.0, 16.0),
+        result_of("rq-256x128-depth32", 28.3, 16.0),
+    ]
+    words, table = tables_rates.ahead_in_short(rows)
+    assert "at 1 of the 2 rates" in words  # the second is level
+    first, second = table.splitlines()[2:]
+    assert first.endswith("| 3.9 to 4 | 26.00 | 26.00 | FSQ (8, 5, 5), 8 a position 27.00 |")
+    assert second.endswith("| 16 | 28.00 | - | RQ 256×128, depth 32 28.30 |")
 
 
 def test_every_result_is_on_the_page(scripts, tmp_path, monkeypatch):
@@ -654,7 +712,7 @@ def test_who_interrupts_is_told_what_is_kept(small_set, rows, tmp_path, monkeypa
     with pytest.raises(SystemExit) as exit:
         start(small_set, monkeypatch, "5", "--row", *rows, "--sets", "mnist", "--results", tmp_path)
     assert exit.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "interrupted: the same command goes on" in capsys.readouterr().err
 
 
 def test_images_are_read_packed_and_unpacked(scripts, tmp_path, monkeypatch):

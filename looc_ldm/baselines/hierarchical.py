@@ -128,6 +128,7 @@ class HierarchicalVQModel(LooCSmallVQModel):
     """
 
     _no_split_modules = ["AssignedQuantizer"]
+    _quantizer_class = AssignedQuantizer
     _repeated_blocks = []
 
     @register_to_config

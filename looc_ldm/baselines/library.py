@@ -153,6 +153,8 @@ class LookupFreeQuantizer(_WithoutCodebook):
 
     def __init__(self, vq_embed_dim: int, bits: int, codes_per_position: int = 1, commitment_weight: float = 0.25):
         at_least_one("bits", bits)
+        if bits > 32:
+            raise ValueError(f"bits must be at most 32, got {bits}: K = 2^bits.")
         at_least_one("codes_per_position", codes_per_position)
         super().__init__(vq_embed_dim, (2**bits,) * codes_per_position, tuple(range(codes_per_position)))
         self.commitment_weight = commitment_weight

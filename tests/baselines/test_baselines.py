@@ -289,3 +289,16 @@ def test_a_hierarchy_learns_and_is_stored(tmp_path):
     model.save_pretrained(tmp_path)
     again = HierarchicalVQModel.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(again(images).sample, reconstructed)
+
+
+def test_a_model_whose_config_describes_another_quantizer_is_not_saved(tmp_path):
+    """Loading would make a `LooCQuantizer` of its weights."""
+    model = LooCSmallVQModel(in_channels=1, out_channels=1, hidden_channels=8, vq_embed_dim=8)
+    model.save_pretrained(tmp_path / "own")
+    for make in (lambda: StochasticQuantizer(8, 16), lambda: ProductQuantizer(8, 16, 4)):
+        model.quantize = make()
+        with pytest.raises(ValueError, match=r"describes a LooCQuantizer, not the \w+ that was assigned"):
+            model.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    HierarchicalVQModel(1, 1, hidden_channels=8, vq_embed_dim=8).save_pretrained(tmp_path / "hierarchy")
+    assert (tmp_path / "hierarchy" / "config.json").is_file()
