@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -188,6 +189,7 @@ class LooCVQModel(VQModel, AttentionMixin):
             contrastive_weight=contrastive_weight,
         )
 
+    @functools.wraps(VQModel.save_pretrained, assigned=())  # pipelines look at its arguments
     def save_pretrained(self, *args, **kwargs):
         """As `ModelMixin.save_pretrained`.
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import tqdm.std
+from accelerate.state import AcceleratorState
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -59,6 +60,8 @@ def quickstart_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = folder / "quickstart" / "autoencoder" / "model"
     first = load_config(AutoencoderConfig, "fashion_mnist/autoencoder")
     LooCVQModel(sample_size=32, scaling_factor=1.0, **first.model).save_pretrained(model)
+    # Its precision, bfloat16 where the CPU has AMX, may be another than that of the tests around it.
+    AcceleratorState._reset_state(reset_partial_state=True)
     train(
         load_config(
             DiffusionConfig,
@@ -71,6 +74,7 @@ def quickstart_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tracker="none",
         )
     )
+    AcceleratorState._reset_state(reset_partial_state=True)
     return folder
 
 
