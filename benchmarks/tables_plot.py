@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from io import BytesIO
 
 from matplotlib.figure import Figure
@@ -47,7 +48,9 @@ SHORT = {
 POSITION_PIXELS = 16  # pixels of a latent position, f = 4
 
 
-def draw_plot(images: str, results: list[dict], codecs: dict, paper: dict, title: str) -> bytes:
+def draw_plot(
+    images: str, results: list[dict], codecs: dict, paper: dict, title: str, longer: Sequence[dict] = ()
+) -> bytes:
     """PSNR and SSIM, clean, over bits per pixel, as a PNG.
 
     Args:
@@ -56,6 +59,7 @@ def draw_plot(images: str, results: list[dict], codecs: dict, paper: dict, title
         codecs: The record of `tables.measure_codecs`, or nothing.
         paper: The tables of the paper.
         title: Above the picture.
+        longer: Results of longer trainings, shown as pentagons.
     """
     curves = {name: [Point(**point) for point in points] for name, points in codecs.get("codecs", {}).items()}
     families = defaultdict(list)
@@ -92,6 +96,18 @@ def draw_plot(images: str, results: list[dict], codecs: dict, paper: dict, title
                     markeredgecolor="white",
                     markeredgewidth=0.4,
                     label=words,
+                )
+            if longer:
+                axes.plot(
+                    [result["test"]["clean"]["bits_per_pixel"] for result in longer],
+                    [result["test"]["clean"][name] for result in longer],
+                    "p",
+                    color=METHODS["looc"][1],
+                    markersize=8,
+                    zorder=5,
+                    markeredgecolor="white",
+                    markeredgewidth=0.4,
+                    label="LooC, longer trainings",
                 )
             if name == "psnr":
                 axes.plot([], [], "o", mfc="none", color="0.3", markersize=5, label="hollow: the paper's, of JPEGs")

@@ -733,3 +733,18 @@ def test_images_are_read_packed_and_unpacked(scripts, tmp_path, monkeypatch):
     for split in ("train", "test"):
         (file,) = small_images._files("mnist", folder, split)
         assert torch.equal(small_images._idx(file), pixels)
+
+
+def test_longer_trainings_of_looc_are_in_the_plot_one_a_row(scripts):
+    """Chosen by the held-out images; those of the others' and of about the same length are not."""
+    import tables_rates
+
+    short = result_of("looc-256x4", 24.0, 16.0)
+    best = result_of("looc-256x4", 30.0, 16.0, images_seen=6000, annealed=True)
+    further = result_of("looc-32x4", 29.0, 10.0, images_seen=6000)
+    others = [
+        result_of("looc-256x4", 28.0, 16.0, images_seen=6000),
+        result_of("looc-256x4", 31.0, 16.0, images_seen=1200),
+        result_of("rq-256x128-depth32", 32.0, 16.0, images_seen=6000),
+    ]
+    assert tables_rates._longer([short, best, further, *others], short) == [further, best]
