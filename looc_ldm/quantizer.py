@@ -70,7 +70,7 @@ class LooCQuantizer(nn.Module):
             it, the output is always the codevector itself.
         commitment_weight (`float`, defaults to 0.25): beta, on the commitment term. With the published rule,
             `codebook_update="gradient"` and `gradient="straight-through"`, 8 learns much faster; with the defaults of
-            both the two are level (docs/tables.md).
+            both it adds half a decibel at most (docs/tables.md).
         anchor (`str`, defaults to `"closest"`): The feature a codevector is revived with: `"closest"`, `"random"`,
             `"probrandom"`, or `"none"` for no revival.
         usage_decay (`float`, defaults to 0.99): gamma, the decay of the average of `usage`, and of the codebook's.
