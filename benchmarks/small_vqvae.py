@@ -1,9 +1,9 @@
 """Train and measure the small VQ-VAE of LooC's and CVQ-VAE's tables with one quantizer on one set of images.
 
 Encoder, decoder, loss and optimizer are the published ones (MSE / data variance + quantizer loss, Adam 3e-4, no
-schedule, no augmentation); an annealed training has a schedule, and networks in bfloat16, to learn more of fewer
-images. A run resumes: it leaves a checkpoint beside its result, and the same call goes on there.
-The weights that are measured are those with the lowest error on images held out of the *training* set.
+schedule, no augmentation); an annealed training has a schedule, to learn more of fewer images. A run resumes: it leaves
+a checkpoint beside its result, and the same call goes on there. The weights that are measured are
+those with the lowest error on images held out of the *training* set.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from looc_ldm.images import to_float
 
 HELD_OUT = 5000  # the last training images: checkpoints are chosen on them
 EVALUATION_BATCH = 250
+SWITCHES = ("annealed", "bf16")  # of a training, and of the command line that starts it
 WARM_UP = 200  # steps of annealed trainings
 
 
@@ -35,7 +36,8 @@ class Training:
         images: Training images to see, with repeats.
         batch_size: Images of a step.
         learning_rate: Of Adam; of an annealed training the highest.
-        annealed: Whether the learning rate falls, see `learning_rate_at`, and the networks are bfloat16.
+        annealed: Whether the learning rate falls, see `learning_rate_at`.
+        bf16: Whether the networks are bfloat16.
         seed: Of weights and order.
         validations: How often the held-out error is measured at most, at even distances; also at the end.
     """
@@ -44,6 +46,7 @@ class Training:
     batch_size: int = 128
     learning_rate: float = 3e-4
     annealed: bool = False
+    bf16: bool = False
     seed: int = 42
     validations: int = 50
 
@@ -118,7 +121,7 @@ def train(
     for step, x in _batches(train_pixels, training, state["images_seen"] // training.batch_size, steps):
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate_at(step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=training.annealed):
+        with torch.autocast(device.type, torch.bfloat16, enabled=training.bf16):
             output = model(x)
         output.sample = output.sample.float()
         error = F.mse_loss(output.sample, x) / variance if objective is None else objective(x, output.sample)
@@ -150,6 +153,11 @@ def train(
         "sessions": state["sessions"],
     }
     return model.eval(), happened
+
+
+def command_line(values: dict) -> str:
+    """The switches that are on, as they are given on a command line."""
+    return "".join(f" --{name}" for name in SWITCHES if values[name])
 
 
 def settings_of(quantizer: torch.nn.Module) -> dict:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from small_images import COUNTS
+from small_vqvae import SWITCHES, command_line
 from table_rows import ROWS, TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +20,8 @@ HEADS = {"psnr": "PSNR", "ssim": "SSIM", "l1": "L1", "lpips_vgg": "LPIPS", "rfid
 
 
 def load_results() -> list[dict]:
-    return [{"annealed": False} | json.loads(file.read_text()) for file in sorted(RESULTS.glob("*_seed*.json"))]
+    of_older = dict.fromkeys(SWITCHES, False)  # results from before these could be chosen
+    return [of_older | json.loads(file.read_text()) for file in sorted(RESULTS.glob("*_seed*.json"))]
 
 
 def load_codecs(images: str) -> dict:
@@ -52,26 +54,30 @@ def results_of(results: list[dict], images: str, rows) -> list[dict]:
 
 
 def setting(result: dict) -> tuple:
-    """What results of one training share: budget, batch size, whether it was annealed, and seed."""
-    return tuple(result[key] for key in ("budget", "batch_size", "annealed", "seed"))
+    """What results of one training share: budget, batch size, whether it was annealed and in bfloat16, and seed."""
+    return tuple(result[key] for key in ("budget", "batch_size", *SWITCHES, "seed"))
 
 
 def setting_in_words(result: dict) -> str:
-    budget, batch, annealed, seed = setting(result)
-    return f"{budget:,} images in batches of {batch}{', annealed' if annealed else ''}, seed {seed}"
+    start = f"{result['budget']:,} images in batches of {result['batch_size']}"
+    return ", ".join([start, *_switches(result), f"seed {result['seed']}"])
 
 
 def training_cells(result: dict) -> list[str]:
     """Cells: epochs and batch."""
-    annealed = ", annealed" if result["annealed"] else ""
-    return [f"{result['images_seen'] / COUNTS[result['images']]:.3g}{annealed}", str(result["batch_size"])]
+    epochs = f"{result['images_seen'] / COUNTS[result['images']]:.3g}"
+    return [", ".join([epochs, *_switches(result)]), str(result["batch_size"])]
 
 
 def words_of_training(result: dict) -> str:
     epochs, batch = training_cells(result)
-    number, *annealed = epochs.split(", ")
+    number = epochs.split(", ")[0]
     words = f"{number} epoch{'' if number == '1' else 's'} with batches of {batch} and seed {result['seed']}"
-    return ", ".join([words, *annealed])
+    return ", ".join([words, *_switches(result)])
+
+
+def _switches(result: dict) -> list[str]:
+    return [word for name, word in (("annealed", "annealed"), ("bf16", "bfloat16")) if result[name]]
 
 
 def by_training(results: list[dict]) -> list[list[dict]]:
@@ -94,7 +100,7 @@ def command_of(table: str, results: list[dict], *sets: str) -> str:
     first = results[0]
     return (
         f"`python benchmarks/tables.py {table}{rows} --sets {' '.join(sets)} --data FOLDER --budget {first['budget']} "
-        f"--batch-size {first['batch_size']}{' --annealed' if first['annealed'] else ''} --seed {first['seed']}`"
+        f"--batch-size {first['batch_size']}{command_line(first)} --seed {first['seed']}`"
     )
 
 

@@ -5,7 +5,7 @@ r"""The paper's tables of small images, measured: train the rows of a table, and
     python benchmarks/tables.py rates --data FOLDER --device cuda --jobs 8   every quantizer, eight at a time
     python benchmarks/tables.py 5 --data FOLDER --budget 60000 --batch-size 16 --jobs 2      one epoch, without a GPU
     python benchmarks/tables.py recipes --row looc-256x4-ema-rotation --data FOLDER --budget 600000 --batch-size 16 \
-        --annealed                                                        the most of ten epochs
+        --annealed --bf16                                                 the most of ten epochs
     python benchmarks/tables.py codecs --data FOLDER                      JPEG and WebP, for the plots
     python benchmarks/tables.py all --data FOLDER --device cuda --jobs 8  all rows, and the codecs
     python benchmarks/readme.py tables                                    docs/tables.md from all results
@@ -39,7 +39,7 @@ from pathlib import Path
 
 import torch
 from small_images import COUNTS, SETS, check_files, load_images
-from small_vqvae import HELD_OUT, Training, train, write_result
+from small_vqvae import HELD_OUT, SWITCHES, Training, command_line, train, write_result
 from table_rows import ROWS, TABLES, Row
 
 from looc_ldm import LooCSmallVQModel
@@ -70,8 +70,8 @@ def make_model(row: Row, channels: int, side: int, batches: int) -> LooCSmallVQM
 
 
 def result_file(row: str, images: str, budget: int, options: argparse.Namespace) -> Path:
-    annealed = "_annealed" if options.annealed else ""
-    return options.results / f"{images}_{row}_{budget}_batch{options.batch_size}{annealed}_seed{options.seed}.json"
+    switches = "".join(f"_{name}" for name in SWITCHES if getattr(options, name))
+    return options.results / f"{images}_{row}_{budget}_batch{options.batch_size}{switches}_seed{options.seed}.json"
 
 
 def measure(model: LooCSmallVQModel, pixels: torch.Tensor, options: argparse.Namespace) -> dict[str, dict]:
@@ -116,7 +116,7 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
         )
     pixels = load_images(images, options.data, "train")
     rate = ANNEALED_RATE if options.annealed else PUBLISHED_RATE
-    training = Training(budget, options.batch_size, rate, options.annealed, options.seed)
+    training = Training(budget, options.batch_size, rate, options.annealed, options.bf16, options.seed)
     channels, side = pixels.shape[1], pixels.shape[-1]
     name = f"{images} {row.name}"
     device = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else "CPU"
@@ -143,13 +143,13 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
             "images": images,
             "budget": budget,
             "batch_size": options.batch_size,
-            "annealed": options.annealed,
+            **{name: getattr(options, name) for name in SWITCHES},
             "seed": options.seed,
             "device": device,
             **happened,
             "test": figures,
             "command": f"python benchmarks/tables.py {options.table} --row {row.name} --sets {images} --data FOLDER"
-            f" --budget {budget} --batch-size {options.batch_size}{' --annealed' if options.annealed else ''}"
+            f" --budget {budget} --batch-size {options.batch_size}{command_line(vars(options))}"
             f" --seed {options.seed}"
             f" --device {options.device.split(':')[0]}",
         },
@@ -215,8 +215,7 @@ def run_apart(pairs: list[tuple[str, str]], options: argparse.Namespace) -> int:
     for option in (*names, "feature_layer", "lpips_vgg_weights", "inception_weights"):
         if getattr(options, option) is not None:
             shared += [f"--{option.replace('_', '-')}", getattr(options, option)]
-    if options.annealed:
-        shared.append("--annealed")
+    shared += command_line(vars(options)).split()
 
     environment = dict(os.environ)
     if options.device == "cpu":  # threads of several processes would be in each other's way
@@ -256,8 +255,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--annealed",
         action="store_true",
-        help="learning rate up to 3e-3 in 200 steps and in a line down to 0, networks in bfloat16 (default: 3e-4 "
-        "throughout in float32, as published)",
+        help="learning rate up to 3e-3 in 200 steps and in a line down to 0 (default: 3e-4 throughout, as published)",
+    )
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="networks in bfloat16 (default: float32): faster on GPUs and on CPUs with AMX, much slower on other CPUs",
     )
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--jobs", type=positive, default=1, help="rows that are trained at a time")

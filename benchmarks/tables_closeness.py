@@ -217,7 +217,7 @@ def _levels(results: list[dict], paper: dict) -> list[str]:
 
 
 def _by_annealing(results: list[dict]) -> list[str]:
-    """What annealing adds, over all pairs of results that only it parts."""
+    """What annealing adds, over all pairs of results that it parts, with the precision of the networks or without."""
     found = {(r["images"], r["row"], r["budget"], r["batch_size"], r["seed"], r["annealed"]): r for r in results}
     lines = []
     for key, annealed in found.items():
@@ -225,15 +225,19 @@ def _by_annealing(results: list[dict]) -> list[str]:
         if constant:
             both = [held_out_psnr(result) for result in (constant, annealed)]
             cells = [ROWS[annealed["row"]].method, NAMES[annealed["images"]], f"{annealed['budget']:,}"]
+            cells.append("bfloat16" if annealed["bf16"] else "float32")
             lines.append([*cells, *(f"{psnr:.2f}" for psnr in both), f"{both[1] - both[0]:+.2f}"])
     if not lines:
         return []
     words = (
         "**Annealing.** PSNR of the held-out images, clean, after as many images in as large batches, trained as "
-        "published and annealed: a higher learning rate, its fall and bfloat16 together. What it gains is of the "
-        "training, not of the quantizer."
+        "published (in float32) and annealed: a higher learning rate, its fall and the precision of the networks "
+        "together. What it gains is of the training, not of the quantizer."
     )
-    return [words, markdown(["row", "images", "images seen", "constant", "annealed", "difference"], lines)]
+    return [
+        words,
+        markdown(["row", "images", "images seen", "networks, annealed", "constant", "annealed", "difference"], lines),
+    ]
 
 
 def _by_commitment(results: list[dict]) -> list[str]:

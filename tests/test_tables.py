@@ -59,16 +59,16 @@ def test_rates_and_sizes_of_rows_are_those_of_the_tables(scripts, row, bits, sca
     assert model.bits_per_image(28, 28) == pytest.approx(49 * bits)
 
 
-@pytest.mark.parametrize("annealed", [False, True])
+@pytest.mark.parametrize("switches", [{}, {"annealed": True, "bf16": True}], ids=["published", "annealed-bf16"])
 @pytest.mark.parametrize("row", ["looc-32x4", "rq-256x128-depth8", "fsq-8x8-5-5", "sq-512x64", "hvq-512x64"])
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(scripts, row, annealed, tmp_path, monkeypatch):
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(scripts, row, switches, tmp_path, monkeypatch):
     small_vqvae, table_rows, tables = scripts
     monkeypatch.setattr(small_vqvae, "HELD_OUT", 8)
     pixels = torch.randint(0, 256, (40, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
     def trained(name: str, say=lambda line: None):
         make = lambda: tables.make_model(table_rows.ROWS[row], 1, 28, 12)  # noqa: E731
-        training = small_vqvae.Training(images=96, batch_size=8, annealed=annealed, validations=3)
+        training = small_vqvae.Training(images=96, batch_size=8, validations=3, **switches)
         return small_vqvae.train(make, pixels, training, tmp_path / name, torch.device("cpu"), say)
 
     class Killed(Exception):
@@ -167,6 +167,7 @@ def test_the_page_counts_which_pairs_stand_in_the_papers_order(scripts):
             "images": "mnist",
             "budget": 60_000,
             "annealed": False,
+            "bf16": False,
             "images_seen": 60_000,
             "batch_size": 16,
             "seed": 1,
@@ -210,9 +211,11 @@ def test_the_page_begins_with_the_best_by_held_out_images_beside_the_paper(scrip
     paper = json.loads((BENCHMARKS / "paper_tables.json").read_text())["tables"]
     common = {"images": "mnist", "budget": 60_000, "images_seen": 60_000, "batch_size": 16, "seed": 1}
     rows = [  # the published rule is better on the test images, which do not choose
-        common | {"row": "looc-32x4", "annealed": False, "validation_mse": 0.02, "psnr": 30.0},
-        common | {"row": "looc-32x4-ema-rotation", "annealed": False, "validation_mse": 0.03, "psnr": 28.0},
-        common | {"row": "looc-32x4-commitment8", "annealed": True, "validation_mse": 0.01, "psnr": 29.0},
+        common | {"row": "looc-32x4", "annealed": False, "bf16": False, "validation_mse": 0.02, "psnr": 30.0},
+        common
+        | {"row": "looc-32x4-ema-rotation", "annealed": False, "bf16": False, "validation_mse": 0.03, "psnr": 28.0},
+        common
+        | {"row": "looc-32x4-commitment8", "annealed": True, "bf16": False, "validation_mse": 0.01, "psnr": 29.0},
     ]
     results = [row | {"test": {"paper": row, "clean": {"bits_per_pixel": 10.0}}} for row in rows]
     title, _, table = tables_closeness.in_short(results, paper)  # no pair to judge
@@ -236,6 +239,7 @@ def test_the_page_compares_other_figures_with_the_papers_at_the_same_psnr(script
         "seed": 42,
         "budget": 60_000,
         "annealed": False,
+        "bf16": False,
         "validation_mse": 0.01,
     }
     short, long = (dict(training, images_seen=n, test=test) for n in (1_000, 60_000))
@@ -260,14 +264,15 @@ def short_training(scripts, pixels, file, monkeypatch, row="looc-32x4"):
     return small_vqvae.train(make, pixels, training, file, torch.device("cpu"), lambda line: None)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("annealed", [False, True])
-def test_an_annealed_training_has_its_rates_and_its_precision_also_after_an_interruption(
-    scripts, tmp_path, monkeypatch, annealed
+def test_a_training_has_its_rates_and_its_precision_also_after_an_interruption(
+    scripts, tmp_path, monkeypatch, annealed, bf16
 ):
     small_vqvae, table_rows, tables = scripts
     monkeypatch.setattr(small_vqvae, "HELD_OUT", 8)
     monkeypatch.setattr(small_vqvae, "WARM_UP", 4)
-    training = small_vqvae.Training(images=96, batch_size=8, learning_rate=0.01, annealed=annealed, validations=3)
+    training = small_vqvae.Training(96, batch_size=8, learning_rate=0.01, annealed=annealed, bf16=bf16, validations=3)
     rates, dtypes = [], set()
 
     class Adam(torch.optim.Adam):
@@ -296,7 +301,7 @@ def test_an_annealed_training_has_its_rates_and_its_precision_also_after_an_inte
     )
     falling = [0.0025, 0.005, 0.0075] + [0.01 * left / 12 for left in range(9, 0, -1)]
     assert rates == pytest.approx(falling if annealed else [0.01] * 12)
-    assert dtypes == {torch.bfloat16 if annealed else torch.float32}
+    assert dtypes == {torch.bfloat16 if bf16 else torch.float32}
     assert {weights.dtype for weights in model.parameters()} == {torch.float32}
     first, second = happened["sessions"]
     assert (first["code"], second["code"], first["images_seen"]) == ("a", "b", 0)
@@ -408,6 +413,7 @@ def result_of(row: str, psnr: float, rate: float, images: str = "mnist", **chang
         "images": images,
         "budget": 600,
         "annealed": False,
+        "bf16": False,
         "images_seen": 600,
         "batch_size": 16,
         "seed": 1,
@@ -565,21 +571,20 @@ def test_another_folder_of_results_has_checkpoints_of_its_own(small_set, tmp_pat
     assert set(small_set.RESULTS.iterdir()) == page
 
 
-def test_an_annealed_row_has_a_result_of_its_own_and_says_so(small_set, tmp_path, monkeypatch):
+def test_a_row_with_switches_has_a_result_of_its_own_and_says_so(small_set, tmp_path, monkeypatch):
     """Also where several rows are trained, each in a process."""
     import subprocess
 
     row = ["5", "--row", "looc-32x4", "--sets", "mnist", "--results", tmp_path]
-    for flags in ([], ["--annealed"]):
+    curves = []
+    for flags in ([], ["--annealed"], ["--bf16"], ["--annealed", "--bf16"]):
         start(small_set, monkeypatch, *row, *flags)
-    plain, annealed = (
-        json.loads((tmp_path / f"mnist_looc-32x4_32_batch8{name}_seed42.json").read_text())
-        for name in ("", "_annealed")
-    )
-    assert (plain["annealed"], annealed["annealed"]) == (False, True)
-    assert "--annealed" not in plain["command"]
-    assert "--batch-size 8 --annealed --seed 42" in annealed["command"]
-    assert annealed["curve"] != plain["curve"]
+        name = "".join(flag.replace("--", "_") for flag in flags)
+        result = json.loads((tmp_path / f"mnist_looc-32x4_32_batch8{name}_seed42.json").read_text())
+        assert [f"--{switch}" for switch in ("annealed", "bf16") if result[switch]] == flags
+        assert " ".join(["--batch-size 8", *flags, "--seed 42"]) in result["command"]
+        assert result["curve"] not in curves
+        curves.append(result["curve"])
 
     commands = []
 
@@ -591,9 +596,9 @@ def test_an_annealed_row_has_a_result_of_its_own_and_says_so(small_set, tmp_path
             return 0
 
     monkeypatch.setattr(subprocess, "Popen", Process)
-    start(small_set, monkeypatch, "3", "--sets", "mnist", "--results", tmp_path, "--annealed")
+    start(small_set, monkeypatch, "3", "--sets", "mnist", "--results", tmp_path, "--annealed", "--bf16")
     assert len(commands) == 5
-    assert all("--annealed" in command for command in commands)
+    assert all({"--annealed", "--bf16"} <= set(command) for command in commands)
 
 
 def test_a_figure_that_needs_weights_which_are_gone_is_no_reason_to_train_anew(
