@@ -25,6 +25,7 @@ from looc_ldm.images import to_float
 HELD_OUT = 5000  # the last training images: checkpoints are chosen on them
 EVALUATION_BATCH = 250
 SWITCHES = ("annealed", "bf16")  # of a training, and of the command line that starts it
+TIMED = 100  # steps from which the time of a training is told
 WARM_UP = 200  # steps of annealed trainings
 
 
@@ -97,7 +98,7 @@ def train(
         raise UserError(f"batch size {training.batch_size:,} is more than the {len(pixels) - HELD_OUT:,} images.")
     torch.manual_seed(training.seed)
     model = make_model().to(device).train()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=training.learning_rate_at(1))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=training.learning_rate)
     made_with = asdict(training) | settings_of(model.quantize) | {"device": device.type}
     state = {"images_seen": 0, "best": None, "curve": [], "seconds": 0.0, "made_with": made_with, "sessions": []}
     if checkpoint.is_file():
@@ -117,8 +118,10 @@ def train(
     steps = training.steps
     # Not so often that validating takes a good part of the time.
     every = max(math.ceil(5 * HELD_OUT / training.batch_size), steps // training.validations)
-    started = time.perf_counter() - state["seconds"]
-    for step, x in _batches(train_pixels, training, state["images_seen"] // training.batch_size, steps):
+    began = time.perf_counter()
+    started = began - state["seconds"]
+    done = state["images_seen"] // training.batch_size
+    for step, x in _batches(train_pixels, training, done, steps):
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate_at(step)
         with torch.autocast(device.type, torch.bfloat16, enabled=training.bf16):
@@ -130,6 +133,9 @@ def train(
         loss.backward()
         optimizer.step()
         model.quantize.revive()
+        if step == done + TIMED:  # the first held-out error may be minutes away
+            took = time.perf_counter() - began
+            say(f"about {took / TIMED * (steps - done) / 60:.0f} minutes")
         if step % every == 0 or step == steps:
             error = _error(model, held_out)
             if not math.isfinite(error):

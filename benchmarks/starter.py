@@ -29,7 +29,9 @@ from looc_ldm.arguments import Parser, positive
 from looc_ldm.card import MARK, write_card
 from looc_ldm.errors import UserError, one_line_errors
 from looc_ldm.files import replace_text, write_image
+from looc_ldm.metrics import InceptionFeatures
 from looc_ldm.metrics.extractors import LAYERS
+from looc_ldm.metrics.lpips import load_lpips
 from looc_ldm.model_facts import shareable
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.report import side_by_side
@@ -41,6 +43,7 @@ STEPS = 25
 SAMPLES_PER_CLASS = 10
 SAMPLES = 2000  # for FID
 SPLITS = {"train": slice(0, 5500), "validation": slice(5500, 6000)}  # of each class
+REHEARSED = {"train": slice(0, 500), "validation": slice(5500, 6000)}
 
 
 def call(*arguments) -> None:
@@ -48,12 +51,16 @@ def call(*arguments) -> None:
     subprocess.run([sys.executable, "-m", "looc_ldm.cli", *map(str, arguments)], check=True)
 
 
+def data_folder(options: argparse.Namespace) -> Path:
+    return options.work / ("fashion-mnist" if options.rehearse is None else "a-tenth-of-fashion-mnist")
+
+
 def train(options: argparse.Namespace) -> Path:
     """Both stages; returns the folder of the second stage's run."""
-    data = options.work / "fashion-mnist"
+    data = data_folder(options)
     if not (data / "validation.parquet").is_file():
         data.mkdir(parents=True, exist_ok=True)
-        bundle_fashion_mnist.main(options.images, data, SPLITS)
+        bundle_fashion_mnist.main(options.images, data, SPLITS if options.rehearse is None else REHEARSED)
     autoencoder, diffusion = options.work / "autoencoder", options.work / "diffusion"
     first = ["--config", "starter/autoencoder", "--data.path", data, "--output_dir", autoencoder]
     if options.lpips_weights is not None:
@@ -82,7 +89,7 @@ def ship(run: Path, options: argparse.Namespace) -> None:
         file.unlink()
     write_image(draw(folder, options.guidance_scale), half / "samples.png")
 
-    data, records = options.work / "fashion-mnist", [half / f"{name}.json" for name in ("reconstruction", "generation")]
+    data, records = data_folder(options), [half / f"{name}.json" for name in ("reconstruction", "generation")]
     inception = ["--feature-layer", options.feature_layer]
     if options.inception_weights is not None:
         inception += ["--inception-weights", options.inception_weights]
@@ -132,6 +139,14 @@ def check(options: argparse.Namespace) -> None:
         file = getattr(options, name)
         if file is not None and not file.is_file():
             raise UserError(f"--{name.replace('_', '-')}: no file {str(file)!r}.")
+    for option, load in (
+        ("--lpips-weights", lambda: load_lpips("alex", options.lpips_weights)),
+        ("--inception-weights", lambda: InceptionFeatures(options.feature_layer, options.inception_weights).check()),
+    ):
+        try:
+            load()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{option}: {' '.join(str(error).split())}") from None
 
 
 def card(text: str, options: argparse.Namespace) -> str:

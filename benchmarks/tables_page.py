@@ -52,8 +52,8 @@ def summary() -> str:
     text = "\n\n".join(parts).replace("](#", "](docs/tables.md#")
     plot = "![Quality over bits per pixel, Fashion-MNIST](docs/rate_distortion_fashion_mnist.png)"
     caption = (
-        "Clean figures of that short training for each row; pentagons, of the longer ones in the first table; hollow, "
-        "what the paper states after 500 epochs, of JPEGs. Written by `python benchmarks/readme.py tables`."
+        "Clean figures of that short training for each row; pentagons, of longer or annealed ones; hollow, what "
+        "the paper states after 500 epochs, of JPEGs. Written by `python benchmarks/readme.py tables`."
     )
     return f"{text}\n\n{plot}\n\n{caption}"
 

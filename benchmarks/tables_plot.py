@@ -97,19 +97,20 @@ def draw_plot(
                     markeredgewidth=0.4,
                     label=words,
                 )
-            if longer:
+            for result in longer:
                 axes.plot(
-                    [result["test"]["clean"]["bits_per_pixel"] for result in longer],
-                    [result["test"]["clean"][name] for result in longer],
+                    result["test"]["clean"]["bits_per_pixel"],
+                    result["test"]["clean"][name],
                     "p",
-                    color=METHODS["looc"][1],
+                    color=METHODS[family_of(result["row"])[0]][1],
                     markersize=8,
                     zorder=5,
                     markeredgecolor="white",
                     markeredgewidth=0.4,
-                    label="LooC, longer trainings",
                 )
             if name == "psnr":
+                if longer:
+                    axes.plot([], [], "p", color="0.3", markersize=8, label="pentagons: longer or annealed")
                 axes.plot([], [], "o", mfc="none", color="0.3", markersize=5, label="hollow: the paper's, of JPEGs")
                 handles, labels = axes.get_legend_handles_labels()
             axes.xaxis.set_major_locator(FixedLocator([2.0**i for i in OCTAVES]))
