@@ -36,6 +36,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event
 
 import torch
 from small_images import COUNTS, SETS, check_files, load_images
@@ -222,18 +223,22 @@ def run_apart(pairs: list[tuple[str, str]], options: argparse.Namespace) -> int:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
 
     running: list[subprocess.Popen] = []
+    ending = Event()
 
     def run(pair: tuple[str, str]) -> int:
         command = [str(part) for part in (*shared, "--row", pair[0], "--sets", pair[1])]
         process = subprocess.Popen(command, env=environment)
         running.append(process)
+        if ending.is_set():  # begun while the others were told
+            process.send_signal(signal.SIGINT)
         return process.wait()
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        codes = [pool.submit(run, pair) for pair in pairs]
         try:
+            codes = [pool.submit(run, pair) for pair in pairs]
             return sum(code.result() != 0 for code in codes)
         except KeyboardInterrupt:  # not from a terminal, it came to this process alone
+            ending.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
                 if process.poll() is None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -59,16 +60,16 @@ def test_rates_and_sizes_of_rows_are_those_of_the_tables(scripts, row, bits, sca
     assert model.bits_per_image(28, 28) == pytest.approx(49 * bits)
 
 
-@pytest.mark.parametrize("switches", [{}, {"annealed": True, "bf16": True}], ids=["published", "annealed-bf16"])
+@pytest.mark.parametrize("annealed", [False, True])
 @pytest.mark.parametrize("row", ["looc-32x4", "rq-256x128-depth8", "fsq-8x8-5-5", "sq-512x64", "hvq-512x64"])
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(scripts, row, switches, tmp_path, monkeypatch):
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(scripts, row, annealed, tmp_path, monkeypatch):
     small_vqvae, table_rows, tables = scripts
     monkeypatch.setattr(small_vqvae, "HELD_OUT", 8)
     pixels = torch.randint(0, 256, (40, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
     def trained(name: str, say=lambda line: None):
         make = lambda: tables.make_model(table_rows.ROWS[row], 1, 28, 12)  # noqa: E731
-        training = small_vqvae.Training(images=96, batch_size=8, validations=3, **switches)
+        training = small_vqvae.Training(images=96, batch_size=8, annealed=annealed, validations=3)
         return small_vqvae.train(make, pixels, training, tmp_path / name, torch.device("cpu"), say)
 
     class Killed(Exception):
@@ -278,8 +279,7 @@ def test_a_training_says_early_how_long_it_takes(scripts, tmp_path, monkeypatch)
     assert said[0] == "about 6 minutes"  # twelve steps, of which the first two took one
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("annealed", [False, True])
+@pytest.mark.parametrize(("annealed", "bf16"), [(False, False), (True, False), (False, True)])
 def test_a_training_has_its_rates_and_its_precision_also_after_an_interruption(
     scripts, tmp_path, monkeypatch, annealed, bf16
 ):
@@ -636,34 +636,40 @@ def test_a_figure_that_needs_weights_which_are_gone_is_no_reason_to_train_anew(
     assert result.read_text() == before
 
 
-def test_a_signal_to_the_command_alone_ends_its_rows_too(small_set, tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["rows are begun", "a row is being begun"])
+def test_a_signal_to_the_command_alone_ends_its_rows_too(small_set, tmp_path, monkeypatch, moment):
     import signal
     import subprocess
     import threading
 
-    ended = threading.Event()
-    signals = []
+    running, told = [], threading.Event()
 
     class Process:
         def __init__(self, command, env):
+            self.ended = threading.Event()
+            running.append(self)
             if "looc-256x8" in command:
-                signal.raise_signal(signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)  # to the main thread, as a terminal or a scheduler does
+                if moment == "a row is being begun":
+                    assert told.wait(20)
 
         def poll(self):
-            return None
+            return 1 if self.ended.is_set() else None
 
         def wait(self) -> int:
-            return 1 if ended.wait(60) else 0
+            return 1 if self.ended.wait(20) else 0
 
         def send_signal(self, number):
-            signals.append(number)
-            ended.set()
+            assert number == signal.SIGINT
+            self.ended.set()
+            told.set()
 
     monkeypatch.setattr(subprocess, "Popen", Process)
     with pytest.raises(SystemExit) as exit:
         start(small_set, monkeypatch, "3", "--sets", "mnist", "--results", tmp_path, "--jobs", "2")
     assert exit.value.code == 130
-    assert set(signals) == {signal.SIGINT}
+    assert len(running) == 2
+    assert all(process.ended.is_set() for process in running)
 
 
 def test_the_page_says_who_is_ahead_at_one_rate(scripts):
