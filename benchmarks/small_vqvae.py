@@ -118,8 +118,7 @@ def train(
     steps = training.steps
     # Not so often that validating takes a good part of the time.
     every = max(math.ceil(5 * HELD_OUT / training.batch_size), steps // training.validations)
-    began = time.perf_counter()
-    started = began - state["seconds"]
+    started = time.perf_counter() - state["seconds"]
     done = state["images_seen"] // training.batch_size
     for step, x in _batches(train_pixels, training, done, steps):
         for group in optimizer.param_groups:
@@ -133,9 +132,11 @@ def train(
         loss.backward()
         optimizer.step()
         model.quantize.revive()
-        if step == done + TIMED:  # the first held-out error may be minutes away
-            took = time.perf_counter() - began
-            say(f"about {took / TIMED * (steps - done) / 60:.0f} minutes")
+        if step == done + 1:
+            began = time.perf_counter()  # after what only the first step has to do
+        if step == done + 1 + TIMED:  # the first held-out error may be minutes away
+            took = (time.perf_counter() - began) / TIMED
+            say(f"about {took * (steps - step) / 60:.0f} minutes, without held-out errors")
         if step % every == 0 or step == steps:
             error = _error(model, held_out)
             if not math.isfinite(error):
@@ -164,6 +165,15 @@ def train(
 def command_line(values: dict) -> str:
     """The switches that are on, as they are given on a command line."""
     return "".join(f" --{name}" for name in SWITCHES if values[name])
+
+
+def weights_in_words(figures: dict) -> str:
+    """What a command line needs further for the figures of a result that need weights."""
+    words = " --lpips-vgg-weights FILE" if "lpips_vgg" in figures else ""
+    for name in figures:
+        if name.startswith("rfid@"):
+            words += f" --inception-weights FILE --feature-layer {name.removeprefix('rfid@')}"
+    return words
 
 
 def settings_of(quantizer: torch.nn.Module) -> dict:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from small_images import COUNTS
-from small_vqvae import SWITCHES, command_line
+from small_vqvae import SWITCHES, command_line, weights_in_words
 from table_rows import ROWS, TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,8 +20,11 @@ HEADS = {"psnr": "PSNR", "ssim": "SSIM", "l1": "L1", "lpips_vgg": "LPIPS", "rfid
 
 
 def load_results() -> list[dict]:
-    of_older = dict.fromkeys(SWITCHES, False)  # results from before these could be chosen
-    return [of_older | json.loads(file.read_text()) for file in sorted(RESULTS.glob("*_seed*.json"))]
+    results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*_seed*.json"))]
+    for result in results:  # what older ones do not say; at first an annealed training was always in bfloat16
+        result.setdefault("annealed", False)
+        result.setdefault("bf16", result["annealed"])
+    return results
 
 
 def load_codecs(images: str) -> dict:
@@ -100,7 +103,8 @@ def command_of(table: str, results: list[dict], *sets: str) -> str:
     first = results[0]
     return (
         f"`python benchmarks/tables.py {table}{rows} --sets {' '.join(sets)} --data FOLDER --budget {first['budget']} "
-        f"--batch-size {first['batch_size']}{command_line(first)} --seed {first['seed']}`"
+        f"--batch-size {first['batch_size']}{command_line(first)} --seed {first['seed']}"
+        f"{weights_in_words(first['test']['clean'])}`"
     )
 
 

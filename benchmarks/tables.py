@@ -40,7 +40,7 @@ from threading import Event
 
 import torch
 from small_images import COUNTS, SETS, check_files, load_images
-from small_vqvae import HELD_OUT, SWITCHES, Training, command_line, train, write_result
+from small_vqvae import HELD_OUT, SWITCHES, Training, command_line, train, weights_in_words, write_result
 from table_rows import ROWS, TABLES, Row
 
 from looc_ldm import LooCSmallVQModel
@@ -152,7 +152,7 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
             "command": f"python benchmarks/tables.py {options.table} --row {row.name} --sets {images} --data FOLDER"
             f" --budget {budget} --batch-size {options.batch_size}{command_line(vars(options))}"
             f" --seed {options.seed}"
-            f" --device {options.device.split(':')[0]}",
+            f" --device {options.device.split(':')[0]}{weights_in_words(figures['clean'])}",
         },
     )
     print(
@@ -227,23 +227,32 @@ def run_apart(pairs: list[tuple[str, str]], options: argparse.Namespace) -> int:
 
     def run(pair: tuple[str, str]) -> int:
         command = [str(part) for part in (*shared, "--row", pair[0], "--sets", pair[1])]
-        process = subprocess.Popen(command, env=environment)
+        # A session of its own: what a terminal sends to all its processes reaches a row through this one, once.
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
         running.append(process)
         if ending.is_set():  # begun while the others were told
             process.send_signal(signal.SIGINT)
         return process.wait()
 
-    with ThreadPoolExecutor(options.jobs) as pool:
-        try:
-            codes = [pool.submit(run, pair) for pair in pairs]
-            return sum(code.result() != 0 for code in codes)
-        except KeyboardInterrupt:  # not from a terminal, it came to this process alone
-            ending.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGINT)
-            raise
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            try:
+                codes = [pool.submit(run, pair) for pair in pairs]
+                return sum(code.result() != 0 for code in codes)
+            except KeyboardInterrupt:
+                ending.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in running:
+                    if process.poll() is None:
+                        process.send_signal(signal.SIGINT)
+                raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def parse() -> argparse.Namespace:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -115,7 +117,8 @@ def in_short(results: list[dict], paper: dict) -> list[str]:
         "The best that was reached at LooC's sizes in the paper's Tables 1 and 8, chosen by held-out training images: "
         f"PSNR in dB of the test images, protocol *paper*. The paper's is after {PUBLISHED_EPOCHS} epochs in batches "
         f"of {PUBLISHED_BATCH}; ours are of several trainings, so that these rows do not compare with each other. "
-        "*Annealed* is ours, see [how it was measured](#how-it-was-measured)."
+        "*Annealed* is ours, see [how it was measured](#how-it-was-measured), and so is the default rule."
+        f"{_of_published_rule(results, paper)}"
     )
     head = ["row", "images", "bits per pixel", "epochs", "batch", "PSNR, ours", "PSNR, the paper's", "difference"]
     parts = ["## In short", words, markdown(head, lines)]
@@ -128,10 +131,40 @@ def in_short(results: list[dict], paper: dict) -> list[str]:
             f"Of {len(pairs)} pairs of rows of the paper's Tables 1, 3, 4 and 5 that were trained alike, each counted "
             f"once, {len(pairs) - len(judged)} are level here; of the others {agree} of {len(judged)} stand in the "
             f"paper's order. The number of bits alone, more being better, gets {by_bits} of them "
-            "([pair by pair](#how-close-to-the-paper)). What each method pays is hidden in a table by K x d: "
-            "[at equal bits](#at-equal-bits)."
+            f"([pair by pair](#how-close-to-the-paper)).{_not_in_order(judged.values())} What each method pays is "
+            "hidden in a table by K x d: [at equal bits](#at-equal-bits)."
         )
     return parts
+
+
+def _of_published_rule(results: list[dict], paper: dict) -> str:
+    """How far below the paper its own rule is, trained as published but not as long."""
+    found, below = [], []
+    for images in NAMES:
+        for size in SIZES:
+            rows = [r for r in results_of(results, images, [size]) if not r["annealed"]]
+            found += rows[:1]  # the longest
+            below += [
+                paper["5"][size.removeprefix("looc-")][images]["psnr"] - r["test"]["paper"]["psnr"] for r in rows[:1]
+            ]
+    if not found:
+        return ""
+    epochs = [r["images_seen"] / COUNTS[r["images"]] for r in found]
+    return (
+        f" The paper's own rule, as published but of {min(epochs):.3g} to {max(epochs):.3g} epochs in smaller batches, "
+        f"is {min(below):.1f} to {max(below):.1f} dB below the paper ([all of these](#how-close-to-the-paper))."
+    )
+
+
+def _not_in_order(judged: Iterable[tuple[Order, tuple[dict, dict]]]) -> str:
+    """The pairs that stand the other way round, by name, with the sets on which they do."""
+    sets = defaultdict(list)
+    for order, pair in judged:
+        if not order.agrees(*pair):
+            high, low = sorted(pair, key=lambda r: r["test"]["paper"]["psnr"], reverse=True)
+            sets[_names(high, low).replace(" and ", " above ")].append(NAMES[order.images])
+    listed = "; ".join(f"{names} ({', '.join(dict.fromkeys(of))})" for names, of in sets.items())
+    return f" The other way round here: {listed}." if listed else ""
 
 
 def closeness(results: list[dict], paper: dict) -> list[str]:
@@ -185,7 +218,7 @@ def _levels(results: list[dict], paper: dict) -> list[str]:
             published = paper["5"][size.removeprefix("looc-")][images]
             of_row = {}
             for result in _of_size(results, images, size):
-                of_row.setdefault((result["row"], result["annealed"]), result)
+                of_row.setdefault((result["row"], result["annealed"], result["bf16"]), result)
             for result in of_row.values():
                 figures = result["test"]["paper"]
                 cells = [ROWS[result["row"]].method, NAMES[images], *training_cells(result)]
@@ -218,11 +251,15 @@ def _levels(results: list[dict], paper: dict) -> list[str]:
 
 def _by_annealing(results: list[dict]) -> list[str]:
     """What annealing adds, over all pairs of results that it parts, with the precision of the networks or without."""
-    found = {(r["images"], r["row"], r["budget"], r["batch_size"], r["seed"], r["annealed"]): r for r in results}
+
+    def alike(result: dict) -> tuple:
+        return tuple(result[key] for key in ("images", "row", "budget", "batch_size", "seed"))
+
+    published = {alike(r): r for r in results if not r["annealed"] and not r["bf16"]}
     lines = []
-    for key, annealed in found.items():
-        constant = found.get((*key[:-1], False)) if key[-1] else None
-        if constant:
+    for annealed in results:
+        constant = published.get(alike(annealed))
+        if annealed["annealed"] and constant:
             both = [held_out_psnr(result) for result in (constant, annealed)]
             cells = [ROWS[annealed["row"]].method, NAMES[annealed["images"]], f"{annealed['budget']:,}"]
             cells.append("bfloat16" if annealed["bf16"] else "float32")
@@ -311,15 +348,20 @@ def _at_psnr(psnr: float, published: list[dict], name: str) -> float | None:
 
 
 def _last_doubling(result: dict) -> str:
-    """What the held-out PSNR gained from half of the images seen to all, interpolated along log(images).
+    gain = last_doubling(result)
+    return "-" if gain is None else f"{gain:+.1f} dB"
+
+
+def last_doubling(result: dict) -> float | None:
+    """What the held-out PSNR gained from half of the images seen to all, in dB, interpolated along log(images).
 
     Nothing of annealed trainings, half of which is not an annealed training.
     """
     if result["annealed"]:
-        return "-"
+        return None
     seen, errors = zip(*result["curve"], strict=True)
     half = result["images_seen"] / 2
     if half < seen[0]:
-        return "-"
+        return None
     psnr = [10 * math.log10(4 / error) for error in errors]
-    return f"{psnr[-1] - np.interp(math.log(half), np.log(seen), psnr):+.1f} dB"
+    return psnr[-1] - float(np.interp(math.log(half), np.log(seen), psnr))

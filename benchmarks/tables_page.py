@@ -52,8 +52,9 @@ def summary() -> str:
     text = "\n\n".join(parts).replace("](#", "](docs/tables.md#")
     plot = "![Quality over bits per pixel, Fashion-MNIST](docs/rate_distortion_fashion_mnist.png)"
     caption = (
-        "Clean figures of that short training for each row; pentagons, of longer or annealed ones; hollow, what "
-        "the paper states after 500 epochs, of JPEGs. Written by `python benchmarks/readme.py tables`."
+        "Clean figures of that short training for each row; pentagons, the best of those that are more than twice as "
+        "long, or annealed. Hollow, figures of JPEGs: circles what the paper states after 500 epochs, pentagons ours "
+        "by that protocol. Written by `python benchmarks/readme.py tables`."
     )
     return f"{text}\n\n{plot}\n\n{caption}"
 
@@ -110,12 +111,14 @@ Written by `python benchmarks/readme.py tables` from what `benchmarks/tables.py`
 - **Gradients** go straight through every quantizer, unless a row says *rotation trick*.
 - **Training**: *epochs* are images seen over the size of the whole training set, of which the last 5,000 images are
   held out and choose the checkpoint; **the authors chose theirs on the test set**. The published training has 500
-  epochs, of batches of 128: a shorter one shows order and trend, not the level. *Annealed* trainings (`--annealed`) are
+  epochs, of batches of 128: a shorter one shows neither the level nor, by itself, the
+  order in which methods end. *Annealed* trainings (`--annealed`) are
   ours, to learn more of as many images: Adam's learning rate rises in 200 steps to the line that falls from 3e-3 to 0.
   *Bfloat16* (`--bf16`) is the training of the networks alone; quantizers, losses, held-out errors and figures are
   float32.
 - **Noise**: one seed, unless others are named{" ([what they change](#seeds))" if _seeds(results) else ""}; differences
-  below {TIE} dB are called level.
+  below {TIE} dB are called level: one training that was done twice, with other rounding, parted by 0.3 dB. Other
+  methods and seeds may part by more.
 - **Figures** are of the 10,000 test images unless they are called held out. *Clean* ones are of float images; those of
   the protocol *paper*, of JPEGs and with another window of SSIM, stand beside the paper's
   ([protocols](evaluation.md#protocols)). {_lpips_and_rfid(results)} *Use* is the share of the codevectors that the test
@@ -125,7 +128,8 @@ Written by `python benchmarks/readme.py tables` from what `benchmarks/tables.py`
   rates, which a table by K x d hides{above_lossless(results)}.
 - **Commands** stand at the tables; that of a single row is in its result file in `benchmarks/results/tables/`. All rows
   with the published number of epochs and batch size, on a GPU: `python benchmarks/tables.py all --data FOLDER --device
-  cuda --jobs 8 --lpips-vgg-weights FILE --inception-weights FILE`.{_not_measured(results)}
+  cuda --jobs 8 --lpips-vgg-weights FILE --inception-weights FILE`. {_not_measured(results)}
+- **Code**: {_of_code(results)}
 
 The paper's figures: {source}"""
 
@@ -140,10 +144,27 @@ def _lpips_and_rfid(results: list[dict]) -> str:
 
 
 def _not_measured(results: list[dict]) -> str:
-    """Rows that no set has a result of."""
-    there = {result["row"] for result in results}
-    missing = [f"`{name}`" for name in ROWS if name not in there]
-    return f" Not measured yet: {', '.join(missing)}." if missing else ""
+    """Rows without a result, by the sets that lack them."""
+    there = {(result["row"], result["images"]) for result in results}
+    lacking = defaultdict(list)
+    for row in ROWS:
+        sets = [NAMES[images] for images in NAMES if (row, images) not in there]
+        if sets:
+            lacking["no set" if len(sets) == len(NAMES) else f"all sets but {' and '.join(sets)}"].append(f"`{row}`")
+    words = [f"on {sets}: {', '.join(rows)}" for sets, rows in lacking.items()]
+    return f"Not every row is measured yet. Measured {'; '.join(words)}." if words else ""
+
+
+def _of_code(results: list[dict]) -> str:
+    """How many results say which code made them."""
+    commits = [[part.get("code") for part in result.get("sessions", [result])] for result in results]
+    unknown = sum(not all(of_one) or not of_one for of_one in commits)
+    changed = sum(any(code and code.endswith("-dirty") for code in of_one) for of_one in commits)
+    return (
+        f"{len(results) - unknown} of the {len(results)} results name the commit that trained them (`code`, in "
+        f"their files), {changed} of these with changes that were not committed yet; the others are from before that "
+        "was recorded."
+    )
 
 
 def _table(table: str, images: str, rows: list[dict], paper: dict) -> str:

@@ -59,7 +59,7 @@ def draw_plot(
         codecs: The record of `tables.measure_codecs`, or nothing.
         paper: The tables of the paper.
         title: Above the picture.
-        longer: Results of longer trainings, shown as pentagons.
+        longer: Results of longer or annealed trainings, shown as pentagons, hollow ones by the protocol paper.
     """
     curves = {name: [Point(**point) for point in points] for name, points in codecs.get("codecs", {}).items()}
     families = defaultdict(list)
@@ -108,10 +108,15 @@ def draw_plot(
                     markeredgecolor="white",
                     markeredgewidth=0.4,
                 )
+                if name == "psnr":  # where it stands by the paper's protocol
+                    psnr = result["test"]["paper"]["psnr"]
+                    color = METHODS[family_of(result["row"])[0]][1]
+                    axes.plot(result["test"]["clean"]["bits_per_pixel"], psnr, "p", mfc="none", color=color, zorder=5)
             if name == "psnr":
                 if longer:
-                    axes.plot([], [], "p", color="0.3", markersize=8, label="pentagons: longer or annealed")
-                axes.plot([], [], "o", mfc="none", color="0.3", markersize=5, label="hollow: the paper's, of JPEGs")
+                    axes.plot([], [], "p", color="0.3", markersize=8, label="trained longer, or annealed")
+                    axes.plot([], [], "p", mfc="none", color="0.3", label="the same, of JPEGs")
+                axes.plot([], [], "o", mfc="none", color="0.3", markersize=5, label="the paper's, of JPEGs")
                 handles, labels = axes.get_legend_handles_labels()
             axes.xaxis.set_major_locator(FixedLocator([2.0**i for i in OCTAVES]))
         _add_legend(figure, handles, labels)

@@ -21,6 +21,7 @@ from table_results import (
     words_of_training,
 )
 from table_rows import ROWS, TABLES
+from tables_closeness import last_doubling
 from tables_plot import draw_plot, family_of
 
 from looc_ldm.files import replace_bytes
@@ -44,21 +45,35 @@ def equal_bits(results: list[dict], paper: dict, docs: Path) -> list[str]:
             f"![Quality over bits per pixel, {NAMES[images]}](rate_distortion_{images}.png)",
             f"Clean figures of the {len(rows)} rows that were trained for {words_of_training(rows[0])}: "
             f"{command_of('rates', rows, images)}. Hollow: the paper's PSNR, after 500 epochs, of JPEGs (ours by that "
-            f"protocol is in the tables). {_of_codecs(codecs)}",
+            f"protocol is in the tables).{_stage(rows)} {_of_codecs(codecs)}",
         ]
         parts += [
-            f"Pentagon: {in_words(r)}, {words_of_training(r)}: {command_of('rates', [r], images)}." for r in longer
+            "Pentagon, the best of this row that is more than twice as long, or annealed: "
+            f"{in_words(r)}, {words_of_training(r)}: {command_of('rates', [r], images)}."
+            for r in longer
         ]
         parts += _who_is_ahead(rows)
     words = (
-        "Rows of one training, so that a rank is as much of how fast a method learns as of what it reaches: the last "
-        "doubling of such a training still gains whole decibels (above)."
+        "Rows of one training, so that a rank is as much of how fast a method learns as of what it reaches: they are "
+        "at different stages, as what the last doubling of the images gained says."
     )
     return ["## At equal bits", words, *parts] if parts else []
 
 
+def _stage(rows: list[dict]) -> str:
+    """What the last doubling of the images gained, over all rows."""
+    gains = sorted((gain, r["row"]) for r in rows if (gain := last_doubling(r)) is not None)
+    if not gains:
+        return ""
+    (least, first), (most, last) = gains[0], gains[-1]
+    return (
+        f" From half of the images seen to all of them, held-out images gained between {least:+.1f} (`{first}`) and "
+        f"{most:+.1f} dB (`{last}`)."
+    )
+
+
 def _longer(results: list[dict], short: dict) -> list[dict]:
-    """Of each row that was trained longer than another one, or annealed, the best by its held-out images."""
+    """Of each row the best of what was trained more than twice as long as `short`, or annealed, by held-out images."""
     best = {}
     for result in sorted(results, key=held_out_psnr):
         if result["images_seen"] > 2 * short["images_seen"] or result["annealed"]:
@@ -115,13 +130,14 @@ def _rates(found: list[dict]) -> str:
 
 def ahead_in_short(results: list[dict]) -> list[str]:
     """For who reads nothing else: LooC beside the best of the others, wherever both were trained at one rate."""
-    lines, level = [], 0
+    lines, level, compared = [], 0, set()
     trainings = [rows for images in NAMES for rows in by_training(results_of(results, images, TABLES["rates"]))]
     for rows in trainings:
         for found in _groups(rows):
             ours, others = ([r for r in found if r["row"].startswith("looc-") == is_ours] for is_ours in (True, False))
             if ours and others:
                 default = [r for r in ours if r["row"].endswith("-ema-rotation")]
+                compared.add(rows[0]["images"])
                 best = [max(choice, key=psnr_of, default=None) for choice in (ours, default, others)]
                 level += psnr_of(best[0]) > psnr_of(best[2]) - TIE
                 cells = ["-" if r is None else f"{psnr_of(r):.2f}" for r in best[:2]]
@@ -142,6 +158,9 @@ def ahead_in_short(results: list[dict]) -> list[str]:
         f"{len(lines)} rates and trainings that were tried LooC is ahead or within {TIE} dB. After so short a training "
         "this says as much of how fast a method learns as of what it reaches ([all of it](#at-equal-bits))."
     )
+    missing = [name for images, name in NAMES.items() if images not in compared]
+    if missing:
+        words += f" On {' and '.join(missing)} no such rate was tried yet."
     head = ["images", "training", "bits per pixel", "LooC, its best row", "LooC, our default", "best of the others"]
     return [words, markdown(head, lines)]
 

@@ -17,6 +17,7 @@ from looc_ldm import cli
 from looc_ldm.card import write_card
 from looc_ldm.loading import load_autoencoder
 from looc_ldm.metrics import evaluate_reconstruction
+from looc_ldm.metrics.lpips import load_lpips
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.starter import STARTER
 from looc_ldm.training.config import DataConfig
@@ -137,6 +138,28 @@ def test_what_is_missing_is_named_before_the_training(script, tmp_path, monkeypa
         assert exit.value.code == 2
         assert name in capsys.readouterr().err
         (tmp_path / name).touch()
+    for option in ("--lpips-weights", "--inception-weights"):  # files of something else
+        monkeypatch.setattr("sys.argv", ["starter.py", str(tmp_path), option, str(tmp_path / "nothing.pth")])
+        monkeypatch.setattr(script, "load_lpips", load_lpips if option == "--lpips-weights" else lambda *given: None)
+        with pytest.raises(SystemExit) as exit:
+            script.main()
+        assert exit.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert option in line
+        assert "nothing.pth" in line
+
+
+def test_a_rehearsal_has_a_tenth_of_the_images(script, tmp_path, monkeypatch):
+    """In a folder of its own: the whole training must not find it and take it for all of them."""
+    made = {}
+    monkeypatch.setattr(script.bundle_fashion_mnist, "main", lambda images, data, splits: made.update({data: splits}))
+    monkeypatch.setattr(script, "call", lambda *arguments: None)
+    for rehearse in (None, 100):
+        script.train(Namespace(images=tmp_path, work=tmp_path, lpips_weights=None, rehearse=rehearse))
+    count = lambda splits: {name: len(range(*split.indices(6000))) for name, split in splits.items()}  # noqa: E731
+    whole, part = map(count, made.values())
+    assert whole == {"train": 5500, "validation": 500}
+    assert part == {"train": 500, "validation": 500}
 
 
 @pytest.mark.parametrize("layer", ["768", "2048"])

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,8 @@ def test_the_page_counts_which_pairs_stand_in_the_papers_order(scripts):
     assert twice.startswith("Of 10 pairs")
     assert "1 are level here; of the others 4 of 9 stand" in twice
     assert "gets 5 of them" in twice
+    assert twice.count(" above ") == 5
+    assert "; 32x4 above 512x4 (MNIST). What each" in twice
 
 
 def test_the_page_says_what_the_last_doubling_of_images_gained(scripts):
@@ -225,6 +228,18 @@ def test_the_page_begins_with_the_best_by_held_out_images_beside_the_paper(scrip
     method = "LooC 32×4, s=1, published rule, commitment 8"
     assert line == f"| {method} | MNIST | 10 | 1, annealed | 16 | 29.00 | 35.15 | -6.15 |"
     assert tables_closeness.in_short([], paper) == []
+
+
+def test_the_page_compares_annealed_trainings_of_both_precisions_with_the_published_one(scripts):
+    import tables_closeness
+
+    def trained(psnr: float, annealed: bool, bf16: bool) -> dict:
+        return result_of("looc-256x4", psnr, 16.0, annealed=annealed, bf16=bf16)
+
+    results = [trained(20.0, False, False), trained(21.0, True, True), trained(22.0, True, False)]
+    _, table = tables_closeness._by_annealing([*results, trained(30.0, False, True)])
+    rows = [line.split(" | ")[-4:] for line in table.splitlines()[2:]]
+    assert rows == [["bfloat16", "20.00", "21.00", "+1.00 |"], ["float32", "20.00", "22.00", "+2.00 |"]]
 
 
 def test_the_page_compares_other_figures_with_the_papers_at_the_same_psnr(scripts):
@@ -276,7 +291,7 @@ def test_a_training_says_early_how_long_it_takes(scripts, tmp_path, monkeypatch)
     make = lambda: tables.make_model(table_rows.ROWS["looc-32x4"], 1, 28, 12)  # noqa: E731
     training = small_vqvae.Training(images=96, batch_size=8, validations=3)
     small_vqvae.train(make, noise(40), training, tmp_path / "a.pt", torch.device("cpu"), said.append)
-    assert said[0] == "about 6 minutes"  # twelve steps, of which the first two took one
+    assert said[0] == "about 4 minutes, without held-out errors"  # nine of twelve steps, two of which took one minute
 
 
 @pytest.mark.parametrize(("annealed", "bf16"), [(False, False), (True, False), (False, True)])
@@ -603,7 +618,7 @@ def test_a_row_with_switches_has_a_result_of_its_own_and_says_so(small_set, tmp_
     commands = []
 
     class Process:
-        def __init__(self, command, env):
+        def __init__(self, command, env, start_new_session):
             commands.append(command)
 
         def wait(self) -> int:
@@ -636,20 +651,21 @@ def test_a_figure_that_needs_weights_which_are_gone_is_no_reason_to_train_anew(
     assert result.read_text() == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["rows are begun", "a row is being begun"])
-def test_a_signal_to_the_command_alone_ends_its_rows_too(small_set, tmp_path, monkeypatch, moment):
-    import signal
+def test_a_signal_to_the_command_alone_ends_its_rows_too(small_set, tmp_path, monkeypatch, moment, number):
     import subprocess
     import threading
 
     running, told = [], threading.Event()
 
     class Process:
-        def __init__(self, command, env):
+        def __init__(self, command, env, start_new_session):
+            assert start_new_session  # or what a terminal sends would reach the row twice
             self.ended = threading.Event()
             running.append(self)
             if "looc-256x8" in command:
-                os.kill(os.getpid(), signal.SIGINT)  # to the main thread, as a terminal or a scheduler does
+                os.kill(os.getpid(), number)  # to the process, not to this thread
                 if moment == "a row is being begun":
                     assert told.wait(20)
 
@@ -659,8 +675,8 @@ def test_a_signal_to_the_command_alone_ends_its_rows_too(small_set, tmp_path, mo
         def wait(self) -> int:
             return 1 if self.ended.wait(20) else 0
 
-        def send_signal(self, number):
-            assert number == signal.SIGINT
+        def send_signal(self, sent):
+            assert sent == signal.SIGINT
             self.ended.set()
             told.set()
 
