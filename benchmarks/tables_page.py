@@ -117,8 +117,8 @@ Written by `python benchmarks/readme.py tables` from what `benchmarks/tables.py`
   *Bfloat16* (`--bf16`) is the training of the networks alone; quantizers, losses, held-out errors and figures are
   float32.
 - **Noise**: one seed, unless others are named{" ([what they change](#seeds))" if _seeds(results) else ""}; differences
-  below {TIE} dB are called level: one training that was done twice, with other rounding, parted by 0.3 dB. Other
-  methods and seeds may part by more.
+  below {TIE} dB, which is more than seeds have made so far, are called level. Other methods and further seeds may part
+  by more.
 - **Figures** are of the 10,000 test images unless they are called held out. *Clean* ones are of float images; those of
   the protocol *paper*, of JPEGs and with another window of SSIM, stand beside the paper's
   ([protocols](evaluation.md#protocols)). {_lpips_and_rfid(results)} *Use* is the share of the codevectors that the test

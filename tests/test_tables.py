@@ -162,7 +162,7 @@ def test_the_page_counts_which_pairs_stand_in_the_papers_order(scripts):
     import tables_closeness
 
     paper = json.loads((BENCHMARKS / "paper_tables.json").read_text())["tables"]
-    psnr = {"16x4": 20.0, "24x4": 21.0, "32x4": 22.0, "64x4": 20.05, "512x4": 20.5}
+    psnr = {"16x4": 20.0, "24x4": 21.8, "32x4": 22.8, "64x4": 20.05, "512x4": 20.9}
     results = [
         {
             "row": f"looc-{size}",
@@ -459,10 +459,10 @@ def test_the_page_says_what_is_as_good_for_fewer_bits_and_who_is_ahead_at_equal_
         result_of("looc-1024x4", 25.0, 20.0),
         result_of("looc-256x4", 24.0, 16.0),
         result_of("looc-256x4-s2", 26.0, 64.0),  # the published rule too, and the highest of it
-        result_of("pq-32x8x4", 25.9, 6.0),  # as high, within 0.4 dB
+        result_of("pq-32x8x4", 25.9, 6.0),  # as high, within what is called level
         result_of("rq-256x128-depth32", 27.0, 16.0),
         result_of("looc-256x4-ema", 24.1, 16.0),
-        result_of("looc-256x8", 25.5, 8.0),
+        result_of("looc-256x8", 25.2, 8.0),
     ]
     rows.append(result_of("fsq-32x8-5-5", 26.7, 15.3))
     sentence, highest, table = tables_rates._who_is_ahead(rows)
@@ -501,7 +501,7 @@ def test_the_page_says_what_interpolation_gains_and_what_revival_does(scripts):
 
     finer = [result_of("looc-256x4", 24.0, 16.0), result_of("looc-256x4-s3", 24.3, 144.0)]
     assert tables_page._in_a_sentence("6", finer) == [
-        "LooC 256×4, clean, s = 3 instead of 1: +0.30 dB for 9 times the bits. Below 0.4 dB is level."
+        "LooC 256×4, clean, s = 3 instead of 1: +0.30 dB for 9 times the bits. Below 0.7 dB is level."
     ]
     dying = result_of("looc-256x4-no-revival", 22.0, 16.0)
     dying["test"]["clean"]["codebook_use"] = 0.9
@@ -705,6 +705,18 @@ def test_the_page_says_who_is_ahead_at_one_rate(scripts):
     assert "annealed | 16 | 30.00 | 30.00 | PQ" in longer
     assert first.endswith("| 3.9 to 4 | 26.00 | 26.00 | FSQ (8, 5, 5), 8 a position 27.00 |")
     assert second.endswith("| 16 | 28.00 | - | RQ 256×128, depth 32 28.30 |")
+
+
+def test_what_is_called_level_is_more_than_a_seed_makes(scripts):
+    import table_results
+
+    of_seeds = {}
+    for result in table_results.load_results():
+        training = (result["images"], result["row"], *table_results.setting(result)[:-1])
+        of_seeds.setdefault(training, []).append(table_results.psnr_of(result))
+    spreads = [max(psnr) - min(psnr) for psnr in of_seeds.values() if len(psnr) > 1]
+    assert spreads
+    assert max(spreads) < table_results.TIE
 
 
 def test_every_result_is_on_the_page(scripts, tmp_path, monkeypatch):
