@@ -231,8 +231,12 @@ def run_apart(pairs: list[tuple[str, str]], options: argparse.Namespace) -> int:
         process = subprocess.Popen(command, env=environment, start_new_session=True)
         running.append(process)
         if ending.is_set():  # begun while the others were told
-            process.send_signal(signal.SIGINT)
+            process.send_signal(ends_a_row)
         return process.wait()
+
+    # What a shell starts in the background ignores SIGINT, and so do its children.
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ends_a_row = signal.SIGTERM if ignored else signal.SIGINT
 
     def interrupt(number, frame):
         raise KeyboardInterrupt
@@ -248,7 +252,7 @@ def run_apart(pairs: list[tuple[str, str]], options: argparse.Namespace) -> int:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in running:
                     if process.poll() is None:
-                        process.send_signal(signal.SIGINT)
+                        process.send_signal(ends_a_row)
                 raise
     finally:
         for number, handler in before.items():
