@@ -2,8 +2,8 @@
 
 Encoder, decoder, loss and optimizer are the published ones (MSE / data variance + quantizer loss, Adam 3e-4, no
 schedule, no augmentation); an annealed training has a schedule, to learn more of fewer images. A run resumes: it leaves
-a checkpoint beside its result, and the same call goes on there. The weights that are measured are
-those with the lowest error on images held out of the *training* set.
+a checkpoint beside its result, and the same call goes on there. The weights that are measured are those
+with the lowest error on images held out of the *training* set.
 """
 
 from __future__ import annotations

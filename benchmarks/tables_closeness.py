@@ -142,11 +142,11 @@ def _of_published_rule(results: list[dict], paper: dict) -> str:
     found, below = [], []
     for images in NAMES:
         for size in SIZES:
-            rows = [r for r in results_of(results, images, [size]) if not r["annealed"]]
-            found += rows[:1]  # the longest
-            below += [
-                paper["5"][size.removeprefix("looc-")][images]["psnr"] - r["test"]["paper"]["psnr"] for r in rows[:1]
-            ]
+            longest = next((r for r in results_of(results, images, [size]) if not r["annealed"]), None)
+            if longest:
+                found.append(longest)
+                published = paper["5"][size.removeprefix("looc-")][images]["psnr"]
+                below.append(published - longest["test"]["paper"]["psnr"])
     if not found:
         return ""
     epochs = [r["images_seen"] / COUNTS[r["images"]] for r in found]

@@ -111,11 +111,10 @@ Written by `python benchmarks/readme.py tables` from what `benchmarks/tables.py`
 - **Gradients** go straight through every quantizer, unless a row says *rotation trick*.
 - **Training**: *epochs* are images seen over the size of the whole training set, of which the last 5,000 images are
   held out and choose the checkpoint; **the authors chose theirs on the test set**. The published training has 500
-  epochs, of batches of 128: a shorter one shows neither the level nor, by itself, the
-  order in which methods end. *Annealed* trainings (`--annealed`) are
-  ours, to learn more of as many images: Adam's learning rate rises in 200 steps to the line that falls from 3e-3 to 0.
-  *Bfloat16* (`--bf16`) is the training of the networks alone; quantizers, losses, held-out errors and figures are
-  float32.
+  epochs, of batches of 128: a shorter one shows neither the level nor, by itself, the order in which methods
+  end. *Annealed* trainings (`--annealed`) are ours, to learn more of as many images: Adam's learning rate rises in 200
+  steps to the line that falls from 3e-3 to 0. *Bfloat16* (`--bf16`) is the training of the networks alone;
+  quantizers, losses, held-out errors and figures are float32.
 - **Noise**: one seed, unless others are named{" ([what they change](#seeds))" if _seeds(results) else ""}; differences
   below {TIE} dB, which is more than seeds have made so far, are called level. Other methods and further seeds may part
   by more.

@@ -98,20 +98,19 @@ def draw_plot(
                     label=words,
                 )
             for result in longer:
+                rate, color = result["test"]["clean"]["bits_per_pixel"], METHODS[family_of(result["row"])[0]][1]
                 axes.plot(
-                    result["test"]["clean"]["bits_per_pixel"],
+                    rate,
                     result["test"]["clean"][name],
                     "p",
-                    color=METHODS[family_of(result["row"])[0]][1],
+                    color=color,
                     markersize=8,
                     zorder=5,
                     markeredgecolor="white",
                     markeredgewidth=0.4,
                 )
                 if name == "psnr":  # where it stands by the paper's protocol
-                    psnr = result["test"]["paper"]["psnr"]
-                    color = METHODS[family_of(result["row"])[0]][1]
-                    axes.plot(result["test"]["clean"]["bits_per_pixel"], psnr, "p", mfc="none", color=color, zorder=5)
+                    axes.plot(rate, result["test"]["paper"]["psnr"], "p", mfc="none", color=color, zorder=5)
             if name == "psnr":
                 if longer:
                     axes.plot([], [], "p", color="0.3", markersize=8, label="trained longer, or annealed")
