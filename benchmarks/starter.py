@@ -23,6 +23,7 @@ from pathlib import Path
 
 import bundle_fashion_mnist
 import torch
+from weights import check_weights
 
 from looc_ldm import LooCLDMPipeline
 from looc_ldm.arguments import Parser, positive
@@ -135,18 +136,11 @@ def check(options: argparse.Namespace) -> None:
         for kind in ("images-idx3", "labels-idx1"):
             if not (options.images / f"{part}-{kind}-ubyte.gz").is_file():
                 raise UserError(f"no {part}-{kind}-ubyte.gz in {str(options.images)!r}.")
-    for name in ("lpips_weights", "inception_weights"):
-        file = getattr(options, name)
-        if file is not None and not file.is_file():
-            raise UserError(f"--{name.replace('_', '-')}: no file {str(file)!r}.")
-    for option, load in (
-        ("--lpips-weights", lambda: load_lpips("alex", options.lpips_weights)),
-        ("--inception-weights", lambda: InceptionFeatures(options.feature_layer, options.inception_weights).check()),
-    ):
-        try:
-            load()
-        except (OSError, ValueError) as error:
-            raise UserError(f"{option}: {' '.join(str(error).split())}") from None
+    lpips, inception, layer = options.lpips_weights, options.inception_weights, options.feature_layer
+    check_weights(
+        ("--lpips-weights", lpips, lambda: load_lpips("alex", lpips)),
+        ("--inception-weights", inception, lambda: InceptionFeatures(layer, inception).check()),
+    )
 
 
 def card(text: str, options: argparse.Namespace) -> str:

@@ -42,6 +42,7 @@ import torch
 from small_images import COUNTS, SETS, check_files, load_images
 from small_vqvae import HELD_OUT, SWITCHES, Training, command_line, train, weights_in_words, write_result
 from table_rows import ROWS, TABLES, Row
+from weights import check_weights
 
 from looc_ldm import LooCSmallVQModel
 from looc_ldm.analysis.rate_distortion import CODECS, codec_curve
@@ -99,7 +100,12 @@ def is_there(file: Path, options: argparse.Namespace) -> bool:
         figures.append("lpips_vgg")
     if options.inception_weights is not None:
         figures.append(f"rfid@{options.feature_layer}")
-    return file.is_file() and json.loads(file.read_text())["test"]["clean"].keys() >= set(figures)
+    if not file.is_file():
+        return False
+    result = json.loads(file.read_text())
+    if result.get("bf16", result.get("annealed", False)) != options.bf16:  # annealed trainings once were in bfloat16
+        raise UserError(f"{str(file)!r} was trained in bfloat16, by an older version: remove it, or rename it.")
+    return result["test"]["clean"].keys() >= set(figures)
 
 
 def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
@@ -316,17 +322,13 @@ def check(options: argparse.Namespace) -> None:
         torch.zeros(1, device=options.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    for name in ("lpips_vgg_weights", "inception_weights"):
-        file = getattr(options, name)
-        if file is not None and not file.is_file():
-            raise UserError(f"--{name.replace('_', '-')}: no file {str(file)!r}.")
-    try:
-        if options.lpips_vgg_weights is not None:
-            load_lpips("vgg", options.lpips_vgg_weights)
-        if options.inception_weights is not None:
-            InceptionFeatures(options.feature_layer, options.inception_weights).check()
-    except (OSError, ValueError) as error:
-        raise UserError(f"weights that cannot be used: {' '.join(str(error).split())}") from None
+    lpips, inception, layer = options.lpips_vgg_weights, options.inception_weights, options.feature_layer
+    given = []
+    if lpips is not None:
+        given.append(("--lpips-vgg-weights", lpips, lambda: load_lpips("vgg", lpips)))
+    if inception is not None:
+        given.append(("--inception-weights", inception, lambda: InceptionFeatures(layer, inception).check()))
+    check_weights(*given)
     of_library = any(row.name.startswith(("rq-", "fsq-", "lfq-", "rfsq-")) for row in options.rows)
     if of_library and importlib.util.find_spec("vector_quantize_pytorch") is None:
         raise UserError('RQ, FSQ, LFQ and residual FSQ need vector-quantize-pytorch: pip install -e ".[baselines]".')

@@ -642,13 +642,28 @@ def test_a_figure_that_needs_weights_which_are_gone_is_no_reason_to_train_anew(
     with pytest.raises(SystemExit) as exit:
         start(small_set, monkeypatch, *row, "--lpips-vgg-weights", result)  # a file that is there
     assert exit.value.code == 2
-    assert capsys.readouterr().err.startswith("error: weights that cannot be used: ")
+    assert capsys.readouterr().err.startswith("error: --lpips-vgg-weights: ")
     monkeypatch.setattr(small_set, "check", lambda options: None)
     with pytest.raises(SystemExit) as exit:
         start(small_set, monkeypatch, *row, "--lpips-vgg-weights", result)
     assert exit.value.code == 2
     assert "its checkpoint" in capsys.readouterr().err
     assert result.read_text() == before
+
+
+def test_an_annealed_result_of_before_bf16_was_a_switch_is_not_taken_for_float32(
+    small_set, tmp_path, monkeypatch, capsys
+):
+    row = ["5", "--row", "looc-32x4", "--sets", "mnist", "--results", tmp_path, "--annealed"]
+    start(small_set, monkeypatch, *row)
+    (file,) = tmp_path.glob("mnist_looc-32x4_*.json")
+    result = json.loads(file.read_text())
+    del result["bf16"]
+    file.write_text(json.dumps(result))
+    with pytest.raises(SystemExit) as exit:
+        start(small_set, monkeypatch, *row)
+    assert exit.value.code == 2
+    assert file.name in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
