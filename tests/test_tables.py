@@ -417,7 +417,7 @@ def test_a_result_without_a_figure_that_is_asked_for_is_not_there(scripts, tmp_p
 
     tables = scripts[2]
     file = tmp_path / "result.json"
-    options = Namespace(lpips_vgg_weights=None, inception_weights=None, feature_layer="768")
+    options = Namespace(bf16=False, lpips_vgg_weights=None, inception_weights=None, feature_layer="768")
     assert not tables.is_there(file, options)
     file.write_text(json.dumps({"test": {"clean": {"psnr": 1.0, "ssim": 1.0, "l1": 1.0}}}))
     assert tables.is_there(file, options)
