@@ -18,9 +18,9 @@ python benchmarks/readme.py recipes                docs/quantizer_recipes.md, fr
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -29,6 +29,9 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from looc_ldm import LooCVQModel, configs
+from looc_ldm.arguments import Parser
+from looc_ldm.errors import UserError, one_line_errors
+from looc_ldm.files import replace_text
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, construct, load_config
 from looc_ldm.training.diffusion import Denoiser
 
@@ -134,6 +137,9 @@ def training_cost(model: torch.nn.Module, inputs: tuple, config) -> str:
 
 def quickstart(folder: Path) -> str:
     """Pictures into docs/, and a table of the figures."""
+    for name in ("figures.json", "samples.png", "reconstructions.png"):
+        if not (folder / name).is_file():
+            raise UserError(f"no {name} in {str(folder)!r}: it must be the folder of a finished quickstart.")
     figures = json.loads((folder / "figures.json").read_text())
     (ROOT / "docs").mkdir(exist_ok=True)
     for name in ("samples", "reconstructions"):
@@ -475,32 +481,34 @@ def replace_section(name: str, text: str) -> None:
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(f"<!-- {name} -->")
     _, after = rest.split(f"<!-- /{name} -->")
-    readme.write_text(f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}")
+    replace_text(readme, f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->{after}")
+
+
+def tables() -> str:
+    """docs/tables.md and its plots, and its short form."""
+    from tables_page import summary, write_page
+
+    write_page()
+    return summary()
+
+
+def main() -> None:
+    written = (costs, quickstart, starter, quantizer, sampling, tiling, training, metrics, tables, recipes)
+    sections = {function.__name__: function for function in written}
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("section", choices=sections, metavar="SECTION", help=", ".join(sections))
+    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="of quickstart alone: what it has made")
+    with one_line_errors():
+        options = parser.parse_args()
+        if (options.section == "quickstart") != (options.folder is not None):
+            parser.error("quickstart needs the folder that it has made, and no other section takes one")
+        if options.section == "recipes":
+            replace_text(ROOT / "docs" / "quantizer_recipes.md", recipes())
+        elif options.section == "quickstart":
+            replace_section("quickstart", quickstart(options.folder))
+        else:
+            replace_section(options.section, sections[options.section]())
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["costs"]:
-        replace_section("costs", costs())
-    elif sys.argv[1:] == ["quantizer"]:
-        replace_section("quantizer", quantizer())
-    elif sys.argv[1:] == ["starter"]:
-        replace_section("starter", starter())
-    elif sys.argv[1:] == ["sampling"]:
-        replace_section("sampling", sampling())
-    elif sys.argv[1:] == ["tiling"]:
-        replace_section("tiling", tiling())
-    elif sys.argv[1:] == ["training"]:
-        replace_section("training", training())
-    elif sys.argv[1:] == ["metrics"]:
-        replace_section("metrics", metrics())
-    elif sys.argv[1:] == ["tables"]:
-        from tables_page import summary, write_page
-
-        write_page()
-        replace_section("tables", summary())
-    elif sys.argv[1:] == ["recipes"]:
-        (ROOT / "docs" / "quantizer_recipes.md").write_text(recipes())
-    elif len(sys.argv) == 3 and sys.argv[1] == "quickstart":
-        replace_section("quickstart", quickstart(Path(sys.argv[2])))
-    else:
-        sys.exit(__doc__)
+    main()

@@ -1,7 +1,8 @@
 """Train and measure the small VQ-VAE of LooC's and CVQ-VAE's tables with one quantizer on one set of images.
 
 Encoder, decoder, loss and optimizer are the published ones (MSE / data variance + quantizer loss, Adam 3e-4, no
-schedule, no augmentation); an annealed training has a schedule, to learn more of fewer images. A run resumes: it leaves
+schedule, no augmentation); HVQ-VAE's is that of its paper, and an annealed training has a schedule, to learn more of
+fewer images. A run resumes: it leaves
 a checkpoint beside its result, and the same call goes on there. The weights that are measured are those
 with the lowest error on images held out of the *training* set.
 """
@@ -22,11 +23,16 @@ from looc_ldm.errors import UserError
 from looc_ldm.files import renamed_when_complete, replace_text
 from looc_ldm.images import to_float
 
+EPOCHS, PUBLISHED_BATCH, PUBLISHED_RATE = 500, 128, 3e-4  # as published; epochs are of all training images
+ANNEALED_RATE = 3e-3
 HELD_OUT = 5000  # the last training images: checkpoints are chosen on them
 EVALUATION_BATCH = 250
 SWITCHES = ("annealed", "bf16")  # of a training, and of the command line that starts it
 TIMED = 100  # steps from which the time of a training is told
 WARM_UP = 200  # steps of annealed trainings
+# Of the training of Williams et al. 2020 (HQA): where the learning rate begins to fall, how far, and the norm to which
+# gradients are clipped, of a loss that is a mean over the values of an image.
+COSINE_FROM, COSINE_TO, GRADIENT_NORM = 2 / 3, 0.1, 1.0
 
 
 @dataclass(frozen=True)
@@ -40,15 +46,18 @@ class Training:
         annealed: Whether the learning rate falls, see `learning_rate_at`.
         bf16: Whether the networks are bfloat16.
         seed: Of weights and order.
+        clipped_cosine: Whether gradients are clipped and the learning rate, unless it is annealed, falls along a cosine
+            to a tenth in the last third, for a loss that is a sum over an image.
         validations: How often the held-out error is measured at most, at even distances; also at the end.
     """
 
     images: int
-    batch_size: int = 128
-    learning_rate: float = 3e-4
+    batch_size: int = PUBLISHED_BATCH
+    learning_rate: float = PUBLISHED_RATE
     annealed: bool = False
     bf16: bool = False
     seed: int = 42
+    clipped_cosine: bool = False
     validations: int = 50
 
     @property
@@ -57,9 +66,12 @@ class Training:
 
     def learning_rate_at(self, step: int) -> float:
         """For a step counted from 1: always the same or, annealed, risen in 200 steps and falling in a line to 0."""
-        if not self.annealed:
+        if self.annealed:
+            return self.learning_rate * min(step / WARM_UP, (self.steps - step + 1) / self.steps)
+        done = (step / self.steps - COSINE_FROM) / (1 - COSINE_FROM)
+        if not self.clipped_cosine or done <= 0:
             return self.learning_rate
-        return self.learning_rate * min(step / WARM_UP, (self.steps - step + 1) / self.steps)
+        return self.learning_rate * (COSINE_TO + (1 - COSINE_TO) * (1 + math.cos(math.pi * done)) / 2)
 
 
 def train(
@@ -130,6 +142,8 @@ def train(
         loss = error + output.commit_loss
         optimizer.zero_grad()
         loss.backward()
+        if training.clipped_cosine:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM * pixels[0].numel())
         optimizer.step()
         model.quantize.revive()
         if step == done + 1:
@@ -224,6 +238,17 @@ def _save(file: Path, state: dict, model: torch.nn.Module, optimizer: torch.opti
         everything["cuda_rng"] = torch.cuda.get_rng_state(model.device)
     with renamed_when_complete(file) as partial:
         torch.save(everything, partial)
+
+
+def read_result(file: Path) -> dict:
+    """A result. Raises UserError, with its name, for what is none."""
+    try:
+        result = json.loads(file.read_text())
+        if not result["test"]["clean"].keys() >= {"psnr", "bits_per_pixel"}:
+            raise KeyError("test")
+    except (ValueError, KeyError, TypeError, AttributeError):  # ValueError: no JSON, or no text at all
+        raise UserError(f"{str(file)!r} is not a whole result of benchmarks/tables.py: remove it.") from None
+    return result
 
 
 def write_result(file: Path, result: dict) -> None:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from small_images import COUNTS
-from small_vqvae import SWITCHES, command_line, weights_in_words
+from small_vqvae import SWITCHES, command_line, read_result, weights_in_words
 from table_rows import ROWS, TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +20,7 @@ HEADS = {"psnr": "PSNR", "ssim": "SSIM", "l1": "L1", "lpips_vgg": "LPIPS", "rfid
 
 
 def load_results() -> list[dict]:
-    results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*_seed*.json"))]
+    results = [read_result(file) for file in sorted(RESULTS.glob("*_seed*.json"))]
     for result in results:  # what older ones do not say; at first an annealed training was always in bfloat16
         result.setdefault("annealed", False)
         result.setdefault("bf16", result["annealed"])

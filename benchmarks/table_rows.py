@@ -57,6 +57,7 @@ class Row:
         objective: Of `small_vqvae.train`, where it is not the published one.
         whole_model: Whether the autoencoder is another one too.
         anneals: Whether something of the quantizer falls in the course of training.
+        clipped_cosine: Of `small_vqvae.Training`.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Row:
     objective: Callable | None = None
     whole_model: bool = False
     anneals: bool = False
+    clipped_cosine: bool = False
 
 
 def _looc(codevectors: int, dim: int, factor: int = 1, variant: str = "") -> Row:
@@ -75,7 +77,8 @@ def _looc(codevectors: int, dim: int, factor: int = 1, variant: str = "") -> Row
     def make() -> LooCQuantizer:
         return LooCQuantizer(N_Q, codevectors, dim, interpolation_factor=factor, **PUBLISHED | changes)
 
-    return Row(name, f"LooC {codevectors}×{dim}, s={factor}, {words}", make)
+    size = f"{codevectors}×{dim}" + (" (m = 1)" if dim == N_Q else "")
+    return Row(name, f"LooC {size}, s={factor}, {words}", make)
 
 
 def _rows() -> list[Row]:
@@ -105,6 +108,7 @@ def _rows() -> list[Row]:
             64,
             objective=summed_squared_error,
             whole_model=True,
+            clipped_cosine=True,  # the gradients of its draws grow with one over the temperature, which ends at 0.001
         ),
         Row(
             "sq-512x64",

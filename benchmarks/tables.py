@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
-import json
 import math
 import os
 import signal
@@ -40,26 +39,38 @@ from threading import Event
 
 import torch
 from small_images import COUNTS, SETS, check_files, load_images
-from small_vqvae import HELD_OUT, SWITCHES, Training, command_line, train, weights_in_words, write_result
+from small_vqvae import (
+    ANNEALED_RATE,
+    EPOCHS,
+    HELD_OUT,
+    PUBLISHED_BATCH,
+    PUBLISHED_RATE,
+    SWITCHES,
+    Training,
+    command_line,
+    read_result,
+    train,
+    weights_in_words,
+    write_result,
+)
 from table_rows import ROWS, TABLES, Row
 from weights import check_weights
 
 from looc_ldm import LooCSmallVQModel
 from looc_ldm.analysis.rate_distortion import CODECS, codec_curve
-from looc_ldm.arguments import Parser, positive
+from looc_ldm.arguments import Parser, positive, seed_number
 from looc_ldm.commands.record import versions
 from looc_ldm.errors import UserError, one_line_errors
-from looc_ldm.files import check_folder
+from looc_ldm.files import check_folder, make_folder
 from looc_ldm.images import to_float, to_pil
 from looc_ldm.metrics import InceptionFeatures, evaluate_reconstruction
 from looc_ldm.metrics.extractors import LAYERS
 from looc_ldm.metrics.lpips import load_lpips
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tables"
-EPOCHS = 500  # as published; of all training images
-PUBLISHED_RATE, ANNEALED_RATE = 3e-4, 3e-3
 BATCH = 250
 FIGURES = ("psnr", "ssim", "l1")
+DEVICES = ("cpu", "cuda", "mps")
 
 
 def make_model(row: Row, channels: int, side: int, batches: int) -> LooCSmallVQModel:
@@ -102,7 +113,7 @@ def is_there(file: Path, options: argparse.Namespace) -> bool:
         figures.append(f"rfid@{options.feature_layer}")
     if not file.is_file():
         return False
-    result = json.loads(file.read_text())
+    result = read_result(file)
     if result.get("bf16", result.get("annealed", False)) != options.bf16:  # annealed trainings once were in bfloat16
         raise UserError(f"{str(file)!r} was trained in bfloat16, by an older version: remove it, or rename it.")
     return result["test"]["clean"].keys() >= set(figures)
@@ -123,7 +134,8 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
         )
     pixels = load_images(images, options.data, "train")
     rate = ANNEALED_RATE if options.annealed else PUBLISHED_RATE
-    training = Training(budget, options.batch_size, rate, options.annealed, options.bf16, options.seed)
+    switches = options.annealed, options.bf16
+    training = Training(budget, options.batch_size, rate, *switches, options.seed, row.clipped_cosine)
     channels, side = pixels.shape[1], pixels.shape[-1]
     name = f"{images} {row.name}"
     device = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else "CPU"
@@ -219,7 +231,10 @@ def run_apart(pairs: list[tuple[str, str]], options: argparse.Namespace) -> int:
     """Each pair of row and set in a process of its own, `options.jobs` at a time. Returns how many failed."""
     shared = [sys.executable, __file__, options.table]
     names = ("data", "device", "work", "results", "batch_size", "seed", "budget")
-    for option in (*names, "feature_layer", "lpips_vgg_weights", "inception_weights"):
+    names += ("lpips_vgg_weights", "inception_weights")
+    if options.inception_weights is not None:
+        names += ("feature_layer",)
+    for option in names:
         if getattr(options, option) is not None:
             shared += [f"--{option.replace('_', '-')}", getattr(options, option)]
     shared += command_line(vars(options)).split()
@@ -273,9 +288,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--row", nargs="+", metavar="ROW", help="only these of its rows")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="default: all three")
     parser.add_argument("--data", type=Path, required=True, help="folder of the sets' folders")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help=f"of the kinds {', '.join(DEVICES)} (default: cuda where there is one)",
+    )
     parser.add_argument("--budget", type=positive, help="training images to see (default: 500 epochs, as published)")
-    parser.add_argument("--batch-size", type=positive, default=128)
+    parser.add_argument("--batch-size", type=positive, default=PUBLISHED_BATCH, help="default: 128, as published")
     parser.add_argument(
         "--annealed",
         action="store_true",
@@ -284,9 +303,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--bf16",
         action="store_true",
-        help="networks in bfloat16 (default: float32): faster on GPUs and on CPUs with AMX, much slower on other CPUs",
+        help="networks in bfloat16 (default: float32): faster on GPUs and on CPUs with AMX or AVX512-BF16, much slower "
+        "on others",
     )
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=seed_number, default=42, help="of weights and order (default: 42)")
     parser.add_argument("--jobs", type=positive, default=1, help="rows that are trained at a time")
     parser.add_argument(
         "--work",
@@ -298,16 +318,19 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--lpips-vgg-weights", type=Path, help="without them LPIPS is not measured")
     parser.add_argument("--inception-weights", type=Path, help="torch-fidelity's; without them rFID is not measured")
-    parser.add_argument(
-        "--feature-layer", choices=LAYERS, default="2048", help="of rFID; 2048 is the published one (default: 2048)"
-    )
+    parser.add_argument("--feature-layer", choices=LAYERS, help="of rFID; 2048 is the published one (default: 2048)")
     options = parser.parse_args()
+    if options.feature_layer and options.inception_weights is None:
+        parser.error(f"--feature-layer {options.feature_layer} is of rFID, which needs --inception-weights")
+    options.feature_layer = options.feature_layer or "2048"
     if options.work is None:
         is_page = options.results.resolve() == RESULTS.resolve()
         options.work = Path("runs/tables") if is_page else options.results / "checkpoints"
     names = list(ROWS) if options.table == "all" else TABLES.get(options.table, [])
-    if options.table == "codecs" and options.row:
-        parser.error("codecs have no rows")
+    if options.table == "codecs":
+        for name in ("row", "budget", *SWITCHES, "lpips_vgg_weights", "inception_weights"):
+            if getattr(options, name):
+                parser.error(f"codecs have no rows, and take no --{name.replace('_', '-')}")
     for row in options.row or ():
         if row not in names:
             parser.error(f"table {options.table} has the rows {', '.join(names)}, not {row!r}")
@@ -319,6 +342,8 @@ def parse() -> argparse.Namespace:
 def check(options: argparse.Namespace) -> None:
     """Raises UserError for what would otherwise fail after a training."""
     try:
+        if torch.device(options.device).type not in DEVICES:
+            raise UserError(f"--device {options.device!r} must be of the kinds {', '.join(DEVICES)}.")
         torch.zeros(1, device=options.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from None
@@ -341,6 +366,13 @@ def check(options: argparse.Namespace) -> None:
         check_folder(folder)
     for images in options.sets:
         check_files(images, options.data)
+    if len(options.rows) * len(options.sets) > 1:  # what is wrong with them is said once, not by each row's process
+        for images in options.sets:
+            for split in ("train", "test"):
+                load_images(images, options.data, split)
+    if options.rows:
+        make_folder(options.work)
+    make_folder(options.results)
 
 
 def main() -> None:

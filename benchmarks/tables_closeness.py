@@ -10,6 +10,7 @@ from itertools import combinations
 
 import numpy as np
 from small_images import COUNTS
+from small_vqvae import EPOCHS, PUBLISHED_BATCH
 from table_results import (
     FIGURES,
     HEADS,
@@ -25,10 +26,10 @@ from table_results import (
     setting,
     setting_in_words,
     training_cells,
+    words_of_training,
 )
 from table_rows import PAPER_ROWS, ROWS
 
-PUBLISHED_EPOCHS, PUBLISHED_BATCH = 500, 128
 SIZES = ("looc-32x4", "looc-256x4")  # LooC's in the paper's Tables 1 and 8
 ORDERED = ("1", "3", "4", "5")  # tables of which the paper has figures of these sets
 LEVEL_FIGURES = ("psnr", "ssim", "l1", "lpips_vgg")
@@ -61,10 +62,25 @@ class Order:
         """Those that are apart here."""
         return [pair for pair in self.pairs if abs(_difference(*pair)) >= TIE]
 
+    @property
+    def level_here(self) -> list[tuple[dict, dict]]:
+        """Those that are not apart here, and are in the paper."""
+        judged = self.judged
+        return [pair for pair in self.pairs if pair not in judged and self.published_difference(*pair) >= TIE]
+
+    def published_difference(self, a: dict, b: dict) -> float:
+        return abs(self.published[a["row"]] - self.published[b["row"]])
+
     def agrees(self, a: dict, b: dict) -> bool:
         return _difference(a, b) * (self.published[a["row"]] - self.published[b["row"]]) > 0
 
-    def by_bits(self, a: dict, b: dict) -> bool:
+    @staticmethod
+    def bits_differ(a: dict, b: dict) -> bool:
+        return rate_of(a) != rate_of(b)
+
+    @staticmethod
+    def by_bits(a: dict, b: dict) -> bool:
+        """Whether more bits go with the higher PSNR; says nothing of a pair that does not differ in them."""
         return _difference(a, b) * (rate_of(a) - rate_of(b)) > 0
 
     def key(self, a: dict, b: dict) -> tuple:
@@ -115,44 +131,84 @@ def in_short(results: list[dict], paper: dict) -> list[str]:
         return []
     words = (
         "The best that was reached at LooC's sizes in the paper's Tables 1 and 8, chosen by held-out training images: "
-        f"PSNR in dB of the test images, protocol *paper*. The paper's is after {PUBLISHED_EPOCHS} epochs in batches "
-        f"of {PUBLISHED_BATCH}; ours are of several trainings, so that these rows do not compare with each other. "
-        "*Annealed* is ours, see [how it was measured](#how-it-was-measured), and so is the default rule."
-        f"{_of_published_rule(results, paper)}"
+        "PSNR in dB of the test images, measured as the authors' code does, of JPEGs ([protocol "
+        f"*paper*](evaluation.md#protocols)). The paper's is after {EPOCHS} epochs in batches of {PUBLISHED_BATCH}; "
+        "ours are of several trainings, so that these rows do not compare with each other. *Annealed* is ours, see "
+        "[how it was measured](#how-it-was-measured), and so is the default rule."
+        f"{_of_published_rule(results, paper)}{_verdict(results)}"
     )
     head = ["row", "images", "bits per pixel", "epochs", "batch", "PSNR, ours", "PSNR, the paper's", "difference"]
     parts = ["## In short", words, markdown(head, lines)]
-    found = orders(results, paper)
-    pairs = {order.key(*pair) for order in found for pair in order.pairs}
+    return [*parts, *_orders_in_short(orders(results, paper))]
+
+
+def _orders_in_short(found: list[Order]) -> list[str]:
+    """How many pairs stand in the paper's order, each counted once, and whether their bits say as much."""
+    pairs = {order.key(*pair): (order, pair) for order in found for pair in order.pairs}
     judged = {order.key(*pair): (order, pair) for order in found for pair in order.judged}
-    if judged:
-        agree, by_bits = (sum(f(o, *p) for o, p in judged.values()) for f in (Order.agrees, Order.by_bits))
-        parts.append(
-            f"Of {len(pairs)} pairs of rows of the paper's Tables 1, 3, 4 and 5 that were trained alike, each counted "
-            f"once, {len(pairs) - len(judged)} are level here; of the others {agree} of {len(judged)} stand in the "
-            f"paper's order. The number of bits alone, more being better, gets {by_bits} of them "
-            f"([pair by pair](#how-close-to-the-paper)).{_not_in_order(judged.values())} What each method pays is "
-            "hidden in a table by K x d: [at equal bits](#at-equal-bits)."
-        )
-    return parts
+    level_here = {order.key(*pair) for order in found for pair in order.level_here}
+    if not judged:
+        return []
+    differ = [(order, pair) for order, pair in judged.values() if order.bits_differ(*pair)]
+    equal = [(order, pair) for order, pair in judged.values() if not order.bits_differ(*pair)]
+    agree, by_bits = (sum(getattr(o, name)(*pair) for o, pair in differ) for name in ("agrees", "by_bits"))
+    words = (
+        f"Of {len(pairs)} pairs of rows of the paper's Tables 1, 3, 4 and 5 that were trained alike, each counted "
+        f"once, {len(pairs) - len(judged)} are level here, which is to say closer than {TIE} dB ({len(level_here)} of "
+        f"these are further apart in the paper). Of the {len(differ)} others that differ in their bits {agree} stand "
+        f"in the paper's order, and {by_bits} in that of their bits, more being better."
+    )
+    if equal:
+        words += f" Of the {len(equal)} of equal bits {sum(o.agrees(*pair) for o, pair in equal)} stand in its order."
+    return [
+        f"{words}{_not_in_order(judged.values())} [Table by table](#how-close-to-the-paper). What each method pays is "
+        "hidden in a table by K x d: [at equal bits](#at-equal-bits)."
+    ]
 
 
 def _of_published_rule(results: list[dict], paper: dict) -> str:
-    """How far below the paper its own rule is, trained as published but not as long."""
-    found, below = [], []
+    """How far below the paper its own rule is, trained as published but not as long, and how much of it is training."""
+    found, below, gains = [], [], []
     for images in NAMES:
         for size in SIZES:
-            longest = next((r for r in results_of(results, images, [size]) if not r["annealed"]), None)
+            of_rule = results_of(results, images, [size])
+            longest = next((r for r in of_rule if not r["annealed"] and not r["bf16"]), None)
             if longest:
                 found.append(longest)
                 published = paper["5"][size.removeprefix("looc-")][images]["psnr"]
                 below.append(published - longest["test"]["paper"]["psnr"])
+            gains += [held_out_psnr(annealed) - held_out_psnr(constant) for constant, annealed in _annealed(of_rule)]
     if not found:
         return ""
     epochs = [r["images_seen"] / COUNTS[r["images"]] for r in found]
+    batches = ", ".join(sorted({str(r["batch_size"]) for r in found}, key=int))
+    words = (
+        f" The paper's own rule, not annealed, of {min(epochs):.3g} to {max(epochs):.3g} epochs in batches of "
+        f"{batches}, is {min(below):.1f} to {max(below):.1f} dB below the paper"
+    )
+    if not gains:
+        return f"{words}; it was not annealed yet, so that this does not compare the rules."
+    gained = f"{gains[0]:.1f}" if len(gains) == 1 else f"{min(gains):.1f} to {max(gains):.1f}"
+    return f"{words}. This does not compare the rules: annealed, it gains {gained} dB ([both](#rule-and-training))."
+
+
+def _annealed(results: list[dict]) -> list[tuple[dict, dict]]:
+    """Pairs of results that annealing parts, with the precision of the networks or without: first the constant one."""
+
+    def alike(result: dict) -> tuple:
+        return tuple(result[key] for key in ("images", "row", "budget", "batch_size", "seed"))
+
+    published = {alike(r): r for r in results if not r["annealed"] and not r["bf16"]}
+    return [(published[alike(r)], r) for r in results if r["annealed"] and alike(r) in published]
+
+
+def _verdict(results: list[dict]) -> str:
+    longest = max((r["images_seen"] / COUNTS[r["images"]] for r in results), default=0)
+    if longest >= EPOCHS:
+        return ""
     return (
-        f" The paper's own rule, as published but of {min(epochs):.3g} to {max(epochs):.3g} epochs in smaller batches, "
-        f"is {min(below):.1f} to {max(below):.1f} dB below the paper ([all of these](#how-close-to-the-paper))."
+        f" Nothing was trained for more than {longest:.3g} epochs: the paper's levels are neither confirmed nor "
+        "refuted by more than these rows say."
     )
 
 
@@ -162,7 +218,7 @@ def _not_in_order(judged: Iterable[tuple[Order, tuple[dict, dict]]]) -> str:
     for order, pair in judged:
         if not order.agrees(*pair):
             high, low = sorted(pair, key=lambda r: r["test"]["paper"]["psnr"], reverse=True)
-            sets[_names(high, low).replace(" and ", " above ")].append(NAMES[order.images])
+            sets[f"{_short(high)} above {_short(low)}"].append(NAMES[order.images])
     listed = "; ".join(f"{names} ({', '.join(dict.fromkeys(of))})" for names, of in sets.items())
     return f" The other way round here: {listed}." if listed else ""
 
@@ -172,42 +228,58 @@ def closeness(results: list[dict], paper: dict) -> list[str]:
     parts = []
     lines = [_order_line(order) for order in orders(results, paper)]
     if lines:
-        head = ["table", "images", "epochs", "batch", "pairs", f"level, < {TIE} dB", "in the paper's order"]
-        head += ["in that of their bits", "the others", "level here, not in the paper"]
-        head += ["without a figure in the paper"]
+        head = ["table", "images", "epochs", "batch", "pairs", f"level, < {TIE} dB", "level here, not in the paper"]
+        head += ["bits differ: in the paper's order", "bits differ: in that of their bits"]
+        head += ["bits equal: in the paper's order", "the other way round", "without a figure in the paper"]
         parts.append(
             "Of all pairs of rows of one table and one training for which the paper has figures, how many stand in its "
             f"order by PSNR, protocol *paper*; pairs that are closer than {TIE} dB here are not judged, and trainings "
             "with fewer than three such rows are left out. More bits per pixel mostly mean a higher PSNR: how many of "
             "the same pairs stand in the order of their bits is beside it, and agreement says no more than the "
-            "difference."
+            "difference. Of pairs of equal bits these say nothing."
         )
-        parts.append(markdown(head, lines))
+        parts += [markdown(head, lines), *_level_pairs(results, paper)]
     parts += _by_commitment(results)
     parts += _by_annealing(results)
+    parts += _by_length(results, paper)
     parts += _levels(results, paper)
     parts += _in_proportion(results, paper)
     return ["## How close to the paper", *parts] if parts else []
 
 
 def _order_line(order: Order) -> list[str]:
-    judged = order.judged
-    agree, by_bits = (sum(f(*pair) for pair in judged) for f in (order.agrees, order.by_bits))
-    published = order.published
-    apart = [
-        f"{_names(a, b)} (the paper: {abs(published[a['row']] - published[b['row']]):.2f} dB)"
-        for a, b in order.pairs
-        if (a, b) not in judged and abs(published[a["row"]] - published[b["row"]]) >= TIE
-    ]
+    differ = [pair for pair in order.judged if order.bits_differ(*pair)]
+    equal = [pair for pair in order.judged if not order.bits_differ(*pair)]
     cells = [order.table, NAMES[order.images], *training_cells(order.rows[0])]
-    cells += [str(len(order.pairs)), str(len(order.pairs) - len(judged))]
-    cells += [f"{agree} of {len(judged)}", f"{by_bits} of {len(judged)}"]
-    cells.append("; ".join(_names(*pair) for pair in judged if not order.agrees(*pair)))
-    return [*cells, "; ".join(apart), ", ".join(order.unknown)]
+    cells += [str(len(order.pairs)), str(len(order.pairs) - len(order.judged)), str(len(order.level_here))]
+    for pairs, stands in ((differ, order.agrees), (differ, order.by_bits), (equal, order.agrees)):
+        cells.append(f"{sum(stands(*pair) for pair in pairs)} of {len(pairs)}" if pairs else "")
+    cells.append("; ".join(_names(*pair) for pair in order.judged if not order.agrees(*pair)))
+    return [*cells, ", ".join(ROWS[row].method for row in order.unknown)]
+
+
+def _level_pairs(results: list[dict], paper: dict) -> list[str]:
+    """What the column of a number alone has, folded away: most are of tables of small steps."""
+    lines = [
+        f"- Table {order.table}, {NAMES[order.images]}, {words_of_training(order.rows[0])}: "
+        + "; ".join(f"{_names(*pair)} {order.published_difference(*pair):.2f}" for pair in order.level_here)
+        for order in orders(results, paper)
+        if order.level_here
+    ]
+    if not lines:
+        return []
+    summary = "The pairs that are level here and not in the paper, with the paper's difference in dB"
+    return ["\n".join(["<details>", f"<summary>{summary}</summary>", "", *lines, "", "</details>"])]
 
 
 def _names(a: dict, b: dict) -> str:
-    return " and ".join(result["row"].removeprefix("looc-") for result in (a, b))
+    return " and ".join(_short(result) for result in (a, b))
+
+
+def _short(result: dict) -> str:
+    """The method without what goes without saying where others stand beside it."""
+    method = ROWS[result["row"]].method.replace(" (n_q = 64)", "").replace(", two levels", "")
+    return method.removesuffix(", s=1, published rule")
 
 
 def _levels(results: list[dict], paper: dict) -> list[str]:
@@ -229,7 +301,7 @@ def _levels(results: list[dict], paper: dict) -> list[str]:
                     cells.append(f"{ours} / {FIGURES[name].format(published[name])}")
                     if name == "psnr":
                         cells.append(f"{figures['psnr'] - published['psnr']:+.2f}")
-                images_to_see = PUBLISHED_EPOCHS * COUNTS[images]
+                images_to_see = EPOCHS * COUNTS[images]
                 steps = images_to_see / PUBLISHED_BATCH / (result["images_seen"] / result["batch_size"])
                 to_go = f"{math.log2(images_to_see / result['images_seen']):.1f}, {math.log2(steps):.1f}"
                 cells += [_last_doubling(result), to_go, f"{psnr_of(result):.2f}"]
@@ -237,44 +309,68 @@ def _levels(results: list[dict], paper: dict) -> list[str]:
     if not lines:
         return []
     words = (
-        "**Level.** 32×4 and 256×4, protocol *paper*, the longest training of each row. The paper's figure is that of "
-        "its own rule and its 500 epochs, whatever ours is of. *Minutes* are of one or two threads of a CPU that other "
-        "work shared. *Last doubling* is about what the PSNR of the held-out images, clean, gained from half of the "
-        "images seen to all of them: as long as it is whole decibels, the training is too short to say which level a "
-        "method reaches; annealed trainings have none, since half of one is not annealed. *To go* is how many more "
-        "doublings the published training has, of images seen and of steps."
+        "32×4 and 256×4, protocol *paper*, of each row the longest training as published and the longest annealed one. "
+        "The paper's figure is that of its own rule and its 500 epochs, whatever ours is of. *Minutes* are of one or "
+        "two threads of a CPU that other work shared. *Last doubling* is about what the PSNR of the held-out images, "
+        "clean, gained from half of the images seen to all of them: as long as it is whole decibels, the training is "
+        "too short to say which level a method reaches; annealed trainings have none, since half of one is not "
+        "annealed. *To go* is how many more doublings the published training has, of images seen and of steps."
     )
     head = ["row", "images", "epochs", "batch", "minutes", "chosen at (images)", "use", "PSNR, ours / the paper's"]
     head += ["difference", *(f"{HEADS[name]}, ours / the paper's" for name in LEVEL_FIGURES[1:])]
-    return [words, markdown([*head, "last doubling", "to go", "PSNR, clean"], lines)]
+    return ["### Level", words, markdown([*head, "last doubling", "to go", "PSNR, clean"], lines)]
 
 
 def _by_annealing(results: list[dict]) -> list[str]:
-    """What annealing adds, over all pairs of results that it parts, with the precision of the networks or without."""
-
-    def alike(result: dict) -> tuple:
-        return tuple(result[key] for key in ("images", "row", "budget", "batch_size", "seed"))
-
-    published = {alike(r): r for r in results if not r["annealed"] and not r["bf16"]}
-    lines = []
-    for annealed in results:
-        constant = published.get(alike(annealed))
-        if annealed["annealed"] and constant:
-            both = [held_out_psnr(result) for result in (constant, annealed)]
-            cells = [ROWS[annealed["row"]].method, NAMES[annealed["images"]], f"{annealed['budget']:,}"]
-            cells.append("bfloat16" if annealed["bf16"] else "float32")
-            lines.append([*cells, *(f"{psnr:.2f}" for psnr in both), f"{both[1] - both[0]:+.2f}"])
+    """What annealing adds, over all pairs of results that it parts."""
+    order, lines = list(ROWS), []
+    pairs = _annealed(results)
+    for pair in sorted(
+        pairs, key=lambda p: (list(NAMES).index(p[1]["images"]), p[1]["budget"], order.index(p[1]["row"]))
+    ):
+        annealed, both = pair[1], [held_out_psnr(result) for result in pair]
+        cells = [ROWS[annealed["row"]].method, NAMES[annealed["images"]], f"{annealed['budget']:,}"]
+        cells.append("bfloat16" if annealed["bf16"] else "float32")
+        lines.append([*cells, *(f"{psnr:.2f}" for psnr in both), f"{both[1] - both[0]:+.2f}"])
     if not lines:
         return []
     words = (
-        "**Annealing.** PSNR of the held-out images, clean, after as many images in as large batches, trained as "
-        "published (in float32) and annealed: a higher learning rate, its fall and the precision of the networks "
-        "together. What it gains is of the training, not of the quantizer."
+        "PSNR of the held-out images, clean, after as many images in as large batches, trained as published (in "
+        "float32) and annealed: a higher learning rate, its fall and the precision of the networks together. What it "
+        "gains is of the training, not of the quantizer; what rows of as many images differ in is of their rules."
     )
-    return [
-        words,
-        markdown(["row", "images", "images seen", "networks, annealed", "constant", "annealed", "difference"], lines),
-    ]
+    head = ["row", "images", "images seen", "networks, annealed", "constant", "annealed", "difference"]
+    return ["### Rule and training", words, markdown(head, lines)]
+
+
+def _by_length(results: list[dict], paper: dict) -> list[str]:
+    """How far annealed trainings of several lengths are from the paper, of rows that have more than one."""
+    lengths = defaultdict(list)
+    for images in NAMES:
+        for size in SIZES:
+            published = paper["5"][size.removeprefix("looc-")][images]["psnr"]
+            for result in _of_size(results, images, size):
+                if result["annealed"]:
+                    lengths[images, result["row"], result["batch_size"], result["seed"], published].append(result)
+    lines = []
+    for (images, row, batch, _, published), found in lengths.items():
+        shorter = None
+        for result in sorted(found, key=lambda r: r["images_seen"]) if len(found) > 1 else []:
+            psnr = result["test"]["paper"]["psnr"]
+            doublings = math.log2(result["images_seen"] / shorter["images_seen"]) if shorter else 0
+            gain = f"{(psnr - shorter['test']['paper']['psnr']) / doublings:+.2f}" if doublings else ""
+            cells = [ROWS[row].method, NAMES[images], training_cells(result)[0], str(batch)]
+            lines.append([*cells, f"{psnr:.2f}", f"{published:.2f}", f"{psnr - published:+.2f}", gain])
+            shorter = result
+    if not lines:
+        return []
+    words = (
+        "Annealed trainings that differ in their length (and in the precision of the networks, where the "
+        "column says so): PSNR of the test images, protocol *paper*, and what a doubling of the images gained since "
+        f"the one above. The paper's figures are after {EPOCHS} epochs."
+    )
+    head = ["row", "images", "epochs", "batch", "PSNR, ours", "PSNR, the paper's", "difference", "dB a doubling"]
+    return ["### Length", words, markdown(head, lines)]
 
 
 def _by_commitment(results: list[dict]) -> list[str]:
@@ -295,12 +391,12 @@ def _by_commitment(results: list[dict]) -> list[str]:
             figures = ["" if r is None else f"{r['test']['paper']['psnr']:.2f}" for r in of_sets]
             lines.append([ROWS[row].method, f"{rate:.3g}", *figures])
     words = (
-        "**Commitment.** PQ's published loss is the *sum* of 32, one a codebook, where that of a shared codebook is "
+        "PQ's published loss is the *sum* of 32, one a codebook, where that of a shared codebook is "
         "their mean. Adam's steps of the codebooks do not depend on such a factor; the encoder is held to the "
         "codevectors as with a commitment weight of 8 instead of 0.25. What that alone does, in PQ and in LooC: PSNR, "
         f"protocol *paper*, after {setting_in_words(training[0])}."
     )
-    return [words, markdown(["", "bits per pixel", *(NAMES[images] for images in sets)], lines)]
+    return ["### Commitment", words, markdown(["", "bits per pixel", *(NAMES[images] for images in sets)], lines)]
 
 
 def _in_proportion(results: list[dict], paper: dict) -> list[str]:
@@ -329,14 +425,14 @@ def _in_proportion(results: list[dict], paper: dict) -> list[str]:
     if not lines:
         return []
     words = (
-        "**The other figures, at the same PSNR.** SSIM, L1 and LPIPS of the longest training of each set, beside those "
+        "SSIM, L1 and LPIPS of the longest training of each set, beside those "
         "that the paper's own rows have at this PSNR: Tables 3 to 5, interpolated between the two rows nearest to it. "
         "A protocol under which they part is not that of the paper's tables; L1 may agree under both. The JPEGs of the "
         f"protocol *paper* take {min(costs):.1f} to {max(costs):.1f} dB off the clean PSNR of these trainings."
     )
     head = ["row", "images", "epochs", "protocol", "PSNR, ours"]
     head += [f"{HEADS[name]}, ours / the paper's" for name in ("ssim", "l1", "lpips_vgg")]
-    return [words, markdown(head, lines)]
+    return ["### The other figures, at the same PSNR", words, markdown(head, lines)]
 
 
 def _at_psnr(psnr: float, published: list[dict], name: str) -> float | None:

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+from small_vqvae import ANNEALED_RATE, EPOCHS, HELD_OUT, PUBLISHED_BATCH, PUBLISHED_RATE, WARM_UP
 from table_results import (
     FIGURES,
     HEADS,
@@ -40,6 +41,7 @@ TITLES = {
     "recipes": "How the codebook learns",
     "rates": "All rows, by bits per pixel",
 }
+LOW_USE = 0.5
 CLEAN = ("psnr", "ssim")  # of the protocol clean
 KIND_NAMES = {"clean": "clean", "paper": "paper protocol", "published": "the paper's"}
 KINDS = tuple(KIND_NAMES)
@@ -49,12 +51,12 @@ def summary() -> str:
     """The page's short form and one of its plots, for the README."""
     results = load_results()
     _, *parts = [*in_short(results, _published()["tables"]), *ahead_in_short(results)]
-    text = "\n\n".join(parts).replace("](#", "](docs/tables.md#")
+    text = "\n\n".join(parts).replace("](#", "](docs/tables.md#").replace("](evaluation", "](docs/evaluation")
     plot = "![Quality over bits per pixel, Fashion-MNIST](docs/rate_distortion_fashion_mnist.png)"
     caption = (
-        "Clean figures of that short training for each row; pentagons, the best of those that are more than twice as "
-        "long, or annealed. Hollow, figures of JPEGs: circles what the paper states after 500 epochs, pentagons ours "
-        "by that protocol. Written by `python benchmarks/readme.py tables`."
+        "Clean figures of rows that had the training of the title; pentagons, of each row the best that is more than "
+        "twice as long, or annealed. Hollow, figures of JPEGs: circles what the paper states after 500 epochs, "
+        "pentagons ours by that protocol. Written by `python benchmarks/readme.py tables`."
     )
     return f"{text}\n\n{plot}\n\n{caption}"
 
@@ -98,23 +100,25 @@ def _head(results: list[dict], source: str) -> str:
 
 Written by `python benchmarks/readme.py tables` from what `benchmarks/tables.py` measured ({devices}).
 
-- **Network**: the paper's small VQ-VAE (f = 4, n_q = 128 unless a row says otherwise), Adam 3e-4, MSE / variance +
-  quantizer loss, no augmentation. MoVQ's modulated decoder, a switch of `LooCVQModel` (`norm_type="spatial"`), is in no
-  row: it modulates norms, of which this network has none.
+- **Network**: the paper's small VQ-VAE (f = 4, n_q = 128 unless a row says otherwise), Adam {PUBLISHED_RATE:g}, MSE
+  / variance + quantizer loss, no augmentation. MoVQ's modulated decoder, a switch of `LooCVQModel`
+  (`norm_type="spatial"`), is in no row: it modulates norms, of which this network has none.
 - **What differs from the others' publications**: VQ-VAE's commitment weight is on the commitment term, where the
   authors' code has it on the other. PQ's 32 losses are added, as published, unless a row says that they are averaged.
-  RQ starts by k-means, and averages the losses of its depths. Residual FSQ is the library's: its gradient is the sum of
-  the estimates of all depths, and grows with them, and all depths share one projection to three numbers, where FSQ with
-  8 codes has 24. SQ-VAE has no batch norm, the likelihood of a decoder with a learned variance, and an annealing
-  stretched to the training. HVQ-VAE has networks of its own, a sum of squared errors, and trains both levels at once.
-  Their docstrings have more.
+  RQ starts by k-means, learns by a moving average, restarts codevectors that go unused, and averages the losses of its
+  depths. Residual FSQ is the library's: its gradient is the sum of the estimates of all depths, and grows with them,
+  and all depths share one projection to three numbers, where FSQ with 8 codes has 24. SQ-VAE has no batch norm, the
+  likelihood of a decoder with a learned variance, and an annealing stretched to the training. HVQ-VAE has networks of
+  its own, a sum of squared errors, and trains both levels at once; as its authors do, its gradients are clipped and the
+  learning rate falls along a cosine to a tenth in the last third. Their docstrings have more.{_low_use(results)}
 - **Gradients** go straight through every quantizer, unless a row says *rotation trick*.
-- **Training**: *epochs* are images seen over the size of the whole training set, of which the last 5,000 images are
-  held out and choose the checkpoint; **the authors chose theirs on the test set**. The published training has 500
-  epochs, of batches of 128: a shorter one shows neither the level nor, by itself, the order in which methods
-  end. *Annealed* trainings (`--annealed`) are ours, to learn more of as many images: Adam's learning rate rises in 200
-  steps to the line that falls from 3e-3 to 0. *Bfloat16* (`--bf16`) is the training of the networks alone;
-  quantizers, losses, held-out errors and figures are float32.
+- **Training**: *epochs* are images seen over the size of the whole training set, of which the last
+  {HELD_OUT:,} images are held out and choose the checkpoint, of those after every 25,000 images (or a fiftieth of a
+  longer training) and the last; **the authors chose theirs on the test set**. The published training has
+  {EPOCHS} epochs, of batches of {PUBLISHED_BATCH}: a shorter one shows neither the level nor, by itself, the order in
+  which methods end. *Annealed* trainings (`--annealed`) are ours, to learn more of as many images: Adam's learning
+  rate rises in {WARM_UP} steps to the line that falls from {ANNEALED_RATE:g} to 0. *Bfloat16* (`--bf16`) is the
+  training of the networks alone; quantizers, losses, held-out errors and figures are float32.
 - **Noise**: one seed, unless others are named{" ([what they change](#seeds))" if _seeds(results) else ""}; differences
   below {TIE} dB, which is more than seeds have made so far, are called level. Other methods and further seeds may part
   by more.
@@ -149,9 +153,26 @@ def _not_measured(results: list[dict]) -> str:
     for row in ROWS:
         sets = [NAMES[images] for images in NAMES if (row, images) not in there]
         if sets:
-            lacking["no set" if len(sets) == len(NAMES) else f"all sets but {' and '.join(sets)}"].append(f"`{row}`")
-    words = [f"on {sets}: {', '.join(rows)}" for sets, rows in lacking.items()]
+            measured = [name for name in NAMES.values() if name not in sets]
+            lacking[f"on {' and '.join(measured)} only" if measured else "not at all"].append(f"`{row}`")
+    words = [f"{sets}: {', '.join(rows)}" for sets, rows in lacking.items()]
     return f"Not every row is measured yet. Measured {'; '.join(words)}." if words else ""
+
+
+def _low_use(results: list[dict]) -> str:
+    """Methods that use a small part of their codebook, which no other figure of a table says as plainly."""
+    found = defaultdict(list)
+    for result in results:
+        use = result["test"]["clean"]["codebook_use"]
+        if use < LOW_USE:
+            found[ROWS[result["row"]].method].append(use)
+    ranges = [
+        f"{method} {f'{min(uses):.1%}' if len(uses) == 1 else f'{min(uses):.1%} to {max(uses):.1%}'}"
+        for method, uses in found.items()
+    ]
+    if not ranges:
+        return ""
+    return f"\n  Of their codebooks the test images use less than {LOW_USE:.0%} with {'; '.join(ranges)}."
 
 
 def _of_code(results: list[dict]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from io import BytesIO
 
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator
 from table_rows import PAPER_ROWS, ROWS, VARIANTS
 
@@ -39,6 +40,13 @@ MARKERS = {
     "-ema-rotation-commitment8": "*",
     "-mean": "d",
 }
+# Figures of JPEGs: above ours of float images, also where these have the same colour.
+HOLLOW = {
+    "markerfacecolor": "none",
+    "markeredgewidth": 0.9,
+    "path_effects": [withStroke(linewidth=2.2, foreground="white")],
+}
+SIZES = {"-ema-rotation-commitment8": 7}  # points of a marker, where it is not 4.5
 SHORT = {
     "-ema-rotation": "our default",
     "-commitment8": "commitment 8",
@@ -80,23 +88,24 @@ def draw_plot(
             for kind, points in stated.items() if name == "psnr" else ():  # its SSIM has another window
                 label = None if any(kind == family[0] for family in families) else METHODS[kind][0]
                 x, y = zip(*points, strict=True)
-                axes.plot(x, y, "o", mfc="none", color=METHODS[kind][1], markersize=5, label=label)
+                axes.plot(x, y, "o", color=METHODS[kind][1], markersize=4.5, zorder=6, label=label, **HOLLOW)
             for (kind, variant, several), points in sorted(families.items(), key=_place):
                 # What interpolates is LooC, also with the one segment of CVQ-VAE.
                 method = "LooC with m = 1" if kind == "cvq" and several else METHODS[kind][0]
                 words = ", ".join(filter(None, [method, _rule(kind, variant), "s > 1" if several else ""]))
-                axes.plot(
-                    [point["bits_per_pixel"] for point in points],
-                    [point[name] for point in points],
-                    marker="P" if several else MARKERS[variant],
-                    color=METHODS[kind][1],
-                    linestyle="none",
-                    markersize=4.5,
-                    zorder=4 if kind == "looc" else 3,  # ours is not to lie under others
-                    markeredgecolor="white",
-                    markeredgewidth=0.4,
-                    label=words,
-                )
+                for point in points:
+                    axes.plot(
+                        point["bits_per_pixel"],
+                        point[name],
+                        marker="P" if several else MARKERS[variant],
+                        color=METHODS[kind][1],
+                        linestyle="none",
+                        markersize=SIZES.get(variant, 4.5),
+                        zorder=3 + point["psnr"] / 100,  # the better above the worse, whosever they are
+                        markeredgecolor="white",
+                        markeredgewidth=0.4,
+                        label=words if point is points[0] else None,
+                    )
             for result in longer:
                 rate, color = result["test"]["clean"]["bits_per_pixel"], METHODS[family_of(result["row"])[0]][1]
                 axes.plot(
@@ -110,7 +119,8 @@ def draw_plot(
                     markeredgewidth=0.4,
                 )
                 if name == "psnr":  # where it stands by the paper's protocol
-                    axes.plot(rate, result["test"]["paper"]["psnr"], "p", mfc="none", color=color, zorder=5)
+                    psnr = result["test"]["paper"]["psnr"]
+                    axes.plot(rate, psnr, "p", color=color, zorder=6, **HOLLOW)
             if name == "psnr":
                 if longer:
                     axes.plot([], [], "p", color="0.3", markersize=8, label="trained longer, or annealed")

@@ -47,11 +47,7 @@ def equal_bits(results: list[dict], paper: dict, docs: Path) -> list[str]:
             f"{command_of('rates', rows, images)}. Hollow: the paper's PSNR, after 500 epochs, of JPEGs (ours by that "
             f"protocol is in the tables).{_stage(rows)} {_of_codecs(codecs)}",
         ]
-        parts += [
-            "Pentagon, the best of this row that is more than twice as long, or annealed: "
-            f"{in_words(r)}, {words_of_training(r)}: {command_of('rates', [r], images)}."
-            for r in longer
-        ]
+        parts += _of_longer(longer, images)
         parts += _who_is_ahead(rows)
     words = (
         "Rows of one training, so that a rank is as much of how fast a method learns as of what it reaches: they are "
@@ -79,6 +75,24 @@ def _longer(results: list[dict], short: dict) -> list[dict]:
         if result["images_seen"] > 2 * short["images_seen"] or result["annealed"]:
             best[result["row"]] = result
     return sorted(best.values(), key=rate_of)
+
+
+def _of_longer(longer: list[dict], images: str) -> list[str]:
+    """What the plot's pentagons are."""
+    if not longer:
+        return []
+    lines = [
+        [
+            ROWS[r["row"]].method,
+            f"{rate_of(r):.3g}",
+            f"{psnr_of(r):.2f}",
+            words_of_training(r),
+            command_of("rates", [r], images),
+        ]
+        for r in longer
+    ]
+    words = "Pentagons: of each row the best, by held-out images, that is more than twice as long, or annealed."
+    return [words, markdown(["", "bits per pixel", "PSNR, clean", "training", "command"], lines, numbers=False)]
 
 
 def _who_is_ahead(rows: list[dict]) -> list[str]:
@@ -130,39 +144,58 @@ def _rates(found: list[dict]) -> str:
 
 def ahead_in_short(results: list[dict]) -> list[str]:
     """For who reads nothing else: LooC beside the best of the others, wherever both were trained at one rate."""
-    lines, level, compared = [], 0, set()
+    lines, places, of_default, compared = [], [], [], set()
     trainings = [rows for images in NAMES for rows in by_training(results_of(results, images, TABLES["rates"]))]
     for rows in trainings:
         for found in _groups(rows):
             ours, others = ([r for r in found if r["row"].startswith("looc-") == is_ours] for is_ours in (True, False))
             if ours and others:
-                default = [r for r in ours if r["row"].endswith("-ema-rotation")]
+                defaults = [r for r in ours if r["row"].endswith("-ema-rotation")]
                 compared.add(rows[0]["images"])
-                best = [max(choice, key=psnr_of, default=None) for choice in (ours, default, others)]
-                level += psnr_of(best[0]) > psnr_of(best[2]) - TIE
-                cells = ["-" if r is None else f"{psnr_of(r):.2f}" for r in best[:2]]
-                words = ROWS[best[2]["row"]].method
+                our_best, default, best = (
+                    max(choice, key=held_out_psnr, default=None) for choice in (ours, defaults, others)
+                )
+                places.append(psnr_of(our_best) - psnr_of(best))
+                of_default += [psnr_of(default) - psnr_of(best)] if default else []
                 lines.append(
                     [
                         NAMES[rows[0]["images"]],
                         words_of_training(rows[0]),
                         _rates(found),
-                        *cells,
-                        f"{words} {psnr_of(best[2]):.2f}",
+                        f"{ROWS[our_best['row']].method} {psnr_of(our_best):.2f}",
+                        f"{psnr_of(default):.2f}" if default else "-",
+                        f"{ROWS[best['row']].method} {psnr_of(best):.2f}",
+                        str(len(others)),
                     ]
                 )
     if not lines:
         return []
     words = (
-        f"At equal bits, clean PSNR in dB of the test images, each method the best of its rows: at {level} of the "
-        f"{len(lines)} rates and trainings that were tried LooC is ahead or within {TIE} dB. After so short a training "
-        "this says as much of how fast a method learns as of what it reaches ([all of it](#at-equal-bits))."
+        "At equal bits, clean PSNR in dB of the test images, of each method its best row by held-out images. At the "
+        f"{_counted(len(lines), 'rate and training', 'rates and trainings')} that were tried, LooC is {_places(places)}"
+    )
+    if of_default:
+        words += f"; our default, where it was among them, is {_places(of_default)}"
+    words += (
+        ". After so short a training this says as much of how fast a method learns as of what it reaches ([all of "
+        "it](#at-equal-bits))."
     )
     missing = [name for images, name in NAMES.items() if images not in compared]
     if missing:
         words += f" On {' and '.join(missing)} no such rate was tried yet."
     head = ["images", "training", "bits per pixel", "LooC, its best row", "LooC, our default", "best of the others"]
-    return [words, markdown(head, lines)]
+    return [words, markdown([*head, "how many others"], lines)]
+
+
+def _places(differences: list[float]) -> str:
+    """How often one is ahead of another, level with it and behind it."""
+    ahead, behind = (sum(sign * difference >= TIE for difference in differences) for sign in (1, -1))
+    level = len(differences) - ahead - behind
+    return f"ahead at {ahead}, level (closer than {TIE} dB) at {level}, behind at {behind}"
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def _of_codecs(record: dict) -> str:

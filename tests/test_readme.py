@@ -1,7 +1,8 @@
-"""The README's examples are true: its Python runs, its commands parse, and its tables are those of the scripts."""
+"""The README's examples are true: its Python runs, its commands parse, its tables are those of the results."""
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,52 @@ def test_linked_files_and_pictures_exist():
             lines = (README.parent / file).read_text().splitlines()
             headings = [line.lstrip("# ").lower().replace(" ", "-") for line in lines if line.startswith("#")]
             assert heading in headings, target
+
+
+@pytest.fixture
+def readme(monkeypatch):
+    """The script that writes sections of the README."""
+    monkeypatch.syspath_prepend(README.parent / "benchmarks")
+    import readme
+
+    return readme
+
+
+@pytest.mark.parametrize("section", ["quantizer", "sampling", "tiling", "training", "metrics"])
+def test_figures_are_those_of_the_results(readme, section):
+    """Nobody has typed them."""
+    written = README.read_text().split(f"<!-- {section} -->\n")[1].split(f"\n<!-- /{section} -->")[0]
+    assert written == getattr(readme, section)()
+
+
+def test_the_tables_are_those_of_the_results(readme, tmp_path):
+    import tables_page
+
+    tables_page.write_page(tmp_path)
+    assert (README.parent / "docs" / "tables.md").read_text() == (tmp_path / "tables.md").read_text()
+    assert f"<!-- tables -->\n{tables_page.summary()}\n<!-- /tables -->" in README.read_text()
+    recipes = README.parent / "docs" / "quantizer_recipes.md"
+    assert recipes.read_text() == readme.recipes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: SECTION"),
+        (["tabels"], "invalid choice: 'tabels' (choose from 'costs', 'quickstart',"),
+        (["tables", "folder"], "quickstart needs the folder that it has made, and no other section takes one"),
+        (["quickstart"], "quickstart needs the folder that it has made, and no other section takes one"),
+        (["quickstart", "nowhere"], "no figures.json in 'nowhere': it must be the folder of a finished quickstart."),
+    ],
+)
+def test_bad_input_of_the_writer_is_one_line(readme, monkeypatch, tmp_path, capsys, arguments, message):
+    before = README.read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["readme.py", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        readme.main()
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert README.read_text() == before

@@ -182,17 +182,38 @@ def test_the_page_counts_which_pairs_stand_in_the_papers_order(scripts):
     ]
     (order,) = tables_closeness.orders(results, paper)
     line = tables_closeness._order_line(order)
-    others = "24x4 and 32x4; 24x4 and 64x4; 24x4 and 512x4; 32x4 and 64x4; 32x4 and 512x4"
+    pairs = ["24×4 and LooC 32×4", "24×4 and LooC 64×4", "24×4 and LooC 512×4", "32×4 and LooC 64×4"]
+    others = "; ".join(f"LooC {pair}" for pair in [*pairs, "32×4 and LooC 512×4"])
+    assert line == ["5", "MNIST", "1", "16", "10", "1", "1", "4 of 9", "5 of 9", "", others, ""]
     apart = abs(paper["5"]["16x4"]["mnist"]["psnr"] - paper["5"]["64x4"]["mnist"]["psnr"])
-    level = f"16x4 and 64x4 (the paper: {apart:.2f} dB)"
-    assert line == ["5", "MNIST", "1", "16", "10", "1", "4 of 9", "5 of 9", others, level, ""]
+    (level,) = tables_closeness._level_pairs(results, paper)
+    assert f"- Table 5, MNIST, 1 epoch with batches of 16 and seed 1: LooC 16×4 and LooC 64×4 {apart:.2f}\n" in level
     assert tables_closeness.orders(results[:2], paper) == []
     twice = tables_closeness.in_short([result | {"validation_mse": 0.01} for result in results], paper)[-1]
     assert twice.startswith("Of 10 pairs")
-    assert "1 are level here; of the others 4 of 9 stand" in twice
-    assert "gets 5 of them" in twice
+    assert "1 are level here, which is to say closer than 0.7 dB (1 of these" in twice
+    assert (
+        "Of the 9 others that differ in their bits 4 stand in the paper's order, and 5 in that of their bits" in twice
+    )
     assert twice.count(" above ") == 5
-    assert "; 32x4 above 512x4 (MNIST). What each" in twice
+    assert "; LooC 32×4 above LooC 512×4 (MNIST). [Table" in twice
+
+
+def test_pairs_of_equal_bits_are_not_held_against_the_order_of_bits(scripts):
+    """Of CVQ-VAE, SQ-VAE and PQ the first two have one rate: bits say nothing of them."""
+    import tables_closeness
+
+    paper = json.loads((BENCHMARKS / "paper_tables.json").read_text())["tables"]
+    rows = [("vq-512x64", 20.0, 0.5625), ("cvq-512x64", 25.0, 0.5625), ("pq-32x8x4", 24.0, 6.0)]
+    results = [result_of(*row) for row in rows]
+    for result in results:
+        result["test"]["paper"] = {"psnr": result["test"]["clean"]["psnr"]}
+    (order,) = tables_closeness.orders(results, paper)
+    # The paper: VQ-VAE below CVQ-VAE below PQ.
+    assert tables_closeness._order_line(order)[-5:-2] == ["1 of 2", "1 of 2", "1 of 1"]
+    (words,) = tables_closeness._orders_in_short([order])
+    assert "Of the 2 others that differ in their bits 1 stand in the paper's order, and 1 in that of" in words
+    assert "Of the 1 of equal bits 1 stand in its order." in words
 
 
 def test_the_page_says_what_the_last_doubling_of_images_gained(scripts):
@@ -222,8 +243,13 @@ def test_the_page_begins_with_the_best_by_held_out_images_beside_the_paper(scrip
         | {"row": "looc-32x4-commitment8", "annealed": True, "bf16": False, "validation_mse": 0.01, "psnr": 29.0},
     ]
     results = [row | {"test": {"paper": row, "clean": {"bits_per_pixel": 10.0}}} for row in rows]
-    title, _, table = tables_closeness.in_short(results, paper)  # no pair to judge
+    title, words, table = tables_closeness.in_short(results, paper)  # no pair to judge
     assert title == "## In short"
+    assert "of 1 to 1 epochs in batches of 16, is 5.1 to 5.1 dB below the paper; it was not annealed" in words
+    assert "Nothing was trained for more than 1 epochs" in words
+    annealed = results[0] | {"annealed": True, "validation_mse": 0.002}  # 10 dB
+    _, words, _ = tables_closeness.in_short([*results, annealed], paper)
+    assert "annealed, it gains 10.0 dB" in words
     (line,) = table.splitlines()[2:]
     method = "LooC 32×4, s=1, published rule, commitment 8"
     assert line == f"| {method} | MNIST | 10 | 1, annealed | 16 | 29.00 | 35.15 | -6.15 |"
@@ -237,9 +263,29 @@ def test_the_page_compares_annealed_trainings_of_both_precisions_with_the_publis
         return result_of("looc-256x4", psnr, 16.0, annealed=annealed, bf16=bf16)
 
     results = [trained(20.0, False, False), trained(21.0, True, True), trained(22.0, True, False)]
-    _, table = tables_closeness._by_annealing([*results, trained(30.0, False, True)])
+    _, _, table = tables_closeness._by_annealing([*results, trained(30.0, False, True)])
     rows = [line.split(" | ")[-4:] for line in table.splitlines()[2:]]
     assert rows == [["bfloat16", "20.00", "21.00", "+1.00 |"], ["float32", "20.00", "22.00", "+2.00 |"]]
+
+
+def test_the_page_says_what_a_doubling_of_an_annealed_training_gains(scripts):
+    import tables_closeness
+
+    def trained(psnr: float, images_seen: int, **changes) -> dict:
+        result = result_of("looc-32x4", psnr, 10.0, images_seen=images_seen, **{"annealed": True} | changes)
+        return result | {"budget": images_seen, "test": result["test"] | {"paper": {"psnr": psnr}}}
+
+    paper = {"5": {size: {"mnist": {"psnr": 35.0}} for size in ("32x4", "256x4")}}
+    for images in ("fashion_mnist", "cifar10"):
+        paper["5"]["32x4"][images] = paper["5"]["256x4"][images] = {"psnr": 35.0}
+    constant = trained(20.0, 60_000, annealed=False)
+    results = [trained(34.0, 480_000), trained(30.0, 60_000), trained(31.0, 120_000), constant]
+    _, _, table = tables_closeness._by_length(results, paper)
+    ends = [line.split(" | ")[-4:] for line in table.splitlines()[2:]]
+    assert [end[0] for end in ends] == ["30.00", "31.00", "34.00"]
+    assert [end[2] for end in ends] == ["-5.00", "-4.00", "-1.00"]
+    assert [end[3] for end in ends] == [" |", "+1.00 |", "+1.50 |"]  # 3 dB in two doublings
+    assert tables_closeness._by_length(results[1:2], paper) == []
 
 
 def test_the_page_compares_other_figures_with_the_papers_at_the_same_psnr(scripts):
@@ -260,7 +306,7 @@ def test_the_page_compares_other_figures_with_the_papers_at_the_same_psnr(script
     }
     short, long = (dict(training, images_seen=n, test=test) for n in (1_000, 60_000))
     short["test"] = {name: figures | {"psnr": 35.0} for name, figures in test.items()}  # the longer one is shown
-    words, table = tables_closeness._in_proportion([short, long], paper)
+    _, words, table = tables_closeness._in_proportion([short, long], paper)
     clean, as_paper = table.splitlines()[2:]
     assert clean.endswith("| clean | 31.00 | - | - | - |")  # beyond the paper's rows
     assert as_paper.endswith("| paper | 28.00 | - | 0.0250 / 0.0240 (+4.2%) | - |")  # one row with SSIM is no range
@@ -272,11 +318,11 @@ def noise(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, generator=generator)
 
 
-def short_training(scripts, pixels, file, monkeypatch, row="looc-32x4"):
+def short_training(scripts, pixels, file, monkeypatch, row="looc-32x4", **changes):
     small_vqvae, table_rows, tables = scripts
     monkeypatch.setattr(small_vqvae, "HELD_OUT", 8)
     make = lambda: tables.make_model(table_rows.ROWS[row], 1, 28, 12)  # noqa: E731
-    training = small_vqvae.Training(images=96, batch_size=8, learning_rate=0.03, validations=3)
+    training = small_vqvae.Training(images=96, batch_size=8, learning_rate=0.03, validations=3, **changes)
     return small_vqvae.train(make, pixels, training, file, torch.device("cpu"), lambda line: None)
 
 
@@ -371,6 +417,22 @@ def test_held_out_images_are_not_trained_on(scripts, tmp_path, monkeypatch):
         assert torch.equal(weights, second.state_dict()[name]), name
 
 
+def test_the_rate_and_the_gradients_of_hvq_vae_are_those_of_its_authors(scripts, tmp_path, monkeypatch):
+    """At its end the gradients of the draws are large: temperatures fall to 0.001."""
+    small_vqvae, table_rows, _ = scripts
+    training = small_vqvae.Training(images=900, batch_size=1, learning_rate=1.0, clipped_cosine=True)
+    rates = [training.learning_rate_at(step) for step in (1, 600, 750, 900)]
+    assert rates == pytest.approx([1, 1, 0.55, 0.1])
+    of_authors = [row.name for row in table_rows.ROWS.values() if row.clipped_cosine]
+    assert of_authors == ["hvq-512x64"]
+
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: norms.append(norm) or clip(p, norm))
+    short_training(scripts, noise(40), tmp_path / "a.pt", monkeypatch, clipped_cosine=True)
+    assert norms == [28 * 28] * 12  # a sum over an image
+
+
 def test_a_checkpoint_of_another_quantizer_is_refused(scripts, tmp_path, monkeypatch):
     short_training(scripts, noise(40), tmp_path / "a.pt", monkeypatch)
     with pytest.raises(UserError, match="remove it"):
@@ -382,6 +444,9 @@ def test_a_checkpoint_of_another_quantizer_is_refused(scripts, tmp_path, monkeyp
     [
         (["--device", "cuda:99"], "--device 'cuda:99' cannot be used"),
         (["--device", "nothing"], "--device 'nothing' cannot be used"),
+        (["--device", "meta"], "--device 'meta' must be of the kinds cpu, cuda, mps"),
+        (["--seed", "-1"], "must be a whole number in [0, 2**32), got '-1'"),
+        (["--feature-layer", "768"], "--feature-layer 768 is of rFID, which needs --inception-weights"),
         (["--inception-weights", "nowhere.pth"], "--inception-weights: no file 'nowhere.pth'"),
         (["--data", "nowhere"], "no train-images-idx3-ubyte or train-images-idx3-ubyte.gz in 'nowhere/mnist'"),
         (["--data", "half"], "no t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz in 'half/mnist'"),
@@ -419,7 +484,7 @@ def test_a_result_without_a_figure_that_is_asked_for_is_not_there(scripts, tmp_p
     file = tmp_path / "result.json"
     options = Namespace(bf16=False, lpips_vgg_weights=None, inception_weights=None, feature_layer="768")
     assert not tables.is_there(file, options)
-    file.write_text(json.dumps({"test": {"clean": {"psnr": 1.0, "ssim": 1.0, "l1": 1.0}}}))
+    file.write_text(json.dumps({"test": {"clean": {"psnr": 1.0, "ssim": 1.0, "l1": 1.0, "bits_per_pixel": 1.0}}}))
     assert tables.is_there(file, options)
     options.lpips_vgg_weights = tmp_path / "vgg"
     assert not tables.is_there(file, options)
@@ -554,7 +619,7 @@ def test_the_page_shows_what_pq_owes_to_its_commitment_and_what_looc_gains_by_it
     results.append(result_of("looc-32x4", 20.0, 10.0, images="cifar10"))  # PQ is missing there
     for result in results:
         result["test"]["paper"] = {"psnr": result["test"]["clean"]["psnr"] - 0.5}
-    _, table = tables_closeness._by_commitment(results)
+    _, _, table = tables_closeness._by_commitment(results)
     assert table.splitlines()[0] == "|  | bits per pixel | MNIST |"
     assert [line.split(" | ")[-1] for line in table.splitlines()[2:]] == ["24.50 |", "21.50 |", "22.50 |", "25.50 |"]
     assert tables_closeness._by_commitment(results[1:]) == []
@@ -651,6 +716,33 @@ def test_a_figure_that_needs_weights_which_are_gone_is_no_reason_to_train_anew(
     assert result.read_text() == before
 
 
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"test": {"clean": {}}}'])
+def test_a_result_that_is_not_whole_is_named(small_set, tmp_path, monkeypatch, content, capsys):
+    row = ["5", "--row", "looc-32x4", "--sets", "mnist", "--results", tmp_path]
+    file = tmp_path / "mnist_looc-32x4_32_batch8_seed42.json"
+    file.write_text(content)
+    with pytest.raises(SystemExit) as exit:
+        start(small_set, monkeypatch, *row)
+    assert exit.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert error == f"error: {str(file)!r} is not a whole result of benchmarks/tables.py: remove it."
+    assert file.read_text() == content
+
+
+def test_files_of_something_else_are_named_once_and_not_by_every_row(small_set, tmp_path, monkeypatch, capsys):
+    from looc_ldm.errors import DataError
+
+    def load_images(name, root, split):
+        raise DataError("not a set")
+
+    monkeypatch.setattr(small_set, "load_images", load_images)
+    with pytest.raises(SystemExit) as exit:
+        start(small_set, monkeypatch, "3", "--sets", "mnist", "--results", tmp_path / "results")
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.strip() == "error: not a set"
+    assert not (tmp_path / "results").exists()
+
+
 def test_an_annealed_result_of_before_bf16_was_a_switch_is_not_taken_for_float32(
     small_set, tmp_path, monkeypatch, capsys
 ):
@@ -720,11 +812,16 @@ def test_the_page_says_who_is_ahead_at_one_rate(scripts):
     ]
     annealed = [result_of(row, 30.0, 16.0, annealed=True) for row in ("looc-256x4-ema-rotation", "pq-32x256x4-mean")]
     words, table = tables_rates.ahead_in_short([*rows, *annealed])  # each training by itself
-    assert "at 2 of the 3 rates and trainings" in words  # the last is level
+    assert "At the 3 rates and trainings" in words
+    assert "LooC is ahead at 0, level (closer than 0.7 dB) at 2, behind at 1; our default" in words
+    assert "is ahead at 0, level (closer than 0.7 dB) at 1, behind at 1." in words
     longer, first, second = table.splitlines()[2:]
-    assert "annealed | 16 | 30.00 | 30.00 | PQ" in longer
-    assert first.endswith("| 3.9 to 4 | 26.00 | 26.00 | FSQ (8, 5, 5), 8 a position 27.00 |")
-    assert second.endswith("| 16 | 28.00 | - | RQ 256×128, depth 32 28.30 |")
+    default = "s=1, moving average, rotation trick (the default)"
+    assert f"annealed | 16 | LooC 256×4, {default} 30.00 | 30.00 | PQ" in longer
+    assert first.endswith(
+        f"| 3.9 to 4 | LooC 256×16, {default} 26.00 | 26.00 | FSQ (8, 5, 5), 8 a position 27.00 | 1 |"
+    )
+    assert second.endswith("| 16 | LooC 256×4, s=1, published rule 28.00 | - | RQ 256×128, depth 32 28.30 | 1 |")
 
 
 def test_what_is_called_level_is_more_than_a_seed_makes(scripts):

@@ -52,8 +52,10 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
     except OSError:
         raise
     except Exception as error:  # whatever a pickle of something else, or no pickle at all, leads to
-        reason = (str(error).strip() or "it is empty").splitlines()[0]
-        raise ValueError(f"{str(file)!r} is not a file of weights: {type(error).__name__}: {reason}") from error
+        # A KeyError of the unpickler is a byte that it does not know, and says nothing to anybody.
+        reason = "" if isinstance(error, KeyError) else (str(error).strip() or "it is empty").splitlines()[0]
+        kind = f": {type(error).__name__}: {reason}" if reason else ", neither .safetensors nor what torch.save writes."
+        raise ValueError(f"{str(file)!r} is not a file of weights{kind}") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise ValueError(f"{str(file)!r} is not a file of weights: it holds more than tensors by name.")
     return tensors
