@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,9 +20,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from looc_ldm.errors import UserError
+from looc_ldm.errors import Terminated, UserError
 from looc_ldm.files import renamed_when_complete, replace_text
 from looc_ldm.images import to_float
+from looc_ldm.training.stopping import StopSignals
 
 EPOCHS, PUBLISHED_BATCH, PUBLISHED_RATE = 500, 128, 3e-4  # as published; epochs are of all training images
 ANNEALED_RATE = 3e-3
@@ -29,6 +31,7 @@ HELD_OUT = 5000  # the last training images: checkpoints are chosen on them
 EVALUATION_BATCH = 250
 SWITCHES = ("annealed", "bf16")  # of a training, and of the command line that starts it
 TIMED = 100  # steps from which the time of a training is told
+TOLD_EVERY = 60  # seconds, about
 WARM_UP = 200  # steps of annealed trainings
 # Of the training of Williams et al. 2020 (HQA): where the learning rate begins to fall, how far, and the norm to which
 # gradients are clipped, of a loss that is a mean over the values of an image.
@@ -105,6 +108,8 @@ def train(
     Raises:
         UserError: The checkpoint is of another training or quantizer, or a batch is larger than the training set.
         FloatingPointError: The error is not finite any more.
+        KeyboardInterrupt: After SIGINT, and `Terminated`, which is one, after SIGTERM: the step under way was finished,
+            and a checkpoint left.
     """
     if training.batch_size > len(pixels) - HELD_OUT:
         raise UserError(f"batch size {training.batch_size:,} is more than the {len(pixels) - HELD_OUT:,} images.")
@@ -132,37 +137,49 @@ def train(
     every = max(math.ceil(5 * HELD_OUT / training.batch_size), steps // training.validations)
     started = time.perf_counter() - state["seconds"]
     done = state["images_seen"] // training.batch_size
-    for step, x in _batches(train_pixels, training, done, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate_at(step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=training.bf16):
-            output = model(x)
-        output.sample = output.sample.float()
-        error = F.mse_loss(output.sample, x) / variance if objective is None else objective(x, output.sample)
-        loss = error + output.commit_loss
-        optimizer.zero_grad()
-        loss.backward()
-        if training.clipped_cosine:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM * pixels[0].numel())
-        optimizer.step()
-        model.quantize.revive()
-        if step == done + 1:
-            began = time.perf_counter()  # after what only the first step has to do
-        if step == done + 1 + TIMED:  # the first held-out error may be minutes away
-            took = (time.perf_counter() - began) / TIMED
-            say(f"about {took * (steps - step) / 60:.0f} minutes, without held-out errors")
-        if step % every == 0 or step == steps:
-            error = _error(model, held_out)
-            if not math.isfinite(error):
-                raise FloatingPointError(f"the error is {error} after {step * training.batch_size:,} images.")
-            state["images_seen"], state["seconds"] = step * training.batch_size, time.perf_counter() - started
-            state["curve"].append([state["images_seen"], error])
-            if state["best"] is None or error < state["best"]["error"]:
-                weights = {name: value.clone() for name, value in model.state_dict().items()}
-                state["best"] = {"error": error, "images": state["images_seen"], "weights": weights}
-            _save(checkpoint, state, model, optimizer)
-            psnr = 10 * math.log10(4 / error)
-            say(f"{state['images_seen']:>12,} images  {psnr:6.2f} dB  {state['seconds']:8.0f} s")
+    told = 0.0
+    with StopSignals() as stop:
+        for step, x in _batches(train_pixels, training, done, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = training.learning_rate_at(step)
+            with torch.autocast(device.type, torch.bfloat16, enabled=training.bf16):
+                output = model(x)
+            output.sample = output.sample.float()
+            error = F.mse_loss(output.sample, x) / variance if objective is None else objective(x, output.sample)
+            loss = error + output.commit_loss
+            optimizer.zero_grad()
+            loss.backward()
+            if training.clipped_cosine:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM * pixels[0].numel())
+            optimizer.step()
+            model.quantize.revive()
+            now = time.perf_counter()
+            if step == done + 1:
+                began = told = now  # after what only the first step has to do
+            if step == done + 1 + TIMED or now > told + TOLD_EVERY:  # the first held-out error may be minutes away
+                minutes = (now - began) / max(step - done - 1, 1) * (steps - step) / 60
+                say(f"{step * training.batch_size:>12,} images, about {minutes:.0f} minutes to go")
+                told = now
+            validates = step % every == 0 or step == steps
+            if validates:
+                error = _error(model, held_out)
+                if not math.isfinite(error):
+                    raise FloatingPointError(f"the error is {error} after {step * training.batch_size:,} images.")
+            if validates or stop.received:
+                state["images_seen"], state["seconds"] = step * training.batch_size, time.perf_counter() - started
+            if validates:
+                state["curve"].append([state["images_seen"], error])
+                if state["best"] is None or error < state["best"]["error"]:
+                    weights = {name: value.clone() for name, value in model.state_dict().items()}
+                    state["best"] = {"error": error, "images": state["images_seen"], "weights": weights}
+            if validates or stop.received:
+                _save(checkpoint, state, model, optimizer)
+            if validates:
+                psnr = 10 * math.log10(4 / error)
+                say(f"{state['images_seen']:>12,} images  {psnr:6.2f} dB  {state['seconds']:8.0f} s")
+            if stop.received:
+                kind = Terminated if stop.received == signal.SIGTERM else KeyboardInterrupt
+                raise kind(f"stopped at {state['images_seen']:,} images; the same command goes on from there")
     model.load_state_dict(state["best"]["weights"])
     happened = {
         "images_seen": state["images_seen"],

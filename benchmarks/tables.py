@@ -12,11 +12,11 @@ r"""The paper's tables of small images, measured: train the rows of a table, and
 
 A row is trained once for each set of images, however many tables it stands in. Its result is a file in --results, and
 rows that have one are left alone; those in benchmarks/results/tables are what the page shows, so try things out with
-another folder, which then has the checkpoints too. A run that was interrupted goes on from its last checkpoint in
---work, one every 25,000 images or, of a long training, a fiftieth of it. The network is the paper's small VQ-VAE, Adam
-3e-4 (--annealed has a schedule), the published loss (HVQ-VAE and SQ-VAE have theirs, docs/tables.md). Checkpoints are
-chosen on the last 5,000 *training* images; the authors chose theirs on the test set. The test set is read once, at the
-end, under both protocols (docs/evaluation.md).
+another folder, which then has the checkpoints too. A run that was interrupted, or asked to stop, goes on from its last
+checkpoint in --work: that of the stop, or one every 25,000 images or, of a long training, a fiftieth of it. The network
+is the paper's small VQ-VAE, Adam 3e-4 (--annealed has a schedule), the published loss (HVQ-VAE and SQ-VAE have theirs,
+docs/tables.md). Checkpoints are chosen on the last 5,000 *training* images; the authors chose theirs on the test set.
+The test set is read once, at the end, under both protocols (docs/evaluation.md).
 
 --data holds the folders fashion_mnist and mnist, with train- and t10k-images-idx3-ubyte(.gz), and cifar10, with
 data_batch_1 to 5 and test_batch, as the binary version's .bin or as .png of a row an image.
@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
+import json
 import math
 import os
 import signal
@@ -53,7 +54,7 @@ from small_vqvae import (
     weights_in_words,
     write_result,
 )
-from table_rows import ROWS, TABLES, Row
+from table_rows import PAPER_ROWS, ROWS, TABLES, Row
 from weights import check_weights
 
 from looc_ldm import LooCSmallVQModel
@@ -124,7 +125,7 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
     budget = options.budget or EPOCHS * COUNTS[images]
     file = result_file(row.name, images, budget, options)
     if is_there(file, options):
-        print(f"{file.name} is there.", flush=True)
+        print(f"{file} is there: {in_a_line(read_result(file))}", flush=True)
         return
     checkpoint = options.work / f"{file.stem}.pt"
     if file.is_file() and not checkpoint.is_file():
@@ -154,28 +155,39 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
     )
     print(f"{name}: measuring the test images", flush=True)
     figures = measure(model, load_images(images, options.data, "test"), options)
-    write_result(
-        file,
-        {
-            "row": row.name,
-            "method": row.method,
-            "images": images,
-            "budget": budget,
-            "batch_size": options.batch_size,
-            **{name: getattr(options, name) for name in SWITCHES},
-            "seed": options.seed,
-            "device": device,
-            **happened,
-            "test": figures,
-            "command": f"python benchmarks/tables.py {options.table} --row {row.name} --sets {images} --data FOLDER"
-            f" --budget {budget} --batch-size {options.batch_size}{command_line(vars(options))}"
-            f" --seed {options.seed}"
-            f" --device {options.device.split(':')[0]}{weights_in_words(figures['clean'])}",
-        },
-    )
-    print(
-        f"{name}: {figures['clean']['psnr']:.2f} dB, {figures['clean']['bits_per_pixel']:.3f} bits per pixel",
-        flush=True,
+    result = {
+        "row": row.name,
+        "method": row.method,
+        "images": images,
+        "budget": budget,
+        "batch_size": options.batch_size,
+        **{name: getattr(options, name) for name in SWITCHES},
+        "seed": options.seed,
+        "device": device,
+        **happened,
+        "test": figures,
+        "command": f"python benchmarks/tables.py {options.table} --row {row.name} --sets {images} --data FOLDER"
+        f" --budget {budget} --batch-size {options.batch_size}{command_line(vars(options))}"
+        f" --seed {options.seed}"
+        f" --device {options.device.split(':')[0]}{weights_in_words(figures['clean'])}",
+    }
+    write_result(file, result)
+    print(f"{name}: {in_a_line(result)}", flush=True)
+
+
+def in_a_line(result: dict) -> str:
+    """What was reached on the test images, beside the paper's figure where it has one."""
+    clean, paper = (result["test"][protocol] for protocol in ("clean", "paper"))
+    published = json.loads((Path(__file__).parent / "paper_tables.json").read_text())["tables"]
+    stated = [
+        published[table][rows[result["row"]]].get(result["images"], {}).get("psnr")
+        for table, rows in PAPER_ROWS.items()
+        if result["row"] in rows
+    ]
+    beside = next((f" (the paper, after {EPOCHS} epochs: {psnr:.2f})" for psnr in stated if psnr is not None), "")
+    return (
+        f"{result['images_seen']:,} images seen, PSNR {clean['psnr']:.2f} dB clean, {paper['psnr']:.2f} dB by the "
+        f"protocol paper{beside}, {clean['bits_per_pixel']:.3g} bits per pixel"
     )
 
 
@@ -392,7 +404,9 @@ def main() -> None:
                     sys.exit(f"error: {failed} of {len(pairs)} rows failed; the same command again repeats them.")
         except FloatingPointError as error:
             sys.exit(f"error: {error}")
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            if str(interrupt):  # of a row, which says where it stopped
+                raise
             kept = "interrupted: the same command goes on from the results and checkpoints that there are"
             raise KeyboardInterrupt(kept) from None
 

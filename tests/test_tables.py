@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from looc_ldm import LooCQuantizer
 from looc_ldm.analysis.style import new_figure
-from looc_ldm.errors import UserError
+from looc_ldm.errors import Terminated, UserError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -91,6 +92,29 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(scripts, row, anne
     assert happened["validation_mse"] == min(error for _, error in happened["curve"])
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_that_is_asked_to_stop_leaves_a_checkpoint_of_that_step(scripts, tmp_path, monkeypatch, number):
+    """Between two held-out errors too; what follows is as if it had not been stopped."""
+    whole, happened = short_training(scripts, noise(40), tmp_path / "a.pt", monkeypatch)
+    revive, steps = LooCQuantizer.revive, []
+
+    def asked(quantizer):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), number)
+        return revive(quantizer)
+
+    monkeypatch.setattr(LooCQuantizer, "revive", asked)
+    with pytest.raises(KeyboardInterrupt, match="stopped at 24 images; the same command goes on from there") as stopped:
+        short_training(scripts, noise(40), tmp_path / "b.pt", monkeypatch)
+    assert isinstance(stopped.value, Terminated) == (number == signal.SIGTERM)
+    resumed, resumed_happened = short_training(scripts, noise(40), tmp_path / "b.pt", monkeypatch)
+    assert len(steps) == 12  # none twice
+    assert happened["curve"] == resumed_happened["curve"]
+    for name, weights in whole.state_dict().items():
+        assert torch.equal(weights, resumed.state_dict()[name]), name
+
+
 def test_the_learning_rate_is_the_published_one_unless_it_is_annealed(scripts):
     """Then it rises for 200 steps, and falls in a line to nothing at the end."""
     small_vqvae, _, _ = scripts
@@ -104,7 +128,7 @@ def test_the_learning_rate_is_the_published_one_unless_it_is_annealed(scripts):
     assert rates[-1] == pytest.approx(3e-6)
 
 
-def test_a_row_leaves_a_result_that_the_page_shows_beside_the_papers(scripts, tmp_path, monkeypatch):
+def test_a_row_leaves_a_result_that_the_page_shows_beside_the_papers(scripts, tmp_path, monkeypatch, capsys):
     small_vqvae, _, tables = scripts
     import table_results
     import tables_page
@@ -123,7 +147,7 @@ def test_a_row_leaves_a_result_that_the_page_shows_beside_the_papers(scripts, tm
 
     monkeypatch.setattr(tables, "load_images", load_images)
     monkeypatch.setattr(tables, "check_files", lambda name, root: None)
-    for row in ("looc-32x4", "looc-32x4-ema", "rq-256x128-depth8"):
+    for row in ("looc-32x4-ema", "rq-256x128-depth8", "looc-32x4"):
         command = ["tables.py", "all", "--row", row, "--sets", "mnist", "--data", ".", "--device", "cpu"]
         monkeypatch.setattr("sys.argv", [*command, "--budget", "32", "--batch-size", "8", "--work", str(tmp_path)])
         tables.main()
@@ -134,7 +158,13 @@ def test_a_row_leaves_a_result_that_the_page_shows_beside_the_papers(scripts, tm
     assert figures["test"]["clean"]["images"] == 20
     assert read == ["train", "test"] * 3
     written = result.stat().st_mtime_ns
+    capsys.readouterr()
     tables.main()  # what is there is left alone
+    line = f"is there: 32 images seen, PSNR {figures['test']['clean']['psnr']:.2f} dB clean, "
+    line += (
+        f"{figures['test']['paper']['psnr']:.2f} dB by the protocol paper (the paper, after 500 epochs: 35.15), 10 bits"
+    )
+    assert f"{result} {line} per pixel" in capsys.readouterr().out
     assert result.stat().st_mtime_ns == written
 
     (tmp_path / "docs").mkdir()
@@ -326,7 +356,7 @@ def short_training(scripts, pixels, file, monkeypatch, row="looc-32x4", **change
     return small_vqvae.train(make, pixels, training, file, torch.device("cpu"), lambda line: None)
 
 
-def test_a_training_says_early_how_long_it_takes(scripts, tmp_path, monkeypatch):
+def test_a_training_says_early_and_then_each_minute_how_long_it_takes(scripts, tmp_path, monkeypatch):
     """Before the first held-out error, which may be minutes away."""
     small_vqvae, table_rows, tables = scripts
     monkeypatch.setattr(small_vqvae, "HELD_OUT", 8)
@@ -337,7 +367,9 @@ def test_a_training_says_early_how_long_it_takes(scripts, tmp_path, monkeypatch)
     make = lambda: tables.make_model(table_rows.ROWS["looc-32x4"], 1, 28, 12)  # noqa: E731
     training = small_vqvae.Training(images=96, batch_size=8, validations=3)
     small_vqvae.train(make, noise(40), training, tmp_path / "a.pt", torch.device("cpu"), said.append)
-    assert said[0] == "about 4 minutes, without held-out errors"  # nine of twelve steps, two of which took one minute
+    words = [" ".join(line.split()) for line in said]
+    assert words[0] == "24 images, about 9 minutes to go"  # nine of twelve steps, one of which takes a minute
+    assert words[1] == "40 images, about 7 minutes to go"
 
 
 @pytest.mark.parametrize(("annealed", "bf16"), [(False, False), (True, False), (False, True)])
