@@ -234,7 +234,7 @@ def fid_rows(rate: str, result: str = "fashion_mnist_fid") -> list[tuple[str, st
         f"{fid['guidance_scale']:g}; {fid['reference']}; `{fid['command']}`"
     )
     (layer,) = [name for name in fid["trained"] if name.startswith("fid@")]
-    rows = [(f"{layer.upper()} of samples", f"{fid['trained'][layer]:.3f} at {rate}", drawn)]
+    rows = [(f"{layer.upper()} of samples", f"{fid['trained'][layer]:.3f} at {rate} of 28x28", drawn)]
     if "untrained" in fid:
         rows.append((f"{layer.upper()}, UNet untrained", f"{fid['untrained'][layer]:.3f}", "the same"))
     return rows

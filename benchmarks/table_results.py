@@ -111,3 +111,8 @@ def command_of(table: str, results: list[dict], *sets: str) -> str:
 def markdown(head: list[str], rows: list[list[str]], numbers: bool = True) -> str:
     lines = [head, ["---", *["---:" if numbers else "---"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def folded(summary: str, text: str) -> str:
+    """Markdown that opens at a click."""
+    return f"<details>\n<summary>{summary}</summary>\n\n{text}\n\n</details>"

@@ -15,6 +15,7 @@ from table_results import (
     TIE,
     by_training,
     command_of,
+    folded,
     held_out_psnr,
     load_results,
     markdown,
@@ -131,10 +132,12 @@ Written by `python benchmarks/readme.py tables` from what `benchmarks/tables.py`
   rates, which a table by K x d hides{above_lossless(results)}.
 - **Commands** stand at the tables; that of a single row is in its result file in `benchmarks/results/tables/`. All rows
   with the published number of epochs and batch size, on a GPU: `python benchmarks/tables.py all --data FOLDER --device
-  cuda --jobs 8 --lpips-vgg-weights FILE --inception-weights FILE`. {_not_measured(results)}
+  cuda --jobs 8 --lpips-vgg-weights FILE --inception-weights FILE`.
 - **Code**: {_of_code(results)}
 
-The paper's figures: {source}"""
+The paper's figures: {source}
+
+{_not_measured(results)}"""
 
 
 def _lpips_and_rfid(results: list[dict]) -> str:
@@ -155,8 +158,8 @@ def _not_measured(results: list[dict]) -> str:
         if sets:
             measured = [name for name in NAMES.values() if name not in sets]
             lacking[f"on {' and '.join(measured)} only" if measured else "not at all"].append(f"`{row}`")
-    words = [f"{sets}: {', '.join(rows)}" for sets, rows in lacking.items()]
-    return f"Not every row is measured yet. Measured {'; '.join(words)}." if words else ""
+    lines = [f"- {sets}: {', '.join(rows)}" for sets, rows in lacking.items()]
+    return folded("Rows that are not measured yet, or not on all sets", "\n".join(lines)) if lines else ""
 
 
 def _low_use(results: list[dict]) -> str:

@@ -10,6 +10,7 @@ from table_results import (
     TIE,
     by_training,
     command_of,
+    folded,
     held_out_psnr,
     in_words,
     load_codecs,
@@ -43,9 +44,10 @@ def equal_bits(results: list[dict], paper: dict, docs: Path) -> list[str]:
         parts += [
             f"### {NAMES[images]}",
             f"![Quality over bits per pixel, {NAMES[images]}](rate_distortion_{images}.png)",
-            f"Clean figures of the {len(rows)} rows that were trained for {words_of_training(rows[0])}: "
-            f"{command_of('rates', rows, images)}. Hollow: the paper's PSNR, after 500 epochs, of JPEGs (ours by that "
-            f"protocol is in the tables).{_stage(rows)} {_of_codecs(codecs)}",
+            f"Clean figures of the {len(rows)} rows that were trained for {words_of_training(rows[0])}. Hollow: the "
+            "paper's PSNR, after 500 epochs, of JPEGs (ours by that protocol is in the tables)."
+            f"{_stage(rows)} {_of_codecs(codecs)}",
+            folded("The command of these rows", command_of("rates", rows, images)),
         ]
         parts += _of_longer(longer, images)
         parts += _who_is_ahead(rows)
@@ -170,9 +172,10 @@ def ahead_in_short(results: list[dict]) -> list[str]:
                 )
     if not lines:
         return []
+    tried = _counted(len(lines), "rate and training", "rates and trainings")
     words = (
-        "At equal bits, clean PSNR in dB of the test images, of each method its best row by held-out images. At the "
-        f"{_counted(len(lines), 'rate and training', 'rates and trainings')} that were tried, LooC is {_places(places)}"
+        "**At equal bits**: clean PSNR in dB of the test images, of each method its best row by held-out images. At "
+        f"the {tried} that were tried, LooC is {_places(places)}"
     )
     if of_default:
         words += f"; our default, where it was among them, is {_places(of_default)}"

@@ -70,20 +70,21 @@ def _sample(options: argparse.Namespace) -> None:
     classes = options.labels or sorted(pipe.config.id2label or {}) or [None]
     labels = [by_index(label, pipe) for label in classes for _ in range(options.images)]
     columns, rows = min(options.images, GRID_COLUMNS), min(len(classes), GRID_ROWS)
-    grid = []
+    grid, replaced = [], 0
     with as_user_errors(ValueError):
         for i, drawn in enumerate(draw_samples(pipe, labels, options)):
             folder = options.output / class_folder(labels[i], pipe)
             folder.mkdir(parents=True, exist_ok=True)
-            image = to_pil(drawn)
-            write_image(image, folder / f"{i:05d}.png")
+            image, file = to_pil(drawn), folder / f"{i:05d}.png"
+            replaced += file.exists()
+            write_image(image, file)
             if i // options.images < rows and i % options.images < columns:
                 grid.append(image)
     write_image(make_image_grid(grid, rows, columns), grid_file)
     print(f"{len(labels)} images in {options.output}, and {grid_file}, a row a class")
     others = sum(1 for _ in options.output.rglob("*.png")) - len(labels)
-    if others:
-        print(f"warning: {options.output} holds {others} more, which were there before")
+    if others or replaced:
+        print(f"warning: {options.output} held images before: {replaced} replaced, {others} still there")
 
 
 def _reconstruct(options: argparse.Namespace) -> None:

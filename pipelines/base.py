@@ -251,7 +251,8 @@ class LDMBase(HubMixin, DiffusionPipeline):
                 null = self.config.null_class_label
                 hint = "" if null is None else f" ({null} is the null class)"
                 allowed = f"in [0, {self.num_class_embeds}) or a class name"
-                raise ValueError(f"class label must be {allowed}, got {label!r}{hint}.")
+                names = f"; the names are {', '.join(list(known)[:20])}" if known else ""
+                raise ValueError(f"class label must be {allowed}, got {label!r}{hint}{names}.")
             ids.append(int(index))
         return ids
 

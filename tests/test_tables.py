@@ -220,7 +220,7 @@ def test_the_page_counts_which_pairs_stand_in_the_papers_order(scripts):
     assert f"- Table 5, MNIST, 1 epoch with batches of 16 and seed 1: LooC 16×4 and LooC 64×4 {apart:.2f}\n" in level
     assert tables_closeness.orders(results[:2], paper) == []
     twice = tables_closeness.in_short([result | {"validation_mse": 0.01} for result in results], paper)[-1]
-    assert twice.startswith("Of 10 pairs")
+    assert twice.startswith("**Order**: Of 10 pairs")
     assert "1 are level here, which is to say closer than 0.7 dB (1 of these" in twice
     assert (
         "Of the 9 others that differ in their bits 4 stand in the paper's order, and 5 in that of their bits" in twice
@@ -281,7 +281,8 @@ def test_the_page_begins_with_the_best_by_held_out_images_beside_the_paper(scrip
     _, words, _ = tables_closeness.in_short([*results, annealed], paper)
     assert "annealed, it gains 10.0 dB" in words
     (line,) = table.splitlines()[2:]
-    method = "LooC 32×4, s=1, published rule, commitment 8"
+    method = "LooC 32×4, s=1, published rule, commitment 8: `looc-32x4-commitment8`"
+    assert "0 of 1 figures are within 0.5 dB of it or above, the others up to 5.1 dB below" in words
     assert line == f"| {method} | MNIST | 10 | 1, annealed | 16 | 29.00 | 35.15 | -6.15 |"
     assert tables_closeness.in_short([], paper) == []
 
@@ -844,7 +845,7 @@ def test_the_page_says_who_is_ahead_at_one_rate(scripts):
     ]
     annealed = [result_of(row, 30.0, 16.0, annealed=True) for row in ("looc-256x4-ema-rotation", "pq-32x256x4-mean")]
     words, table = tables_rates.ahead_in_short([*rows, *annealed])  # each training by itself
-    assert "At the 3 rates and trainings" in words
+    assert "At the 3 rates and trainings that" in words
     assert "LooC is ahead at 0, level (closer than 0.7 dB) at 2, behind at 1; our default" in words
     assert "is ahead at 0, level (closer than 0.7 dB) at 1, behind at 1." in words
     longer, first, second = table.splitlines()[2:]

@@ -67,7 +67,7 @@ def add_parsers(commands) -> None:
         description="Decode .looc files, and tables of `looc-ldm encode --format parquet`, to PNG files. Codes that "
         "are damaged or of another model are named and left out.",
     )
-    decode.add_argument("model", metavar="MODEL", help="the model that encoded them: folder or hub id")
+    decode.add_argument("model", metavar="MODEL", help="the model that encoded them: folder, hub id or starter")
     decode.add_argument("codes", metavar="CODES", nargs="+", help=".looc or .parquet files, or folders of them")
     decode.add_argument("--output", type=Path, required=True, help="folder for the PNG files; sub-folders are kept")
     _add_shared_options(decode)

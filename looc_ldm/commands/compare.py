@@ -29,7 +29,10 @@ def add_parsers(commands) -> None:
         "measured. Models are loaded one after the other.",
     )
     compare.add_argument(
-        "models", metavar="MODEL", nargs="+", help="autoencoders or pipelines of any kind and rate: folders or hub ids"
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="autoencoders or pipelines of any kind and rate: folders, hub ids or starter",
     )
     compare.add_argument("--data", required=True, help=DATA_HELP)
     add_data_options(compare, model="the first model")
