@@ -26,6 +26,9 @@ class AssignedQuantizer(Quantizer):
     codevector they drew least moves beside the one they drew most, if it had less than 3 % of its draws (the paper's
     reset).
 
+    The gradients of the draws grow with one over the temperature. Its authors clip them and let the learning rate fall
+    in the last third of a training; without both, small models lost at the end what they had learned.
+
     Its loss is `weight` times the divergence of the assignment from the uniform one, in nats per image, plus the
     expected squared distance of features to their codevectors, summed over an image (Williams et al. 2020, HQA).
 
