@@ -6,11 +6,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 from small_images import COUNTS
-from small_vqvae import EPOCHS, PUBLISHED_BATCH
+from small_vqvae import ANNEALED_RATE, EPOCHS, PUBLISHED_BATCH
 from table_results import (
     FIGURES,
     HEADS,
@@ -366,7 +366,7 @@ def _by_length(results: list[dict], paper: dict) -> list[str]:
             for result in _of_size(results, images, size):
                 if result["annealed"]:
                     lengths[images, result["row"], result["batch_size"], result["seed"], published].append(result)
-    lines = []
+    lines, setbacks = [], []
     for (images, row, batch, _, published), found in lengths.items():
         shorter = None
         for result in sorted(found, key=lambda r: r["images_seen"]) if len(found) > 1 else []:
@@ -375,6 +375,8 @@ def _by_length(results: list[dict], paper: dict) -> list[str]:
             gain = f"{(psnr - shorter['test']['paper']['psnr']) / doublings:+.2f}" if doublings else ""
             cells = [ROWS[row].method, NAMES[images], training_cells(result)[0], str(batch)]
             lines.append([*cells, f"{psnr:.2f}", f"{published:.2f}", f"{psnr - published:+.2f}", gain])
+            if shorter and psnr < shorter["test"]["paper"]["psnr"]:
+                setbacks.append(_setback(result))
             shorter = result
     if not lines:
         return []
@@ -384,7 +386,18 @@ def _by_length(results: list[dict], paper: dict) -> list[str]:
         f"the one above. The paper's figures are after {EPOCHS} epochs."
     )
     head = ["row", "images", "epochs", "batch", "PSNR, ours", "PSNR, the paper's", "difference", "dB a doubling"]
-    return ["### Length", words, markdown(head, lines)]
+    return ["### Length", words, markdown(head, lines), *setbacks]
+
+
+def _setback(result: dict) -> str:
+    """Where a training that ended lower than a shorter one lost most."""
+    steps = [(10 * math.log10(b / a), seen) for (_, a), (seen, b) in pairwise(result["curve"])]
+    lost, seen = max(steps)
+    which = f"{ROWS[result['row']].method}, {NAMES[result['images']]}, {training_cells(result)[0]}"
+    return (
+        f"{which}: its held-out images fell by {lost:.1f} dB before {seen:,} images, which it did not make up for. "
+        f"Learning rates of up to {ANNEALED_RATE:g}, of which a longer training has more, can undo what was learned."
+    )
 
 
 def _by_commitment(results: list[dict]) -> list[str]:

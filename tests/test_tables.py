@@ -318,6 +318,10 @@ def test_the_page_says_what_a_doubling_of_an_annealed_training_gains(scripts):
     assert [end[3] for end in ends] == [" |", "+1.00 |", "+1.50 |"]  # 3 dB in two doublings
     assert tables_closeness._by_length(results[1:2], paper) == []
 
+    curve = [[100_000, 0.004], [200_000, 0.04], [300_000, 0.02]]  # 30, 20 and 23 dB
+    *_, setback = tables_closeness._by_length([*results, trained(33.0, 960_000) | {"curve": curve}], paper)
+    assert "fell by 10.0 dB before 200,000 images" in setback
+
 
 def test_the_page_compares_other_figures_with_the_papers_at_the_same_psnr(scripts):
     import tables_closeness
