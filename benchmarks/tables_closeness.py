@@ -393,7 +393,7 @@ def _setback(result: dict) -> str:
     """Where a training that ended lower than a shorter one lost most."""
     steps = [(10 * math.log10(b / a), seen) for (_, a), (seen, b) in pairwise(result["curve"])]
     lost, seen = max(steps)
-    which = f"{ROWS[result['row']].method}, {NAMES[result['images']]}, {training_cells(result)[0]}"
+    which = f"{ROWS[result['row']].method}, {NAMES[result['images']]}, {words_of_training(result)}"
     return (
         f"{which}: its held-out images fell by {lost:.1f} dB before {seen:,} images, which it did not make up for. "
         f"Learning rates of up to {ANNEALED_RATE:g}, of which a longer training has more, can undo what was learned."
