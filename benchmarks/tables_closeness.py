@@ -391,12 +391,14 @@ def _by_length(results: list[dict], paper: dict) -> list[str]:
 
 def _setback(result: dict) -> str:
     """Where a training that ended lower than a shorter one lost most."""
-    steps = [(10 * math.log10(b / a), seen) for (_, a), (seen, b) in pairwise(result["curve"])]
-    lost, seen = max(steps)
+    steps = [(10 * math.log10(b / a), seen, a) for (_, a), (seen, b) in pairwise(result["curve"])]
+    lost, seen, error_before = max(steps)
+    again = next((later for later, error in result["curve"] if later > seen and error <= error_before), None)
+    regained = f"were as good again after {again:,}" if again else "never were as good again"
     which = f"{ROWS[result['row']].method}, {NAMES[result['images']]}, {words_of_training(result)}"
     return (
-        f"{which}: its held-out images fell by {lost:.1f} dB before {seen:,} images, which it did not make up for. "
-        f"Learning rates of up to {ANNEALED_RATE:g}, of which a longer training has more, can undo what was learned."
+        f"{which}: its held-out images fell by {lost:.1f} dB before {seen:,} images, and {regained}. The reason "
+        f"may be learning rates of up to {ANNEALED_RATE:g}, of which a longer training has more; no other was tried."
     )
 
 
