@@ -2,16 +2,14 @@
 
 Encoder, decoder, loss and optimizer are the published ones (MSE / data variance + quantizer loss, Adam 3e-4, no
 schedule, no augmentation); HVQ-VAE's is that of its paper, and an annealed training has a schedule, to learn more of
-fewer images. A run resumes: it leaves
-a checkpoint beside its result, and the same call goes on there. The weights that are measured are those
-with the lowest error on images held out of the *training* set.
+fewer images. A run resumes: it leaves a checkpoint beside its result, and the same call goes on there. The weights that
+are measured are those with the lowest error on images held out of the *training* set.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,10 +18,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from looc_ldm.errors import Terminated, UserError
+from looc_ldm.errors import UserError
 from looc_ldm.files import renamed_when_complete, replace_text
 from looc_ldm.images import to_float
-from looc_ldm.training.stopping import StopSignals
+from looc_ldm.training.stopping import StopSignals, stopped_by
 
 EPOCHS, PUBLISHED_BATCH, PUBLISHED_RATE = 500, 128, 3e-4  # as published; epochs are of all training images
 ANNEALED_RATE = 3e-3
@@ -137,7 +135,6 @@ def train(
     every = max(math.ceil(5 * HELD_OUT / training.batch_size), steps // training.validations)
     started = time.perf_counter() - state["seconds"]
     done = state["images_seen"] // training.batch_size
-    told = 0.0
     with StopSignals() as stop:
         for step, x in _batches(train_pixels, training, done, steps):
             for group in optimizer.param_groups:
@@ -160,26 +157,25 @@ def train(
                 minutes = (now - began) / max(step - done - 1, 1) * (steps - step) / 60
                 say(f"{step * training.batch_size:>12,} images, about {minutes:.0f} minutes to go")
                 told = now
-            validates = step % every == 0 or step == steps
+            validates, received = step % every == 0 or step == steps, stop.received  # once: it may come at any moment
+            if not validates and not received:
+                continue
+            seen = step * training.batch_size
             if validates:
                 error = _error(model, held_out)
                 if not math.isfinite(error):
-                    raise FloatingPointError(f"the error is {error} after {step * training.batch_size:,} images.")
-            if validates or stop.received:
-                state["images_seen"], state["seconds"] = step * training.batch_size, time.perf_counter() - started
-            if validates:
-                state["curve"].append([state["images_seen"], error])
+                    raise FloatingPointError(f"the error is {error} after {seen:,} images.")
+                state["curve"].append([seen, error])
                 if state["best"] is None or error < state["best"]["error"]:
                     weights = {name: value.clone() for name, value in model.state_dict().items()}
-                    state["best"] = {"error": error, "images": state["images_seen"], "weights": weights}
-            if validates or stop.received:
-                _save(checkpoint, state, model, optimizer)
+                    state["best"] = {"error": error, "images": seen, "weights": weights}
+            state["images_seen"], state["seconds"] = seen, time.perf_counter() - started
+            _save(checkpoint, state, model, optimizer)
             if validates:
                 psnr = 10 * math.log10(4 / error)
-                say(f"{state['images_seen']:>12,} images  {psnr:6.2f} dB  {state['seconds']:8.0f} s")
-            if stop.received:
-                kind = Terminated if stop.received == signal.SIGTERM else KeyboardInterrupt
-                raise kind(f"stopped at {state['images_seen']:,} images; the same command goes on from there")
+                say(f"{seen:>12,} images  {psnr:6.2f} dB  {state['seconds']:8.0f} s")
+            if received:
+                raise stopped_by(received, f"stopped at {seen:,} images; the same command goes on from there")
     model.load_state_dict(state["best"]["weights"])
     happened = {
         "images_seen": state["images_seen"],

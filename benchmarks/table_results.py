@@ -27,6 +27,11 @@ def load_results() -> list[dict]:
     return results
 
 
+def load_paper() -> dict:
+    """The paper's figures: `tables` by number, row and set, and their `source`."""
+    return json.loads((ROOT / "benchmarks" / "paper_tables.json").read_text())
+
+
 def load_codecs(images: str) -> dict:
     """What JPEG, WebP and lossless files take on a set; nothing where it was not measured."""
     file = RESULTS / f"codecs_{images}.json"

@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
-import json
 import math
 import os
 import signal
@@ -54,6 +53,7 @@ from small_vqvae import (
     weights_in_words,
     write_result,
 )
+from table_results import load_paper
 from table_rows import PAPER_ROWS, ROWS, TABLES, Row
 from weights import check_weights
 
@@ -178,7 +178,7 @@ def run_row(row: Row, images: str, options: argparse.Namespace) -> None:
 def in_a_line(result: dict) -> str:
     """What was reached on the test images, beside the paper's figure where it has one."""
     clean, paper = (result["test"][protocol] for protocol in ("clean", "paper"))
-    published = json.loads((Path(__file__).parent / "paper_tables.json").read_text())["tables"]
+    published = load_paper()["tables"]
     stated = [
         published[table][rows[result["row"]]].get(result["images"], {}).get("psnr")
         for table, rows in PAPER_ROWS.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from table_results import (
     command_of,
     folded,
     held_out_psnr,
+    load_paper,
     load_results,
     markdown,
     psnr_of,
@@ -51,7 +51,7 @@ KINDS = tuple(KIND_NAMES)
 def summary() -> str:
     """The page's short form and one of its plots, for the README."""
     results = load_results()
-    _, *parts = [*in_short(results, _published()["tables"]), *ahead_in_short(results)]
+    _, *parts = [*in_short(results, load_paper()["tables"]), *ahead_in_short(results)]
     text = "\n\n".join(parts).replace("](#", "](docs/tables.md#").replace("](evaluation", "](docs/evaluation")
     plot = "![Quality over bits per pixel, Fashion-MNIST](docs/rate_distortion_fashion_mnist.png)"
     caption = (
@@ -62,14 +62,10 @@ def summary() -> str:
     return f"{text}\n\n{plot}\n\n{caption}"
 
 
-def _published() -> dict:
-    return json.loads((ROOT / "benchmarks" / "paper_tables.json").read_text())
-
-
 def write_page(docs: Path = ROOT / "docs") -> None:
     """tables.md, with a plot for each set that has results."""
     results = load_results()
-    published = _published()
+    published = load_paper()
     paper = published["tables"]
     parts = ["# The paper's tables, measured", *in_short(results, paper)]
     parts += [*ahead_in_short(results), _head(results, published["source"])]

@@ -23,7 +23,6 @@ import logging
 import math
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -38,7 +37,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from looc_ldm.errors import ConfigError, Terminated, TrainingError
+from looc_ldm.errors import ConfigError, TrainingError
 from looc_ldm.files import replace_text, write_image
 from looc_ldm.metrics.shares import on_main
 from looc_ldm.training import log as logs
@@ -49,7 +48,7 @@ from looc_ldm.training.log import Means, means_of
 from looc_ldm.training.optimization import learning_rate_at, resolve_precision
 from looc_ldm.training.pushing import Pusher
 from looc_ldm.training.reports import Reports
-from looc_ldm.training.stopping import StopSignals, leave_signals_to_the_trainer
+from looc_ldm.training.stopping import StopSignals, leave_signals_to_the_trainer, stopped_by
 from looc_ldm.training.together import write_together
 
 logger = logging.getLogger(__name__)
@@ -316,8 +315,7 @@ class Run:
             self.save_checkpoint()
             self.accelerator.wait_for_everyone()  # a launcher ends the others when the first one has ended
             self.accelerator.end_training()
-            kind = Terminated if received == signal.SIGTERM else KeyboardInterrupt
-            raise kind(f"stopped at {self.images_seen} images; the same command goes on from there")
+            raise stopped_by(received, f"stopped at {self.images_seen} images; the same command goes on from there")
 
     @contextmanager
     def progress_bar(self, description: str) -> Iterator[tqdm]:

@@ -9,7 +9,7 @@ import signal
 import time
 from functools import partial
 
-from looc_ldm.errors import is_first_process
+from looc_ldm.errors import Terminated, is_first_process
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A launcher passes on signals that the system sends to every process anyway: what comes so soon is the same request.
@@ -52,6 +52,11 @@ class StopSignals:
         elif time.monotonic() - self._received_at > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+def stopped_by(number: int, message: str) -> KeyboardInterrupt:
+    """What ends a run that a signal has asked to stop, once it is saved: `Terminated` after SIGTERM."""
+    return (Terminated if number == signal.SIGTERM else KeyboardInterrupt)(message)
 
 
 def _leave_signals(worker: int, over: ctypes.c_bool) -> None:
