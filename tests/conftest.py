@@ -1,6 +1,5 @@
 """Fixtures. Tests that need real data are skipped without LOOC_LDM_TEST_DATA."""
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-TINY_CLASSES = ["circle", "square", "7"]
+from tiny import TINY_CLASSES, import_file, tiny_autoencoder, tiny_pipeline
 
 
 class LargestTensor(TorchDispatchMode):
@@ -88,41 +87,8 @@ def quickstart_folder(quickstart_files: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture(scope="session")
 def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny class-conditional pipeline of grey 16x16 images, with random weights."""
-    from diffusers import DDIMScheduler, UNet2DModel
-
-    from looc_ldm import LooCLDMPipeline, LooCVQModel
-
-    torch.manual_seed(0)
-    vqvae = LooCVQModel(
-        in_channels=1,
-        out_channels=1,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        vq_embed_dim=4,
-        num_vq_embeddings=16,
-        codevector_dim=2,
-        interpolation_factor=1,
-        sample_size=16,
-        scaling_factor=1.0,
-    )
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=4,
-    )
-    scheduler = DDIMScheduler(clip_sample=False)
-    pipe = LooCLDMPipeline(vqvae.eval(), unet.eval(), scheduler, None, dict(enumerate(TINY_CLASSES)), 3)
     folder = tmp_path_factory.mktemp("model") / "pipeline"
-    pipe.save_pretrained(folder)
+    tiny_pipeline(vqvae=tiny_autoencoder(channels=1)).save_pretrained(folder)
     return str(folder)
 
 
@@ -169,9 +135,7 @@ def untrained_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def inception_weights(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A .pth of the FID Inception network that holds layers 64, 192 and 768; all later weights are NaN."""
-    spec = importlib.util.spec_from_file_location("metric_weights", test_data / "metrics" / "metric_weights.py")
-    metric_weights = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(metric_weights)
+    metric_weights = import_file(test_data / "metrics" / "metric_weights.py")
     path = tmp_path_factory.mktemp("inception") / "inception.pth"
     torch.save(metric_weights.inception_state_dict(metric_weights.inception_template()), path)
     return path

@@ -1,0 +1,123 @@
+"""Tiny models with random weights, and helpers of several test files."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+
+from looc_ldm import ClassEmbedding, LooCLDMPipeline, LooCQuantizer, LooCVQModel
+
+TINY_CLASSES = ["circle", "square", "7"]
+
+
+def small_quantizer(seed: int = 0, **changes) -> LooCQuantizer:
+    """Return a quantizer of 8 channels with 32 codevectors of 4 channels, drawn from a normal distribution."""
+    torch.manual_seed(seed)
+    quantizer = LooCQuantizer(**{"vq_embed_dim": 8, "num_codevectors": 32, "codevector_dim": 4, **changes})
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    return quantizer
+
+
+def tiny_autoencoder(
+    channels: int = 3, blocks: int = 2, seed: int = 0, kind: type[LooCVQModel] = LooCVQModel, **changes
+) -> LooCVQModel:
+    """Return an autoencoder of 16x16 images in eval mode: f = 2 ** (blocks - 1), 16 codevectors, 2 codes per position.
+
+    The codevectors are drawn from a normal distribution, so that images use many of them.
+    """
+    torch.manual_seed(seed)
+    settings = {
+        "in_channels": channels,
+        "out_channels": channels,
+        "down_block_types": ("DownEncoderBlock2D",) * blocks,
+        "up_block_types": ("UpDecoderBlock2D",) * blocks,
+        "block_out_channels": (8,) * blocks,
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "vq_embed_dim": 4,
+        "num_vq_embeddings": 16,
+        "codevector_dim": 2,
+        "interpolation_factor": 1,
+        "sample_size": 16,
+        "scaling_factor": 1.0,
+    }
+    model = kind(**{**settings, **changes})
+    torch.nn.init.normal_(model.quantize.embedding.weight)
+    return model.eval()
+
+
+def tiny_unet(num_class_embeds: int | None = None, **changes) -> UNet2DModel:
+    """Return a UNet for the 8x8 latents of `tiny_autoencoder`, in eval mode."""
+    settings = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "num_class_embeds": num_class_embeds,
+    }
+    return UNet2DModel(**{**settings, **changes}).eval()
+
+
+def tiny_pipeline(
+    kind: str = "num_class_embeds",
+    classes: Iterable[str] = TINY_CLASSES,
+    vqvae: LooCVQModel | None = None,
+    seed: int = 0,
+    **arguments,
+) -> LooCLDMPipeline:
+    """Return a pipeline on `vqvae`, or on a `tiny_autoencoder`. The null class follows the others.
+
+    Args:
+        kind: How the UNet gets the class: "num_class_embeds", "cross_attention", or "unconditional".
+        arguments: Further arguments of the pipeline.
+    """
+    torch.manual_seed(seed)
+    vqvae = tiny_autoencoder(seed=seed) if vqvae is None else vqvae
+    id2label = dict(enumerate(classes))
+    conditional = {"id2label": id2label, "null_class_label": len(id2label)}
+    if kind == "unconditional":
+        unet, conditional = tiny_unet(), {}
+    elif kind == "num_class_embeds":
+        unet = tiny_unet(len(id2label) + 1)
+    else:
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=12,
+            attention_head_dim=2,
+        ).eval()
+        conditional["class_embedding"] = ClassEmbedding(len(id2label) + 1, 12)
+    pipe = LooCLDMPipeline(vqvae, unet, DDIMScheduler(clip_sample=False), **{**conditional, **arguments})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def log_lines(run: Path, without: Iterable[str] = ()) -> list[dict]:
+    """Return the lines of a run's `metrics.jsonl`, without the keys named."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in without} for line in lines]
+
+
+def import_file(file: Path) -> ModuleType:
+    """Import a Python file that is in no package, under the name of the file."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # dataclasses and pickle look it up
+    spec.loader.exec_module(module)
+    return module
