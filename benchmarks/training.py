@@ -338,7 +338,7 @@ def photographs(data: DataConfig, folder: Path, side: int, channels: int) -> dic
         place.mkdir(parents=True, exist_ok=True)
         photograph = to_pil(pixels).resize((side, side), Image.Resampling.BICUBIC)
         photograph.save(place / f"{number}.jpg", quality=JPEG_QUALITY)
-    held_out = {"split": "train", "validation_split": None, "validation_images": 16, "validation_labels": None}
+    held_out = {"split": "train", "validation_split": None, "validation_images": 16}
     return {"path": str(folder), "resolution": side, "streaming": False, **held_out}
 
 
@@ -359,7 +359,6 @@ def settings_of(
     on_them = photographs(given, folder / "photographs", side or first.data.resolution, channels)
     batch = {"batch_size": options.batch_size} if options.batch_size else {}
     loss = replace(first.loss, lpips_weights=str(folder / "vgg16.safetensors"), adversarial_start_images=0)
-    loss = replace(loss, adversarial_ramp_images=0)
     first = replace(first, data=replace(first.data, **on_them), loss=loss, **batch)
     second = replace(second, data=replace(second.data, **on_them), autoencoder=str(folder / "first_stage"), **batch)
     return first, second

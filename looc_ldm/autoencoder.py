@@ -20,6 +20,9 @@ from looc_ldm.quantizer import LooCQuantizer
 from looc_ldm.scaling import check_channel_values
 from looc_ldm.tiling import decode_in_tiles, encode_in_tiles
 
+# Arguments of earlier versions, which configs that are stored still hold.
+WITHDRAWN = ("revive_first_batch_only", "contrastive_weight")
+
 
 @dataclass
 class LooCDecoderOutput(BaseOutput):
@@ -68,7 +71,7 @@ class LooCVQModel(VQModel, AttentionMixin):
         force_upcast (`bool`, defaults to False): Of `VQModel`, kept for its configs.
         codevector_dim (`int`, *optional*): d, channels of a codevector; `vq_embed_dim` if not given (m = 1).
         interpolation_factor, segment_layout, distance, commitment_weight, anchor, usage_decay, codebook_update,
-        gradient, revive_first_batch_only, contrastive_weight: See `LooCQuantizer`.
+        gradient: See `LooCQuantizer`.
         latents_mean (`list[float]`, *optional*): Mean of each of the n_q channels of the latents over the training set.
         latents_std (`list[float]`, *optional*): Their standard deviations. A diffusion model then works on
             (latents - latents_mean) / latents_std * scaling_factor; see `looc_ldm.scaling`.
@@ -136,8 +139,6 @@ class LooCVQModel(VQModel, AttentionMixin):
         usage_decay: float = 0.99,
         codebook_update: str = "ema",
         gradient: str = "rotation",
-        revive_first_batch_only: bool = False,
-        contrastive_weight: float = 0.0,
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
     ):
@@ -185,8 +186,6 @@ class LooCVQModel(VQModel, AttentionMixin):
             usage_decay=usage_decay,
             codebook_update=codebook_update,
             gradient=gradient,
-            revive_first_batch_only=revive_first_batch_only,
-            contrastive_weight=contrastive_weight,
         )
 
     @functools.wraps(VQModel.save_pretrained, assigned=())  # pipelines look at its arguments
@@ -219,6 +218,12 @@ class LooCVQModel(VQModel, AttentionMixin):
             # Of a VQModel: its codevectors must not count as unused.
             model.quantize.usage.fill_(1 / model.quantize.num_codevectors)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """As `ConfigMixin.extract_init_dict`, without arguments of earlier versions, which trained differently only."""
+        config_dict = {name: value for name, value in config_dict.items() if name not in WITHDRAWN}
+        return super().extract_init_dict(config_dict, **kwargs)
 
     @property
     def downsampling_factor(self) -> int:

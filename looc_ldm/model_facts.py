@@ -85,7 +85,6 @@ DATA_SETTINGS = {
     "split",
     "validation_split",
     "validation_images",
-    "validation_labels",
     "image_column",
     "label_column",
     "num_classes",

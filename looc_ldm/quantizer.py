@@ -11,7 +11,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from looc_ldm.anchors import ANCHORS, Anchors, better_anchors
-from looc_ldm.contrastive import contrastive_loss
 from looc_ldm.gradients import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, QuantizerLoss, Rotation, sum_by_code
 from looc_ldm.search import DISTANCES, nearest_codevectors
 
@@ -86,10 +85,6 @@ class LooCQuantizer(nn.Module):
             than 32 times longer pass it straight through, and all do at d = 1, where only a sign could turn.
             `"straight-through"`: nothing, as published; slower to learn on the three sets of small images that were
             tried (docs/quantizer_recipes.md, docs/tables.md).
-        revive_first_batch_only (`bool`, defaults to False): Revive with the first batch and never again, CVQ-VAE's
-            offline variant. The first is the one that meets a `usage` of zeros.
-        contrastive_weight (`float`, defaults to 0.0): Weight of CVQ-VAE's contrastive term; needs
-            `codebook_update="gradient"`. LooC does without.
         input_layout (`str`, defaults to `"BCHW"`): The axes of `z`: `"BCHW"` for feature maps, `"BCL"` or `"BLC"` for
             sequences, as convolutions or transformers have them. Interpolation is along H and W, or along L, and s**2
             and (H, W) in shapes become s and (L).
@@ -102,9 +97,8 @@ class LooCQuantizer(nn.Module):
             unless it is set to False by who watches losses or gradients. Elsewhere it never does.
 
     Raises:
-        ValueError: A size that is not positive, a `codevector_dim` that does not divide as said, an unknown name,
-            `codevector_dim=1` with `"cosine"` (only the sign would be left to compare), or a contrastive term without
-            gradient.
+        ValueError: A size that is not positive, a `codevector_dim` that does not divide as said, an unknown name, or
+            `codevector_dim=1` with `"cosine"` (only the sign would be left to compare).
 
     Example:
 
@@ -133,8 +127,6 @@ class LooCQuantizer(nn.Module):
         usage_decay: float = 0.99,
         codebook_update: str = "ema",
         gradient: str = "rotation",
-        revive_first_batch_only: bool = False,
-        contrastive_weight: float = 0.0,
         input_layout: str = "BCHW",
     ):
         super().__init__()
@@ -161,13 +153,8 @@ class LooCQuantizer(nn.Module):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
         if not 0 <= usage_decay < 1:
             raise ValueError(f"usage_decay must be in [0, 1), got {usage_decay!r}.")
-        for name, value in (("commitment_weight", commitment_weight), ("contrastive_weight", contrastive_weight)):
-            if not value >= 0:
-                raise ValueError(f"{name} must not be negative, got {value!r}.")
-        if contrastive_weight and codebook_update == "ema":
-            raise ValueError(
-                f'contrastive_weight={contrastive_weight!r} acts by gradient: it needs codebook_update="gradient".'
-            )
+        if not commitment_weight >= 0:
+            raise ValueError(f"commitment_weight must not be negative, got {commitment_weight!r}.")
         if codevector_dim == 1 and distance == "cosine":
             raise ValueError('codevector_dim=1 needs distance="euclidean": by cosine only the sign would count.')
         axes = len(input_layout) - 2
@@ -190,8 +177,6 @@ class LooCQuantizer(nn.Module):
         self.usage_decay = usage_decay
         self.codebook_update = codebook_update
         self.gradient = gradient
-        self.revive_first_batch_only = revive_first_batch_only
-        self.contrastive_weight = contrastive_weight
         self.input_layout = input_layout
 
         self.embedding = Codebook(num_codevectors, codevector_dim, dtype=torch.float32)
@@ -240,9 +225,9 @@ class LooCQuantizer(nn.Module):
 
         Returns:
             `tuple`: `quantized` in the shape and dtype of `z`; `loss`, a float32 scalar,
-            mean((z_q - sg z)^2) + beta * mean((sg z_q - z)^2) over the interpolated map (paper, equation 3), plus the
-            contrastive term in training; and `(perplexity, None, indices)`, where perplexity is exp of the entropy of
-            this batch's codes, between 1 and K, and indices are int64 `(B, H, W, C)`.
+            mean((z_q - sg z)^2) + beta * mean((sg z_q - z)^2) over the interpolated map (paper, equation 3); and
+            `(perplexity, None, indices)`, where perplexity is exp of the entropy of this batch's codes, between 1 and
+            K, and indices are int64 `(B, H, W, C)`.
 
         Raises:
             ValueError: `z` has another shape, or holds values that are not finite. Training on an accelerator does not
@@ -274,9 +259,6 @@ class LooCQuantizer(nn.Module):
                 difference = F.embedding(indices, self.codebook.detach()).sub_(flat)  # (N, d)
             if collecting:
                 self._collect(Collected(counts, nonfinite, self._offsets(difference, indices), anchors))
-            contrastive = 0.0
-            if self.training and self.contrastive_weight:
-                contrastive = self.contrastive_weight * contrastive_loss(flat, self.codebook, self.distance)
             if torch.is_grad_enabled():
                 quantized, loss = self._with_gradient(rows, codes, difference), self._loss(rows, difference, indices)
             else:
@@ -287,7 +269,7 @@ class LooCQuantizer(nn.Module):
                     quantized = torch.where(nonfinite, torch.nan, quantized)
             share = counts / indices.numel()
             perplexity = torch.exp(-torch.sum(share * torch.log(share + 1e-10)))
-        return self._like(quantized, z), loss + contrastive, (perplexity, None, codes)
+        return self._like(quantized, z), loss, (perplexity, None, codes)
 
     def encode_indices(self, z: torch.Tensor) -> torch.Tensor:
         """Codes of a feature map `(B, n_q, H, W)`, as int64 `(B, H, W, C)`.
@@ -347,7 +329,7 @@ class LooCQuantizer(nn.Module):
         Right after each forward, with `codebook_update="gradient"`, this is the published rule; once per optimizer step
         it also holds under gradient accumulation. Where `torch.distributed` runs, this is a collective: every rank must
         have run a training forward and call it, and all ranks end with the codebook that one process would have got
-        from all their features. (Drawn anchors agree in distribution; a contrastive term is each rank's own.)
+        from all their features. (Drawn anchors agree in distribution.)
 
         A module whose `revive` was never called revives by itself at its next training forward, which then is the
         collective. Call it once before the first step of a training that accumulates gradients. With CUDA graphs
@@ -383,7 +365,6 @@ class LooCQuantizer(nn.Module):
         # Without a question to the device: a step with values that are not finite changes nothing.
         rate = torch.where(nonfinite, 0.0, 1 - self.usage_decay)
         share = (counts / counts.sum()).to(self.usage.dtype)
-        first = self.usage.sum() == 0
         self.usage.lerp_(share, rate)
         codebook = self.embedding.weight
         if offsets is not None:
@@ -392,8 +373,6 @@ class LooCQuantizer(nn.Module):
             codebook = (codebook + of_step[:, None] * offsets).to(codebook.dtype)
         if anchors is not None:
             weight = torch.exp(-10 * self.num_codevectors * self.usage / (1 - self.usage_decay) - 1e-3)
-            if self.revive_first_batch_only:
-                weight = weight * first
             codebook = codebook.lerp(anchors.vector, weight[:, None])
         self.embedding.weight.copy_(torch.where(nonfinite, self.embedding.weight, codebook))
 

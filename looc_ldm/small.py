@@ -35,8 +35,7 @@ class LooCSmallVQModel(LooCVQModel):
         norm_type (`str`, defaults to `"group"`): Of `LooCVQModel`, kept for what reads its configs: nothing is
             normalized here, and `"spatial"` is refused.
         codevector_dim, interpolation_factor, segment_layout, distance, commitment_weight, anchor, usage_decay,
-        codebook_update, gradient, revive_first_batch_only, contrastive_weight, latents_mean, latents_std: As in
-            `LooCVQModel`.
+        codebook_update, gradient, latents_mean, latents_std: As in `LooCVQModel`.
 
     Raises:
         ValueError: `hidden_channels` is not even, a `norm_type` other than `"group"`, or sizes that do not fit
@@ -79,8 +78,6 @@ class LooCSmallVQModel(LooCVQModel):
         usage_decay: float = 0.99,
         codebook_update: str = "ema",
         gradient: str = "rotation",
-        revive_first_batch_only: bool = False,
-        contrastive_weight: float = 0.0,
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
     ):
@@ -107,8 +104,6 @@ class LooCSmallVQModel(LooCVQModel):
             usage_decay=usage_decay,
             codebook_update=codebook_update,
             gradient=gradient,
-            revive_first_batch_only=revive_first_batch_only,
-            contrastive_weight=contrastive_weight,
         )
         self.post_quant_conv = nn.Identity()
         self.decoder = _Decoder(vq_embed_dim, hidden_channels, residual_channels, layers_per_block, out_channels)

@@ -5,6 +5,7 @@ import inspect
 import json
 
 import accelerate
+import diffusers
 import pytest
 import torch
 import torch.nn as nn
@@ -13,6 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.training_utils import EMAModel
 
 from looc_ldm import LooCVQModel
+from looc_ldm.fingerprint import model_fingerprint
 from looc_ldm.scaling import scale_latents, unscale_latents
 
 TINY = {
@@ -114,6 +116,20 @@ def test_a_config_gives_the_same_model():
 
 
 # Outputs
+
+
+def test_a_stored_config_with_withdrawn_arguments_loads_without_a_warning(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(diffusers.configuration_utils.logger, "warning", warnings.append)
+    tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "contrastive_weight": 0.0, "revive_first_batch_only": False}))
+    model = LooCVQModel.from_pretrained(tmp_path)
+    assert not warnings
+    model.save_pretrained(tmp_path)
+    assert json.loads(file.read_text()).keys() == config.keys() | {"_name_or_path"}
+    assert model_fingerprint(model) == model_fingerprint(tiny_model())
 
 
 def test_a_model_gives_the_same_twice_and_after_a_copy():

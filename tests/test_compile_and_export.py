@@ -57,7 +57,7 @@ TRAININGS = {
         {"codebook_update": "ema", "anchor": "probrandom", "segment_layout": "patch"},
         False,
     ),
-    "gradient, contrast, nobody revives": ({"codebook_update": "gradient", "contrastive_weight": 0.1}, False),
+    "gradient, nobody revives": ({"codebook_update": "gradient"}, False),
     "gradient, drawn, its owner revives": (
         {"codebook_update": "gradient", "anchor": "probrandom", "distance": "euclidean"},
         True,

@@ -1,7 +1,5 @@
 """Revival of codevectors (the CVQ-VAE update): what moves, by how much, and when."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn as nn
@@ -281,76 +279,6 @@ def test_what_a_skipped_step_collected_can_be_discarded():
     quantizer.revive()
     for name, tensor in quantizer.state_dict().items():
         assert torch.equal(tensor, before[name])
-
-
-def moved_by(quantizer: LooCQuantizer, *batches: torch.Tensor) -> torch.Tensor:
-    """(K,): which codevectors one step, of several forwards, moves although none of them chose these."""
-    before, chosen = codebook_of(quantizer), torch.zeros(32, dtype=torch.bool)
-    for z in batches:
-        chosen[quantizer(z)[2][2].unique()] = True
-    quantizer.revive()
-    return (codebook_of(quantizer) != before).any(1) & ~chosen
-
-
-@pytest.mark.parametrize("codebook_update", ["ema", "gradient"])
-@pytest.mark.parametrize("first_batch_only", [False, True])
-def test_revival_with_the_first_batch_only_is_over_after_the_first_step(first_batch_only, codebook_update):
-    quantizer = small_quantizer(revive_first_batch_only=first_batch_only, codebook_update=codebook_update)
-    quantizer.revive()
-    first, second = torch.randn(2, 1, 8, 3, 3)
-    step_of_two = copy.deepcopy(quantizer)
-    assert moved_by(quantizer, first).sum() > 5
-    assert moved_by(quantizer, 3 * second).any() != first_batch_only
-    assert quantizer.usage.sum() == pytest.approx(1 - 0.99**2)
-    moved_by(step_of_two, first, second)  # the second forward of the first step still offers anchors
-    at_once = small_quantizer(revive_first_batch_only=first_batch_only, codebook_update=codebook_update)
-    moved_by(at_once, torch.cat([first, second]))
-    torch.testing.assert_close(step_of_two.codebook, at_once.codebook)
-
-
-def load(quantizer: LooCQuantizer, state: dict) -> None:
-    quantizer.load_state_dict(state)
-
-
-def assign(quantizer: LooCQuantizer, state: dict) -> None:
-    """As `from_pretrained` does."""
-    with torch.device("meta"):
-        empty = LooCQuantizer(8, 32, 4, interpolation_factor=1)
-    empty.load_state_dict(state, assign=True)
-    quantizer.embedding.weight, quantizer.usage = empty.embedding.weight, empty.usage
-
-
-def copy_in_place(quantizer: LooCQuantizer, state: dict) -> None:
-    with torch.no_grad():
-        quantizer.embedding.weight.copy_(state["embedding.weight"])
-        quantizer.usage.copy_(state["usage"])
-
-
-@pytest.mark.parametrize("restore", [load, assign, copy_in_place])
-def test_a_restored_codebook_has_had_its_first_batch(restore):
-    trained = small_quantizer(revive_first_batch_only=True)
-    moved_by(trained, torch.randn(1, 8, 3, 3))
-    for state, again in ((trained.state_dict(), False), (small_quantizer().state_dict(), True)):
-        resumed = small_quantizer(revive_first_batch_only=True)
-        restore(resumed, {name: tensor.clone() for name, tensor in state.items()})
-        assert moved_by(resumed, 3 * torch.randn(1, 8, 3, 3)).any() == again
-
-
-def test_loading_the_state_of_a_codebook_before_its_first_batch_gives_it_a_first_batch_again():
-    quantizer = small_quantizer(revive_first_batch_only=True)
-    untrained = copy.deepcopy(quantizer.state_dict())
-    moved_by(quantizer, torch.randn(1, 8, 3, 3))
-    quantizer.load_state_dict(untrained)
-    assert moved_by(quantizer, torch.randn(1, 8, 3, 3)).any()
-
-
-def test_a_first_batch_that_was_not_finite_is_not_the_first():
-    torch.compiler.reset()
-    quantizer = small_quantizer(revive_first_batch_only=True)
-    quantizer.revive()
-    torch.compile(quantizer, backend="eager")(torch.full((1, 8, 3, 3), torch.nan))  # told later
-    quantizer.revive()
-    assert moved_by(quantizer, torch.randn(1, 8, 3, 3)).any()
 
 
 def test_a_bad_step_of_a_large_codebook_is_told_later_as_well():

@@ -41,10 +41,8 @@ from looc_ldm.training.latent_fingerprint import run_fingerprint
 from looc_ldm.training.latents import SCALING_IMAGES, latent_side, measure_scaling_factor
 from looc_ldm.training.log import data_line, show_log_lines
 from looc_ldm.training.losses import (
-    LeCam,
     PatchDiscriminator,
     adaptive_adversarial_weight,
-    adversarial_weight_at,
     hinge_discriminator_loss,
     load_lpips,
 )
@@ -78,12 +76,11 @@ def train(config: AutoencoderConfig) -> Path:
     images, validation = load_image_sets(config.data, model.config.in_channels)
     terms = config.loss
     lpips = load_lpips(terms.lpips_network, terms.lpips_weights) if terms.lpips_weight else None
-    discriminator = lecam = None
+    discriminator = None
     if terms.adversarial_weight:
         discriminator = PatchDiscriminator(
             model.config.out_channels, terms.discriminator_channels, terms.discriminator_layers
         )
-        lecam = LeCam() if terms.lecam_weight else None
 
     # 2. Devices, processes, precision; the newest checkpoint
     run = Run(config, result="model")
@@ -113,9 +110,6 @@ def train(config: AutoencoderConfig) -> Path:
     if discriminator is not None:
         discriminator_optimizer = adamw(discriminator, config.optimizer)
         discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
-    if lecam is not None:
-        lecam = lecam.to(accelerator.device)
-        accelerator.register_for_checkpointing(lecam)
     run.resume(partial(run_fingerprint, images))
     run.say(data_line(images, validation, images.classes, live))
     live.quantize.revive()  # tells the quantizer that we call it, once per optimizer step
@@ -175,7 +169,7 @@ def train(config: AutoencoderConfig) -> Path:
                     critic = accelerator.unwrap_model(discriminator).requires_grad_(False)
                     generator_loss = -critic(reconstruction).float().mean()
                     critic.requires_grad_(True)
-                    weight = torch.tensor(adversarial_weight_at(terms, run.images_seen), device=accelerator.device)
+                    weight = terms.adversarial_weight
                     if terms.adaptive_weight:
                         weight = weight * adaptive_adversarial_weight(
                             reconstruction_loss,
@@ -206,10 +200,6 @@ def train(config: AutoencoderConfig) -> Path:
                     real, fake = logits.chunk(2)
                     discriminator_loss = hinge_discriminator_loss(real, fake)
                     run.record(loss_discriminator=discriminator_loss)
-                    if lecam is not None:
-                        regularization = lecam(real, fake)
-                        discriminator_loss = discriminator_loss + terms.lecam_weight * regularization
-                        run.record(loss_lecam=regularization)
                     accelerator.backward(discriminator_loss)
                     steady = True
                     if accelerator.sync_gradients:
@@ -220,11 +210,6 @@ def train(config: AutoencoderConfig) -> Path:
                     if steady:
                         discriminator_optimizer.step()
                     discriminator_optimizer.zero_grad()
-                    if lecam is not None and accelerator.sync_gradients:
-                        if steady:
-                            lecam.update(accelerator)  # a collective
-                        else:
-                            lecam.discard()
             if not accelerator.sync_gradients:
                 continue
 

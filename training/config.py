@@ -28,16 +28,12 @@ class DataConfig:
     """Where the images come from and how they are brought to one size.
 
     Args:
-        path: A bundled set (`fashion_mnist`), a folder of images (one sub-folder a class, or none; ImageNet as it is
-            distributed), of parquet files, of WebDataset shards (.tar) or of LSUN's LMDBs, or the id of a data set on
-            the hub.
+        path: A bundled set (`fashion_mnist`), a folder of images (one sub-folder per class, or none), of parquet files,
+            of WebDataset shards (.tar) or of LSUN's LMDBs, or the id of a data set on the hub.
         split: The split to train on. Sub-folders named train, val, validation or test are splits; a folder without
             them is all `train`.
         validation_split: The split to measure on; if not given, `validation_images` of the training split are held out.
         validation_images: Images measured during and after training.
-        validation_labels: File with the classes of a flat folder of validation images, as ImageNet is distributed:
-            `LOC_val_solution.csv`, lines of file name and class (folder name or number), or the development kit's
-            `ILSVRC2012_validation_ground_truth.txt` with `meta.mat` beside it.
         image_column: The column that holds the image.
         label_column: The column that holds the class; if the data has none, there are no classes.
         num_classes: Number of classes where the label column holds numbers without names.
@@ -60,7 +56,6 @@ class DataConfig:
     split: str = "train"
     validation_split: str | None = None
     validation_images: int = 1000
-    validation_labels: str | None = None
     image_column: str = "image"
     label_column: str = "label"
     num_classes: int | None = None
@@ -192,7 +187,15 @@ RESUMABLE = {
     "latents",  # which are compared with the autoencoder and the data
 }
 # Settings that say where something lies, which may have moved since.
-MOVABLE = {"data.path", "data.validation_labels", "autoencoder", "loss.lpips_weights"}
+MOVABLE = {"data.path", "autoencoder", "loss.lpips_weights"}
+# Settings of earlier versions that stored configs hold, with the value that is now the only one.
+WITHDRAWN = {
+    "data.validation_labels": None,
+    "loss.adversarial_ramp_images": 0,
+    "loss.lecam_weight": 0.0,
+    "model.contrastive_weight": 0.0,
+    "model.revive_first_batch_only": False,
+}
 
 
 @dataclass
@@ -209,11 +212,8 @@ class LossConfig:
             given, torchvision downloads them.
         adversarial_weight: Weight of the PatchGAN term; 0 leaves it out.
         adversarial_start_images: Images seen before the PatchGAN counts; it is not trained before that.
-        adversarial_ramp_images: Images over which its weight then rises from 0; it is trained in full meanwhile.
         adaptive_weight: Scale the PatchGAN term so that its gradient at the last layer is as large as the
             reconstruction's.
-        lecam_weight: Weight of the LeCam regularization of the PatchGAN, which holds its logits near moving averages of
-            those of the other kind; for little data. 0 leaves it out.
         discriminator_channels: Channels of the PatchGAN's first layer.
         discriminator_layers: Its strided layers; 3 see patches of 70x70 pixels.
     """
@@ -226,9 +226,7 @@ class LossConfig:
     lpips_weights: str | None = None
     adversarial_weight: float = 0.0
     adversarial_start_images: int = 0
-    adversarial_ramp_images: int = 0
     adaptive_weight: bool = True
-    lecam_weight: float = 0.0
     discriminator_channels: int = 64
     discriminator_layers: int = 3
 
@@ -386,10 +384,9 @@ def check_config(config: T) -> T:
             f"batch_size={config.batch_size} must be a multiple of "
             f"gradient_accumulation_steps={config.gradient_accumulation_steps}."
         )
-    if isinstance(config, AutoencoderConfig):
-        for name in ("adversarial_start_images", "adversarial_ramp_images", "lecam_weight"):
-            if getattr(config.loss, name) < 0:
-                raise ConfigError(f"loss.{name} must not be negative, got {getattr(config.loss, name)}.")
+    if isinstance(config, AutoencoderConfig) and config.loss.adversarial_start_images < 0:
+        start = config.loss.adversarial_start_images
+        raise ConfigError(f"loss.adversarial_start_images must not be negative, got {start}.")
     if isinstance(config, DiffusionConfig):
         if not config.min_snr_gamma > 0:
             raise ConfigError(f"min_snr_gamma must be above 0, got {config.min_snr_gamma}.")
@@ -446,6 +443,29 @@ def construct(cls, arguments: dict[str, Any], what: str):
         raise ConfigError(f"{what}: {' '.join(str(error).split())}") from error
 
 
+def read_settings(file: Path) -> dict:
+    """Read a config file, without withdrawn settings.
+
+    Raises:
+        ConfigError: It is not a YAML mapping, or a withdrawn setting has another value than the one that remains.
+    """
+    try:
+        settings = yaml.safe_load(file.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the config {str(file)!r}: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"the config {str(file)!r} is not a YAML mapping of settings.")
+    for name, only in WITHDRAWN.items():
+        section, key = name.split(".")
+        if isinstance(settings.get(section), dict) and key in settings[section]:
+            value = settings[section].pop(key)
+            if value != only:
+                raise ConfigError(
+                    f"{file}: {name}={value!r} was withdrawn; only {only!r} is left, which is the default."
+                )
+    return settings
+
+
 def find_config_file(name: str) -> Path:
     """The file of a bundled config or of a path. Raises ConfigError where there is none."""
     if Path(name).is_file():
@@ -474,13 +494,14 @@ def _with_underscores(arguments: list[str]) -> list[str]:
 
 
 def _with_config_files(arguments: list[str]) -> list[str]:
-    """Replace names of bundled configs by their files."""
+    """Replace names of configs and of their files by what is in them."""
     resolved, after_flag = [], False
     for argument in arguments:
         if after_flag:
-            argument = str(find_config_file(argument))
+            argument = yaml.safe_dump(read_settings(find_config_file(argument)))
         elif argument.startswith("--config="):
-            argument = f"--config={find_config_file(argument.removeprefix('--config='))}"
+            file = find_config_file(argument.removeprefix("--config="))
+            argument = f"--config={yaml.safe_dump(read_settings(file))}"
         after_flag = argument == "--config"
         resolved.append(argument)
     return resolved

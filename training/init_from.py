@@ -27,8 +27,6 @@ LEARNING = {
     "usage_decay",
     "codebook_update",
     "gradient",
-    "revive_first_batch_only",
-    "contrastive_weight",
 }
 # Of a UNet, what follows from the data.
 OF_DATA = {"sample_size", "in_channels", "out_channels", "num_class_embeds", "cross_attention_dim"}

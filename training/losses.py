@@ -12,14 +12,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from accelerate import Accelerator
 
 from looc_ldm.errors import ConfigError
 from looc_ldm.metrics import lpips as metrics_lpips
 from looc_ldm.metrics.lpips import LPIPS
-from looc_ldm.training.config import LossConfig
-
-LECAM_DECAY = 0.99  # of its moving averages, as its authors'
 
 
 class PatchDiscriminator(nn.Module):
@@ -61,59 +57,6 @@ class PatchDiscriminator(nn.Module):
 def hinge_discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     """(mean relu(1 - D(x)) + mean relu(1 + D(x'))) / 2, a scalar."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-
-
-class LeCam(nn.Module):
-    """LeCam regularization of a discriminator: mean(relu(D(x) - a_fake)^2) + mean(relu(a_real - D(x'))^2).
-
-    Tseng et al. 2021, "Regularizing Generative Adversarial Networks under Limited Data"; the paper has the squares
-    without relu, its authors' code and experiments are this. a_real and a_fake are moving averages of the mean logits
-    of the steps before, free of the bias of a start at 0; in the first step there are none, and nothing is regularized.
-    Forward passes only collect, so that accumulated ones are the same as one of the whole batch.
-
-    Args:
-        decay (`float`): Of the averages.
-
-    Attributes:
-        totals (`torch.Tensor` of shape `(2,)`), weight (`torch.Tensor` of shape `()`): a_real and a_fake are
-            `totals / weight`. Buffers: saved and loaded with the module.
-    """
-
-    def __init__(self, decay: float = LECAM_DECAY):
-        super().__init__()
-        self.decay = decay
-        self.register_buffer("totals", torch.zeros(2))
-        self.register_buffer("weight", torch.zeros(()))
-        self._collected: list[torch.Tensor] = []  # mean logits of each pass since the last step, (2,)
-
-    def forward(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-        """The regularization of logits of any shape, a float32 scalar."""
-        real, fake = real.float(), fake.float()
-        self._collected.append(torch.stack([real.detach().mean(), fake.detach().mean()]))
-        of_real, of_fake = self.totals / self.weight.clamp_min(torch.finfo(torch.float32).tiny)
-        regularization = F.relu(real - of_fake).square().mean() + F.relu(of_real - fake).square().mean()
-        return regularization * (self.weight > 0)
-
-    @torch.no_grad()
-    def update(self, accelerator: Accelerator) -> None:
-        """After an optimizer step: take what was collected into the averages, of all processes. A collective."""
-        means = accelerator.reduce(torch.stack(self._collected).mean(0), reduction="mean")
-        self.totals.lerp_(means, 1 - self.decay)
-        self.weight.lerp_(torch.ones_like(self.weight), 1 - self.decay)
-        self.discard()
-
-    def discard(self) -> None:
-        """Forget what was collected: for a step that is skipped."""
-        self._collected = []
-
-
-def adversarial_weight_at(loss: LossConfig, images_seen: int) -> float:
-    """Weight of the PatchGAN term in the step that starts after `images_seen` images: 0, then a ramp, then in full."""
-    since_start = images_seen - loss.adversarial_start_images
-    if since_start < 0:
-        return 0.0
-    risen = min(1.0, since_start / loss.adversarial_ramp_images) if loss.adversarial_ramp_images else 1.0
-    return loss.adversarial_weight * risen
 
 
 def adaptive_adversarial_weight(

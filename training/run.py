@@ -30,7 +30,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
 from torch.utils.data import DataLoader
@@ -43,7 +42,7 @@ from looc_ldm.metrics.shares import on_main
 from looc_ldm.training import log as logs
 from looc_ldm.training import trackers
 from looc_ldm.training.checkpoints import Checkpoints, checkpoints_in, passes
-from looc_ldm.training.config import OptimizerConfig, RunConfig, config_text, differences, moves, to_dict
+from looc_ldm.training.config import OptimizerConfig, RunConfig, config_text, differences, moves, read_settings, to_dict
 from looc_ldm.training.log import Means, means_of
 from looc_ldm.training.optimization import learning_rate_at, resolve_precision
 from looc_ldm.training.pushing import Pusher
@@ -488,7 +487,7 @@ class Run:
     def _old_settings(self) -> dict:
         """What the run in this folder was started with; nothing if there is none."""
         file = self.folder / "config.yaml"
-        return yaml.safe_load(file.read_text()) if file.is_file() else {}
+        return read_settings(file) if file.is_file() else {}
 
     def _warn_of_changes(self) -> None:
         old = self._old_settings()

@@ -167,13 +167,11 @@ def open_sources(config: DataConfig, wanted: Collection[str] | None = None) -> d
             )
     if config.num_classes is not None and not any(source.classes for source in splits.values()):
         raise DataError(f"data.num_classes={config.num_classes}: {config.path} has no labels.")
-    if config.validation_labels is not None and not isinstance(splits.get("validation"), FileSource):
-        raise DataError(f"data.validation_labels goes with folders of images; {config.path} is something else.")
     return splits
 
 
 def _open_sources(config: DataConfig, wanted: Collection[str] | None) -> dict[str, Source]:
-    from looc_ldm.training import imagenet, lsun  # these need this module
+    from looc_ldm.training import lsun  # these need this module
     from looc_ldm.training.tables import open_tables
 
     folder = folder_of(config)
@@ -198,10 +196,7 @@ def _open_sources(config: DataConfig, wanted: Collection[str] | None) -> dict[st
     lmdbs = lsun.find_lmdbs(folder)
     if lmdbs is not None:
         return {split: lsun.LmdbSource(lmdb) for split, lmdb in lmdbs.items()}
-    splits = _image_folder(folder, split_folders, config)
-    if config.validation_labels is not None:
-        splits["validation"] = imagenet.labelled_validation(splits, Path(config.validation_labels))
-    return splits
+    return _image_folder(folder, split_folders, config)
 
 
 def folder_of(config: DataConfig) -> Path | None:

@@ -22,22 +22,19 @@ class StochasticQuantizer(Quantizer):
     Args:
         vq_embed_dim (`int`): n_q, the channels of a feature vector and of a codevector.
         num_codevectors (`int`): K.
-        initial_log_variance (`float`, defaults to 0.0): log s^2 at the start. Where it is much larger than the
-            features, all codes are drawn alike and nothing is learned from them. The authors start at log 10 or log 20,
-            of features that batch norm has scaled, and add 1 to s^2.
         annealing (`float`, defaults to 1e-5): Of the temperature, a step; the authors' value, for trainings of some
             200,000 steps. In a shorter one the temperature ends where it does there if this is 2 / steps.
     """
 
-    def __init__(
-        self, vq_embed_dim: int, num_codevectors: int, initial_log_variance: float = 0.0, annealing: float = 1e-5
-    ):
+    def __init__(self, vq_embed_dim: int, num_codevectors: int, annealing: float = 1e-5):
         super().__init__(vq_embed_dim, (num_codevectors,), (0,))
         if annealing < 0:
             raise ValueError(f"annealing must not be negative, got {annealing}.")
         self.annealing = annealing
         self.embedding = nn.Embedding(num_codevectors, vq_embed_dim)
-        self.log_variance = nn.Parameter(torch.tensor(float(initial_log_variance)))
+        # s^2 = 1. The authors start at 11 or 21, for features that batch norm has scaled; where s^2 is much larger than
+        # the features, all codes are drawn alike and nothing is learned from them.
+        self.log_variance = nn.Parameter(torch.zeros(()))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     @property

@@ -169,7 +169,7 @@ def test_wrong_shapes_are_refused(quantizer):
 
 def test_stochastic_codes_are_drawn_by_distance_and_become_certain():
     torch.manual_seed(0)
-    quantizer = StochasticQuantizer(2, 2, initial_log_variance=0.0)
+    quantizer = StochasticQuantizer(2, 2)
     quantizer.embedding.weight.data = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     z = torch.tensor([0.2, 0.0]).view(1, 2, 1, 1).expand(4000, -1, -1, -1)
     quantizer.steps += 2_000_000  # at a low temperature a draw is one codevector

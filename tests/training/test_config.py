@@ -113,6 +113,28 @@ def test_an_unknown_config_name_is_answered_with_the_bundled_ones():
     assert "fashion_mnist/autoencoder" in message
 
 
+WITHDRAWN = "{data: {resolution: 64, validation_labels: null}, loss: {lecam_weight: 0.0, adversarial_ramp_images: 0}}"
+
+
+def test_a_stored_config_with_withdrawn_settings_at_their_defaults_is_read_without_them(write_config):
+    config = parse("--config", write_config(WITHDRAWN))
+    assert config == AutoencoderConfig(data=DataConfig(resolution=64))
+    stored = write_config("{model: {in_channels: 1, contrastive_weight: 0.0, revive_first_batch_only: false}}")
+    assert parse(f"--config={stored}").model == {"in_channels": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (WITHDRAWN.replace("0.0", "0.1"), "loss.lecam_weight=0.1 was withdrawn"),
+        (WITHDRAWN.replace("null", "x.csv"), "data.validation_labels='x.csv' was withdrawn"),
+        ("{model: {contrastive_weight: 1}}", "model.contrastive_weight=1 was withdrawn"),
+    ],
+)
+def test_a_withdrawn_setting_with_another_value_is_refused(write_config, text, message):
+    assert message in error_of("--config", write_config(text))
+
+
 @pytest.mark.parametrize("text", ["a: [\n", "- 1\n"])
 def test_a_file_that_is_not_a_config_is_one_line(write_config, text):
     error_of("--config", write_config(text))

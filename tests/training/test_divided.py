@@ -74,7 +74,7 @@ def runs(autoencoder_config, diffusion_config, tmp_path_factory) -> Path:
         shutil.copytree(folder / "started", place / "revival")
         first = {
             "plain": settings(autoencoder_config, place / "plain"),
-            "gan": settings(autoencoder_config, place / "gan", loss={**GAN, "lecam_weight": 0.1}),
+            "gan": settings(autoencoder_config, place / "gan", loss=GAN),
             "revival": replace(started, output_dir=str(place / "revival"), total_images=6 * BATCH),
         }
         second = diffusion_config(place / "second", total_images=STEPS * BATCH, class_conditional=True)
