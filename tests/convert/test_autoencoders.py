@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import originals
 from looc_ldm import LooCVQModel
 from looc_ldm.convert import Settings, convert_autoencoder, kind_of, settings_of
 from looc_ldm.errors import ModelError, UserError
@@ -31,9 +32,9 @@ def assert_same(model, theirs, channels: int = 3, size: int = 16) -> None:
 
 @pytest.mark.parametrize("distance", ["cosine", "euclidean"])
 @pytest.mark.parametrize("scale", [1, 2, 3])
-def test_loocs_small_model(theirs, scale, distance):
-    quantizer = theirs.Codebook(32, 4, usage=True, distance="cos" if distance == "cosine" else "l2", scale=scale)
-    small = theirs.make(theirs.SmallVQVAE, 3, 16, 8, 2, 16, quantizer)
+def test_loocs_small_model(scale, distance):
+    quantizer = originals.Codebook(32, 4, usage=True, distance="cos" if distance == "cosine" else "l2", scale=scale)
+    small = originals.small_vqvae(quantizer)
     state = small.state_dict()
     assert kind_of(state) == "looc"
     settings = Settings(resolution=32, distance=distance, interpolation_factor=scale)
@@ -43,17 +44,17 @@ def test_loocs_small_model(theirs, scale, distance):
     assert torch.equal(model.quantize.usage, quantizer.embed_prob)
 
 
-def test_cvqs_small_model(theirs):
-    quantizer = theirs.Codebook(32, 8, usage=True, distance="cos")
-    small = theirs.make(theirs.SmallVQVAE, 1, 16, 8, 3, 8, quantizer)
+def test_cvqs_small_model():
+    quantizer = originals.Codebook(32, 8, usage=True, distance="cos")
+    small = originals.small_vqvae(quantizer, channels=1, layers=3, latent=8)
     assert kind_of(small.state_dict()) == "cvq"
     model, _ = convert_autoencoder(small.state_dict(), "cvq", Settings(resolution=28, distance="cosine"))
     assert model.config.layers_per_block == 3
     assert_same(model, small, channels=1)
 
 
-def test_the_small_model_with_the_plain_quantizer_of_the_baselines(theirs):
-    small = theirs.make(theirs.SmallVQVAE, 3, 16, 8, 2, 16, theirs.Codebook(32, 16, usage=False))
+def test_the_small_model_with_the_plain_quantizer_of_the_baselines():
+    small = originals.small_vqvae(originals.Codebook(32, 16, usage=False))
     with pytest.raises(ModelError, match="--kind looc or --kind cvq"):
         kind_of(small.state_dict())
     model, _ = convert_autoencoder(small.state_dict(), "looc", Settings(resolution=32))
@@ -64,11 +65,11 @@ def test_the_small_model_with_the_plain_quantizer_of_the_baselines(theirs):
 @pytest.mark.parametrize(
     ("channels", "latent", "parameters"), [(1, 128, 740_609), (3, 128, 744_707), (1, 64, 658_625), (3, 64, 662_723)]
 )
-def test_the_small_model_has_the_papers_numbers_of_parameters(theirs, channels, latent, parameters):
+def test_the_small_model_has_the_papers_numbers_of_parameters(channels, latent, parameters):
     model = LooCSmallVQModel(channels, channels, vq_embed_dim=latent)
     codebook = model.quantize.embedding.weight.numel()
     assert sum(p.numel() for p in model.parameters()) - codebook == parameters
-    small = theirs.SmallVQVAE(channels, 128, 32, 2, latent, theirs.Codebook(256, latent, usage=True))
+    small = originals.SmallVQVAE(channels, 128, 32, 2, latent, originals.Codebook(256, latent, usage=True))
     assert sum(p.numel() for p in small.parameters()) - codebook == parameters
 
 
@@ -121,8 +122,8 @@ def test_the_small_model_refuses_what_it_cannot_be(arguments, message):
 
 @pytest.mark.parametrize("attention", [(False, True), (True, False), (False, False)])
 @pytest.mark.parametrize("mid_attention", [True, False])
-def test_tamings_vqgan(theirs, attention, mid_attention):
-    vqgan = theirs.make(theirs.VQGAN, 32, (1, 2), 1, attention, 8, 4, theirs.Codebook(64, 4, False), mid_attention)
+def test_tamings_vqgan(attention, mid_attention):
+    vqgan = originals.vqgan(attention=attention, mid_attention=mid_attention)
     assert kind_of(vqgan.state_dict()) == "vqgan"
     model, updates = convert_autoencoder(vqgan.state_dict(), "vqgan", Settings(resolution=256))
     assert_same(model, vqgan)
@@ -134,17 +135,17 @@ def test_tamings_vqgan(theirs, attention, mid_attention):
 
 
 @pytest.mark.parametrize(("scale", "channels"), [(1, 4), (1, 2), (2, 4), (2, 8)])
-def test_a_vqgan_with_loocs_or_cvqs_quantizer(theirs, scale, channels):
-    quantizer = theirs.Codebook(64, channels, usage=True, distance="cos", scale=scale)
-    vqgan = theirs.make(theirs.VQGAN, 32, (1, 2), 2, (False, True), 8, 4, quantizer)
+def test_a_vqgan_with_loocs_or_cvqs_quantizer(scale, channels):
+    quantizer = originals.Codebook(64, channels, usage=True, distance="cos", scale=scale)
+    vqgan = originals.vqgan(quantizer, layers=2)
     settings = Settings(resolution=256, distance="cosine", interpolation_factor=scale)
     model, _ = convert_autoencoder(vqgan.state_dict(), "vqgan", settings)
     assert_same(model, vqgan)
     assert torch.equal(model.quantize.usage, quantizer.embed_prob)
 
 
-def test_loss_networks_are_left_out_and_averages_are_preferred(theirs):
-    vqgan = theirs.make(theirs.VQGAN, 32, (1, 2), 1, (False, True), 8, 4, theirs.Codebook(64, 4, False))
+def test_loss_networks_are_left_out_and_averages_are_preferred():
+    vqgan = originals.vqgan()
     live = {**vqgan.state_dict(), "loss.discriminator.main.0.weight": torch.ones(3)}
     averages = {f"model_ema.{key.replace('.', '')}": value * 1.01 + 0.01 for key, value in live.items()}
     state = {**live, **averages, "model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(7)}
@@ -157,8 +158,8 @@ def test_loss_networks_are_left_out_and_averages_are_preferred(theirs):
     assert_same(model, vqgan)
 
 
-def test_the_vqgan_inside_a_taming_transformer(theirs):
-    vqgan = theirs.make(theirs.VQGAN, 32, (1, 2), 1, (False, True), 8, 4, theirs.Codebook(64, 4, False))
+def test_the_vqgan_inside_a_taming_transformer():
+    vqgan = originals.vqgan()
     state = {f"first_stage_model.{key}": value for key, value in vqgan.state_dict().items()}
     state["transformer.tok_emb.weight"] = torch.ones(2)
     assert kind_of(state) == "vqgan"
@@ -168,11 +169,11 @@ def test_the_vqgan_inside_a_taming_transformer(theirs):
         convert_autoencoder({**state, "head.weight": torch.ones(1)}, "vqgan", Settings(resolution=256))
 
 
-def test_the_published_vqgans_fit_by_name_and_size(theirs):
+def test_the_published_vqgans_fit_by_name_and_size():
     """Of taming's configs/imagenet_vqgan.yaml and LDM's models/first_stage_models/vq-f8."""
     with torch.device("meta"):
-        f16 = theirs.VQGAN(128, (1, 1, 2, 2, 4), 2, (0, 0, 0, 0, 1), 256, 256, theirs.Codebook(1024, 256, False))
-        f8 = theirs.VQGAN(128, (1, 2, 2, 4), 2, (0, 0, 0, 1), 4, 4, theirs.Codebook(16384, 4, False))
+        f16 = originals.VQGAN(128, (1, 1, 2, 2, 4), 2, (0, 0, 0, 0, 1), 256, 256, originals.Codebook(1024, 256, False))
+        f8 = originals.VQGAN(128, (1, 2, 2, 4), 2, (0, 0, 0, 1), 4, 4, originals.Codebook(16384, 4, False))
     model, _ = convert_autoencoder(f16.state_dict(), "vqgan", Settings(resolution=256))
     assert sum(p.numel() for p in model.parameters()) == 72_141_699
     assert model.bits_per_image(256, 256) == 16 * 16 * 10
@@ -184,9 +185,8 @@ def test_the_published_vqgans_fit_by_name_and_size(theirs):
 
 
 @pytest.fixture
-def small(theirs) -> dict:
-    quantizer = theirs.Codebook(32, 4, usage=True, distance="cos")
-    return theirs.make(theirs.SmallVQVAE, 3, 16, 8, 2, 16, quantizer).state_dict()
+def small() -> dict:
+    return originals.small_vqvae().state_dict()
 
 
 def test_missing_surplus_and_mis_shaped_weights_are_named_and_counted(small):
@@ -217,8 +217,8 @@ def test_what_weights_do_not_show_is_asked_for_at_once(small):
         ({"encoder.conv_out.weight": None}, r"not complete: missing encoder\.conv_out\.weight\."),
     ],
 )
-def test_autoencoders_of_other_kinds_are_refused(theirs, change, message):
-    vqgan = theirs.make(theirs.VQGAN, 32, (1, 2), 1, (False, True), 8, 4, theirs.Codebook(64, 4, False))
+def test_autoencoders_of_other_kinds_are_refused(change, message):
+    vqgan = originals.vqgan()
     state = {key: value for key, value in {**vqgan.state_dict(), **change}.items() if value is not None}
     with pytest.raises(ModelError, match=message):
         convert_autoencoder(state, "vqgan", Settings(resolution=256))
@@ -241,9 +241,9 @@ LOOC_CONFIG = {
 }
 
 
-def test_loocs_config_says_what_the_weights_do_not_show(theirs):
-    quantizer = theirs.Codebook(32, 4, usage=True, distance="l2")
-    small = theirs.make(theirs.SmallVQVAE, 3, 16, 8, 2, 16, quantizer)
+def test_loocs_config_says_what_the_weights_do_not_show():
+    quantizer = originals.Codebook(32, 4, usage=True, distance="l2")
+    small = originals.small_vqvae(quantizer)
     model, _ = convert_autoencoder(small.state_dict(), "looc", settings_of(LOOC_CONFIG, "looc"))
     assert_same(model, small)
     config = model.config
@@ -271,8 +271,8 @@ def test_a_config_that_cannot_be_followed_is_refused(small, change, message):
         convert_autoencoder(small, "looc", settings_of({**LOOC_CONFIG, **change}, "looc"))
 
 
-def test_tamings_config_gives_the_resolution_and_is_compared(theirs):
-    vqgan = theirs.make(theirs.VQGAN, 32, (1, 2), 1, (False, True), 8, 4, theirs.Codebook(64, 4, False))
+def test_tamings_config_gives_the_resolution_and_is_compared():
+    vqgan = originals.vqgan()
     network = {"resolution": 128, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "z_channels": 8}
     config = {"model": {"params": {"embed_dim": 4, "n_embed": 64, "ddconfig": network}}}
     model, _ = convert_autoencoder(vqgan.state_dict(), "vqgan", settings_of(config, "vqgan"))

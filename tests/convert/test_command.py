@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+import originals
 from looc_ldm import LooCLDMPipeline
 from looc_ldm.cli import main
 from looc_ldm.loading import load_autoencoder
@@ -31,21 +32,18 @@ class Bomb:
 
 
 @pytest.fixture
-def small(theirs, tmp_path, monkeypatch) -> dict:
+def small(tmp_path, monkeypatch) -> dict:
     """Weights of a small LooC model, in the working folder also as `best.pt`, the name the authors save it under."""
-    quantizer = theirs.Codebook(32, 4, usage=True, distance="cos")
-    state = theirs.make(theirs.SmallVQVAE, 3, 16, 8, 2, 16, quantizer).state_dict()
+    state = originals.small_vqvae().state_dict()
     monkeypatch.chdir(tmp_path)
     torch.save(state, "best.pt")
     return state
 
 
 @pytest.fixture
-def diffusion(theirs, tmp_path, monkeypatch) -> dict:
+def diffusion(tmp_path, monkeypatch) -> dict:
     """Weights of an unconditional LDM, in the working folder also as `model.ckpt`."""
-    vqgan = theirs.make(theirs.VQGAN, 32, (1, 2), 1, (False, True), 8, 4, theirs.Codebook(64, 4, False))
-    unet = theirs.make(theirs.UNet, 4, 32, (1, 2), 1, (2,), num_head_channels=16)
-    state = theirs.latent_diffusion(unet, vqgan)
+    state = originals.latent_diffusion(originals.unet(attention=(2,)), originals.vqgan())
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": state, "global_step": 1, "optimizer_states": []}, "model.ckpt")
     return state
@@ -145,6 +143,8 @@ def test_what_is_not_a_checkpoint_is_refused(small, capsys):
     Path("plain.pt").write_bytes(pickle.dumps({"a": 1}))
     Path("cut.pt").write_bytes(Path("best.pt").read_bytes()[:2000])
     assert "no checkpoint 'nowhere.ckpt'" in error_of(f"convert nowhere.ckpt {flags}", capsys)
+    Path("empty.pt").touch()
+    assert "cannot read 'empty.pt': the file is empty." in error_of(f"convert empty.pt {flags}", capsys)
     assert "'text.ckpt'" in error_of(f"convert text.ckpt {flags}", capsys)
     assert "cannot read 'text.safetensors'" in error_of(f"convert text.safetensors {flags}", capsys)
     assert "'list.pt' holds no state dict" in error_of(f"convert list.pt {flags}", capsys)
@@ -314,8 +314,3 @@ def test_what_a_killed_conversion_left_is_not_in_the_next_one(small):
     main(shlex.split(f"convert best.pt --output ours {FLAGS}"))
     assert {path.name for path in Path("ours").iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
     assert not Path(".ours.partial").exists()
-
-
-def test_an_empty_file_is_called_empty(small, capsys):
-    Path("x.pt").touch()
-    assert "cannot read 'x.pt': the file is empty." in error_of("convert x.pt --output ours", capsys)

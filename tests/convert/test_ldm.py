@@ -6,6 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
+import originals
 from looc_ldm import FixedHeadsUNet2DModel
 from looc_ldm.convert import Settings, convert_ldm, convert_unet, kind_of, settings_of
 from looc_ldm.errors import ModelError, UserError
@@ -32,11 +33,9 @@ def assert_same(ours, theirs, other) -> None:
 
 
 @pytest.fixture
-def parts(theirs) -> dict:
+def parts() -> dict:
     """An unconditional LatentDiffusion with a VQ first stage, f = 2 and latents of four channels."""
-    vqgan = theirs.make(theirs.VQGAN, 32, (1, 2), 1, (False, True), 8, 4, theirs.Codebook(64, 4, False))
-    unet = theirs.make(theirs.UNet, 4, 32, (1, 2), 1, (2,), num_head_channels=16)
-    return {"unet": unet, "vqgan": vqgan}
+    return {"unet": originals.unet(attention=(2,)), "vqgan": originals.vqgan()}
 
 
 # UNets ----------------------------------------------------------------------------------------------------------------
@@ -44,16 +43,16 @@ def parts(theirs) -> dict:
 
 @pytest.mark.parametrize("attention", [(1, 2), (2,), (1,)])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_unet_with_heads_of_one_size(theirs, attention, layers):
-    unet = theirs.make(theirs.UNet, 4, 32, (1, 2), layers, attention, num_head_channels=16)
+def test_a_unet_with_heads_of_one_size(attention, layers):
+    unet = originals.unet(layers=layers, attention=attention)
     model = convert_unet(unet.state_dict(), SETTINGS, latent_size=8)
     assert type(model) is UNet2DModel
     assert_same(*predictions(model, unet))
 
 
 @pytest.mark.parametrize("by_head", [True, False])
-def test_the_order_of_query_key_and_value(theirs, by_head):
-    unet = theirs.make(theirs.UNet, 4, 32, (1, 2), 1, (1, 2), num_head_channels=16, by_head=by_head)
+def test_the_order_of_query_key_and_value(by_head):
+    unet = originals.unet(by_head=by_head)
     settings = Settings(num_head_channels=16, qkv_by_head=by_head)
     assert_same(*predictions(convert_unet(unet.state_dict(), settings, latent_size=8), unet))
     other = convert_unet(unet.state_dict(), Settings(num_head_channels=16, qkv_by_head=not by_head), latent_size=8)
@@ -61,9 +60,9 @@ def test_the_order_of_query_key_and_value(theirs, by_head):
     assert (ours - expected).abs().max() > 1e-3
 
 
-def test_a_unet_like_that_of_lsun_churches(theirs):
+def test_a_unet_like_that_of_lsun_churches():
     """A fixed number of heads, scale and shift, blocks that resample, and a last level without attention."""
-    unet = theirs.make(theirs.UNet, 4, 32, (1, 2, 2), 2, (1, 2), num_heads=4, scale_shift=True, in_blocks=True)
+    unet = originals.unet(mult=(1, 2, 2), layers=2, num_heads=4, scale_shift=True, in_blocks=True)
     model = convert_unet(unet.state_dict(), Settings(num_heads=4), latent_size=8)
     assert type(model) is FixedHeadsUNet2DModel
     assert_same(*predictions(model, unet))
@@ -71,8 +70,8 @@ def test_a_unet_like_that_of_lsun_churches(theirs):
 
 @pytest.mark.parametrize(("heads", "attention"), [({"num_head_channels": 16}, (1, 2)), ({"num_heads": 1}, (2,))])
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_unet_with_cross_attention(theirs, heads, attention, depth):
-    unet = theirs.make(theirs.UNet, 4, 32, (1, 2), 2, attention, context=24, depth=depth, **heads)
+def test_a_unet_with_cross_attention(heads, attention, depth):
+    unet = originals.unet(layers=2, attention=attention, context=24, depth=depth, **heads)
     model = convert_unet(unet.state_dict(), Settings(**heads), latent_size=8)
     assert type(model) is UNet2DConditionModel
     torch.manual_seed(2)
@@ -80,51 +79,36 @@ def test_a_unet_with_cross_attention(theirs, heads, attention, depth):
     assert_same(*predictions(model, unet, context=context))
 
 
-BEDROOMS = {
-    "arguments": (3, 224, (1, 2, 3, 4), 2, (8, 4, 2)),
-    "heads": {"num_head_channels": 32},
-    "kind": UNet2DModel,
-    "millions": 274.06,
-}
-CHURCHES = {
-    "arguments": (4, 192, (1, 2, 2, 4, 4), 2, (1, 2, 4, 8), 8, None, True, True),
-    "heads": {"num_heads": 8},
-    "kind": FixedHeadsUNet2DModel,
-    "millions": 294.97,
-}
-CIN_F8 = {
-    "arguments": (4, 256, (1, 2, 4), 2, (4, 2, 1), None, 32, False, False, 512),
-    "heads": {"num_head_channels": 32},
-    "kind": UNet2DConditionModel,
-    "millions": 394.98,
-}
-CIN_V2 = {
-    "arguments": (3, 192, (1, 2, 3, 5), 2, (8, 4, 2), 1, None, False, False, 512),
-    "heads": {"num_heads": 1},
-    "kind": UNet2DConditionModel,
-    "millions": 400.92,
-}
-
-
 @pytest.mark.parametrize(
-    "model", [BEDROOMS, CHURCHES, CIN_F8, CIN_V2], ids=["bedrooms", "churches", "cin-f8", "cin-v2"]
+    ("arguments", "heads", "options", "kind", "millions"),
+    [
+        ((3, 224, (1, 2, 3, 4), 2, (8, 4, 2)), {"num_head_channels": 32}, {}, UNet2DModel, 274.06),
+        (
+            (4, 192, (1, 2, 2, 4, 4), 2, (1, 2, 4, 8)),
+            {"num_heads": 8},
+            {"scale_shift": True, "in_blocks": True},
+            FixedHeadsUNet2DModel,
+            294.97,
+        ),
+        ((4, 256, (1, 2, 4), 2, (4, 2, 1)), {"num_head_channels": 32}, {"context": 512}, UNet2DConditionModel, 394.98),
+        ((3, 192, (1, 2, 3, 5), 2, (8, 4, 2)), {"num_heads": 1}, {"context": 512}, UNet2DConditionModel, 400.92),
+    ],
+    ids=["bedrooms", "churches", "cin-f8", "cin-v2"],
 )
-def test_the_published_unets_fit_by_name_and_size(theirs, model):
-    """Of LDM's configs/latent-diffusion/*.yaml; their sizes are those of the paper."""
-    arguments = list(model["arguments"])
+def test_the_published_unets_fit_by_name_and_size(arguments, heads, options, kind, millions):
+    """LDM's configs/latent-diffusion/*.yaml, with the sizes in the paper."""
     with torch.device("meta"):
-        extra = {} if len(arguments) > 5 else model["heads"]
-        unet = theirs.UNet(*arguments, **extra)
-    ours = convert_unet(unet.state_dict(), Settings(**model["heads"]), latent_size=32)
-    assert type(ours) is model["kind"]
+        unet = originals.UNet(*arguments, **heads, **options)
+    ours = convert_unet(unet.state_dict(), Settings(**heads), latent_size=32)
+    assert type(ours) is kind
     count = sum(p.numel() for p in ours.parameters())
     assert count == sum(p.numel() for p in unet.parameters())
-    assert count / 1e6 == pytest.approx(model["millions"], abs=0.01)
+    assert count / 1e6 == pytest.approx(millions, abs=0.01)
 
 
-def test_heads_of_a_class_conditional_unet_are_counted_not_measured(theirs):
+def test_heads_of_a_class_conditional_unet_are_counted_not_measured():
     """`attention_head_dim` is a number of heads in UNet2DConditionModel."""
-    unet = theirs.make(theirs.UNet, 4, 32, (1, 2), 1, (1, 2), context=24, num_head_channels=16)
+    unet = originals.unet(context=24)
     model = convert_unet(unet.state_dict(), Settings(num_head_channels=16), latent_size=8)
     assert [block.attentions[0].transformer_blocks[0].attn1.heads for block in model.down_blocks] == [2, 4]
 
@@ -138,14 +122,14 @@ def test_heads_of_a_class_conditional_unet_are_counted_not_measured(theirs):
         (Settings(num_heads=1, architecture={"model_channels": 64}), "it says model_channels 64, the weights 32"),
     ],
 )
-def test_heads_that_are_unknown_or_do_not_fit_are_refused(theirs, settings, message):
-    unet = theirs.make(theirs.UNet, 4, 32, (1, 2), 1, (1, 2), num_head_channels=16)
+def test_heads_that_are_unknown_or_do_not_fit_are_refused(settings, message):
+    unet = originals.unet()
     with pytest.raises(UserError, match=message):
         convert_unet(unet.state_dict(), settings, latent_size=8)
 
 
-def test_weights_of_another_unet_are_named(theirs):
-    state = theirs.make(theirs.UNet, 4, 32, (1, 2), 1, (1, 2), num_head_channels=16).state_dict()
+def test_weights_of_another_unet_are_named():
+    state = originals.unet().state_dict()
     state["label_emb.weight"] = torch.ones(10, 128)
     with pytest.raises(ModelError, match=r"surplus model\.label_emb\.weight"):
         convert_unet(state, SETTINGS, latent_size=8, prefix="model.")
@@ -157,10 +141,10 @@ def test_weights_of_another_unet_are_named(theirs):
 # Whole checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def test_an_unconditional_model(theirs, parts):
+def test_an_unconditional_model(parts):
     # An average that the first stage keeps is not what the UNet was trained on.
     average = {"first_stage_model.model_ema.quant_convbias": torch.ones(4)}
-    state = theirs.latent_diffusion(**parts, **average)
+    state = originals.latent_diffusion(**parts, **average)
     assert kind_of(state) == "ldm"
     result = convert_ldm(state, SETTINGS)
     assert_same(*predictions(result.unet, parts["unet"]))
@@ -173,10 +157,10 @@ def test_an_unconditional_model(theirs, parts):
     assert result.unet.config.sample_size == 8
 
 
-def test_a_class_conditional_model(theirs, parts):
+def test_a_class_conditional_model(parts):
     classes = nn.Embedding(10, 24)
-    unet = theirs.make(theirs.UNet, 4, 32, (1, 2), 1, (1, 2), context=24, num_head_channels=16)
-    state = theirs.latent_diffusion(unet, parts["vqgan"], classes)
+    unet = originals.unet(context=24)
+    state = originals.latent_diffusion(unet, parts["vqgan"], classes)
     result = convert_ldm(state, Settings(**{**vars(SETTINGS), "null_class_label": 9}))
     labels = torch.tensor([3, 0, 9])
     tokens = result.class_embedding(labels)
@@ -187,11 +171,11 @@ def test_a_class_conditional_model(theirs, parts):
         convert_ldm(state, Settings(**{**vars(SETTINGS), "null_class_label": 10}))
 
 
-def test_averaged_weights_are_preferred_unless_live_ones_are_asked_for(theirs, parts):
+def test_averaged_weights_are_preferred_unless_live_ones_are_asked_for(parts):
     live = {f"diffusion_model.{key}": value for key, value in parts["unet"].state_dict().items()}
-    averages = theirs.ema_of(live)
+    averages = originals.ema_of(live)
     extra = {**averages, "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(123)}
-    state = theirs.latent_diffusion(**parts, **extra)
+    state = originals.latent_diffusion(**parts, **extra)
     result = convert_ldm(state, SETTINGS, use_ema=False)
     assert_same(*predictions(result.unet, parts["unet"]))
     result = convert_ldm(state, SETTINGS)
@@ -203,30 +187,30 @@ def test_averaged_weights_are_preferred_unless_live_ones_are_asked_for(theirs, p
         convert_ldm({**state, "model_ema.of_nothing": torch.ones(1)}, SETTINGS)
 
 
-def test_the_noise_schedule_and_sampler_are_ldms(theirs, parts):
-    config = convert_ldm(theirs.latent_diffusion(**parts), SETTINGS).scheduler.config
+def test_the_noise_schedule_and_sampler_are_ldms(parts):
+    config = convert_ldm(originals.latent_diffusion(**parts), SETTINGS).scheduler.config
     assert (config.beta_schedule, config.beta_start, config.beta_end) == ("scaled_linear", 0.0015, 0.0195)
     assert (config.num_train_timesteps, config.steps_offset) == (1000, 1)
     assert not config.clip_sample
     assert not config.set_alpha_to_one
     betas = torch.linspace(1e-4, 0.02, 500)
-    config = convert_ldm(theirs.latent_diffusion(**parts, betas=betas), SETTINGS).scheduler.config
+    config = convert_ldm(originals.latent_diffusion(**parts, betas=betas), SETTINGS).scheduler.config
     assert (config.beta_schedule, config.beta_start, config.num_train_timesteps) == ("linear", 1e-4, 500)
     betas = betas.square()
-    scheduler = convert_ldm(theirs.latent_diffusion(**parts, betas=betas), SETTINGS).scheduler
+    scheduler = convert_ldm(originals.latent_diffusion(**parts, betas=betas), SETTINGS).scheduler
     assert np.allclose(scheduler.betas, betas)
 
 
-def test_a_measured_scale_in_the_weights_wins(theirs, parts):
-    state = theirs.latent_diffusion(**parts, scale_factor=torch.tensor(0.25))
+def test_a_measured_scale_in_the_weights_wins(parts):
+    state = originals.latent_diffusion(**parts, scale_factor=torch.tensor(0.25))
     assert convert_ldm(state, SETTINGS).vqvae.config.scaling_factor == 0.25
 
 
-def test_a_first_stage_with_loocs_quantizer(theirs, parts):
-    quantizer = theirs.Codebook(64, 4, usage=True, distance="cos", scale=2)
-    vqgan = theirs.make(theirs.VQGAN, 32, (1, 2), 1, (False, True), 8, 3, quantizer)  # d divides 3 * 2**2, not 3
-    unet = theirs.make(theirs.UNet, 3, 32, (1, 2), 1, (2,), num_head_channels=16)
-    state = theirs.latent_diffusion(unet, vqgan)
+def test_a_first_stage_with_loocs_quantizer(parts):
+    quantizer = originals.Codebook(64, 4, usage=True, distance="cos", scale=2)
+    vqgan = originals.vqgan(quantizer, latent=3)  # d divides 3 * 2**2, not 3
+    unet = originals.unet(3, attention=(2,))
+    state = originals.latent_diffusion(unet, vqgan)
     with pytest.raises(UserError, match="give --distance, --interpolation-factor, or"):
         convert_ldm(state, SETTINGS)
     result = convert_ldm(state, Settings(**{**vars(SETTINGS), "distance": "cosine", "interpolation_factor": 2}))
@@ -248,8 +232,8 @@ CONFIG = {
 }
 
 
-def test_the_original_config_says_all_that_the_weights_do_not(theirs, parts):
-    state = theirs.latent_diffusion(**parts)
+def test_the_original_config_says_all_that_the_weights_do_not(parts):
+    state = originals.latent_diffusion(**parts)
     with pytest.raises(UserError, match="--num-heads or --num-head-channels, --resolution, --prediction-type, --scal"):
         convert_ldm(state, Settings())
     del state["betas"]
@@ -265,8 +249,8 @@ def test_the_original_config_says_all_that_the_weights_do_not(theirs, parts):
         convert_ldm(state, settings_of({"model": {"params": other}}, "ldm"))
 
 
-def test_models_of_other_kinds_are_refused_with_the_reason(theirs, parts):
-    state = theirs.latent_diffusion(**parts)
+def test_models_of_other_kinds_are_refused_with_the_reason(parts):
+    state = originals.latent_diffusion(**parts)
     text = {**state, "cond_stage_model.transformer.wte": torch.ones(1)}
     with pytest.raises(ModelError, match=r"has no cross-attention, and cond_stage_model\. holds transformer\.wte"):
         convert_ldm(text, SETTINGS)
@@ -275,7 +259,7 @@ def test_models_of_other_kinds_are_refused_with_the_reason(theirs, parts):
     kl = {key: value for key, value in state.items() if "quantize" not in key}
     with pytest.raises(ModelError, match=r"missing first_stage_model\.quantize\.embedding\.weight\): a KL autoencoder"):
         convert_ldm(kl, SETTINGS)
-    concatenated = theirs.make(theirs.UNet, 7, 32, (1, 2), 1, (2,), num_head_channels=16)
+    concatenated = originals.unet(7, attention=(2,))
     concatenated.out[2] = nn.Conv2d(32, 4, 3)
     with pytest.raises(ModelError, match="7 input and 4 output channels is conditioned on images"):
-        convert_ldm(theirs.latent_diffusion(concatenated, parts["vqgan"]), SETTINGS)
+        convert_ldm(originals.latent_diffusion(concatenated, parts["vqgan"]), SETTINGS)

@@ -1,14 +1,14 @@
-"""The networks of other projects, written down once more under their key names: what conversions are compared with.
+"""The networks of other projects, rewritten under their key names: references for `tests/convert`.
 
 Only the names are theirs (Visual-AI/LooC, lyndonzheng/CVQ-VAE, CompVis/taming-transformers, CompVis/latent-diffusion).
+`small_vqvae`, `vqgan` and `unet` build tiny ones with random weights.
 """
 
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -40,28 +40,20 @@ class Codebook(nn.Module):
         return F.avg_pool2d(F.pixel_shuffle(z, s), s) if s > 1 else z
 
 
-class SmallLayer(nn.Module):
-    def __init__(self, channels: int, residual: int):
-        super().__init__()
-        self._block = nn.Sequential(
-            nn.ReLU(inplace=True),  # in place, as theirs: the sum below sees it
-            nn.Conv2d(channels, residual, 3, 1, 1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(residual, channels, 1),
-        )
-
-    def forward(self, x):
-        return x + self._block(x)
-
-
 class SmallStack(nn.Module):
     def __init__(self, channels: int, residual: int, layers: int):
         super().__init__()
-        self._layers = nn.ModuleList([SmallLayer(channels, residual) for _ in range(layers)])
+        self._layers = nn.ModuleList()
+        for _ in range(layers):
+            layer = nn.Module()
+            first, second = nn.Conv2d(channels, residual, 3, 1, 1), nn.Conv2d(residual, channels, 1)
+            layer._block = nn.Sequential(nn.ReLU(inplace=True), first, nn.ReLU(inplace=True), second)
+            self._layers.append(layer)
 
     def forward(self, x):
         for layer in self._layers:
-            x = layer(x)
+            x = x.relu()  # theirs works in place: the sum sees it
+            x = x + layer._block(x)
         return F.relu(x)
 
 
@@ -224,7 +216,7 @@ class UNetBlock(nn.Module):
             return F.avg_pool2d(x, 2)
         return F.interpolate(x, scale_factor=2) if self.resample == "up" else x
 
-    def forward(self, x, embedding, context):
+    def forward(self, x, embedding):
         h = self.in_layers[2](self._resampled(F.silu(self.in_layers[0](x))))
         e = self.emb_layers(embedding)[..., None, None]
         if self.scale_shift:
@@ -244,7 +236,7 @@ class UNetAttention(nn.Module):
         self.norm = nn.GroupNorm(32, channels)
         self.qkv, self.proj_out = nn.Conv1d(channels, 3 * channels, 1), nn.Conv1d(channels, channels, 1)
 
-    def forward(self, x, embedding, context):
+    def forward(self, x):
         flat = x.flatten(2)
         qkv = self.qkv(self.norm(flat))
         if self.by_head:
@@ -302,34 +294,20 @@ class SpatialTransformer(nn.Module):
         self.proj_in, self.proj_out = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context, heads) for _ in range(depth)])
 
-    def forward(self, x, embedding, context):
+    def forward(self, x, context):
         h = self.proj_in(self.norm(x)).flatten(2).mT
         for block in self.transformer_blocks:
             h = block(h, context)
         return x + self.proj_out(h.mT.reshape(x.shape))
 
 
-class Down(nn.Module):
-    def __init__(self, channels: int):
+class UNetResample(nn.Module):
+    def __init__(self, channels: int, down: bool):
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        setattr(self, "op" if down else "conv", nn.Conv2d(channels, channels, 3, stride=2 if down else 1, padding=1))
 
-    def forward(self, x, embedding, context):
-        return self.op(x)
-
-
-class Up(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x, embedding, context):
-        return self.conv(F.interpolate(x, scale_factor=2))
-
-
-class First(nn.Conv2d):
-    def forward(self, x, embedding, context):
-        return super().forward(x)
+    def forward(self, x):
+        return self.op(x) if hasattr(self, "op") else self.conv(F.interpolate(x, scale_factor=2))
 
 
 class UNet(nn.Module):
@@ -361,7 +339,7 @@ class UNet(nn.Module):
         def block(before: int, after: int, resample: str | None = None) -> nn.Module:
             return UNetBlock(before, after, time, scale_shift, resample)
 
-        self.input_blocks = nn.ModuleList([nn.ModuleList([First(channels, width, 3, padding=1)])])
+        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(channels, width, 3, padding=1)])])
         skips, now = [width], width
         for level, m in enumerate(mult):
             for _ in range(layers):
@@ -372,7 +350,9 @@ class UNet(nn.Module):
                 self.input_blocks.append(nn.ModuleList(parts))
                 skips.append(now)
             if level < len(mult) - 1:
-                self.input_blocks.append(nn.ModuleList([block(now, now, "down") if in_blocks else Down(now)]))
+                self.input_blocks.append(
+                    nn.ModuleList([block(now, now, "down") if in_blocks else UNetResample(now, down=True)])
+                )
                 skips.append(now)
         self.middle_block = nn.ModuleList([block(now, now), attend(now), block(now, now)])
         self.output_blocks = nn.ModuleList()
@@ -383,7 +363,7 @@ class UNet(nn.Module):
                 if 2**level in attention:
                     parts.append(attend(now))
                 if level and i == layers:
-                    parts.append(block(now, now, "up") if in_blocks else Up(now))
+                    parts.append(block(now, now, "up") if in_blocks else UNetResample(now, down=False))
                 self.output_blocks.append(nn.ModuleList(parts))
         self.out = nn.Sequential(nn.GroupNorm(32, now), nn.SiLU(), nn.Conv2d(now, channels, 3, padding=1))
 
@@ -391,17 +371,22 @@ class UNet(nn.Module):
         half = self.width // 2
         angles = timesteps[:, None] * torch.exp(-math.log(10_000) * torch.arange(half) / half)  # float32, as theirs
         embedding = self.time_embed(torch.cat([angles.cos(), angles.sin()], 1).to(x.dtype))
+
+        def run(parts: nn.ModuleList, x):
+            for part in parts:
+                if isinstance(part, UNetBlock):
+                    x = part(x, embedding)
+                else:
+                    x = part(x, context) if isinstance(part, SpatialTransformer) else part(x)
+            return x
+
         skips = []
         for parts in self.input_blocks:
-            for part in parts:
-                x = part(x, embedding, context)
+            x = run(parts, x)
             skips.append(x)
-        for part in self.middle_block:
-            x = part(x, embedding, context)
+        x = run(self.middle_block, x)
         for parts in self.output_blocks:
-            x = torch.cat([x, skips.pop()], 1)
-            for part in parts:
-                x = part(x, embedding, context)
+            x = run(parts, torch.cat([x, skips.pop()], 1))
         return self.out(x)
 
 
@@ -429,8 +414,30 @@ def latent_diffusion(unet: nn.Module, vqgan: nn.Module, classes: nn.Embedding | 
     }
 
 
-def randomize(model: nn.Module) -> nn.Module:
+# Tiny ones ------------------------------------------------------------------------------------------------------------
+
+
+def small_vqvae(quantizer: Codebook | None = None, channels: int = 3, layers: int = 2, latent: int = 16) -> SmallVQVAE:
+    quantizer = quantizer or Codebook(32, 4, usage=True, distance="cos")
+    return _randomized(lambda: SmallVQVAE(channels, 16, 8, layers, latent, quantizer))
+
+
+def vqgan(quantizer: Codebook | None = None, attention=(False, True), layers=1, latent=4, mid_attention=True) -> VQGAN:
+    """Two levels, f = 2."""
+    quantizer = quantizer or Codebook(64, latent, usage=False)
+    return _randomized(lambda: VQGAN(32, (1, 2), layers, attention, 8, latent, quantizer, mid_attention))
+
+
+def unet(channels: int = 4, mult: tuple = (1, 2), layers: int = 1, attention: tuple = (1, 2), **options) -> UNet:
+    """Heads of 16 channels unless `num_heads` is given."""
+    heads = {} if "num_heads" in options else {"num_head_channels": 16}
+    return _randomized(lambda: UNet(channels, 32, mult, layers, attention, **{**heads, **options}))
+
+
+def _randomized(make: Callable[[], nn.Module]) -> nn.Module:
     """Random weights everywhere, norms included, that keep activations of about unit size and let all inputs matter."""
+    torch.manual_seed(0)
+    model = make()
     for name, module in model.named_modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
             nn.init.normal_(module.weight, mean=1.0, std=0.1)
@@ -439,22 +446,3 @@ def randomize(model: nn.Module) -> nn.Module:
             gain = 2.0 if "emb" in name else 1.0  # of time, which must not drown
             nn.init.normal_(module.weight, std=gain / math.sqrt(module.weight[0].numel()))
     return model.eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="session")
-def theirs() -> SimpleNamespace:
-    """The classes above, with random weights where they are called through `make`."""
-
-    def make(kind, *args, **kwargs):
-        torch.manual_seed(0)
-        return randomize(kind(*args, **kwargs))
-
-    return SimpleNamespace(
-        make=make,
-        Codebook=Codebook,
-        SmallVQVAE=SmallVQVAE,
-        VQGAN=VQGAN,
-        UNet=UNet,
-        latent_diffusion=latent_diffusion,
-        ema_of=ema_of,
-    )
