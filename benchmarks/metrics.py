@@ -39,8 +39,7 @@ from scipy.linalg import sqrtm
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from looc_ldm.files import replace_text
-from looc_ldm.metrics.frechet import frechet_distance
-from looc_ldm.metrics.moments import FeatureMoments
+from looc_ldm.metrics.frechet import FeatureMoments, frechet_distance
 
 RESULT = Path(__file__).resolve().parent / "results" / "metrics_cpu.json"
 DIM = 2048

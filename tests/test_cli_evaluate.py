@@ -511,14 +511,6 @@ def test_features_of_the_real_images_are_computed_once(network, capsys, monkeypa
         assert seen == [4, 5], other
 
 
-def test_the_record_says_where_the_time_went(network, capsys):
-    fakes, reals = write_images("fakes", {"": 4}), write_images("reals", {"": 5}, seed=1)
-    record = measured(capsys, "generation", fakes, "--reference", reals, *network, "--no-cache")
-    assert record["seconds"].keys() == {"images", "network", "statistics"}
-    assert all(seconds > 0 for seconds in record["seconds"].values())
-    assert record["seconds"]["network"] > record["seconds"]["images"]
-
-
 def test_without_the_cache_nothing_is_kept(network, capsys):
     fakes, reals = write_images("fakes", {"": 4}), write_images("reals", {"": 5}, seed=1)
     run(capsys, "evaluate", "generation", fakes, "--reference", reals, *network, "--no-cache")

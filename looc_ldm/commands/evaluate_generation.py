@@ -33,10 +33,8 @@ from looc_ldm.commands.shared import (
 from looc_ldm.devices import start_processes
 from looc_ldm.errors import ModelError, UserError
 from looc_ldm.metrics.collect import Features
+from looc_ldm.metrics.fidelity import SEED
 from looc_ldm.metrics.generation import METRICS, generation_figures
-from looc_ldm.metrics.inception_score import SEED as INCEPTION_SCORE_SEED
-from looc_ldm.metrics.kernel import SEED as KID_SEED
-from looc_ldm.metrics.timing import Stopwatch
 from looc_ldm.metrics.weights import weights_identity
 
 DEFAULT_SAMPLES = 10_000
@@ -71,17 +69,16 @@ def evaluate_samples(options: argparse.Namespace) -> None:
     fingerprints = fingerprints_for(options, generation=True) if draws and is_main else {}
 
     samples_key = _samples_key(samples) if is_main else None
-    stopwatch = Stopwatch(device)
     with as_user_errors(ValueError):
         networks = {name: extractor.load(device) for name, extractor in measures.extractors.items()}
         if is_main:
             for note in filter(None, notes):  # before hours of work, and again at the end
                 print(note, file=sys.stderr, flush=True)
         if not draws:  # what may be wrong with them is found first
-            generated = sample_features(samples, measures, networks, options, accelerator, stopwatch)
-        real = reference_features(reference, measures, networks, cache, accelerator, stopwatch)
+            generated = sample_features(samples, measures, networks, options, accelerator, device)
+        real = reference_features(reference, measures, networks, cache, accelerator, device)
         if draws:
-            generated = sample_features(samples, measures, networks, options, accelerator, stopwatch)
+            generated = sample_features(samples, measures, networks, options, accelerator, device)
         if accelerator is not None:
             accelerator.end_training()
         if not is_main:
@@ -89,9 +86,8 @@ def evaluate_samples(options: argparse.Namespace) -> None:
         if classes is not None:
             generated["inception"].labels, real["inception"].labels = classes.generated, classes.reference
         suffixes = {name: extractor.name for name, extractor in measures.extractors.items()}
-        with stopwatch.running("statistics"):
-            names = None if classes is None else classes.names
-            figures = generation_figures(measures.metrics, generated, real, suffixes, names)
+        names = None if classes is None else classes.names
+        figures = generation_figures(measures.metrics, generated, real, suffixes, names)
 
     about = _circumstances(options, samples, pipe, reference, real)
     record = make_record(
@@ -102,12 +98,11 @@ def evaluate_samples(options: argparse.Namespace) -> None:
         reference=reference.key,
         samples=samples_key,
         seeds=_seeds(options if draws else None, measures.metrics),
-        seconds={name: round(seconds, 3) for name, seconds in stopwatch.seconds.items()},
         machine=machine(device, accelerator),
     )
     record["notes"] = [*filter(None, [*notes, *_notes(measures, generated, real, figures)])]
     write_record(record, options.output)
-    print_record(record, [*record["notes"], f"time: {stopwatch.shares()}"])
+    print_record(record, record["notes"])
 
 
 # Where images come from -----------------------------------------------------------------------------------------------
@@ -285,9 +280,9 @@ def _rate(pipe, reference: Reference) -> dict[str, float]:
 def _seeds(options: argparse.Namespace | None, metrics: list[str]) -> dict[str, int]:
     seeds = {} if options is None else {"samples": options.seed}
     if {"kid", "kd@dinov2"} & set(metrics):
-        seeds["kid"] = KID_SEED
+        seeds["kid"] = SEED
     if "is" in metrics:
-        seeds["is"] = INCEPTION_SCORE_SEED
+        seeds["is"] = SEED
     return seeds
 
 

@@ -21,7 +21,6 @@ from looc_ldm.metrics.generation import METRICS, collect_features, rows_needed
 from looc_ldm.metrics.reference import ReferenceCache, default_cache_folder
 from looc_ldm.metrics.samples import NpzWriter, npz_writer
 from looc_ldm.metrics.shares import share_of_batches
-from looc_ldm.metrics.timing import Stopwatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -64,7 +63,7 @@ def reference_features(
     networks: Mapping,
     cache: ReferenceCache,
     accelerator: Accelerator | None,
-    stopwatch: Stopwatch,
+    device: torch.device,
 ) -> dict[str, Features]:
     """By network, complete on the main process. A collective."""
     is_main = accelerator is None or accelerator.is_main_process
@@ -102,9 +101,8 @@ def reference_features(
                 {name: networks[name] for name in missing},
                 [name for name in missing if rows[name]],
                 accelerator,
-                stopwatch,
                 logits=False,
-                device=stopwatch.device,
+                device=device,
             )
         if is_main:
             for name, features in collected.items():
@@ -127,7 +125,7 @@ def sample_features(
     networks: Mapping,
     options,
     accelerator: Accelerator | None,
-    stopwatch: Stopwatch,
+    device: torch.device,
 ) -> dict[str, Features]:
     """By network, complete on the main process, and the npz that was asked for. A collective."""
     is_main = accelerator is None or accelerator.is_main_process
@@ -148,7 +146,7 @@ def sample_features(
         if options.export_npz is not None:
             images = _exported(bar, rounds, writer, accelerator)
         keep = [name for name in networks if rows_needed(measures.metrics, name)]
-        return collect_features(images, networks, keep, accelerator, stopwatch, device=stopwatch.device)
+        return collect_features(images, networks, keep, accelerator, device=device)
 
 
 def _exported(

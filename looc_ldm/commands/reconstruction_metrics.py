@@ -68,7 +68,7 @@ class ReconstructionMeasures:
     @property
     def seeds(self) -> dict[str, int]:
         """Of random numbers that figures depend on, for the record."""
-        from looc_ldm.metrics.kernel import SEED
+        from looc_ldm.metrics.fidelity import SEED
 
         return {"kid": SEED} if "kid" in self.metrics else {}
 

@@ -42,7 +42,7 @@ def make_record(figures: dict, options: argparse.Namespace, **about) -> dict:
     Args:
         figures: What was measured, by name, flat; details may be nested.
         options: Of the command.
-        **about: Further entries: `weights`, `fingerprints`, `seeds`, `machine`, `seconds`, ...
+        **about: Further entries: `weights`, `fingerprints`, `seeds`, `machine`, ...
 
     Returns:
         `dict`: the figures; the entries of `about`; `dtype`; `versions` of Python and packages; `command`; `version`

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from looc_ldm.metrics.frechet import frechet_distance
-from looc_ldm.metrics.moments import FeatureMoments
+from looc_ldm.metrics.frechet import FeatureMoments, frechet_distance
 
 
 @dataclass(frozen=True)

@@ -1,74 +1,220 @@
-"""The Fréchet distance of two sets of features: FID where they are those of the Inception network."""
+"""FID: mean and covariance of features, added up over batches and processes, and their Fréchet distance."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from scipy.linalg import eigvalsh
-from scipy.linalg.lapack import dpotrf, dpstrf, dsygst
+from accelerate.utils import gather_object
 
-from looc_ldm.metrics.moments import FeatureMoments
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class FeatureMoments:
+    """Number, mean and covariance of feature vectors, in float64 on the CPU.
+
+    Up to `dim` rows are kept as they are: they need no more memory than a covariance, and their Fréchet distance is
+    faster and more exact. Beyond that, rows are added, up to `dim` at a time, to the scatter matrix about the mean of
+    all rows so far, so that features far from zero lose no digits (Chan, Golub, LeVeque 1983).
+
+    Args:
+        dim (`int`): D, the number of features.
+
+    Attributes:
+        dim (`int`): D.
+        count (`int` or `None`): n, rows so far; None if only mean and covariance are known.
+    """
+
+    def __init__(self, dim: int):
+        self.dim = dim
+        self.count: int | None = 0
+        self._waiting: list[torch.Tensor] = []  # rows that are not in mean and scatter yet
+        self._mean = torch.zeros(dim, dtype=torch.float64)
+        self._scatter: torch.Tensor | None = None  # (D, D), sum of (x - mean) (x - mean)^T
+
+    @classmethod
+    def from_rows(cls, rows: torch.Tensor) -> FeatureMoments:
+        """Return the moments of rows `(n, D)`."""
+        moments = cls(rows.shape[1])
+        moments.update(rows)
+        return moments
+
+    @classmethod
+    def from_mean_and_covariance(
+        cls, mean: torch.Tensor, covariance: torch.Tensor, count: int | None = None
+    ) -> FeatureMoments:
+        """Take over published statistics.
+
+        Args:
+            mean (`torch.Tensor`): `(D,)`.
+            covariance (`torch.Tensor`): `(D, D)`, symmetric, with divisor n - 1.
+            count (`int`, *optional*): n.
+
+        Raises:
+            ValueError: The shapes do not match, the covariance is not symmetric, or a number is not finite.
+        """
+        mean, covariance = (tensor.detach().cpu().double() for tensor in (mean, covariance))
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"mean and covariance must have shapes (D,) and (D, D), got {tuple(mean.shape)} and "
+                f"{tuple(covariance.shape)}."
+            )
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError("mean and covariance must be finite.")
+        if (covariance - covariance.T).abs().max() > 1e-6 * covariance.diagonal().abs().max():
+            raise ValueError("covariance must be symmetric.")
+        moments = cls(len(mean))
+        moments.count = count
+        moments._mean = mean
+        moments._scatter = (covariance + covariance.T) * (moments.degrees_of_freedom / 2)
+        return moments
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> FeatureMoments:
+        """Restore what `tensors` returned."""
+        if "rows" in tensors:
+            return cls.from_rows(tensors["rows"])
+        count = int(tensors["count"]) if "count" in tensors else None
+        return cls.from_mean_and_covariance(tensors["mean"], tensors["covariance"], count)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return everything there is to store, for instance in a safetensors file.
+
+        Returns:
+            `dict`: float64 `rows` `(n, D)` while n <= D, otherwise `mean` `(D,)`, `covariance` `(D, D)` and, if it is
+            known, `count` as an int64 scalar.
+        """
+        if self.rows is not None:
+            return {"rows": self.rows}
+        count = {} if self.count is None else {"count": torch.tensor(self.count)}
+        return {"mean": self.mean, "covariance": self.covariance, **count}
+
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """The rows themselves, `(n, D)`, while there are at most D; otherwise None."""
+        if self._scatter is not None:
+            return None
+        return torch.cat(self._waiting or [torch.empty(0, self.dim, dtype=torch.float64)])
+
+    @property
+    def centred_rows(self) -> torch.Tensor | None:
+        """The rows minus their mean, `(n, D)`, while there are at most D; otherwise None."""
+        return None if self.rows is None else self.rows - self.mean
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean `(D,)`."""
+        if self._scatter is None:
+            return self.rows.mean(0)
+        self._fold()
+        return self._mean
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """Covariance `(D, D)`, with divisor n - 1."""
+        centred = self.centred_rows
+        if centred is not None:
+            return centred.T @ centred / self.degrees_of_freedom
+        self._fold()
+        return self._scatter / self.degrees_of_freedom
+
+    @property
+    def degrees_of_freedom(self) -> int:
+        """Divisor of the scatter matrix: n - 1, or 1 if n is not known."""
+        return 1 if self.count is None else self.count - 1
+
+    def update(self, rows: torch.Tensor) -> None:
+        """Add rows `(n, D)` of any floating type and device."""
+        for part in rows.detach().split(self.dim):
+            # Many rows at a time: each fold reads and writes the whole matrix.
+            if sum(map(len, self._waiting)) + len(part) > self.dim:
+                self._fold()
+            self._waiting.append(part.to("cpu", torch.float64, copy=True))
+            self.count += len(part)
+
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Add the rows of all processes: each ends with the moments of all. Collective.
+
+        The traffic is one D x D matrix, or the rows themselves if all together are at most D.
+        """
+        if accelerator.num_processes == 1:
+            return
+        total = sum(gather_object([self.count]))
+        if total <= self.dim:
+            self._waiting, self.count = gather_object(self._waiting), total
+            return
+        self._fold()
+        mean = accelerator.reduce((self._mean * (self.count / total)).to(accelerator.device), "sum").cpu()
+        apart = self._mean - mean
+        scatter = torch.zeros(self.dim, self.dim, dtype=torch.float64) if self._scatter is None else self._scatter
+        scatter = scatter.addr(apart, apart, alpha=self.count)
+        self._scatter = accelerator.reduce(scatter.to(accelerator.device), "sum").cpu()
+        self._mean, self.count = mean, total
+
+    def _fold(self) -> None:
+        """Move the waiting rows into mean and scatter matrix."""
+        if not self._waiting:
+            return
+        rows = torch.cat(self._waiting)
+        self._waiting = []
+        if self._scatter is None:
+            self._scatter = torch.zeros(self.dim, self.dim, dtype=torch.float64)
+        share = len(rows) / self.count
+        mean = rows.mean(0)
+        apart = mean - self._mean
+        self._mean = self._mean + apart * share
+        self._scatter.addr_(apart, apart, alpha=(1 - share) * len(rows))
+        rows -= mean
+        self._scatter.addmm_(rows.T, rows)
 
 
 def frechet_distance(first: FeatureMoments, second: FeatureMoments) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), a squared distance of normal distributions (Heusel et al. 2017).
+    """Return |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), a squared distance of normal distributions.
+
+    This is FID (Heusel et al. 2017) for features of the Inception network.
 
     Args:
-        first, second (`FeatureMoments`): Of features of the same network. The order does not matter.
+        first, second (`FeatureMoments`): Moments of features of the same network. The order does not matter.
 
     Returns:
         `float`: At least 0; 0 for equal moments, up to rounding. It falls with the number of rows although the
         distribution stays the same, so figures compare only at equal counts.
 
     Raises:
-        ValueError: Fewer than 2 rows on a side, different numbers of features, or moments that are not finite.
+        ValueError: Fewer than 2 rows on a side, or different numbers of features.
     """
     if first.dim != second.dim:
         raise ValueError(f"features must have the same dimension, got {first.dim} and {second.dim}.")
     for moments in (first, second):
         if moments.count is not None and moments.count < 2:
-            raise ValueError(f"a Fréchet distance needs at least 2 rows on each side, got {moments.count}.")
-        if not (moments.mean.isfinite().all() and math.isfinite(moments.total_variance)):
-            raise ValueError("the features are not finite.")
-    between = float((first.mean - second.mean).square().sum())
-    within = first.total_variance + second.total_variance
-    return max(0.0, between + within - 2 * _trace_of_root(first, second))
-
-
-def _trace_of_root(first: FeatureMoments, second: FeatureMoments) -> float:
-    """tr((S1 S2)^(1/2)).
-
-    With S1 = A A^T and S2 = B B^T, S1 S2 has the eigenvalues of the symmetric A^T S2 A, and their roots are the
-    singular values of A^T B.
-    """
+            raise ValueError(f"a Fréchet distance needs at least 2 images on each side, got {moments.count}.")
     if first.rows is None and second.rows is not None:
         first, second = second, first
-    divisor = math.sqrt(first.degrees_of_freedom * second.degrees_of_freedom)
-    a, b = first.centred_rows(), second.centred_rows()
-    if a is not None and b is not None:
-        return float(torch.linalg.svdvals(a @ b.T).sum()) / divisor
-    if a is not None:
-        symmetric = a @ (second.covariance * second.degrees_of_freedom) @ a.T
+    # With S1 = A A^T and S2 = B B^T, S1 S2 has the eigenvalues of the symmetric A^T S2 A, and their roots are the
+    # singular values of A^T B. For few rows A^T is small: it holds the centred rows.
+    a, b = _factor(first), _factor(second) if second.rows is not None else None
+    if b is not None:
+        root = torch.linalg.svdvals(a.T @ b).sum()
+        variance = a.square().sum() + b.square().sum()
     else:
-        symmetric = _product(first.scatter_triangle(), second.scatter_triangle())
-    values = torch.from_numpy(eigvalsh(symmetric.numpy(), lower=True, overwrite_a=True, check_finite=False))
-    return float(values.clamp_(min=0).sqrt_().sum()) / divisor
+        covariance = second.covariance
+        root = torch.linalg.eigvalsh(a.T @ covariance @ a).clamp(min=0).sqrt().sum()
+        variance = a.square().sum() + covariance.trace()
+    return max(0.0, float((first.mean - second.mean).square().sum() + variance - 2 * root))
 
 
-def _product(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """A^T S2 A for A A^T = S1; only the lower triangle of the result means something.
-
-    Overwrites both, of which the upper triangles are read. For Fortran, whose matrices are the transposed ones, these
-    are the lower ones.
-    """
-    first, second = first.numpy().T, second.numpy().T
-    lower, failed = dpotrf(first, lower=1, clean=0)
+def _factor(moments: FeatureMoments) -> torch.Tensor:
+    """Return A `(D, r)` with A A^T equal to the covariance."""
+    centred = moments.centred_rows
+    if centred is not None:
+        return centred.T / math.sqrt(moments.degrees_of_freedom)
+    covariance = moments.covariance
+    lower, failed = torch.linalg.cholesky_ex(covariance)
     if not failed:
-        return torch.from_numpy(dsygst(second, lower, itype=2, lower=1, overwrite_a=1)[0])
-    # S1 is singular. With pivots the factor stops where only rounding is left.
-    lower, order, rank, _ = dpstrf(first, lower=1, overwrite_a=1)
-    a = torch.empty(len(first), rank, dtype=torch.float64)
-    a[torch.from_numpy(order).long() - 1] = torch.from_numpy(lower).tril()[:, :rank]
-    triangle = torch.from_numpy(second).tril_()
-    return a.T @ (triangle + triangle.tril(-1).T) @ a
+        return lower
+    values, vectors = torch.linalg.eigh(covariance)  # the covariance is singular
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps  # the others are rounding
+    return vectors[:, kept] * values[kept].sqrt()

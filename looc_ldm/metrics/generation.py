@@ -13,21 +13,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from looc_ldm.metrics.class_fid import class_averaged_fid
+from looc_ldm.metrics.cmmd import cmmd
 from looc_ldm.metrics.collect import FeatureCollector, Features
 from looc_ldm.metrics.extractors import Extractor, InceptionFeatures
+from looc_ldm.metrics.fidelity import NEIGHBORS, SPLITS, inception_score, kid, precision_recall
 from looc_ldm.metrics.frechet import frechet_distance
-from looc_ldm.metrics.inception_score import inception_score
-from looc_ldm.metrics.kernel import cmmd, kid
-from looc_ldm.metrics.precision_recall import precision_recall
 from looc_ldm.metrics.shares import at_a_time, places
-from looc_ldm.metrics.timing import Stopwatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 BATCH = 50  # images of a batch that is made of single ones
-NEIGHBORS = 3  # of precision and recall
-SPLITS = 10  # of the Inception score
 
 Network = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # what Extractor.load returns
 Figures = dict[str, float | int | dict]
@@ -70,12 +66,12 @@ def _kernel(name: str) -> Callable:
 
 
 def _precision_recall(generated: Features, reference: Features, suffix: str, classes) -> Figures:
-    precision, recall = precision_recall(generated.rows, reference.rows, NEIGHBORS)
+    precision, recall = precision_recall(generated.rows, reference.rows)
     return {f"precision@{suffix}": precision, f"recall@{suffix}": recall}
 
 
 def _inception_score(generated: Features, reference: Features | None, suffix: str, classes) -> Figures:
-    mean, deviation = inception_score(generated.logits, SPLITS)
+    mean, deviation = inception_score(generated.logits)
     return {"is": mean, "is_std": deviation}
 
 
@@ -134,7 +130,6 @@ def collect_features(
     networks: Mapping[str, Network],
     keep_rows: Collection[str] = (),
     accelerator: Accelerator | None = None,
-    stopwatch: Stopwatch | None = None,
     logits: bool = True,
     device: torch.device | str = "cpu",
 ) -> dict[str, Features]:
@@ -146,7 +141,6 @@ def collect_features(
         networks: What `Extractor.load` returned, by name.
         keep_rows: Names of those whose features are kept, for metrics that need more than moments.
         accelerator (`Accelerator`, *optional*): The processes.
-        stopwatch (`Stopwatch`, *optional*): Counts the time for "images", "network" and "statistics".
         logits: Keep the logits of networks that give them.
         device: Of the networks, which decides how many images they are given at a time.
 
@@ -156,21 +150,16 @@ def collect_features(
     Raises:
         ValueError: No images, or others than was said.
     """
-    stopwatch = stopwatch or Stopwatch()
     size = at_a_time(device)
     collectors = {name: FeatureCollector(keep_rows=name in keep_rows) for name in networks}
-    for number, batch in enumerate(stopwatch.waiting("images", batches)):
+    for number, batch in enumerate(batches):
         _check_images(batch)
         where = places(number, len(batch), accelerator)
         for name, network in networks.items():
             for part, place in zip(batch.split(size), where.split(size), strict=True):
-                with stopwatch.running("network"):
-                    found = network(part)
-                with stopwatch.running("statistics"):
-                    kept = found if logits else {"features": found["features"]}
-                    collectors[name].update(kept, place)
-    with stopwatch.running("statistics"):
-        return {name: collector.collect(accelerator) for name, collector in collectors.items()}
+                found = network(part)
+                collectors[name].update(found if logits else {"features": found["features"]}, place)
+    return {name: collector.collect(accelerator) for name, collector in collectors.items()}
 
 
 def generation_figures(

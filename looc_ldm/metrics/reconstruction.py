@@ -15,8 +15,8 @@ from accelerate.utils import gather_object
 from looc_ldm.images import centre_crop
 from looc_ldm.metrics.collect import FeatureCollector, Features
 from looc_ldm.metrics.extractors import InceptionFeatures
+from looc_ldm.metrics.fidelity import kid
 from looc_ldm.metrics.frechet import frechet_distance
-from looc_ldm.metrics.kernel import kid
 from looc_ldm.metrics.protocols import get_protocol
 from looc_ldm.metrics.quality import l1, psnr, ssim
 from looc_ldm.metrics.shares import at_a_time, on_main, places

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from looc_ldm.files import make_folder, renamed_when_complete
 from looc_ldm.metrics.collect import Features
-from looc_ldm.metrics.moments import FeatureMoments
+from looc_ldm.metrics.frechet import FeatureMoments
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from looc_ldm.files import renamed_when_complete
-from looc_ldm.metrics.moments import FeatureMoments
+from looc_ldm.metrics.frechet import FeatureMoments
 
 IMAGES, LABELS = "arr_0", "arr_1"
 STATISTICS = ("mu", "sigma")

@@ -17,13 +17,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.utils.data import Dataset
 
 from looc_ldm.metrics import InceptionFeatures, psnr, ssim
-from looc_ldm.metrics.collect import FeatureCollector, Features
+from looc_ldm.metrics.collect import Features
 from looc_ldm.metrics.extractors import VGG16Features
-from looc_ldm.metrics.frechet import frechet_distance
-from looc_ldm.metrics.inception_score import inception_score
-from looc_ldm.metrics.kernel import kid
+from looc_ldm.metrics.generation import collect_features, generation_figures
 from looc_ldm.metrics.lpips import load_lpips
-from looc_ldm.metrics.precision_recall import precision_recall
 
 FEATURES_OF = {"vgg": "vgg16_features_fp16.safetensors", "alex": "alexnet_features_fp32.safetensors"}
 COUNTS = (16, 14)  # the first set is the generated one
@@ -55,11 +52,7 @@ def photos(test_data: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def features_of(extractor, images: torch.Tensor) -> Features:
-    """In batches of another size than torch-fidelity's."""
-    network, collector = extractor.load("cpu"), FeatureCollector(keep_rows=True)
-    for batch in images.split(8):
-        collector.update(network(batch))
-    return collector.collect()
+    return collect_features([images], {"network": extractor.load("cpu")}, ["network"])["network"]
 
 
 def of_torch_fidelity(photos, weights: Path, **settings) -> dict[str, float]:
@@ -76,10 +69,26 @@ def of_torch_fidelity(photos, weights: Path, **settings) -> dict[str, float]:
     )
 
 
+def assert_figures_equal(figures: dict[str, float], expected: dict[str, float], suffix: str) -> None:
+    """Compare all figures there are; torch-fidelity's are of features in float32."""
+    names = {
+        f"fid@{suffix}": torch_fidelity.KEY_METRIC_FID,
+        f"kid@{suffix}": torch_fidelity.KEY_METRIC_KID_MEAN,
+        f"kid_std@{suffix}": torch_fidelity.KEY_METRIC_KID_STD,
+        f"precision@{suffix}": torch_fidelity.KEY_METRIC_PRECISION,
+        f"recall@{suffix}": torch_fidelity.KEY_METRIC_RECALL,
+        "is": torch_fidelity.KEY_METRIC_ISC_MEAN,
+        "is_std": torch_fidelity.KEY_METRIC_ISC_STD,
+    }
+    # Subsets of all images: their deviation is rounding.
+    assert figures == {
+        name: pytest.approx(expected[names[name]], rel=1e-3, abs=1e-6 if "std" in name else 0) for name in figures
+    }
+
+
 @pytest.mark.parametrize("layer", ["768", "2048"])
 def test_fid_kid_inception_score_precision_and_recall_are_torch_fidelitys(layer, photos, request):
     weights = request.getfixturevalue("inception_weights" if layer == "768" else "untrained_inception")
-    names = {f"feature_layer_{metric}": layer for metric in ("fid", "kid", "prc")}
     has_logits = layer == "2048"
     expected = of_torch_fidelity(
         photos,
@@ -88,26 +97,16 @@ def test_fid_kid_inception_score_precision_and_recall_are_torch_fidelitys(layer,
         kid=True,
         prc=True,
         isc=has_logits,
-        isc_splits=2,
-        kid_subset_size=10,
+        kid_subset_size=min(COUNTS),
         feature_extractor="inception-v3-compat",
-        **names,
+        **{f"feature_layer_{metric}": layer for metric in ("fid", "kid", "prc")},
     )
-    first, second = (features_of(InceptionFeatures(layer, weights, has_logits), images) for images in photos)
-
-    fid = frechet_distance(first.moments, second.moments)
-    assert fid == pytest.approx(expected[torch_fidelity.KEY_METRIC_FID], rel=1e-3)
-    assert fid > 1e-3
-    mean, deviation = kid(first.rows, second.rows, subset_size=10)
-    assert mean == pytest.approx(expected[torch_fidelity.KEY_METRIC_KID_MEAN], rel=1e-3)
-    assert deviation == pytest.approx(expected[torch_fidelity.KEY_METRIC_KID_STD], rel=1e-3)
-    assert precision_recall(first.rows, second.rows) == pytest.approx(
-        [expected[torch_fidelity.KEY_METRIC_PRECISION], expected[torch_fidelity.KEY_METRIC_RECALL]], abs=1e-6
-    )
-    if has_logits:
-        assert inception_score(first.logits, splits=2) == pytest.approx(
-            [expected["inception_score_mean"], expected["inception_score_std"]], rel=1e-3
-        )
+    extractor = InceptionFeatures(layer, weights, has_logits)
+    sides = [{"inception": features_of(extractor, images)} for images in photos]
+    metrics = ["fid", "kid", "precision_recall", *(["is"] if has_logits else [])]
+    figures = generation_figures(metrics, *sides, {"inception": layer})
+    assert figures[f"fid@{layer}"] > 1e-3
+    assert_figures_equal(figures, expected, layer)
 
 
 @pytest.mark.slow
@@ -119,11 +118,10 @@ def test_precision_and_recall_of_vgg16_are_torch_fidelitys(photos, tmp_path):
     expected = of_torch_fidelity(photos, tmp_path / "vgg16.pth", prc=True, feature_extractor="vgg16")
     extractor = VGG16Features(tmp_path / "vgg16.pth")
     extractor.check()
-    first, second = (features_of(extractor, images) for images in photos)
-    assert first.rows.shape == (COUNTS[0], extractor.dim)
-    assert precision_recall(first.rows, second.rows) == pytest.approx(
-        [expected[torch_fidelity.KEY_METRIC_PRECISION], expected[torch_fidelity.KEY_METRIC_RECALL]], abs=1e-6
-    )
+    sides = [{"vgg": features_of(extractor, images)} for images in photos]
+    assert sides[0]["vgg"].rows.shape == (COUNTS[0], extractor.dim)
+    figures = generation_figures(["precision_recall@vgg"], *sides, {"vgg": "vgg16"})
+    assert_figures_equal(figures, expected, "vgg16")
 
 
 @pytest.mark.parametrize("network", FEATURES_OF)

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from looc_ldm.metrics.class_fid import class_averaged_fid
-from looc_ldm.metrics.frechet import frechet_distance
-from looc_ldm.metrics.moments import FeatureMoments
+from looc_ldm.metrics.frechet import FeatureMoments, frechet_distance
 
 DIM = 8
 COUNTS = {0: (40, 30), 1: (2, 30), 2: (1, 30), 3: (20, 0), 5: (DIM, DIM), 7: (30, DIM - 1)}

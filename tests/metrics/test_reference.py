@@ -8,8 +8,7 @@ import torch
 
 from looc_ldm.errors import UserError
 from looc_ldm.metrics.collect import Features
-from looc_ldm.metrics.frechet import frechet_distance
-from looc_ldm.metrics.moments import FeatureMoments
+from looc_ldm.metrics.frechet import FeatureMoments, frechet_distance
 from looc_ldm.metrics.reference import ReferenceCache, default_cache_folder
 
 KEY = {"data": "0f", "transform": {"resolution": 32, "fit": "crop"}, "network": {"layer": "64", "sha256": "ab"}}

@@ -1,0 +1,91 @@
+"""KID, Inception score, precision and recall of features, by torch-fidelity in float64."""
+
+from __future__ import annotations
+
+import torch
+
+SEED = 2020  # torch-fidelity's default, so that its command line gives the same figures
+SUBSETS, SUBSET_SIZE = 100, 1000  # of KID
+SPLITS = 10  # of the Inception score
+NEIGHBORS = 3  # of precision and recall
+BATCH = 1000  # rows of a distance matrix that are in memory at a time: 400 MB each time it is copied for 50,000 columns
+
+
+def kid(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
+    """Return the kernel Inception distance (Binkowski et al. 2018), an unbiased squared MMD of the cubic kernel.
+
+    Unlike FID it does not fall with the number of images.
+
+    Args:
+        first, second (`torch.Tensor`): Features `(n, D)` and `(m, D)`.
+
+    Returns:
+        `tuple[float, float]`: Mean and standard deviation over 100 pairs of random subsets of min(1000, n, m) rows. The
+        mean may be slightly negative.
+
+    Raises:
+        ValueError: Fewer than 2 rows on a side.
+    """
+    from torch_fidelity import metric_kid
+
+    size = min(SUBSET_SIZE, len(first), len(second))
+    if size < 2:
+        raise ValueError(f"KID needs at least 2 images on each side, got {len(first)} and {len(second)}.")
+    found = metric_kid.kid_features_to_metric(
+        first.double(), second.double(), kid_subsets=SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
+    )
+    return found[metric_kid.KEY_METRIC_KID_MEAN], found[metric_kid.KEY_METRIC_KID_STD]
+
+
+def inception_score(logits: torch.Tensor) -> tuple[float, float]:
+    """Return exp of the mean KL divergence from each image's class distribution to that of all (Salimans et al. 2016).
+
+    Args:
+        logits (`torch.Tensor`): `(n, classes)`.
+
+    Returns:
+        `tuple[float, float]`: Mean and standard deviation over 10 parts of the shuffled images, each from 1 to the
+        number of classes.
+
+    Raises:
+        ValueError: Fewer images than parts.
+    """
+    from torch_fidelity import metric_isc
+
+    if len(logits) < SPLITS:
+        raise ValueError(f"the Inception score needs at least {SPLITS} images, got {len(logits)}.")
+    found = metric_isc.isc_features_to_metric(logits, SPLITS, rng_seed=SEED)
+    return found[metric_isc.KEY_METRIC_ISC_MEAN], found[metric_isc.KEY_METRIC_ISC_STD]
+
+
+def precision_recall(generated: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
+    """Return improved precision and recall (Kynkaanniemi et al. 2019).
+
+    Each set stands for a region: balls about its features that reach to the third nearest other one. Precision is the
+    share of generated features in the region of the reference, recall that of the reference in the generated one.
+
+    Args:
+        generated, reference (`torch.Tensor`): Features `(n, D)` and `(m, D)`.
+
+    Returns:
+        `tuple[float, float]`: Precision and recall, each from 0 to 1.
+
+    Raises:
+        ValueError: Not more than 3 rows on a side.
+    """
+    from torch_fidelity import metric_prc
+
+    if min(len(generated), len(reference)) <= NEIGHBORS:
+        raise ValueError(
+            f"precision and recall need at least {NEIGHBORS + 1} images on each side, got {len(generated)} and "
+            f"{len(reference)}."
+        )
+    found = metric_prc.prc_features_to_metric(
+        generated.double(),
+        reference.double(),
+        prc_neighborhood=NEIGHBORS,
+        prc_batch_size=BATCH,
+        save_cpu_ram=True,  # otherwise the whole matrix: 20 GB for 50,000 images on each side
+        verbose=False,
+    )
+    return found[metric_prc.KEY_METRIC_PRECISION], found[metric_prc.KEY_METRIC_RECALL]
