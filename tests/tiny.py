@@ -108,6 +108,12 @@ def tiny_pipeline(
     return pipe
 
 
+def noise(count: int, channels: int = 1, height: int = 16, width: int | None = None, seed: int = 1) -> torch.Tensor:
+    """Return uint8 images of noise `(count, channels, height, width)`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, channels, height, width or height), dtype=torch.uint8, generator=generator)
+
+
 def log_lines(run: Path, without: Iterable[str] = ()) -> list[dict]:
     """Return the lines of a run's `metrics.jsonl`, without the keys named."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

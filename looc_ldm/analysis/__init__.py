@@ -1,1 +1,1 @@
-"""A look inside an autoencoder, and beside others: what the commands `analyze` and `compare` compute and draw."""
+"""Figures of one autoencoder (`looc-ldm analyze`) and comparison of several (`looc-ldm compare`)."""

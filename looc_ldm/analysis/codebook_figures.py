@@ -9,25 +9,15 @@ import torch
 
 from looc_ldm.analysis.collect import Findings
 from looc_ldm.analysis.embedding import in_the_plane
-from looc_ldm.analysis.style import (
-    BLUE,
-    RED,
-    SKY,
-    Drawing,
-    counted,
-    grid,
-    new_figure,
-    percent,
-    style,
-)
+from looc_ldm.analysis.style import BLUE, RED, SKY, Drawing, counted, new_figure, style
 
-MOST_CODES = 1024  # in the embedding
-MOST_BARS = 64  # of a histogram, and segments that are drawn as bars
-MOST_CELLS = 512  # of the map of segments and codevectors, along each side
+MOST_CODES = 1024  # codevectors in the embedding
+MOST_BARS = 64  # bars of a histogram, and segments that are drawn as bars
+MOST_CELLS = 512  # cells along each side of the map of segments and codevectors
 
 
 def draw_use(findings: Findings) -> Drawing:
-    """Share of all codes that each codevector has, from the most to the least used."""
+    """Draw each codevector's share of all codes, from the most to the least used."""
     statistics = findings.statistics
     counts = statistics.counts.sum(0)
     codebook_size, dead = len(counts), len(statistics.dead)
@@ -53,23 +43,21 @@ def draw_use(findings: Findings) -> Drawing:
             ylabel="share of all codes",
         )
         _whole_numbers(axes.xaxis)
-        grid(axes)
+        axes.grid(axis="y")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         axes.set_title(
-            f"{percent(statistics.use)} of K = {codebook_size:,} used · perplexity {_rounded(statistics.perplexity)} · "
+            f"{statistics.use:.1%} of K = {codebook_size:,} used · perplexity {statistics.perplexity:,.1f} · "
             f"{dead:,} dead"
         )
     caption = (
-        f"How often each of the {codebook_size:,} codevectors was chosen, in all segments together, as a share of "
-        f"{int(counts.sum()):,} codes ({counted(findings.images, 'image')} of {findings.codes_per_image:,} codes "
-        f"each). {codebook_size - dead:,} were chosen at least once; {dead:,} never were (dead). Perplexity, exp of "
-        "the entropy of these shares, is the number of codevectors that would give it if they were used alike."
+        f"Share of {int(counts.sum()):,} codes of {counted(findings.images, 'image')} that each codevector has; dead "
+        "codevectors were never chosen. Perplexity: exp of the entropy of these shares, at most K."
     )
     return Drawing("codebook_use", "Use of the codebook", caption, figure)
 
 
 def draw_segment_use(findings: Findings) -> Drawing:
-    """Figure 7 of the paper: the share of the codebook that each segment uses."""
+    """Draw figure 7 of the paper: the share of the codebook that each segment uses."""
     counts = findings.statistics.counts
     segments, codebook_size = counts.shape
     use = 100 * findings.statistics.segment_use.numpy()
@@ -94,26 +82,29 @@ def draw_segment_use(findings: Findings) -> Drawing:
             ylabel="share of the codebook (%)",
         )
         _whole_numbers(axes.xaxis, range(segments))
-        grid(axes)
+        axes.grid(axis="y")
         figure.legend(handles=[bars, dots], loc="outside lower center", ncols=2)
-        span = " to ".join(dict.fromkeys(percent(extreme / 100) for extreme in (use.min(), use.max())))
-        axes.set_title(f"{counted(segments, 'segment')}, using {span} of the codebook")
-    each = int(counts[0].sum())
+        axes.set_title(f"{segments:,} segments, using {use.min():.3g} to {use.max():.3g} % of the codebook")
+    d = findings.codebook.shape[1]
+    what = {
+        "channel": f"Segment i: channels {d} i to {d} i + {d - 1} of the latents.",
+        "patch": "Segment i: row i of the unshuffled latents (the patch layout).",
+    }
     caption = (
-        f"The share of the {codebook_size:,} codevectors that each segment chose at least once, and the perplexity of "
-        f"its codes (paper, figure 7). Each segment chose {each:,} codes"
-        + (", fewer than there are codevectors: it could not use them all. " if each < codebook_size else ". ")
-        + _what_segments_are(findings)
+        "Share of the codevectors that each segment chose at least once, and perplexity of its codes "
+        f"(paper, figure 7), from {int(counts[0].sum()):,} codes per segment. {what[findings.segment_layout]}"
     )
     return Drawing("segment_use", "Use by each segment", caption, figure)
 
 
 def draw_sharing(findings: Findings) -> Drawing:
-    """Figure 8 of the paper: how many segments share a codevector; and which ones do."""
+    """Draw figure 8 of the paper, how many segments share a codevector, and which segments use which."""
     statistics = findings.statistics
     segments, codebook_size = statistics.counts.shape
     sharing = statistics.segments_per_codevector.numpy()
     with style():
+        from matplotlib.colors import LogNorm
+
         figure = new_figure(2.9)
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
         step = math.ceil((segments + 1) / MOST_BARS)
@@ -126,17 +117,18 @@ def draw_sharing(findings: Findings) -> Drawing:
         )
         _whole_numbers(left.xaxis, range(segments + 1))
         _whole_numbers(left.yaxis)
-        grid(left)
-        left.set_title(f"median: {_number(np.median(sharing))} of {segments:,}")
+        left.grid(axis="y")
+        left.set_title(f"median: {np.median(sharing):g} of {segments:,}")
 
         order = statistics.counts.sum(0).argsort(descending=True, stable=True)
         shares = statistics.counts[:, order].double() / statistics.counts.sum(1, keepdim=True).clamp_min(1)
         cells = _pooled(shares)
+        lowest = cells[cells > 0].min()
         drawn = right.imshow(
             np.ma.masked_equal(cells, 0),
             aspect="auto",
             cmap="viridis",
-            norm=_log_norm(cells[cells > 0].min(), cells.max()),
+            norm=LogNorm(lowest if lowest < cells.max() else lowest / 10, cells.max()),
             extent=(0.5, codebook_size + 0.5, segments - 0.5, -0.5),
             interpolation="nearest",
         )
@@ -147,19 +139,16 @@ def draw_sharing(findings: Findings) -> Drawing:
         right.set_title("share of a segment's codes")
         figure.colorbar(drawn, ax=right, pad=0.02)
     everywhere = int((sharing == segments).sum())
-    neighbours = math.ceil(segments / MOST_CELLS) * math.ceil(codebook_size / MOST_CELLS)
     caption = (
-        "Left: how many codevectors are used by so many segments (paper, figure 8); those used by none are dead. "
-        f"{everywhere:,} of {codebook_size:,} are used by "
-        + ("every segment. " if segments > 1 else "the only segment there is. ")
-        + "Right: how often each segment chooses each codevector; white is never"
-        + (f" (each cell is the mean of up to {neighbours:,} neighbours)." if neighbours > 1 else ".")
+        f"Left: codevectors by the number of segments that use them (paper, figure 8); {everywhere:,} of "
+        f"{codebook_size:,} are used by every segment. Right: how often each segment chooses each codevector; white is "
+        "never. Of a large codebook, each cell is the mean of neighbours."
     )
     return Drawing("code_sharing", "Codevectors shared by segments", caption, figure)
 
 
 def draw_embedding(findings: Findings, seed: int) -> Drawing:
-    """Figure 5 of the paper: t-SNE of codevectors and features."""
+    """Draw figure 5 of the paper: t-SNE of codevectors and features."""
     codebook_size, d = findings.codebook.shape
     counts = findings.statistics.counts.sum(0)
     by_use = counts.argsort(descending=True, stable=True).numpy()
@@ -204,59 +193,30 @@ def draw_embedding(findings: Findings, seed: int) -> Drawing:
         what = "directions" if findings.distance == "cosine" else "vectors"
         axes.set_title(f"{how} of {what}, d = {d}" if how == "t-SNE" else f"{what.capitalize()}, d = {d}")
     caption = (
-        ("t-SNE of " if how == "t-SNE" else "")
-        + (f"{len(shown):,} of the {codebook_size:,} " if len(shown) < codebook_size else f"the {codebook_size:,} ")
-        + f"codevectors{', at even distances in the order of their use,' if len(shown) < codebook_size else ''} and of "
-        f"{len(features):,} feature segments of {d} channels before quantization, drawn at random "
-        + (
-            "(paper, figure 5). The model chooses codes by cosine: lengths are left out. "
-            if findings.distance == "cosine"
-            else "(paper, figure 5). The model chooses codes by euclidean distance. "
-        )
-        + "A codebook that fits lies where the features are; dead codevectors are those that no image used."
+        f"{len(shown):,} of {codebook_size:,} codevectors and {len(features):,} segments of features before "
+        "quantization, drawn at random (paper, figure 5)"
+        + (", by direction: lengths do not matter to cosine distance. " if findings.distance == "cosine" else ". ")
+        + "A codebook that fits lies where the features are."
     )
     return Drawing("embedding", "Codevectors among features", caption, figure)
 
 
 def segment_perplexity(counts: torch.Tensor) -> torch.Tensor:
-    """exp of the entropy of each segment's codes, of counts (segments, K), in [1, K]."""
+    """Return the perplexity of each segment's codes, in [1, K], from counts `(segments, K)`."""
     share = counts.double() / counts.sum(1, keepdim=True)
     return torch.special.entr(share).sum(1).exp()
 
 
-def _what_segments_are(findings: Findings) -> str:
-    if findings.segment_layout == "channel":
-        return (
-            f"Segment i is channels {findings.codebook.shape[1]} i to {findings.codebook.shape[1]} i + "
-            f"{findings.codebook.shape[1] - 1} of the latents, at all interpolated positions."
-        )
-    return "Segment i is row i of the unshuffled latents (the patch layout)."
-
-
 def _pooled(shares: torch.Tensor) -> np.ndarray:
-    """Means of neighbours, so that neither side is longer than MOST_CELLS."""
+    """Average neighbours so that neither side is longer than MOST_CELLS."""
     size = [min(length, MOST_CELLS) for length in shares.shape]
     return torch.nn.functional.adaptive_avg_pool2d(shares[None], size)[0].numpy()
 
 
-def _log_norm(lowest: float, highest: float):
-    from matplotlib.colors import LogNorm
-
-    return LogNorm(lowest if lowest < highest else lowest / 10, highest)
-
-
 def _whole_numbers(axis, values: range | None = None) -> None:
-    """Ticks at whole numbers, at all of the `values` where these are few."""
+    """Put ticks at whole numbers: at all `values` if they are few."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
     few = values is not None and len(values) <= 10
     axis.set_major_locator(FixedLocator(values) if few else MaxNLocator(integer=True, nbins=8))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-
-
-def _rounded(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"

@@ -1,4 +1,4 @@
-"""One pass over the images: everything that the figures of `looc-ldm analyze` are drawn from."""
+"""Collect, in one pass over the images, everything that `looc-ldm analyze` draws."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from looc_ldm.metrics import psnr
 from looc_ldm.metrics.reconstruction import PSNR_CEILING, eval_mode
 from looc_ldm.statistics import CodebookStatistics, CodeCounter
 
-MOST_SAMPLED = 500  # images that are kept as they are
-MOST_SAMPLED_VALUES = 2**26  # pixel values of them, and codes of them
-MOST_VECTORS = 2000  # segments of feature vectors that are kept
+MOST_SAMPLED = 500  # images in the sample
+MOST_SAMPLED_VALUES = 2**26  # their pixel values, and their codes
+MOST_VECTORS = 2000  # segments of feature vectors in the sample
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Images drawn at random, in the order of the data, with all that became of them. On the CPU.
+    """Images drawn at random, in the order of the data, with their results. On the CPU.
 
     Attributes:
-        originals, reconstructions (`torch.Tensor` of shape `(S, channels, H, W)`, uint8): With their padding.
-        codes (`torch.Tensor` of shape `(S, h, w, C)`, int32): Their codes.
-        psnr (`torch.Tensor` of shape `(S,)`, float64): In dB, of the images without padding, at most 100.
-        vectors (`torch.Tensor` of shape `(V, d)`, float32): Some of their segments, as they were before quantization.
+        originals, reconstructions (`torch.Tensor` of shape `(S, channels, H, W)`, uint8): With padding.
+        codes (`torch.Tensor` of shape `(S, h, w, C)`, int32): Indices.
+        psnr (`torch.Tensor` of shape `(S,)`, float64): In dB, without padding, at most 100.
+        vectors (`torch.Tensor` of shape `(V, d)`, float32): Some segments before quantization.
     """
 
     originals: torch.Tensor
@@ -40,19 +40,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Findings:
-    """What `collect` found. Everything but `sample` is of all images.
+    """Results of `collect`. Everything but `sample` covers all images.
 
     Attributes:
-        statistics (`CodebookStatistics`): How often each segment chose each codevector.
+        statistics (`CodebookStatistics`): Counts of codevectors by segment.
         codebook (`torch.Tensor` of shape `(K, d)`): The codevectors.
-        distance, segment_layout (`str`): Of the quantizer.
+        distance, segment_layout (`str`): Settings of the quantizer.
         downsampling_factor (`int`): f, pixels along a side of a latent position.
-        images (`int`): Their number.
+        images (`int`): Number of images.
         psnr, l1 (`float`): Means over images; in dB, and mean absolute error in [0, 1].
         error_map (`torch.Tensor` of shape `(height, width)`, float64): Mean absolute error at each pixel, in [0, 1],
             over images and channels.
-        first_seen (`torch.Tensor` of shape `(K,)`, int64): Where each codevector was first chosen: the image's number
-            times h * w, plus the position. For those never chosen, the largest int64.
+        first_seen (`torch.Tensor` of shape `(K,)`, int64): First place of each codevector: the image's number
+            times h * w, plus the position; the largest int64 for a codevector that was never chosen.
         content_size (`tuple[int, int]`): Height and width of the images without padding.
         latent_size (`tuple[int, int]`): h and w.
         bits_per_pixel (`float`): log2 K for every code, per pixel without padding.
@@ -80,7 +80,7 @@ class Findings:
 
     @property
     def code_lengths(self) -> torch.Tensor:
-        """(K,): bits of each codevector's code under an ideal entropy coder, -log2 of its share of all codes."""
+        """Bits per codevector `(K,)` under an ideal entropy coder: -log2 of its share of all codes."""
         counts = self.statistics.counts.sum(0).double()
         return -torch.log2(counts / counts.sum())
 
@@ -98,17 +98,17 @@ class Findings:
 
     @property
     def bits_per_pixel_entropy(self) -> float:
-        """The rate of an ideal entropy coder that knows how often each code is chosen in all of the data."""
+        """Rate of an ideal entropy coder that knows how often each code is chosen in the data."""
         return self.codes_per_image * self.entropy / math.prod(self.content_size)
 
     def bits_of(self, codes: torch.Tensor) -> torch.Tensor:
-        """(S,): bits per pixel of each image of codes (S, h, w, C), under that coder. Their mean is its rate."""
+        """Return the bits per pixel `(S,)` of each image of codes `(S, h, w, C)` under that coder."""
         lengths = self.code_lengths
         bits = torch.stack([lengths[image.long()].sum() for image in codes])
         return bits / math.prod(self.content_size)
 
     def content(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (..., H, W) without their padding."""
+        """Crop the padding off images `(..., H, W)`."""
         return centre_crop(images, self.content_size)
 
 
@@ -120,24 +120,24 @@ def collect(
     content_size: tuple[int, int] | None = None,
     seed: int = 0,
 ) -> Findings:
-    """Encode, quantize and decode images once, and keep what can be drawn.
+    """Encode, quantize and decode images once, and collect what the figures show.
 
-    Memory does not depend on their number: counts are summed, and what is looked at one by one is a sample, drawn
-    before. The model is put into eval mode and left in the modes it had.
+    Memory does not grow with the number of images: counts are summed, and single images are a sample. The model runs
+    in eval mode and gets its modes back.
 
     Args:
         model (`LooCVQModel`): The autoencoder.
         batches: Float images in [-1, 1], `(B, C, H, W)` each, all of one size.
-        images (`int`): How many they are.
-        content_size (`tuple[int, int]`, *optional*): Height and width of the images in the centre of their padding:
-            errors are measured there, and rates are per pixel of it. The whole image if not given.
-        seed (`int`, defaults to 0): Of the draw of the sample.
+        images (`int`): Number of images.
+        content_size (`tuple[int, int]`, *optional*): Height and width inside the padding, where errors and bits per
+            pixel are measured. Defaults to the whole image.
+        seed (`int`, defaults to 0): Seed of the sample.
 
     Returns:
         `Findings`.
 
     Raises:
-        ValueError: There are no images, not as many as said, of several sizes, or their features are not finite.
+        ValueError: There are no images, a different number or several sizes of them, or features are not finite.
     """
     if images < 1:
         raise ValueError("There are no images to analyze.")
@@ -196,21 +196,21 @@ def collect(
 def occurrences(
     findings: Findings, code: int, count: int, read: Callable[[int], torch.Tensor]
 ) -> list[tuple[torch.Tensor, int, int, float]]:
-    """Where a codevector is chosen, first where most codes of a position are it, from as many images as can be.
+    """Find positions where a codevector is chosen, most codes first, in as many different images as possible.
 
     Args:
-        findings: What `collect` found.
-        code: The codevector.
-        count: At most so many.
-        read: Gives image i of the data as uint8 (C, H, W). Called where no image of the sample has the codevector.
+        findings: Results of `collect`.
+        code: The codevector's index.
+        count: Number of positions, at most.
+        read: Returns image i of the data as uint8 `(C, H, W)`; called if no image of the sample has the codevector.
 
     Returns:
-        The image, the latent position (y, x) in it, and the share of the position's codes that are the codevector, in
-        [0, 1]; NaN where that is not known. Nothing for a codevector that was never chosen.
+        For each position: the image, the latent position (y, x) in it, and the share of the position's codes that are
+        the codevector, in [0, 1], or NaN if unknown. An empty list for a codevector that was never chosen.
     """
     height, width = findings.latent_size
     share = torch.stack([(codes == code).double().mean(-1).flatten() for codes in findings.sample.codes])  # (S, h * w)
-    # Of equals the one nearest to the middle, whose neighbours can be seen.
+    # Among equals, the one nearest to the middle: its neighbours can be seen.
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     central = 1e-6 * (2 - y.square() - x.square()).double().flatten()
     each = min(-(-count // len(share)), height * width)
@@ -230,13 +230,13 @@ def occurrences(
 
 
 def _draw(images: int, values: int, codes: int, random: np.random.Generator) -> tuple[set[int], int]:
-    """The numbers of the sampled images, which have so many values and codes each, and how many vectors of each."""
+    """Draw which images are sampled, and return them with the number of vectors to take from each."""
     count = max(1, min(images, MOST_SAMPLED, MOST_SAMPLED_VALUES // values, MOST_SAMPLED_VALUES // codes))
     return set(random.choice(images, count, replace=False).tolist()), -(-MOST_VECTORS // count)
 
 
 def _see(first_seen: torch.Tensor, codes: torch.Tensor, images_before: int) -> None:
-    """Note where the codes (B, h, w, C) of a batch are, where they were not met before."""
+    """Update `first_seen` with the codes `(B, h, w, C)` of a batch."""
     flat = codes.flatten()
     place = images_before * math.prod(codes.shape[1:3]) + torch.arange(len(flat)) // codes.shape[-1]
     first_seen.scatter_reduce_(0, flat, place, "amin")

@@ -1,4 +1,4 @@
-"""Several models on the same images: their names, the table, and the pictures."""
+"""Compare several models on the same images: their names, the table, and the pictures."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
 
-import numpy as np
 import torch
 
 from looc_ldm.analysis.rate_distortion import AXIS_NAMES, ModelPoint, Point, draw_rate_distortion
-from looc_ldm.analysis.style import PNG_DPI, WIDTH, Drawing, new_figure, style
+from looc_ldm.analysis.style import PNG_DPI, WIDTH, Drawing, counted, new_figure, picture, style
 
 GENERIC_NAMES = ("model", "pipeline", "vqvae")  # of the folders that trainings end in
-LARGEST_CELL = 256  # pixels; larger images are shown smaller
-MAGNIFIED_CELL = 144  # pixels; smaller images are shown larger, as far as a whole factor fits into this
-# Of the picture: pixels between cells, and between models; characters of a line of a label, and its size in points.
-GAP, GROUP_GAP, LABEL_CHARACTERS, POINTS = 3, 12, 20, 6.5
+CELL = 144, 256  # pixels of an image's longer side: small ones are magnified by a whole factor, large ones reduced
+MARGIN, LABEL_CHARACTERS = 1.35, 20  # inches left of the images, and characters per line there
 DIFFERENCE_FACTORS = (16, 8, 4, 2)
-CLIPPED_SHARE = 0.05  # of the values of a model's differences that may be too bright to show
+CLIPPED_SHARE = 0.05  # largest share of a model's differences that may be too bright to show
 
 
 @dataclass
@@ -29,9 +26,9 @@ class Compared:
     """One model of a comparison.
 
     Attributes:
-        name (`str`): What it is called.
-        figures (`dict`): What `evaluate_reconstruction` says, and `downsampling_factor` and `interpolation_factor`.
-        reconstructions (`torch.Tensor` of shape `(n, C, H, W)`, uint8): Of the images that are shown.
+        name (`str`): Its name in table and pictures.
+        figures (`dict`): Figures of `evaluate_reconstruction`, `downsampling_factor` and `interpolation_factor`.
+        reconstructions (`torch.Tensor` of shape `(n, C, H, W)`, uint8): Reconstructions of the images shown.
     """
 
     name: str
@@ -40,10 +37,10 @@ class Compared:
 
 
 def distinguishing_names(models: Sequence[str]) -> list[str]:
-    """The shortest ends of folders or hub ids that tell them apart, without what all, or trainings, end in.
+    """Return the shortest parts of folders or hub ids that tell the models apart.
 
     `runs/a/model` and `runs/b/model` become `a` and `b`, and so do `runs/a/model` and `runs/b/pipeline`. A model that
-    is there twice gets a number the second time.
+    is given twice gets a number the second time.
     """
     parts = [Path(os.path.abspath(name)).parts if Path(name).is_dir() else tuple(name.split("/")) for name in models]
     different = len(set(parts))
@@ -68,8 +65,7 @@ def _number(digits: int) -> Callable[[float], str]:
     return lambda value: f"{value:,.{digits}f}"
 
 
-# Headings with the better direction, and how a figure is written. The names of figures that depend on a feature layer
-# have it after an "@".
+# Headings with the better direction, and the format of a figure. Figures of a feature layer have it after an "@".
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "bits_per_pixel": ("bits/pixel ↓", lambda value: f"{value:#.4g}"),
     "bits_per_pixel_entropy": ("entropy, bits/pixel ↓", lambda value: f"{value:#.4g}"),
@@ -90,7 +86,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def markdown_table(models: Sequence[Compared]) -> str:
-    """A row a model, in their order, with the figures that were measured; readable as it stands."""
+    """Return a table of one row per model, with the figures measured; readable as plain text too."""
     rows = [["model"], *([model.name.replace("|", "\\|")] for model in models)]
     for known, (heading, write) in COLUMNS.items():
         for figure in models[0].figures:
@@ -116,10 +112,10 @@ def markdown_table(models: Sequence[Compared]) -> str:
 
 
 def difference_factor(originals: torch.Tensor, models: Sequence[Compared]) -> int:
-    """By how much the differences of all models are amplified.
+    """Return the factor by which the differences of all models are amplified.
 
-    For each model there is a largest factor that clips little, at least 2; this is the middle one, so that a single
-    model that is far better or worse than the others leaves theirs to be seen.
+    Each model has a largest factor that clips little, at least 2. The middle one is taken, so that one model that is
+    far better or worse than the others does not hide their differences.
     """
     return median_low(_own_factor(_difference(originals, model.reconstructions)) for model in models)
 
@@ -131,57 +127,42 @@ def _own_factor(differences: torch.Tensor) -> int:
     return factor
 
 
+def _difference(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return (first.short() - second.short()).abs()
+
+
 def comparison_picture(originals: torch.Tensor, models: Sequence[Compared], factor: int) -> Drawing:
-    """Originals, and below them each model's reconstructions and their absolute differences, amplified.
+    """Draw the originals, and below them each model's reconstructions and their amplified absolute differences.
 
     Args:
-        originals (`torch.Tensor` of shape `(n, C, H, W)`, uint8): The images, a column each.
-        models (`Sequence[Compared]`): Two rows each, in their order.
-        factor (`int`): What differences are multiplied with; brighter ones than 255 are shown as 255.
+        originals (`torch.Tensor` of shape `(n, C, H, W)`, uint8): The images, one per column.
+        models (`Sequence[Compared]`): The models, two rows each.
+        factor (`int`): Amplification of differences, which are clipped at 255.
     """
     from matplotlib.figure import Figure
 
-    rows = [_Row(originals, ["originals"], [])]
+    rows = [(originals, "originals", "bold")]
     for model in models:
         difference = (_difference(originals, model.reconstructions) * factor).clamp(max=255).byte()
-        rate, kept = f"{model.figures['bits_per_pixel']:#.3g} bits/pixel", f"{model.figures['psnr']:.2f} dB"
-        rows.append(_Row(model.reconstructions, textwrap.wrap(model.name, LABEL_CHARACTERS), [rate, kept]))
-        rows.append(_Row(difference, [], [f"difference × {factor}"]))
-    height, width, _ = _cell(originals[0]).shape
-    line_height = POINTS * PNG_DPI / 72 * 1.25
-    row_height = max(height, *(round(len(row.lines) * line_height) for row in rows))  # labels may be the higher ones
-    tops = [i * (row_height + GAP) + (i + 1) // 2 * (GROUP_GAP - GAP) for i in range(len(rows))]
-    canvas = np.full((tops[-1] + row_height, len(originals) * (width + GAP) - GAP, 3), 255, np.uint8)
-    for top, row in zip(tops, rows, strict=True):
-        for j, image in enumerate(row.images):
-            canvas[top : top + height, j * (width + GAP) : j * (width + GAP) + width] = _cell(image)
-    margin = round(max(_text_width(line) for row in rows for line in row.lines)) + 4 * GAP
-    full_height, full_width = canvas.shape[0] + 2 * GAP, margin + canvas.shape[1] + GAP
+        name = "\n".join(textwrap.wrap(model.name, LABEL_CHARACTERS, max_lines=5))
+        facts = f"{model.figures['bits_per_pixel']:#.3g} bits/pixel\n{model.figures['psnr']:.2f} dB"
+        rows += [(model.reconstructions, name, "bold"), (difference, f"{facts}\ndifference × {factor}", "normal")]
+    height, width = originals.shape[-2:]
+    smallest, largest = CELL
+    zoom = max(1, smallest // max(height, width)) * min(1, largest / max(height, width)) / PNG_DPI
+    size = MARGIN + len(originals) * width * zoom * 1.03, len(rows) * height * zoom * 1.03
     with style():
-        # A pixel of the canvas is a pixel of the PNG: nothing is resampled.
-        figure = Figure(figsize=(full_width / PNG_DPI, full_height / PNG_DPI))
-        axes = figure.add_axes(
-            (margin / full_width, GAP / full_height, canvas.shape[1] / full_width, canvas.shape[0] / full_height)
-        )
-        axes.imshow(canvas, interpolation="none", aspect="auto")
-        axes.axis("off")
-        for top, row in zip(tops, rows, strict=True):
-            first = GAP + top + height / 2 - (len(row.lines) - 1) / 2 * line_height
-            for j, line in enumerate(row.lines):
-                figure.text(
-                    (margin - 2 * GAP) / full_width,
-                    1 - (first + j * line_height) / full_height,
-                    line,
-                    ha="right",
-                    va="center",
-                    fontsize=POINTS,
-                    parse_math=False,  # a name may hold dollars
-                    color="black" if row.name else "0.35",
-                    weight="bold" if j < len(row.name) else "normal",
-                )
+        figure = Figure(size)
+        cells = figure.subplots(len(rows), len(originals), squeeze=False)
+        figure.subplots_adjust(MARGIN / size[0], 0.01, 0.99, 0.99, wspace=0.02, hspace=0.02)
+        for line, (images, label, weight) in zip(cells, rows, strict=True):
+            for axes, image in zip(line, images, strict=True):
+                picture(axes, image, interpolation="auto")
+            style_of_label = {"fontsize": 6.5, "weight": weight, "parse_math": False}  # a name may hold dollars
+            line[0].set_ylabel(label, rotation=0, ha="right", va="center", **style_of_label)
     caption = (
-        f"Originals, and of each model the reconstructions and below them the absolute differences, {factor} times as "
-        "bright. Rates and PSNR are those of the table, of all images measured."
+        f"Below each model's reconstructions, their absolute differences, {factor} times as bright. Rates and PSNR are "
+        "means over all images measured."
     )
     return Drawing("comparison", "Reconstructions", caption, figure)
 
@@ -189,12 +170,12 @@ def comparison_picture(originals: torch.Tensor, models: Sequence[Compared], fact
 def rate_distortion_figure(
     codecs: Mapping[str, Sequence[Point]], models: Sequence[Compared], codec_images: int
 ) -> Drawing:
-    """PSNR, and SSIM where it was measured, over bits per pixel: models as points, codecs as curves.
+    """Draw PSNR, and SSIM if it was measured, over bits per pixel: models as points, codecs as curves.
 
     Args:
         codecs: The points of `codec_curve`, by codec.
-        models: In the order of the legend.
-        codec_images: How many images the codecs were given, for the caption.
+        models: The models, in the order of the legend.
+        codec_images: Number of images that the codecs compressed, for the caption.
     """
     measured = [name for name in AXIS_NAMES if name in models[0].figures]
     points = [
@@ -210,48 +191,7 @@ def rate_distortion_figure(
             draw_rate_distortion(axes, codecs, points, name)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
     images = models[0].figures["images"]
-    caption = (
-        f"Means over {images:,} image{'s' * (images > 1)}. Models: bits of the codes, log2 K each. JPEG "
-        "(4:2:0, optimized Huffman tables) and WebP at qualities from 1 to 95: a file for every image, headers "
-        "included, which make up much of the files of small images"
-    )
-    caption += f"; of {codec_images:,} of the images." if codec_images < images else "."
+    caption = f"Means over {counted(images, 'image')}"
+    caption += f"; codecs over {codec_images:,} of the images. " if codec_images < images else ". "
+    caption += "JPEG and WebP: qualities 1 to 95, one file per image, headers included."
     return Drawing("rate_distortion", "Rate and distortion", caption, figure)
-
-
-@dataclass
-class _Row:
-    """A row of the picture: images, and beside them lines of text, those of the name first and bold."""
-
-    images: torch.Tensor
-    name: list[str]
-    facts: list[str]
-
-    @property
-    def lines(self) -> list[str]:
-        return self.name + self.facts
-
-
-def _text_width(line: str) -> float:
-    """Pixels of a line of a label, if it is bold."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextPath
-
-    path = TextPath((0, 0), line.replace("$", "S"), prop=FontProperties(size=POINTS, weight="bold"))
-    return path.get_extents().width * PNG_DPI / 72
-
-
-def _difference(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    return (first.short() - second.short()).abs()
-
-
-def _cell(image: torch.Tensor) -> np.ndarray:
-    """An image `(C, H, W)` as it is shown: `(h, w, 3)`, by a whole factor larger or smaller."""
-    pixels = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
-    side = max(pixels.shape[:2])
-    if side <= LARGEST_CELL:
-        zoom = max(1, MAGNIFIED_CELL // side)
-        return pixels.repeat(zoom, axis=0).repeat(zoom, axis=1)
-    from PIL import Image
-
-    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).reduce(-(-side // LARGEST_CELL)))

@@ -6,27 +6,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-PERPLEXITY = 30  # t-SNE's, about how many neighbours a point has
-FEWEST = 5  # distinct points that t-SNE can say something about
+PERPLEXITY = 30  # of t-SNE: about how many neighbours a point has
+FEWEST = 5  # distinct points that t-SNE needs
 
 
 def in_the_plane(
     codevectors: torch.Tensor, vectors: torch.Tensor, distance: str, seed: int
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Coordinates in which near codevectors and vectors are near each other.
+    """Return coordinates in which similar codevectors and features are near each other.
 
-    Under cosine distance their directions are embedded, since their lengths do not count. What has fewer than three
-    dimensions is given as it is.
+    Under cosine distance their directions are embedded. Vectors of fewer than three dimensions are returned as they
+    are.
 
     Args:
         codevectors (`torch.Tensor` of shape `(K, d)`).
         vectors (`torch.Tensor` of shape `(V, d)`): Features.
         distance (`str`): "cosine" or "euclidean".
-        seed (`int`): Of t-SNE: on one machine one seed gives one picture.
+        seed (`int`): Seed of t-SNE; on one machine, the same seed gives the same picture.
 
     Returns:
-        `(K, 2)`, `(V, 2)`, and how they came about: "t-SNE", "components" or "one component", where the second
-        coordinate is 0.
+        `(K, 2)`, `(V, 2)`, and the method: "t-SNE", "components", or "one component", whose second coordinate is 0.
     """
     points = torch.cat([codevectors, vectors]).float()
     if distance == "cosine":
@@ -39,7 +38,7 @@ def in_the_plane(
         if points.shape[1] == 1:
             flat = np.concatenate([flat, np.zeros_like(flat)], axis=1)
     else:
-        flat, how = _tsne(distinct, seed)[place], "t-SNE"  # what is equal is one point
+        flat, how = _tsne(distinct, seed)[place], "t-SNE"  # equal points are one
     return flat[: len(codevectors)], flat[len(codevectors) :], how
 
 

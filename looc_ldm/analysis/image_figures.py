@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 
 from looc_ldm.analysis.collect import Findings, occurrences
 from looc_ldm.analysis.rate_distortion import ModelPoint, codec_curve, draw_rate_distortion
-from looc_ldm.analysis.style import BLUE, HEAT, SKY, Drawing, counted, new_figure, percent, picture, style
+from looc_ldm.analysis.style import BLUE, HEAT, SKY, Drawing, counted, new_figure, picture, style
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.images import to_uint8
 from looc_ldm.metrics.quality import SSIM_WINDOW
 from looc_ldm.metrics.reconstruction import eval_mode
 
-MOST_CODED = 64  # images that JPEG and WebP are asked for
+MOST_CODED = 64  # images that JPEG and WebP compress
 EXAMPLES = 8  # images shown with their errors
-SHOWN_CODES = 8  # most used, and as many least used
-OCCURRENCES = 8  # patches of each
-JPEG_HEADER = (300, 600)  # bytes, about
-BEYOND = 217  # light grey, where an image has ended
+SHOWN_CODES = 8  # codevectors shown of the most used, and of the least used
+OCCURRENCES = 8  # patches of each codevector
+BEYOND = 217  # light grey: outside the image
 CONTEXT = 1  # latent positions around the one of a patch
 
 
 def compared_with_codecs(findings: Findings) -> dict:
-    """The model and codecs on the same images of the sample, ready for JSON.
+    """Measure the model and codecs on the same images of the sample, ready for JSON.
 
     Returns:
         `dict`: `images`; `psnr`, the model's mean in dB; `bits_per_pixel` and `bits_per_pixel_entropy`, its rate at
         log2 K and at the entropy of the codes; `by_image`, for each image its rate under an ideal entropy coder with
-        the data's frequencies, and its PSNR; `codecs`, by name, the points of `codec_curve`, nothing for images that
-        are smaller than the window of SSIM.
+        the data's frequencies, and its PSNR; `codecs`, by name, the points of `codec_curve`, empty for images smaller
+        than the window of SSIM.
     """
     sample = findings.sample
     chosen = _spread(len(sample.originals), MOST_CODED)
@@ -49,9 +47,9 @@ def compared_with_codecs(findings: Findings) -> dict:
 
 
 def draw_rate(findings: Findings, compared: dict) -> Drawing:
-    """Rate and distortion of the model, of its images and of codecs."""
+    """Draw rate and distortion of the model, of each image, and of codecs."""
     with style():
-        figure = new_figure(3.4)
+        figure = new_figure(3.7)
         axes = figure.subplots()
         rates, psnrs = zip(*compared["by_image"], strict=True)
         axes.plot(rates, psnrs, ".", color=SKY, markersize=5, markeredgewidth=0, alpha=0.8, label="model, each image")
@@ -62,29 +60,22 @@ def draw_rate(findings: Findings, compared: dict) -> Drawing:
         points = [point for point in points if point.bits_per_pixel > 0]  # a logarithmic axis has no place for 0
         axes.plot([p.bits_per_pixel for p in points], [p.psnr for p in points], ":", color=BLUE, linewidth=1)
         draw_rate_distortion(axes, compared["codecs"], points)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
-        _rate_ticks(axes)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
         axes.set_title(
-            f"{counted(compared['images'], 'image')}: {compared['psnr']:.2f} dB at "
-            f"{compared['bits_per_pixel']:.3g} bits per pixel, "
+            f"{compared['psnr']:.2f} dB at {compared['bits_per_pixel']:.3g} bits per pixel, "
             f"{compared['bits_per_pixel_entropy']:.3g} entropy-coded"
         )
     caption = (
-        f"{counted(compared['images'], 'image')} drawn at random: mean PSNR against mean bits per pixel. The model at "
-        "log2 K bits for every code, and under an ideal entropy coder that knows how often each code is chosen in the "
-        "data; small dots are its images under that coder."
+        f"Means over {counted(compared['images'], 'image')} drawn at random. Entropy-coded: with an ideal coder that "
+        "knows how often each code is chosen in the data; small dots are single images under it."
     )
     if compared["codecs"]:
-        caption += " JPEG (4:2:0, optimized Huffman tables) and WebP at qualities from 1 to 95, a file for every image."
-        low, high = (8 * size / math.prod(findings.content_size) for size in JPEG_HEADER)
-        caption += f" A JPEG's headers alone are about {low:.2g} to {high:.2g} bits per pixel here."
-    else:
-        caption += " Images so small are left out for JPEG and WebP."
+        caption += " JPEG and WebP: qualities 1 to 95, one file per image, headers included."
     return Drawing("rate_distortion", "Rate and distortion", caption, figure)
 
 
 def draw_error_map(findings: Findings) -> Drawing:
-    """Mean absolute error at each pixel."""
+    """Draw the mean absolute error at each pixel."""
     height, width = findings.content_size
     with style():
         figure = new_figure(min(6.0, 0.7 + 3.2 * height / width), width=4.6)
@@ -97,16 +88,14 @@ def draw_error_map(findings: Findings) -> Drawing:
         figure.colorbar(drawn, ax=axes, label="mean absolute error (0 to 1)", pad=0.02, extend=extend)
         axes.set_title(f"mean over {counted(findings.images, 'image')}: {findings.l1:.4f}")
     caption = (
-        f"Absolute error of reconstructions at each of {width} x {height} pixels, mean over "
-        f"{counted(findings.images, 'image')} and all channels; black and white are 1 apart. The brightest colour "
-        "stands for the highest 0.5 % of them. A grid shows the latent positions, a frame what the network's padding "
-        "does."
+        f"Mean over {counted(findings.images, 'image')} and all channels; black and white are 1 apart. The brightest "
+        "colour stands for the highest 0.5 %. A grid shows the latent positions; a frame, the network's padding."
     )
     return Drawing("error_map", "Where the errors are", caption, figure)
 
 
 def draw_examples(findings: Findings) -> Drawing:
-    """Originals, reconstructions, and the error of each pixel."""
+    """Draw originals, reconstructions, and the error of each pixel."""
     sample = findings.sample
     chosen = _spread(len(sample.originals), EXAMPLES)
     count = len(chosen)
@@ -128,14 +117,14 @@ def draw_examples(findings: Findings) -> Drawing:
         figure.colorbar(drawn, ax=cells, pad=0.01, extend="max", aspect=12, shrink=1 / 3, anchor=(0, 0))
         figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
     caption = (
-        "Images of the data, their reconstructions, and the absolute error of each pixel, mean over channels, of "
-        "[0, 1]; below it the image's PSNR. The brightest colour stands for the highest 0.5 % of these errors."
+        "Error: absolute error of each pixel in [0, 1], mean over channels, with the image's PSNR below. The brightest "
+        "colour stands for the highest 0.5 %."
     )
     return Drawing("examples", "Reconstructions and their errors", caption, figure)
 
 
 def shown_codes(findings: Findings) -> tuple[list[int], list[int]]:
-    """The most used codevectors, and the least used of those that were used, others than those."""
+    """Return the most used codevectors, and the least used ones of the others that were used at all."""
     counts = findings.statistics.counts.sum(0)
     order = [code for code in counts.argsort(descending=True, stable=True).tolist() if counts[code]]
     most = order[:SHOWN_CODES]
@@ -144,9 +133,9 @@ def shown_codes(findings: Findings) -> tuple[list[int], list[int]]:
 
 @torch.no_grad()
 def swatches(model: LooCVQModel, codes: Sequence[int], findings: Findings) -> torch.Tensor:
-    """What maps decode to in which every code is the same, as uint8 (codes, channels, side, side).
+    """Decode maps in which every code is the same, as uint8 `(codes, channels, side, side)`.
 
-    The middle of the image, where the network's padding reaches least: as large as the patches beside it.
+    Only the middle is kept, as large as the patches beside it: the network's padding reaches it least.
     """
     size, side = findings.latent_size, _patch_side(findings)
     decoded = []
@@ -160,7 +149,7 @@ def swatches(model: LooCVQModel, codes: Sequence[int], findings: Findings) -> to
 
 
 def draw_codes(findings: Findings, model: LooCVQModel, read: Callable[[int], torch.Tensor]) -> Drawing:
-    """What the most and the least used codevectors stand for: constant maps of them, and patches where they are."""
+    """Draw the most and the least used codevectors: the decoded constant map of each, and where they are chosen."""
     most, least = shown_codes(findings)
     groups = [("most used", most)] + ([("least used", least)] if least else [])
     with style():
@@ -169,21 +158,11 @@ def draw_codes(findings: Findings, model: LooCVQModel, read: Callable[[int], tor
         for axes, (name, codes) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
             _draw_group(axes, name, codes, rows, findings, model, read)
     f = findings.downsampling_factor
-    slots = findings.sample.codes.shape[-1]
     caption = (
-        "Codevectors by number, with their share of all codes (where that is below 0.1 %, how often they were chosen). "
-        "First column: what a map decodes to in which every code, of every segment at every position, is this one. No "
-        "image has such a map: it is the decoder's answer to the codevector alone. Others: "
-        f"places in {'the image' if findings.images == 1 else f'{len(findings.sample.originals):,} images of the data'}"
-        + (
-            f" where most of the {slots} codes of a position are this one, from as many images as have it"
-            if slots > 1
-            else " where it was chosen, from as many images as have it"
-        )
-        + f": the {f}x{f} pixels of the position in the frame, with their neighbours; grey is beyond the image."
+        "Codevectors by number, with their share of all codes, or their count below 0.1 %. Map: what the decoder makes "
+        f"of this codevector at every place. In images: the {f}x{f} pixels (framed) of positions where most codes are "
+        "this one, with their neighbours; grey is outside the image."
     )
-    if len(findings.statistics.dead):
-        caption += f" The {len(findings.statistics.dead):,} dead codevectors are not shown."
     return Drawing("codes", "What codevectors stand for", caption, figure)
 
 
@@ -192,7 +171,7 @@ def _patch_side(findings: Findings) -> int:
 
 
 def _draw_group(axes, name: str, codes: list[int], rows: int, findings: Findings, model: LooCVQModel, read) -> None:
-    """A row for each codevector, of squares in one picture: what it decodes to, and where it is chosen."""
+    """Draw one row of squares per codevector: what it decodes to, and where it is chosen."""
     from matplotlib.patches import Rectangle
 
     f, side, counts = findings.downsampling_factor, _patch_side(findings), findings.statistics.counts.sum(0)
@@ -214,7 +193,7 @@ def _draw_group(axes, name: str, codes: list[int], rows: int, findings: Findings
         for color, width in (("black", 1.6), ("white", 0.7)):  # seen on any image
             axes.add_patch(Rectangle((left - 0.5, top - 0.5), f, f, fill=False, edgecolor=color, linewidth=width))
     shares = {code: counts[code].item() / counts.sum().item() for code in codes}
-    often = [percent(share) if share >= 0.001 else f"{counts[code]:,} ×" for code, share in shares.items()]
+    often = [f"{share:.1%}" if share >= 0.001 else f"{counts[code]:,} ×" for code, share in shares.items()]
     axes.set_yticks(
         [row * step + side / 2 for row in range(len(codes))],
         [f"{code}\n{text}" for code, text in zip(codes, often, strict=True)],
@@ -226,28 +205,19 @@ def _draw_group(axes, name: str, codes: list[int], rows: int, findings: Findings
 
 
 def _patch(image: torch.Tensor, y: int, x: int, findings: Findings) -> torch.Tensor:
-    """A latent position's pixels and those around it (channels, side, side); light grey where the image ends."""
+    """Cut out a latent position's pixels and those around it `(channels, side, side)`; light grey outside the image."""
     f, side, margin = findings.downsampling_factor, _patch_side(findings), CONTEXT * findings.downsampling_factor
     wide = torch.nn.functional.pad(image, [margin] * 4, value=BEYOND)
     return wide[:, y * f : y * f + side, x * f : x * f + side]
 
 
 def _spread(length: int, most: int) -> torch.Tensor:
-    """At most so many indices at even distances: the sample is in the order of the data, perhaps by class."""
+    """Return at most `most` indices at even distances: the sample is in the order of the data, perhaps by class."""
     return torch.linspace(0, length - 1, min(length, most)).round().long()
 
 
 def _ceiling(errors: torch.Tensor) -> float:
-    """What a few pixels that err most do not decide: the 99.5th percentile, at least one level of 255."""
+    """Return the 99.5th percentile, at least one level of 255: a few extreme pixels must not set the scale."""
     flat = errors.flatten()
     flat = flat[:: -(-len(flat) // 2**22)]  # torch.quantile takes no more than 2**24
     return max(torch.quantile(flat, 0.995).item(), 1 / 255)
-
-
-def _rate_ticks(axes) -> None:
-    """Ticks closer together where the rates span little."""
-    from matplotlib.ticker import FixedLocator
-
-    low, high = axes.get_xlim()
-    if high / low < 12:
-        axes.xaxis.set_major_locator(FixedLocator([m * 10.0**e for e in range(-4, 3) for m in (1, 1.5, 2, 3, 4, 6)]))

@@ -1,4 +1,4 @@
-"""The figures of an analysis together: as files, as one HTML page, and as numbers for JSON."""
+"""All figures of an analysis: as files, as one HTML page, and as numbers for JSON."""
 
 from __future__ import annotations
 
@@ -27,33 +27,35 @@ from looc_ldm.analysis.image_figures import (
     draw_rate,
     shown_codes,
 )
-from looc_ldm.analysis.style import Drawing, counted, percent
+from looc_ldm.analysis.style import Drawing, counted
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.files import replace_bytes, replace_text
 from looc_ldm.report import Report
 
 NUMBERS, PAGE = "analysis.json", "analysis.html"
+OF_SEVERAL_SEGMENTS = [f"{name}.{kind}" for name in ("segment_use", "code_sharing") for kind in ("png", "svg")]
 
 
 def analyze(
     findings: Findings, model: LooCVQModel, read: Callable[[int], torch.Tensor], seed: int = 0
 ) -> tuple[list[Drawing], dict]:
-    """All figures, and their numbers.
+    """Draw all figures.
 
     Args:
-        findings: What `collect` found.
-        model: The model it was found of.
-        read: Gives image i of the data as uint8 (C, H, W).
-        seed: Of t-SNE and of what is drawn at random.
+        findings: What `collect` found in the images.
+        model: The model that was analyzed.
+        read: Returns image i of the data as uint8 `(C, H, W)`.
+        seed: Seed of t-SNE.
 
     Returns:
-        The figures in the order of the page, and a dict that is ready for JSON; see `numbers`.
+        The figures in the order of the page, without comparisons of segments if there is only one; and the numbers,
+        see `numbers`.
     """
     compared = compared_with_codecs(findings)
+    several_segments = len(findings.statistics.counts) > 1
     drawings = [
         draw_use(findings),
-        draw_segment_use(findings),
-        draw_sharing(findings),
+        *([draw_segment_use(findings), draw_sharing(findings)] if several_segments else []),
         draw_embedding(findings, seed),
         draw_rate(findings, compared),
         draw_error_map(findings),
@@ -64,9 +66,9 @@ def analyze(
 
 
 def numbers(findings: Findings, compared: dict) -> dict:
-    """What the figures show, as numbers.
+    """Return the numbers behind the figures, ready for JSON.
 
-    The error map is given as means over the pixels of each latent position, as far as these lie in the content.
+    The error map holds the mean over the pixels of each latent position, without padding.
     """
     statistics = findings.statistics
     height, width = findings.content_size
@@ -104,20 +106,20 @@ def numbers(findings: Findings, compared: dict) -> dict:
 
 
 def page(drawings: list[Drawing], figures: dict, name: str, data: str, command: str) -> str:
-    """The HTML page, with everything in it. `name` and `data` say of which model and of which images."""
+    """Return the self-contained HTML page about model `name` on the images `data`."""
     report = Report(f"Inside {name}")
     report.text(f"{counted(figures['images'], 'image')} of {escape(data)}. <code>{escape(command)}</code>")
     k, d = figures["num_codevectors"], figures["codevector_dim"]
-    entropy, ceiling = figures["code_entropy"], math.log2(k)
+    entropy, ceiling, coded = figures["code_entropy"], math.log2(k), figures["bits_per_pixel_entropy"]
     report.table(
         [
             ("PSNR", f"{figures['psnr']:.2f} dB", "mean over images"),
             ("L1", f"{figures['l1']:.4f}", "mean absolute error in [0, 1]"),
-            ("Rate", f"{figures['bits_per_pixel']:.4g} bits per pixel", f"log2 K = {ceiling:.4g} bits a code"),
-            ("Entropy-coded", f"{figures['bits_per_pixel_entropy']:.4g} bits per pixel", f"{entropy:.4g} bits a code"),
+            ("Rate", f"{figures['bits_per_pixel']:.4g} bits per pixel", f"log2 K = {ceiling:.4g} bits per code"),
+            ("Entropy-coded", f"{coded:.4g} bits per pixel", f"{entropy:.4g} bits per code"),
             ("Codebook", f"{k:,} x {d}", f"{k * d:,} numbers, {counted(figures['segments'], 'segment')}"),
-            ("Codebook use", percent(figures["codebook_use"]), f"{figures['dead_codes']:,} dead"),
-            ("Perplexity", f"{figures['perplexity']:,.4g}", f"of {k:,}"),
+            ("Codebook use", f"{figures['codebook_use']:.1%}", f"{figures['dead_codes']:,} dead"),
+            ("Perplexity", f"{figures['perplexity']:,.1f}", f"of {k:,}"),
         ]
     )
     for drawing in drawings:
@@ -127,9 +129,10 @@ def page(drawings: list[Drawing], figures: dict, name: str, data: str, command: 
 
 
 def write_analysis(folder: Path, drawings: list[Drawing], record: dict, html: str) -> None:
-    """Write all files, each beside its place and renamed; the numbers last, so that they say that all are there."""
+    """Write all files, replacing those of an earlier analysis; the numbers last, as the sign of a complete analysis."""
     numbers = json.dumps(record, allow_nan=False)
-    (folder / NUMBERS).unlink(missing_ok=True)
+    for name in (NUMBERS, *OF_SEVERAL_SEGMENTS):  # of a model with more segments
+        (folder / name).unlink(missing_ok=True)
     for drawing in drawings:
         replace_bytes(folder / f"{drawing.name}.png", drawing.png())
         replace_bytes(folder / f"{drawing.name}.svg", drawing.svg())

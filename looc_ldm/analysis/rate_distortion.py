@@ -1,4 +1,4 @@
-"""Rate and distortion: what an image costs, and what is kept of it, beside codecs that everybody knows."""
+"""Rate and distortion of JPEG and WebP, and the plot of models beside them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from looc_ldm.metrics.reconstruction import PSNR_CEILING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# What Pillow is told besides the quality. Huffman tables made for the image cost time only, and an untuned JPEG would
-# be too easy to beat.
+# Options of Pillow besides the quality. Without Huffman tables made for the image, JPEG would be too easy to beat.
 CODECS = {"jpeg": {"optimize": True}, "webp": {}}
 CODEC_NAMES = {"jpeg": "JPEG", "webp": "WebP"}
 QUALITIES = (1, 5, 10, 20, 35, 50, 65, 80, 90, 95)
 AXIS_NAMES = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
 MARKERS = "osD^vP*Xp<>h"
-OCTAVES = range(-12, 9)  # of bits per pixel that the axis has ticks for
+OCTAVES = range(-12, 9)  # powers of two of bits per pixel that may have ticks
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Point:
     """A codec at one quality, over all images.
 
     Attributes:
-        quality (`int`): As Pillow counts it, 1 to 100.
+        quality (`int`): Pillow's quality, 1 to 100.
         bits_per_pixel (`float`): Bits of all files, headers included, per pixel of all images.
         psnr (`float`): Mean over images, in dB; an image counts as at most 100 dB, as in `evaluate_reconstruction`.
         ssim (`float`): Mean over images, in [-1, 1].
@@ -48,7 +47,7 @@ class Point:
 
 @dataclass(frozen=True)
 class ModelPoint:
-    """A model in the plane of rate and distortion; `psnr` in dB, None for what was not measured."""
+    """A model as a point of the plot; `psnr` in dB, None if not measured."""
 
     name: str
     bits_per_pixel: float
@@ -59,26 +58,24 @@ class ModelPoint:
 def codec_curve(
     images: Iterable[torch.Tensor], codec: str, qualities: Sequence[int] = QUALITIES, protocol: str = "clean"
 ) -> list[Point]:
-    """What a codec makes of images at each quality, in one pass over them.
+    """Measure a codec at each quality, in one pass over the images.
 
-    Every image is a file of its own, as it is a code of its own for a model, and the whole file counts. The headers of
-    a JPEG are some 300 to 600 bytes: of a photograph next to nothing, of a 28x28 image most of the file. JPEG halves
-    the resolution of colour, as is usual (4:2:0). WebP always does, and has no grey: a grey image is stored with empty
-    colour, and compared in grey.
+    Every image is one file, and the whole file counts. The headers of a JPEG are 300 to 600 bytes: next to nothing of
+    a photograph, most of a 28x28 image. JPEG halves the resolution of colour, as is usual (4:2:0). WebP always does,
+    and has no grey: a grey image is stored with empty colour, and compared in grey.
 
     Args:
-        images: uint8 tensors `(C, H, W)`, C = 1 (grey) or 3 (RGB), H and W at least 11. None is kept.
+        images: uint8 tensors `(C, H, W)`, C = 1 (grey) or 3 (RGB), H and W at least 11.
         codec (`str`): "jpeg" or "webp" (lossy), as Pillow writes them.
-        qualities (`Sequence[int]`): Of Pillow, 1 to 100.
-        protocol (`str`, defaults to `"clean"`): How PSNR and SSIM are measured, as those of the models beside them:
-            `"clean"` or `"paper"`.
+        qualities (`Sequence[int]`): Pillow's qualities, 1 to 100.
+        protocol (`str`, defaults to `"clean"`): Protocol of PSNR and SSIM: `"clean"` or `"paper"`.
 
     Returns:
-        `list[Point]`: One for each quality, in their order.
+        `list[Point]`: One per quality.
 
     Raises:
-        ValueError: Another codec or protocol, a quality out of range, no images, images that are not as said, or a
-            Pillow that was built without the codec.
+        ValueError: An unknown codec or protocol, a quality out of range, no images or other tensors, or a Pillow built
+            without the codec.
     """
     if codec not in CODECS:
         raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {codec!r}.")
@@ -97,7 +94,7 @@ def codec_curve(
                 f"images must be uint8 tensors (1 or 3, height, width), got {image.dtype} of {tuple(image.shape)}."
             )
         original, kept = to_pil(image), measured_as.view(to_float(image.cpu())[None])
-        # One quality at a time: of all together, SSIM would not fit into the caches and take up to four times as long.
+        # One quality at a time: SSIM of all together would not fit into the caches and take up to four times as long.
         for i, quality in enumerate(qualities):
             file = io.BytesIO()
             original.save(file, codec.upper(), quality=quality, **CODECS[codec])
@@ -122,12 +119,12 @@ def draw_rate_distortion(
 ) -> None:
     """Draw codecs as curves and models as points over bits per pixel, on a logarithmic axis.
 
-    All have labels: the legend is the caller's, who knows where there is room for it.
+    The caller places the legend.
 
     Args:
-        axes (`matplotlib.axes.Axes`): To draw on.
+        axes (`matplotlib.axes.Axes`): Axes to draw on.
         codecs (`Mapping[str, Sequence[Point]]`): The points of `codec_curve`, by codec.
-        models (`Sequence[ModelPoint]`): In the order of the legend; those without the figure are left out.
+        models (`Sequence[ModelPoint]`): The models; those without the figure are left out.
         figure (`str`): "psnr" or "ssim".
     """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -169,5 +166,5 @@ def draw_rate_distortion(
 
 
 def _as_label(name: str) -> str:
-    """A name as it stands: matplotlib reads formulas between dollars, and leaves names with an underscore out."""
+    """Escape a name: matplotlib reads formulas between dollars, and omits labels that start with an underscore."""
     return (" " + name if name.startswith("_") else name).replace("$", r"\$")

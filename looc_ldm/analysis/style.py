@@ -1,4 +1,4 @@
-"""One look for all figures: colours that colour-blind readers tell apart, and text that stays text."""
+"""The style of all figures: colours that colour-blind readers can tell apart, and text that stays text."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # Okabe and Ito, "Color universal design" (2008).
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
-HEAT = "magma"  # rises evenly in lightness
-WIDTH = 6.5  # inches: the text width of most papers
+HEAT = "magma"  # a colour map that rises evenly in lightness
+WIDTH = 6.5  # inches, the text width of most papers
 PNG_DPI = 200
 
 SETTINGS = {
@@ -46,9 +46,9 @@ class Drawing:
     """A figure with its words.
 
     Attributes:
-        name (`str`): Of its files.
-        title (`str`): A heading.
-        caption (`str`): What is drawn, in plain text.
+        name (`str`): File name without suffix.
+        title (`str`): Heading.
+        caption (`str`): Plain text.
         figure (`Figure`): The figure.
     """
 
@@ -58,42 +58,37 @@ class Drawing:
     figure: Figure
 
     def png(self) -> bytes:
-        """The content of its PNG file."""
-        return self._png
+        """Return the content of the PNG file."""
+        return self._saved("png")
 
     def svg(self) -> bytes:
-        """The content of its SVG file. What are dots by the thousand are pixels there too."""
+        """Return the content of the SVG file, in which thousands of dots are pixels too."""
         return self._svg
 
-    # Drawing takes long: the page and the files share it.
-    @cached_property
-    def _png(self) -> bytes:
-        return self._saved("png", dpi=PNG_DPI)
-
-    @cached_property
+    @cached_property  # shared by the page and the file: drawing takes long
     def _svg(self) -> bytes:
-        return self._saved("svg", dpi=PNG_DPI, metadata={"Date": None})
+        return self._saved("svg", metadata={"Date": None})
 
     def _saved(self, kind: str, **kwargs) -> bytes:
         buffer = io.BytesIO()
         with style():
-            self.figure.savefig(buffer, format=kind, **kwargs)
+            self.figure.savefig(buffer, format=kind, dpi=PNG_DPI, **kwargs)
         return buffer.getvalue()
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Figures are made, and saved, in this."""
+    """Set matplotlib's settings for making and saving figures, whatever the user's own are."""
     import matplotlib.style
     from cycler import cycler
 
     cycle = {"axes.prop_cycle": cycler(color=[BLUE, RED, GREEN, ORANGE, PURPLE, SKY, "black"])}
-    with matplotlib.style.context(["default", {**SETTINGS, **cycle}]):  # whatever the user's own settings are
+    with matplotlib.style.context(["default", {**SETTINGS, **cycle}]):
         yield
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:
-    """An empty figure, sizes in inches, whose parts make room for each other."""
+    """Return an empty figure whose parts make room for each other; sizes in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -101,12 +96,8 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
     return figure
 
 
-def grid(axes: Axes, axis: str = "y") -> None:
-    axes.grid(True, axis=axis)
-
-
 def picture(axes: Axes, pixels, **kwargs) -> object:
-    """An image without ticks: uint8 (C, H, W), or numbers (H, W) with a colour map."""
+    """Draw an image without ticks: uint8 `(C, H, W)`, or numbers `(H, W)` with a colour map."""
     if pixels.ndim == 3:
         pixels = pixels.permute(1, 2, 0).numpy()
         pixels = pixels.repeat(3, axis=-1) if pixels.shape[-1] == 1 else pixels
@@ -117,14 +108,5 @@ def picture(axes: Axes, pixels, **kwargs) -> object:
 
 
 def counted(count: int, thing: str) -> str:
-    """For instance "1 image", "2,000 images"."""
+    """Return for instance "1 image" or "2,000 images"."""
     return f"{count:,} {thing}{'s' * (count != 1)}"
-
-
-def percent(share: float) -> str:
-    """A share for a title, which is 100 % or 0 % only where it is exactly that."""
-    if 0.999 <= share < 1:
-        return "> 99.9 %"
-    if 0 < share < 0.001:
-        return "< 0.1 %"
-    return f"{100 * share:.3g} %"

@@ -5,45 +5,23 @@ import os
 
 import pytest
 import torch
-import torch.nn as nn
-from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 
-from looc_ldm import LooCLDMPipeline, LooCVQModel
+from looc_ldm import LooCVQModel
 from looc_ldm.analysis import collect as module
 from looc_ldm.cli import main
 from looc_ldm.fingerprint import model_fingerprint
-from looc_ldm.images import to_float
+from looc_ldm.images import to_float, to_pil
+from tiny import noise, tiny_autoencoder, tiny_pipeline
 
-FIGURES = (
-    "codebook_use",
-    "segment_use",
-    "code_sharing",
-    "embedding",
-    "rate_distortion",
-    "error_map",
-    "examples",
-    "codes",
-)
+FIGURES = ["codebook_use", "segment_use", "code_sharing", "embedding"]
+FIGURES += ["rate_distortion", "error_map", "examples", "codes"]
 FILES = {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")} | {"analysis.html", "analysis.json"}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> LooCVQModel:
-    torch.manual_seed(0)
-    model = LooCVQModel(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        vq_embed_dim=4,
-        num_vq_embeddings=32,
-        codevector_dim=2,
-        sample_size=16,
-    )
-    nn.init.normal_(model.quantize.embedding.weight)
-    return model.eval()
+def model() -> LooCVQModel:
+    return tiny_autoencoder(num_vq_embeddings=32, interpolation_factor=2)
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +31,8 @@ def folder(tmp_path, monkeypatch, model):
     monkeypatch.setattr(module, "MOST_VECTORS", 40)
     model.save_pretrained("model")
     (tmp_path / "images").mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for i in range(4):
-        pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=generator).numpy()
-        Image.fromarray(pixels[..., 0] if i == 1 else pixels).save(f"images/{i}.png")
+    for i, image in enumerate(noise(4, channels=3)):
+        to_pil(image[:1] if i == 1 else image).save(f"images/{i}.png")
     return tmp_path
 
 
@@ -83,16 +59,19 @@ def test_it_writes_every_figure_the_page_and_the_numbers(folder, model, capsys):
     assert {"torch", "scikit-learn", "matplotlib"} <= set(numbers["versions"])
     assert numbers["seed"] == 0
     assert numbers["data"] == "images"
-    pixels = [to_float(_pixels(f"images/{i}.png")) for i in range(4)]
-    codes = model.encode_indices(torch.stack(pixels))
+    pixels = noise(4, channels=3)
+    pixels[1] = pixels[1, :1]  # the grey image
+    codes = model.encode_indices(to_float(pixels))
     assert numbers["counts"] == torch.bincount(codes.flatten(), minlength=32).tolist()
     assert numbers["dead_codes"] == len(numbers["dead"]) == numbers["counts"].count(0)
     assert "4 images" in capsys.readouterr().out
 
 
-def _pixels(file: str) -> torch.Tensor:
-    image = Image.open(file).convert("RGB")
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(16, 16, 3).permute(2, 0, 1)
+def test_a_single_segment_has_no_figures_of_segments_even_in_the_folder_of_another_analysis(folder):
+    main(["analyze", "model", "--data", "images", "--output", "out"])
+    tiny_autoencoder(codevector_dim=4).save_pretrained("single")
+    main(["analyze", "single", "--data", "images", "--output", "out"])
+    assert FILES - set(os.listdir("out")) == {f"{name}.{kind}" for name in FIGURES[1:3] for kind in ("png", "svg")}
 
 
 def test_two_runs_of_one_command_write_the_same_figures_and_numbers(folder):
@@ -104,17 +83,7 @@ def test_two_runs_of_one_command_write_the_same_figures_and_numbers(folder):
 
 
 def test_a_pipeline_and_so_many_images(folder, model):
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        block_out_channels=(8,),
-        norm_num_groups=4,
-    )
-    model.register_to_config(scaling_factor=1.0)
-    LooCLDMPipeline(model, unet, DDIMScheduler(clip_sample=False)).save_pretrained("pipeline")
+    tiny_pipeline("unconditional", vqvae=model).save_pretrained("pipeline")
     main(["analyze", "pipeline", "--data", "images", "--images", "1", "--dtype", "bfloat16"])
     numbers = json.loads((folder / "analysis" / "analysis.json").read_text())
     assert numbers["images"] == 1

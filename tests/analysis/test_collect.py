@@ -1,6 +1,7 @@
 """One pass over the images finds what can be counted by hand, in memory that does not grow with their number."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,33 +13,10 @@ from looc_ldm.analysis.collect import Findings, collect, occurrences
 from looc_ldm.images import to_float, to_uint8
 from looc_ldm.metrics import psnr
 from looc_ldm.quantizer import SEGMENT_LAYOUTS
+from tiny import noise, tiny_autoencoder
 
-
-def tiny_model(**kwargs) -> LooCVQModel:
-    """f = 2, grey; four segments of two channels."""
-    settings = {
-        "in_channels": 1,
-        "out_channels": 1,
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "block_out_channels": (8, 8),
-        "norm_num_groups": 4,
-        "latent_channels": 4,
-        "vq_embed_dim": 8,
-        "num_vq_embeddings": 32,
-        "codevector_dim": 2,
-        "interpolation_factor": 1,
-        "sample_size": 16,
-    }
-    torch.manual_seed(0)
-    model = LooCVQModel(**{**settings, **kwargs}).eval()
-    nn.init.normal_(model.quantize.embedding.weight)
-    return model
-
-
-def noise(count: int, channels: int = 1, size: int = 16) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, 256, (count, channels, size, size), dtype=torch.uint8, generator=generator)
+# f = 2, grey, four segments of two channels.
+model_with = partial(tiny_autoencoder, channels=1, vq_embed_dim=8, num_vq_embeddings=32)
 
 
 def found_in(model: LooCVQModel, images: torch.Tensor, batch_size: int = 4, **kwargs) -> Findings:
@@ -49,7 +27,7 @@ def found_in(model: LooCVQModel, images: torch.Tensor, batch_size: int = 4, **kw
 
 
 def test_use_by_segment_is_what_the_quantizer_was_constructed_for():
-    model = tiny_model(distance="euclidean")
+    model = model_with(distance="euclidean")
     chosen = [3, 3, 5, 9]  # by each segment, everywhere
     with torch.no_grad():
         model.quant_conv.weight.zero_()
@@ -68,7 +46,7 @@ def test_use_by_segment_is_what_the_quantizer_was_constructed_for():
 @pytest.mark.parametrize("layout", SEGMENT_LAYOUTS)
 @pytest.mark.parametrize("s", [1, 2])
 def test_counts_are_of_the_codes_that_the_model_gives(layout, s):
-    model, images = tiny_model(interpolation_factor=s, segment_layout=layout), noise(6)
+    model, images = model_with(interpolation_factor=s, segment_layout=layout), noise(6)
     findings = found_in(model, images)
     codes = model.encode_indices(to_float(images))
     assert torch.equal(findings.statistics.counts.sum(0), torch.bincount(codes.flatten(), minlength=32))
@@ -85,7 +63,7 @@ def test_the_small_model_is_looked_into_as_well():
 
 
 def test_what_images_cost_under_an_entropy_coder_is_the_entropy_in_the_mean():
-    findings = found_in(tiny_model(), noise(9))
+    findings = found_in(model_with(), noise(9))
     bits = findings.bits_of(findings.sample.codes)
     assert len(bits) == 9
     assert bits.std() > 0
@@ -98,7 +76,7 @@ def test_what_images_cost_under_an_entropy_coder_is_the_entropy_in_the_mean():
 
 def grey_model() -> LooCVQModel:
     """Decodes everything to grey."""
-    model = tiny_model()
+    model = model_with()
     nn.init.zeros_(model.decoder.conv_out.weight)
     nn.init.zeros_(model.decoder.conv_out.bias)
     return model
@@ -128,7 +106,7 @@ def test_errors_and_rates_are_of_the_images_without_their_padding():
 
 
 def test_psnr_and_reconstructions_are_the_models():
-    model, images = tiny_model(), noise(5)
+    model, images = model_with(), noise(5)
     with torch.no_grad():
         decoded = model(to_float(images)).sample
     each = psnr((to_float(images) + 1) / 2, (decoded.clamp(-1, 1) + 1) / 2)
@@ -143,7 +121,7 @@ def test_psnr_and_reconstructions_are_the_models():
 
 
 def test_batches_do_not_matter():
-    model, images = tiny_model(), noise(7)
+    model, images = model_with(), noise(7)
     one, other = found_in(model, images, batch_size=1), found_in(model, images, batch_size=7)
     assert torch.equal(one.statistics.counts, other.statistics.counts)
     assert torch.equal(one.first_seen, other.first_seen)
@@ -154,7 +132,7 @@ def test_batches_do_not_matter():
 def test_what_is_kept_is_a_sample_whose_size_does_not_grow_with_the_data(monkeypatch):
     monkeypatch.setattr(module, "MOST_SAMPLED", 3)
     monkeypatch.setattr(module, "MOST_VECTORS", 6)
-    model, images = tiny_model(), noise(24)
+    model, images = model_with(), noise(24)
     findings = found_in(model, images)
     assert findings.statistics.counts.sum() == 24 * findings.codes_per_image  # of all
     assert len(findings.sample.originals) == 3
@@ -168,7 +146,7 @@ def test_what_is_kept_is_a_sample_whose_size_does_not_grow_with_the_data(monkeyp
 
 
 def test_nothing_of_vectors_times_codevectors_is_allocated(largest_tensor):
-    model, images = tiny_model(num_vq_embeddings=8192, interpolation_factor=2), noise(8, size=32)
+    model, images = model_with(num_vq_embeddings=8192, interpolation_factor=2), noise(8, height=32)
     with largest_tensor() as largest:
         found_in(model, images, batch_size=8)
     vectors = 8 * 16 * 16 * 16
@@ -176,7 +154,7 @@ def test_nothing_of_vectors_times_codevectors_is_allocated(largest_tensor):
 
 
 def test_images_that_are_missing_or_of_several_sizes_are_refused():
-    model = tiny_model()
+    model = model_with()
     with pytest.raises(ValueError, match="no images to analyze"):
         collect(model, [], 0)
     with pytest.raises(ValueError, match="should be 3 images, got 2"):
@@ -193,7 +171,7 @@ def unread(index: int) -> torch.Tensor:
 
 
 def test_a_codevector_is_shown_where_it_was_chosen_first_where_it_was_chosen_most():
-    model, images = tiny_model(), noise(6)
+    model, images = model_with(), noise(6)
     findings = found_in(model, images)
     codes = model.encode_indices(to_float(images))
     code = int(findings.statistics.counts.sum(0).argmax())
@@ -209,7 +187,7 @@ def test_a_codevector_is_shown_where_it_was_chosen_first_where_it_was_chosen_mos
 
 def test_a_codevector_that_no_sampled_image_has_is_shown_in_the_first_image_that_has_it(monkeypatch):
     monkeypatch.setattr(module, "MOST_SAMPLED", 1)
-    model, images = tiny_model(num_vq_embeddings=512), noise(6)
+    model, images = model_with(num_vq_embeddings=512), noise(6)
     findings = found_in(model, images)
     codes = model.encode_indices(to_float(images))
     used, sampled = set(codes.flatten().tolist()), set(findings.sample.codes.flatten().tolist())
@@ -223,6 +201,6 @@ def test_a_codevector_that_no_sampled_image_has_is_shown_in_the_first_image_that
 
 
 def test_a_dead_codevector_is_nowhere():
-    findings = found_in(tiny_model(num_vq_embeddings=512), noise(1))
+    findings = found_in(model_with(num_vq_embeddings=512), noise(1))
     assert len(findings.statistics.dead)
     assert occurrences(findings, int(findings.statistics.dead[0]), 4, unread) == []
