@@ -1,4 +1,4 @@
-"""`looc-ldm quickstart`: the whole chain in miniature, on bundled images, with a report to look at."""
+"""`looc-ldm quickstart`: train, sample and evaluate in miniature on bundled images, with a report."""
 
 from __future__ import annotations
 
@@ -27,25 +27,21 @@ FID_SAMPLES = 1000
 
 
 def quickstart(output: Path, features: InceptionFeatures | None, say=print) -> Path:
-    """Train both stages on bundled images, sample, evaluate, and write `report.html`; returns its path.
+    """Train both stages on bundled images, sample, evaluate, and write `report.html`; return its path.
 
-    Interrupted, the same call goes on where it stopped; finished, it only evaluates and reports again.
+    The same call resumes an interrupted run. After a finished one, it only evaluates and reports again.
 
     Args:
-        output (`Path`): Folder for everything.
-        features (`InceptionFeatures`, *optional*): Without them nothing is downloaded, and FID is left out.
-        say (`Callable`): Takes the lines that tell the user what happens.
+        output (`Path`): Folder of all results.
+        features (`InceptionFeatures`, *optional*): Without them, FID is left out and nothing is downloaded.
+        say (`Callable`): Takes lines about the progress.
     """
     started, from_scratch = time.monotonic(), not output.exists()
     first = load_config(AutoencoderConfig, "fashion_mnist/autoencoder", output_dir=output / "autoencoder")
     say("1/4 training the autoencoder: images to 8x8 positions of two codes each, and back")
     autoencoder_folder = autoencoder.train(first)
-    second = load_config(
-        DiffusionConfig,
-        "fashion_mnist/diffusion",
-        output_dir=output / "diffusion",
-        autoencoder=autoencoder_folder,
-    )
+    folders = {"output_dir": output / "diffusion", "autoencoder": autoencoder_folder}
+    second = load_config(DiffusionConfig, "fashion_mnist/diffusion", **folders)
     say("2/4 training the class-conditional UNet on the autoencoder's latents")
     pipeline_folder = diffusion.train(second)
 
@@ -68,11 +64,11 @@ def quickstart(output: Path, features: InceptionFeatures | None, say=print) -> P
 
     report = Report("LooC-LDM quickstart")
     report.text(
-        f"Fashion-MNIST, {len(validation)} held-out images of the bundled subset. Everything below was made by "
-        f"<code>looc-ldm quickstart</code> from {first.total_images:,} and {second.total_images:,} training images "
-        "seen (repeats counted)."
+        f"Fashion-MNIST, {len(validation)} held-out images of the bundled subset. All results are from "
+        f"<code>looc-ldm quickstart</code>, after {first.total_images:,} and {second.total_images:,} training images "
+        "(repeats counted)."
     )
-    report.heading("Samples, a row a class")
+    report.heading("Samples, one row per class")
     report.text(f"{SAMPLING_STEPS} DDIM steps, guidance scale {GUIDANCE_SCALE}, averaged weights.")
     for label, name in enumerate(names):
         report.row(name, side_by_side([s for s, drawn_as in zip(samples, labels, strict=True) if drawn_as == label]))
@@ -80,10 +76,8 @@ def quickstart(output: Path, features: InceptionFeatures | None, say=print) -> P
     reconstructions = reconstruction_grid([model], validation, RECONSTRUCTIONS)
     report.image(reconstructions)
     report.heading("Figures")
-    report.table(_reconstruction_rows(reconstruction))
-    if generation:
-        report.table(_generation_rows(generation, reconstruction))
-    else:
+    report.table(_rows(reconstruction, generation))
+    if not generation:
         report.text(
             "FID was left out: it needs Inception weights, and quickstart downloads nothing. Give a local file with "
             "<code>--inception-weights FILE</code> (and <code>--feature-layer</code> for other than 2,048 features)."
@@ -96,54 +90,52 @@ def quickstart(output: Path, features: InceptionFeatures | None, say=print) -> P
     seconds = time.monotonic() - started
     starter = LooCLDMPipeline.from_pretrained(starter_model())
     of_starter = list(sample_images(starter, labels, seed=1, batch_size=50, **settings))
-    report.heading("And after a longer training")
+    report.heading("After longer training")
     report.text(
-        "The same classes by the starter model, which comes with the package "
-        "(<code>LooCLDMPipeline.from_pretrained(looc_ldm.starter_model())</code>): a like UNet on a somewhat larger "
-        "first stage, trained longer, and on 55,000 images of Fashion-MNIST."
+        "The same classes by the bundled starter model "
+        "(<code>LooCLDMPipeline.from_pretrained(looc_ldm.starter_model())</code>): a similar UNet on a somewhat larger "
+        "first stage, trained longer and on 55,000 images of Fashion-MNIST."
     )
     report.image(side_by_side(of_starter, rows=len(names)))
 
     write_image(side_by_side(samples, rows=len(names)), output / "samples.png")
     write_image(reconstructions, output / "reconstructions.png")
     figures = {"reconstruction": reconstruction, "generation": generation, "cpu_count": os.cpu_count()}
-    if from_scratch:  # else the time is not that of the whole chain
+    if from_scratch:  # not if a part was done before
         figures["seconds"] = seconds
     replace_text(output / "figures.json", json.dumps(figures, indent=2))
     replace_text(output / "report.html", report.html())
     return output / "report.html"
 
 
-def _reconstruction_rows(figures: dict) -> list[tuple[str, str, str]]:
-    k, d = figures["num_codevectors"], figures["codevector_dim"]
+def _rows(reconstruction: dict, generation: dict) -> list[tuple[str, str, str]]:
+    """Return the rows of the report's table: figure, value, explanation."""
+    k, d, images = (reconstruction[name] for name in ("num_codevectors", "codevector_dim", "images"))
+    rate = f"{reconstruction['bits_per_pixel']:.2f} bits per pixel"
     rows = [
-        ("PSNR", f"{figures['psnr']:.2f} dB", f"mean over {figures['images']} images, on the original 28x28 pixels"),
-        ("SSIM", f"{figures['ssim']:.4f}", "Gaussian window of 11, sigma 1.5"),
-        ("L1", f"{figures['l1']:.4f}", "mean absolute error in [0, 1]"),
+        ("PSNR", f"{reconstruction['psnr']:.2f} dB", f"mean over {images} images, on the original 28x28 pixels"),
+        ("SSIM", f"{reconstruction['ssim']:.4f}", "Gaussian window of 11, sigma 1.5"),
+        ("L1", f"{reconstruction['l1']:.4f}", "mean absolute error in [0, 1]"),
         (
             "Rate",
-            f"{figures['bits_per_pixel']:.2f} bits per pixel",
-            f"{figures['bits_per_image']:.0f} bits an image over its 28x28 pixels (8 uncompressed)",
+            rate,
+            f"{reconstruction['bits_per_image']:.0f} bits per image of 28x28 pixels (8 per pixel uncompressed)",
         ),
         ("Codebook", f"{k} x {d}", f"{k * d:,} numbers, shared by all segments"),
-        ("Codebook use", f"{figures['codebook_use']:.0%}", f"perplexity {figures['perplexity']:.0f} of {k}"),
+        (
+            "Codebook use",
+            f"{reconstruction['codebook_use']:.0%}",
+            f"perplexity {reconstruction['perplexity']:.0f} of {k}",
+        ),
     ]
-    rows += [_fid_row(name, value, figures["images"]) for name, value in figures.items() if name.startswith("rfid")]
+    for name, value in reconstruction.items():
+        if name.startswith("rfid"):
+            rows.append((name.replace("rfid", "rFID"), f"{value:.3f}", f"{images} reconstructions and originals"))
+    for name, value in generation.items():
+        if name.startswith(("fid", "kid@")):
+            count = f"{generation['images_first']} samples, {generation['images_second']} held-out images"
+            rows.append((name.upper(), f"{value:.4f}", f"{count}, at {rate}"))
     return rows
-
-
-def _generation_rows(figures: dict, reconstruction: dict) -> list[tuple[str, str, str]]:
-    rate = f"at {reconstruction['bits_per_pixel']:.2f} bits per pixel"
-    count = f"{figures['images_first']} samples, {figures['images_second']} held-out images"
-    return [
-        (name.upper(), f"{value:.4f}", f"{count}, {rate}")
-        for name, value in figures.items()
-        if name.startswith(("fid", "kid@"))
-    ]
-
-
-def _fid_row(name: str, value: float, images: int) -> tuple[str, str, str]:
-    return (name.replace("rfid", "rFID"), f"{value:.3f}", f"{images} reconstructions and originals")
 
 
 def _curves(folder: Path, names: tuple[str, ...]) -> list[Curve]:

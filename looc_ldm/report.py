@@ -1,4 +1,4 @@
-"""A self-contained HTML page of text, pictures, tables and curves."""
+"""Self-contained HTML pages of text, pictures, tables and curves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from looc_ldm.images import to_pil
 
-MAGNIFICATION = 2  # of pictures of small images, without smoothing
+MAGNIFICATION = 2  # small images are shown larger, without smoothing
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -41,7 +41,7 @@ class Curve:
 
 
 class Report:
-    """Collects the parts of a page in order; `html()` gives the page. Pictures are inside it."""
+    """A page, built part by part. Pictures are inside it."""
 
     def __init__(self, title: str):
         self.title = title
@@ -51,19 +51,19 @@ class Report:
         self._parts.append(f"<h2>{escape(text)}</h2>")
 
     def text(self, html: str) -> None:
-        """A paragraph, as HTML."""
+        """Add a paragraph, given as HTML."""
         self._parts.append(f"<p>{html}</p>")
 
     def image(self, image: Image.Image) -> None:
         self._parts.append(_tag(image))
 
     def row(self, name: str, image: Image.Image) -> None:
-        """A picture with its name to the left."""
+        """Add a picture with its name to the left."""
         self._parts.append(f'<div class="row"><span>{escape(name)}</span>{_tag(image)}</div>')
 
     def figure(self, svg: bytes, name: str, caption: str) -> None:
-        """A drawing, as the content of an SVG file, with its caption. `name` is said to who cannot see it."""
-        # Not inline: the parts of a drawing are named as those of any other.
+        """Add a drawing, the content of an SVG file, with its caption; `name` is its alternative text."""
+        # Not inline: different drawings use the same ids for their parts.
         data = base64.b64encode(svg).decode()
         image = f'<img alt="{escape(name)}" src="data:image/svg+xml;base64,{data}">'
         self._parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
@@ -73,7 +73,7 @@ class Report:
         self._parts.append("<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>")
 
     def curves(self, title: str, curves: list[Curve]) -> None:
-        """A plot of curves over the images seen, with a logarithmic axis of values."""
+        """Add a plot of curves over the images seen, with a logarithmic axis of values."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 3), layout="constrained")
@@ -95,7 +95,7 @@ class Report:
 
 
 def side_by_side(images: list[torch.Tensor], rows: int = 1) -> Image.Image:
-    """uint8 images `(C, H, W)` of one size as one picture of so many rows."""
+    """Join uint8 images `(C, H, W)` of one size into one picture of `rows` rows."""
     return make_image_grid([to_pil(image) for image in images], rows, len(images) // rows)
 
 
