@@ -1,4 +1,4 @@
-"""Weights of the authors' LooC and CVQ-VAE, of taming's VQGAN and of CompVis LDM as our models (docs/convert.md).
+"""Convert weights of the authors' LooC and CVQ-VAE, taming's VQGAN and CompVis LDM (docs/convert.md).
 
 tensors = read_checkpoint(Path("last.ckpt"))
 settings = settings_of(read_original_config(Path("model.yaml")), kind_of(tensors))
@@ -31,12 +31,12 @@ __all__ = [
     "with_ema",
 ]
 
-# Of taming's Net2NetTransformer around a VQGAN (taming/models/cond_transformer.py).
+# Parts of taming's Net2NetTransformer around a VQGAN (taming/models/cond_transformer.py).
 TRANSFORMER = ("transformer.", "cond_stage_model.", "permuter.")
 
 
 def kind_of(tensors: Tensors) -> str:
-    """`"looc"`, `"cvq"`, `"vqgan"` or `"ldm"`, by the keys. Raises ModelError where they are of none or leave two."""
+    """Return `"looc"`, `"cvq"`, `"vqgan"` or `"ldm"` by the keys. Raise ModelError if they fit none, or two."""
     if any(key.startswith(UNET) for key in tensors):
         return "ldm"
     if "_pre_vq_conv.weight" in tensors and "_vq_vae.embedding.weight" in tensors:
@@ -55,10 +55,10 @@ def kind_of(tensors: Tensors) -> str:
 def convert_autoencoder(
     tensors: Tensors, kind: str, settings: Settings, use_ema: bool = True
 ) -> tuple[LooCVQModel, int | None]:
-    """The autoencoder of a checkpoint of the kind `"looc"`, `"cvq"` or `"vqgan"`.
+    """Convert the autoencoder of a checkpoint of the kind `"looc"`, `"cvq"` or `"vqgan"`.
 
     Returns:
-        The model, and how often the average of its weights was updated, -1 if that was not kept; None for live weights.
+        The model, and the number of updates of its averaged weights: -1 if unknown, None for live weights.
     """
     if kind != "vqgan":
         if "_pre_vq_conv.weight" not in tensors or "_vq_vae.embedding.weight" not in tensors:

@@ -1,10 +1,10 @@
-"""First stages: the small VQ-VAE of LooC and CVQ-VAE, and taming's VQGAN, which is also LDM's first stage.
+"""Convert first stages: the small VQ-VAE of LooC and CVQ-VAE, and taming's VQGAN, also LDM's first stage.
 
 Key names are those of Visual-AI/LooC and lyndonzheng/CVQ-VAE (modules.py, quantise.py), CompVis/taming-transformers
 (taming/models/vqgan.py, taming/modules/diffusionmodules/model.py) and CompVis/latent-diffusion
 (ldm/models/autoencoder.py, ldm/modules/diffusionmodules/model.py).
 
-diffusers' `convert_ldm_vae_checkpoint` passes over keys that it does not know, and has no codebook: hence own tables.
+diffusers' `convert_ldm_vae_checkpoint` ignores unknown keys and has no codebook; hence our own tables.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from looc_ldm.small import LooCSmallVQModel
 
 # The discriminator and LPIPS, their averages, and the average's own state (LDM's VQModel with use_ema).
 IGNORED = ("loss.", "model_ema.loss", "model_ema.decay", "model_ema.num_updates")
-# Dimensions of what latents and codevectors are read off.
+# Weights that show the sizes of latents and codevectors, with their numbers of dimensions.
 _SMALL_LATENTS = {"_pre_vq_conv.weight": 4, "_vq_vae.embedding.weight": 2}
 
 
 def small_kind(tensors: Tensors) -> str | None:
-    """`"looc"` or `"cvq"` where the shapes of a small VQ-VAE's weights tell, else None.
+    """Return `"looc"` or `"cvq"` if the shapes of a small VQ-VAE's weights tell, else None.
 
     LooC's pre-quantization convolution always keeps the channels; CVQ-VAE's brings them to those of a codevector.
     """
@@ -36,7 +36,7 @@ def small_kind(tensors: Tensors) -> str | None:
 
 
 def convert_small(tensors: Tensors, kind: str, settings: Settings) -> LooCSmallVQModel:
-    """The small VQ-VAE of LooC (`kind` `"looc"`) or CVQ-VAE (`"cvq"`)."""
+    """Convert the small VQ-VAE of LooC (`kind` `"looc"`) or CVQ-VAE (`"cvq"`)."""
     first_layer = "_encoder._residual_stack._layers.0._block.1.weight"
     ends = ("_encoder._conv_1.weight", "_decoder._conv_trans_2.weight")
     need(tensors, {**_SMALL_LATENTS, **dict.fromkeys((*ends, first_layer), 4)})
@@ -82,17 +82,17 @@ def convert_small(tensors: Tensors, kind: str, settings: Settings) -> LooCSmallV
 
 
 def vqgan_levels(tensors: Tensors) -> int:
-    """Resolutions of taming's encoder; the downsampling factor is 2 ** (levels - 1)."""
+    """Return the number of resolutions of taming's encoder; the downsampling factor is 2 ** (levels - 1)."""
     return numbered(tensors, "encoder.down.#")
 
 
 def has_revival(tensors: Tensors) -> bool:
-    """Whether the quantizer is CVQ-VAE's or LooC's, which keep their codevectors' use, and not taming's."""
+    """Whether the quantizer is CVQ-VAE's or LooC's, which store the use of codevectors; taming's does not."""
     return "quantize.embed_prob" in tensors
 
 
 def check_vqgan(tensors: Tensors, prefix: str = "") -> None:
-    """Raise ModelError for an autoencoder without codebook, or with a quantizer of another kind."""
+    """Raise ModelError for an autoencoder without a codebook, or with another kind of quantizer."""
     if "quantize.embed.weight" in tensors:
         raise ModelError("a VQGAN with a Gumbel quantizer (quantize.proj, quantize.embed) cannot be converted.")
     if "quantize.embedding.weight" not in tensors:
@@ -105,14 +105,14 @@ def check_vqgan(tensors: Tensors, prefix: str = "") -> None:
 def convert_vqgan(
     tensors: Tensors, settings: Settings, scaling_factor: float | None = None, prefix: str = ""
 ) -> LooCVQModel:
-    """Taming's `VQModel`, with its own quantizer or CVQ-VAE's or LooC's in its place.
+    """Convert taming's `VQModel`, with its own quantizer, CVQ-VAE's or LooC's.
 
     Args:
         tensors: Keys start with `encoder.`, `decoder.`, `quantize.`, `quant_conv.`, `post_quant_conv.`.
-        settings (`Settings`): `resolution` is needed, and `distance` and `interpolation_factor` for a quantizer with
-            revival.
-        scaling_factor (`float`, *optional*): Of the diffusion model it belongs to.
-        prefix (`str`): Of the keys in the file, for errors.
+        settings (`Settings`): Needs `resolution`, and for a quantizer with revival `distance` and
+            `interpolation_factor`.
+        scaling_factor (`float`, *optional*): Factor of latents in the diffusion model around it.
+        prefix (`str`): Prefix of the keys in the file, for errors.
     """
     check_vqgan(tensors, prefix)
     ends = ("quant_conv.weight", "encoder.conv_in.weight", "encoder.conv_out.weight", "decoder.conv_out.weight")
@@ -132,7 +132,7 @@ def convert_vqgan(
         embed_dim=latent,
         n_embed=len(codebook),
     )
-    # The default of the class, which takes the place of taming's.
+    # The default of the class that replaces taming's quantizer.
     quantizer = _quantizer(codebook, latent, has_revival(tensors), "vqgan", settings, anchor="probrandom")
     require(resolution=settings.resolution)
 
@@ -198,7 +198,7 @@ def _attention(ours: str, theirs: str) -> Sources:
 def _quantizer(
     codebook: torch.Tensor, latent: int, revived: bool, kind: str, settings: Settings, anchor: str
 ) -> dict[str, object]:
-    """Arguments of the quantizer. `revived` is whether it keeps its codevectors' use, as CVQ-VAE's and LooC's do."""
+    """Return the quantizer's arguments. `revived`: it stores the use of codevectors, as CVQ-VAE's and LooC's do."""
     config: dict[str, object] = {
         "num_vq_embeddings": len(codebook),
         "vq_embed_dim": latent,
@@ -226,6 +226,6 @@ def _quantizer(
 
 
 def _with_usage(tensors: Tensors, module: str) -> Tensors:
-    """With the use of the codevectors; even where it was not kept, so that none counts as unused."""
+    """Add an even use of codevectors if none was stored, so that none counts as unused."""
     codebook = tensors[f"{module}.embedding.weight"]
     return {f"{module}.embed_prob": torch.full((len(codebook),), 1 / len(codebook)), **tensors}

@@ -1,4 +1,4 @@
-"""Other projects' checkpoints: reading one without running code from it, and its weights under our names."""
+"""Read other projects' checkpoints without running code from them, and load their weights under our names."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Fused:
-    """One of query, key and value in a projection that makes all three.
+    """Query, key or value as a part of a projection that makes all three.
 
     Args:
-        module (`str`): Their module.
+        module (`str`): The original module.
         part (`int`): 0, 1, 2 for query, key, value.
-        groups (`int`): How often (query, key, value) come along the output channels: once for each head, or once.
+        groups (`int`): Number of (query, key, value) along the output channels: one per head, or one.
     """
 
     module: str
@@ -35,17 +35,17 @@ class Fused:
     groups: int
 
 
-# Where our weights come from, by our module: their module. A single tensor goes by its whole key.
+# Maps our modules to the original ones. A single tensor goes by its whole key.
 Sources = Mapping[str, str | Fused]
 
 
 def read_checkpoint(file: Path) -> Tensors:
-    """The weights in a `.safetensors` file or a PyTorch pickle: a state dict, or a Lightning checkpoint that has one.
+    """Read a `.safetensors` file or a PyTorch pickle: a state dict, or a Lightning checkpoint with one.
 
-    A pickle is read with `weights_only=True`, so that nothing in it can run.
+    Pickles are read with `weights_only=True`, so that nothing in them can run.
 
     Raises:
-        ModelError: No such file, not such a file, or a pickle that holds more than tensors and plain containers.
+        ModelError: The file is missing, of another format, or a pickle of more than tensors and plain containers.
     """
     if not file.is_file():
         raise ModelError(f"no checkpoint {str(file)!r}: not a file.")
@@ -57,8 +57,8 @@ def read_checkpoint(file: Path) -> Tensors:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"cannot read {str(file)!r}: {' '.join(str(error).split())}") from error
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of what then fails
-            # Mapped, where the format allows it: optimizer states are then never read.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # the error that follows says more
+            # Memory-mapped if the format allows it: optimizer states are then never read.
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -83,24 +83,24 @@ def read_checkpoint(file: Path) -> Tensors:
 
 
 def under(tensors: Tensors, prefix: str) -> Tensors:
-    """The tensors whose keys start with a prefix, without it."""
+    """Return the tensors whose keys start with a prefix, without the prefix."""
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def numbered(tensors: Tensors, pattern: str) -> int:
-    """How many modules there are in a list: 1 + the highest number in the place of `#` in `pattern`, or 0."""
+    """Return the length of a list of modules: 1 + the highest number at the `#` of `pattern`, or 0."""
     matcher = re.compile(re.escape(pattern).replace(r"\#", r"(\d+)") + r"\.")
     return max((1 + int(found[1]) for found in map(matcher.match, tensors) if found), default=0)
 
 
 def with_ema(tensors: Tensors, module: str = "") -> tuple[Tensors, int | None]:
-    """The tensors with averaged weights in the place of those that have an average.
+    """Replace weights by their averages, if there are any.
 
     LDM's `LitEma` (CompVis/latent-diffusion, ldm/modules/ema.py) keeps the average of `module.a.b` in the buffer
     `model_ema.ab`: the name inside the module without its dots.
 
     Returns:
-        The tensors, and the number of updates the average has seen; None if there is no average.
+        The tensors, and the number of updates of the average: -1 if unknown, None without an average.
     """
     averages = under(tensors, "model_ema.")
     updates = averages.pop("num_updates", None)
@@ -122,11 +122,7 @@ def with_ema(tensors: Tensors, module: str = "") -> tuple[Tensors, int | None]:
 
 
 def need(tensors: Tensors, dimensions: Mapping[str, int], prefix: str = "") -> None:
-    """Check the weights that an architecture is read off: that they are there, with so many dimensions, none of size 0.
-
-    Raises:
-        ModelError: The first that is missing, with the number of others, or the first of another shape.
-    """
+    """Raise ModelError unless these weights exist, with this number of dimensions, none of size 0."""
     missing = [key for key in dimensions if key not in tensors]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -138,7 +134,7 @@ def need(tensors: Tensors, dimensions: Mapping[str, int], prefix: str = "") -> N
 
 
 def scalar(tensor: torch.Tensor, key: str) -> float:
-    """The only number in a tensor. Raises ModelError if it has more or none."""
+    """Return the only number in a tensor. Raise ModelError if there is not exactly one."""
     if tensor.numel() != 1:
         raise ModelError(f"mis-shaped: {key} is {tuple(tensor.shape)} instead of one number.")
     return tensor.item()
@@ -147,17 +143,17 @@ def scalar(tensor: torch.Tensor, key: str) -> float:
 def load_renamed(
     model: nn.Module, tensors: Tensors, sources: Sources, ignored: tuple[str, ...] = (), prefix: str = ""
 ) -> None:
-    """Load `model`, made on the meta device, from tensors under other names. Every one must be used or ignored.
+    """Load tensors under other names into a model on the meta device. Every tensor must be used or ignored.
 
     Args:
-        model (`nn.Module`): Gets the weights in its own dtypes.
-        tensors: By their key.
-        sources: Where each of our weights comes from.
-        ignored: Prefixes of their keys that are not needed.
-        prefix: Of their keys in the file, for errors.
+        model (`nn.Module`): The model; it keeps its dtypes.
+        tensors: The original weights.
+        sources: The origin of each of our weights.
+        ignored: Prefixes of original keys that are not needed.
+        prefix: Prefix of the keys in the file, for errors.
 
     Raises:
-        ModelError: Missing, surplus and mis-shaped weights; the first of each is named, the others counted.
+        ModelError: Weights are missing, surplus or mis-shaped; names the first of each and counts the others.
     """
     state, used, missing, wrong = {}, set(), [], []
     for key, parameter in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""LDM's `LatentDiffusion`: the parts of a pipeline from one checkpoint.
+"""Convert LDM's `LatentDiffusion`: the parts of a pipeline from one checkpoint.
 
 Key names are those of CompVis/latent-diffusion (ldm/models/diffusion/ddpm.py, ldm/modules/encoders/modules.py).
 """
@@ -20,7 +20,7 @@ from looc_ldm.errors import ModelError
 
 UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 
-# Buffers that follow from the noise schedule, the loss's weights, and the average's own state.
+# Buffers that follow from the noise schedule, weights of the loss, and the state of the average.
 IGNORED = (
     "alphas_cumprod",
     "sqrt_alphas_cumprod",
@@ -45,8 +45,8 @@ class LatentDiffusion:
     """The parts of a pipeline.
 
     Args:
-        ema_updates (`int`, *optional*): How often the average of the UNet's weights was updated, -1 if that was not
-            kept; None where the live weights were taken.
+        ema_updates (`int`, *optional*): Number of updates of the UNet's averaged weights: -1 if unknown, None for live
+            weights.
     """
 
     vqvae: LooCVQModel
@@ -58,17 +58,17 @@ class LatentDiffusion:
 
 
 def convert_ldm(tensors: Tensors, settings: Settings, use_ema: bool = True) -> LatentDiffusion:
-    """LDM's `LatentDiffusion` with a VQ first stage, unconditional or with classes through cross-attention.
+    """Convert LDM's `LatentDiffusion` with a VQ first stage, unconditional or with classes by cross-attention.
 
     Args:
         tensors: Keys start with `model.diffusion_model.`, `first_stage_model.`, ...
-        settings (`Settings`): What the weights do not show: heads, `prediction_type`, `scaling_factor` unless it was
-            measured, `resolution` or `latent_size`, `betas` unless they were kept.
-        use_ema (`bool`): Take the averaged weights of the UNet where there are any.
+        settings (`Settings`): Needs heads, `prediction_type`, `resolution` or `latent_size`, and `scaling_factor` and
+            `betas` unless the checkpoint has them.
+        use_ema (`bool`): Take the averaged weights of the UNet, if there are any.
 
     Raises:
-        ModelError: Another kind of model, or weights that are missing, surplus or mis-shaped.
-        ConfigError: Settings that the weights do not show.
+        ModelError: The model is of another kind, or weights are missing, surplus or mis-shaped.
+        ConfigError: Settings are missing that the weights do not show.
     """
     updates = None
     if use_ema:
@@ -79,7 +79,7 @@ def convert_ldm(tensors: Tensors, settings: Settings, use_ema: bool = True) -> L
         raise ModelError(f"not a checkpoint of LatentDiffusion: surplus {surplus[0]} and {len(surplus) - 1} more.")
     unet_tensors, first_stage = under(tensors, UNET), under(tensors, FIRST_STAGE)
     check_vqgan(first_stage, FIRST_STAGE)
-    # LDM trains on the live weights of its first stage, even where that keeps an average.
+    # LDM trains on the live weights of its first stage, even if that has averaged ones.
     first_stage = {key: tensor for key, tensor in first_stage.items() if not key.startswith("model_ema.")}
     architecture = architecture_of(unet_tensors, UNET)
     if architecture.in_channels != architecture.out_channels:
@@ -124,7 +124,7 @@ def convert_ldm(tensors: Tensors, settings: Settings, use_ema: bool = True) -> L
 
 
 def _class_embedding(tensors: Tensors, context: int | None) -> ClassEmbedding | None:
-    """LDM's `ClassEmbedder`, if it is what the UNet attends to."""
+    """Convert LDM's `ClassEmbedder`; refuse other conditions."""
     if not tensors and context is None:
         return None
     if list(tensors) != ["embedding.weight"] or context is None:
@@ -144,7 +144,7 @@ def _class_embedding(tensors: Tensors, context: int | None) -> ClassEmbedding | 
 
 
 def _scheduler(betas: torch.Tensor | None, settings: Settings) -> DDIMScheduler:
-    """The noise schedule, and LDM's way to sample from it: DDIM with an offset of 1, and no clipping."""
+    """Return LDM's sampler for the noise schedule: DDIM with an offset of 1 and no clipping."""
     if betas is not None:
         noise = _schedule_of(betas)
     else:
@@ -164,7 +164,7 @@ def _scheduler(betas: torch.Tensor | None, settings: Settings) -> DDIMScheduler:
 
 
 def _schedule_of(betas: torch.Tensor) -> dict[str, object]:
-    """The schedule that a checkpoint keeps, as few numbers where they give it."""
+    """Return the schedule of a checkpoint, as begin and end if these give the same betas."""
     first, last = (float(f"{value:.6g}") for value in (betas[0].item(), betas[-1].item()))  # float32 has no more digits
     for name in ("scaled_linear", "linear"):
         schedule = DDIMScheduler(len(betas), first, last, name)

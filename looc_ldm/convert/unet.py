@@ -1,8 +1,8 @@
-"""LDM's UNet as diffusers' `UNet2DModel`, our `FixedHeadsUNet2DModel` or, with cross-attention, `UNet2DConditionModel`.
+"""Convert LDM's UNet to `UNet2DModel`, `FixedHeadsUNet2DModel` or, with cross-attention, `UNet2DConditionModel`.
 
 Key names are those of CompVis/latent-diffusion (ldm/modules/diffusionmodules/openaimodel.py, ldm/modules/attention.py).
-diffusers' `convert_ldm_unet_checkpoint` is for cross-attention only: it knows neither fused projections nor residual
-blocks that resample, and passes over keys that it does not know. Hence an own table.
+diffusers' `convert_ldm_unet_checkpoint` is for cross-attention only: it has neither fused projections nor residual
+blocks that resample, and ignores unknown keys. Hence our own table.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from looc_ldm.unet import FixedHeadsUNet2DModel
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the weights of a UNet show.
+    """Architecture of a UNet, as far as its weights show it.
 
     Args:
-        channels (`tuple[int]`): Of each resolution.
-        layers (`int`): Residual blocks of each resolution on the way down.
+        channels (`tuple[int]`): Channels of each resolution.
+        layers (`int`): Residual blocks per resolution on the way down.
         attention (`tuple[bool]`): Whether a resolution has attention.
         resample_in_blocks (`bool`): Residual blocks change the resolution (`resblock_updown`), not convolutions.
         scale_shift (`bool`): The time embedding scales and shifts norms (`use_scale_shift_norm`).
-        context (`int`, *optional*): Channels of what cross-attention sees; None without cross-attention.
-        depth (`int`): Transformer blocks at each place with cross-attention.
+        context (`int`, *optional*): Channels of the context of cross-attention; None without.
+        depth (`int`): Transformer blocks per place with cross-attention.
     """
 
     in_channels: int
@@ -50,17 +50,17 @@ class Architecture:
 
 
 def architecture_of(tensors: Tensors, prefix: str = "") -> Architecture:
-    """Read an architecture off keys and shapes. Raises ModelError if they are not of LDM's UNet."""
+    """Read the architecture off keys and shapes. Raise ModelError if this is not LDM's UNet."""
     outputs = numbered(tensors, "output_blocks.#")
     if outputs == 0:
         raise ModelError(f"the checkpoint is not complete: missing {prefix}output_blocks.")
-    # The last block of a level also enlarges: by a convolution, or by a second residual block.
+    # The last block of a level also upsamples: by a convolution, or by a second residual block.
     by_convolution = [i for i in range(outputs) for j in (1, 2) if f"output_blocks.{i}.{j}.conv.weight" in tensors]
     by_block = [i for i in range(outputs) for j in (1, 2) if f"output_blocks.{i}.{j}.in_layers.0.weight" in tensors]
     ends = by_convolution or by_block
     per_level = ends[0] + 1 if ends else outputs
     levels, layers = outputs // per_level, per_level - 1
-    # Input blocks: the first convolution, then `layers` blocks a level and one that halves the resolution.
+    # Input blocks: the first convolution, then per level `layers` blocks and one that halves the resolution.
     firsts = [f"input_blocks.{1 + level * per_level}" for level in range(levels)]
     transformer = "middle_block.1.transformer_blocks"
     convolutions = ["input_blocks.0.0.weight", "out.2.weight", *(f"{first}.0.out_layers.3.weight" for first in firsts)]
@@ -85,13 +85,13 @@ def architecture_of(tensors: Tensors, prefix: str = "") -> Architecture:
 def convert_unet(
     tensors: Tensors, settings: Settings, latent_size: int, prefix: str = ""
 ) -> UNet2DModel | UNet2DConditionModel:
-    """LDM's `UNetModel`, without conditions or with cross-attention on a context.
+    """Convert LDM's `UNetModel`, unconditional or with cross-attention on a context.
 
     Args:
         tensors: Keys start with `time_embed.`, `input_blocks.`, `middle_block.`, `output_blocks.`, `out.`.
-        settings (`Settings`): `num_heads` or `num_head_channels`; the weights show neither.
-        latent_size (`int`): Side of the latents, a hint for pipelines.
-        prefix (`str`): Of the keys in the file, for errors.
+        settings (`Settings`): Needs `num_heads` or `num_head_channels`: the weights show neither.
+        latent_size (`int`): Side of the latents, stored as `sample_size`.
+        prefix (`str`): Prefix of the keys in the file, for errors.
     """
     architecture = architecture_of(tensors, prefix)
     require(heads=settings.num_heads or settings.num_head_channels)
@@ -142,7 +142,7 @@ def _make(
             up_block_types=[_named("Up", a, False, "CrossAttn") for a in reversed(architecture.attention)],
             cross_attention_dim=architecture.context,
             transformer_layers_per_block=architecture.depth,
-            # Against its name this is the number of heads in this class, whose authors keep it for old configs.
+            # Despite its name, the number of heads in this class (kept by diffusers for old configs).
             attention_head_dim=[heads[channels] for channels in architecture.channels],
         )
     resample = architecture.resample_in_blocks
@@ -159,13 +159,13 @@ def _make(
 
 
 def _named(direction: str, attention: bool, resample_in_blocks: bool, attention_name: str = "Attn") -> str:
-    """The class of a resolution's block."""
+    """Return the class name of a resolution's block."""
     if attention:
         return f"{attention_name}{direction}Block2D"
     return f"Resnet{direction}sampleBlock2D" if resample_in_blocks else f"{direction}Block2D"
 
 
-# By our module and theirs, and the channels of a resolution.
+# Takes our module, theirs, and the channels of the resolution.
 Attention = Callable[[str, str, int], Sources]
 
 
@@ -211,12 +211,12 @@ def _block(ours: str, theirs: str) -> Sources:
 
 
 def _resample(ours: str, theirs: str, convolution: str) -> Sources:
-    """A convolution or a residual block: the names do not meet."""
+    """Return the sources of a convolution and of a residual block: their names differ, so only one applies."""
     return {f"{ours}.conv": f"{theirs}.{convolution}", **_block(ours, theirs)}
 
 
 def _fused_attention(ours: str, theirs: str, channels: int, heads: dict[int, int], by_head: bool) -> Sources:
-    """Their `AttentionBlock`. Its projection is cut by heads first (`QKVAttentionLegacy`), or into three first."""
+    """Return the sources of `AttentionBlock`: its projection is split by heads first (`QKVAttentionLegacy`) or last."""
     groups = heads[channels] if by_head else 1
     return {
         f"{ours}.group_norm": f"{theirs}.norm",
@@ -226,7 +226,7 @@ def _fused_attention(ours: str, theirs: str, channels: int, heads: dict[int, int
 
 
 def _transformer(ours: str, theirs: str, channels: int, depth: int) -> Sources:
-    """Their `SpatialTransformer`, whose names diffusers kept."""
+    """Return the sources of `SpatialTransformer`, whose names diffusers kept."""
     attention = [f"{name}.{part}" for name in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out.0")]
     layers = ["norm1", "norm2", "norm3", "ff.net.0.proj", "ff.net.2", *attention]
     names = [
