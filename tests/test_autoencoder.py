@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -11,29 +12,15 @@ from diffusers import VQModel
 from diffusers.utils import logging as diffusers_logging
 
 from looc_ldm import LooCVQModel
+from tiny import tiny_autoencoder
 
-TINY = {
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "norm_num_groups": 4,
-    "latent_channels": 6,
-    "vq_embed_dim": 4,
-    "num_vq_embeddings": 16,
-    "codevector_dim": 2,
-    "sample_size": 16,
-}
+tiny_model = partial(tiny_autoencoder, block_out_channels=(8, 16), latent_channels=6, interpolation_factor=2)
 
 # diffusers' spatial norms have 32 groups whatever norm_num_groups is, and take latents of latent_channels channels.
 NORM_TYPES = [
     pytest.param({"norm_type": "group"}, id="group"),
     pytest.param({"norm_type": "spatial", "block_out_channels": (32, 32), "latent_channels": 4}, id="spatial"),
 ]
-
-
-def tiny_model(**kwargs) -> LooCVQModel:
-    torch.manual_seed(0)
-    return LooCVQModel(**{**TINY, **kwargs}).eval()
 
 
 def images(batch: int = 2, height: int = 8, width: int = 12) -> torch.Tensor:
@@ -82,8 +69,7 @@ def test_every_setting_of_the_quantizer_survives_a_round_trip(tmp_path):
 
 
 def test_the_scaling_factor_is_none_until_it_is_measured(tmp_path):
-    model = tiny_model()
-    assert model.config.scaling_factor is None
+    model = tiny_model(scaling_factor=None)
     model.save_pretrained(tmp_path)
     assert LooCVQModel.from_pretrained(tmp_path).config.scaling_factor is None
     model.register_to_config(scaling_factor=0.5)
@@ -146,43 +132,19 @@ def test_training_reaches_encoder_codebook_and_decoder():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "num_blocks", "side", "bits"),
+    ("n_q", "k", "s", "blocks", "side", "bits"),  # d = 4; h * w * C * log2(K)
     [
-        # h * w * C * log2(K)
-        (
-            {"vq_embed_dim": 128, "num_vq_embeddings": 256, "codevector_dim": 4, "interpolation_factor": 1},
-            3,
-            32,
-            16_384,
-        ),
-        (
-            {"vq_embed_dim": 256, "num_vq_embeddings": 256, "codevector_dim": 4, "interpolation_factor": 2},
-            5,
-            256,
-            8 * 256**2,
-        ),
-        (
-            {"vq_embed_dim": 256, "num_vq_embeddings": 256, "codevector_dim": 4, "interpolation_factor": 1},
-            5,
-            256,
-            2 * 256**2,
-        ),
-        (
-            {"vq_embed_dim": 4, "num_vq_embeddings": 1024, "codevector_dim": 4, "interpolation_factor": 2},
-            4,
-            256,
-            0.625 * 256**2,
-        ),
+        pytest.param(128, 256, 1, 3, 32, 16_384, id="CIFAR-10 256x4"),
+        pytest.param(256, 256, 2, 5, 256, 8 * 256**2, id="f16 s=2"),
+        pytest.param(256, 256, 1, 5, 256, 2 * 256**2, id="f16 s=1"),
+        pytest.param(4, 1024, 2, 4, 256, 0.625 * 256**2, id="f8 K=1024"),
     ],
-    ids=["CIFAR-10 256x4", "f16 s=2", "f16 s=1", "f8 K=1024"],
 )
-def test_bits_per_image_of_known_models(arguments, num_blocks, side, bits):
-    blocks = {
-        "block_out_channels": (4,) * num_blocks,
-        "down_block_types": ("DownEncoderBlock2D",) * num_blocks,
-        "up_block_types": ("UpDecoderBlock2D",) * num_blocks,
-    }
-    assert tiny_model(**blocks, **arguments).bits_per_image(side, side) == bits
+def test_bits_per_image_of_known_models(n_q, k, s, blocks, side, bits):
+    model = tiny_autoencoder(
+        blocks=blocks, vq_embed_dim=n_q, num_vq_embeddings=k, codevector_dim=4, interpolation_factor=s
+    )
+    assert model.bits_per_image(side, side) == bits
 
 
 def test_bits_per_image_are_the_bits_of_the_codes():

@@ -1,28 +1,15 @@
 """`torch.compile` of `LooCVQModel`: one graph for encoding and one for decoding, with the results of eager calls."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
 
 from looc_ldm import LooCVQModel
+from tiny import tiny_autoencoder
 
-
-def small_model(**kwargs) -> LooCVQModel:
-    torch.manual_seed(0)
-    return LooCVQModel(
-        **{
-            "block_out_channels": (8, 16),
-            "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
-            "norm_num_groups": 4,
-            "latent_channels": 6,
-            "vq_embed_dim": 4,
-            "num_vq_embeddings": 16,
-            "codevector_dim": 2,
-            **kwargs,
-        }
-    ).eval()
+small_model = partial(tiny_autoencoder, block_out_channels=(8, 16), latent_channels=6, interpolation_factor=2)
 
 
 @torch.no_grad()

@@ -11,29 +11,24 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from looc_ldm import LooCSmallVQModel, LooCVQModel
+from tiny import tiny_autoencoder
 
 
 def model_with(*, down: str = "ddd", up: str = "uuu", seed: int = 0, **kwargs) -> LooCVQModel:
     """f = 2 ** (blocks - 1); "a" in place of a letter for a block with attention. Norms are far from the identity."""
-    torch.manual_seed(seed)
-    model = LooCVQModel(
-        **{
-            "block_out_channels": (8, 16, 16)[-len(down) :],
-            "down_block_types": ["AttnDownEncoderBlock2D" if block == "a" else "DownEncoderBlock2D" for block in down],
-            "up_block_types": ["AttnUpDecoderBlock2D" if block == "a" else "UpDecoderBlock2D" for block in up],
-            "norm_num_groups": 4,
-            "latent_channels": 6,
-            "vq_embed_dim": 4,
-            "num_vq_embeddings": 64,
-            "codevector_dim": 2,
-            **kwargs,
-        }
-    ).eval()
+    settings = {
+        "block_out_channels": (8, 16, 16)[-len(down) :],
+        "down_block_types": ["AttnDownEncoderBlock2D" if block == "a" else "DownEncoderBlock2D" for block in down],
+        "up_block_types": ["AttnUpDecoderBlock2D" if block == "a" else "UpDecoderBlock2D" for block in up],
+        "latent_channels": 6,
+        "num_vq_embeddings": 64,
+        "interpolation_factor": 2,
+    }
+    model = tiny_autoencoder(seed=seed, **{**settings, **kwargs})
     for module in model.modules():
         if isinstance(module, nn.GroupNorm):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
-    nn.init.normal_(model.quantize.embedding.weight)
     return model
 
 

@@ -1,6 +1,7 @@
 """How codevectors follow the segments that choose them: as their moving average, or by gradient."""
 
 import io
+from functools import partial
 
 import pyarrow.parquet
 import pytest
@@ -10,17 +11,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+import tiny
 from looc_ldm import LooCQuantizer
 from looc_ldm.images import to_float
 from looc_ldm.training.sources import BUNDLED
 
-
-def small_quantizer(**kwargs) -> LooCQuantizer:
-    torch.manual_seed(0)
-    arguments = {"interpolation_factor": 1, "anchor": "none", "codebook_update": "ema", **kwargs}
-    quantizer = LooCQuantizer(8, 64, 4, **arguments)
-    nn.init.normal_(quantizer.embedding.weight)
-    return quantizer
+small_quantizer = partial(tiny.small_quantizer, num_codevectors=64, interpolation_factor=1, anchor="none")
 
 
 def segments_of(z: torch.Tensor) -> torch.Tensor:

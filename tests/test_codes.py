@@ -3,6 +3,7 @@
 import struct
 import tracemalloc
 import zlib
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -17,29 +18,14 @@ from looc_ldm.errors import DataError
 from looc_ldm.fingerprint import model_fingerprint
 from looc_ldm.image_codes import decode_image, decode_pixels, encode_image, encode_pixels, pixels_of, short_fingerprint
 from looc_ldm.images import to_float, to_uint8
+from tiny import tiny_autoencoder
 
 FINGERPRINT = "0123456789abcdef" * 2
 FIELDS = "<4sB6I16s"  # the table of docs/looc_format.md
 
 
-def tiny_model(channels: int = 3, seed: int = 0, **settings) -> LooCVQModel:
-    """f = 4, C = 8, and K = 100, which is no power of two."""
-    torch.manual_seed(seed)
-    model = LooCVQModel(
-        in_channels=channels,
-        out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        vq_embed_dim=4,
-        num_vq_embeddings=100,
-        codevector_dim=2,
-        **settings,
-    )
-    torch.nn.init.normal_(model.quantize.embedding.weight)
-    return model.eval()
+# f = 4, C = 8, and K = 100, which is no power of two.
+tiny_model = partial(tiny_autoencoder, blocks=3, num_vq_embeddings=100, interpolation_factor=2)
 
 
 def some_codes(num_codevectors: int = 1000, shape: tuple[int, ...] = (3, 5, 7)) -> ImageCodes:

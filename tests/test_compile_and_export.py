@@ -8,13 +8,7 @@ import torch.nn as nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from looc_ldm import LooCQuantizer
-
-
-def small_quantizer(**kwargs) -> LooCQuantizer:
-    torch.manual_seed(0)
-    quantizer = LooCQuantizer(**{"vq_embed_dim": 8, "num_codevectors": 32, "codevector_dim": 4, **kwargs})
-    nn.init.normal_(quantizer.embedding.weight)
-    return quantizer
+from tiny import small_quantizer
 
 
 def features_of(batch: int, step: int, height: int = 3) -> torch.Tensor:

@@ -11,6 +11,7 @@ from diffusers.models.attention_processor import Attention
 from looc_ldm import FixedHeadsUNet2DModel, LooCLDMPipeline, LooCVQModel, configs
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, construct, load_config
 from looc_ldm.training.diffusion import Denoiser, make_scheduler
+from tiny import tiny_autoencoder
 
 AUTOENCODERS = [name for name in configs.names() if name.split("/")[1].startswith("autoencoder")]
 DIFFUSIONS = [name for name in configs.names() if name.split("/")[1].startswith("diffusion")]
@@ -302,16 +303,7 @@ def test_unet_comes_back_from_its_folder(small_unet, tmp_path):
 
 
 def test_unet_comes_back_inside_a_pipeline(small_unet, tmp_path):
-    autoencoder = LooCVQModel(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-        latent_channels=4,
-        codevector_dim=4,
-        scaling_factor=1.0,
-    ).eval()
-    pipe = LooCLDMPipeline(autoencoder, small_unet, DDIMScheduler(clip_sample=False))
+    pipe = LooCLDMPipeline(tiny_autoencoder(), small_unet, DDIMScheduler(clip_sample=False))
     pipe.save_pretrained(tmp_path)
     loaded = LooCLDMPipeline.from_pretrained(tmp_path)
 

@@ -4,17 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tiny
 from looc_ldm import LooCQuantizer, LooCSmallVQModel, LooCVQModel
 from looc_ldm.gradients import Rotation
 
 LAYOUTS = [(1, "channel"), (2, "channel"), (2, "patch"), (3, "patch")]
 
 
-def small_quantizer(s: int = 1, layout: str = "channel", **arguments) -> LooCQuantizer:
-    torch.manual_seed(0)
-    quantizer = LooCQuantizer(8, 32, 4, s, layout, **{"gradient": "rotation", "distance": "euclidean", **arguments})
-    torch.nn.init.normal_(quantizer.embedding.weight)
-    return quantizer
+def small_quantizer(s: int = 1, layout: str = "channel", **changes) -> LooCQuantizer:
+    changes = {"gradient": "rotation", "distance": "euclidean", **changes}
+    return tiny.small_quantizer(interpolation_factor=s, segment_layout=layout, **changes)
 
 
 def turned(rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import random
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,16 +10,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import VectorQuantizer
 
+import tiny
 from looc_ldm import LooCQuantizer
 from looc_ldm.quantizer import INPUT_LAYOUTS, SEGMENT_LAYOUTS
 
-
-def small_quantizer(**kwargs) -> LooCQuantizer:
-    torch.manual_seed(0)
-    defaults = {"vq_embed_dim": 8, "num_codevectors": 32, "codevector_dim": 4, "codebook_update": "gradient"}
-    quantizer = LooCQuantizer(**{**defaults, **kwargs})
-    nn.init.normal_(quantizer.embedding.weight)
-    return quantizer
+small_quantizer = partial(tiny.small_quantizer, codebook_update="gradient")
 
 
 def blur(z: torch.Tensor, a: float) -> torch.Tensor:

@@ -11,11 +11,7 @@ from diffusers import VQModel
 from diffusers.models.autoencoders.vae import VectorQuantizer
 
 from looc_ldm import LooCQuantizer, LooCVQModel
-
-
-def small_quantizer(**kwargs) -> LooCQuantizer:
-    torch.manual_seed(0)
-    return LooCQuantizer(**{"vq_embed_dim": 8, "num_codevectors": 32, "codevector_dim": 4, **kwargs})
+from tiny import small_quantizer
 
 
 def pickled(quantizer: LooCQuantizer) -> LooCQuantizer:

@@ -1,19 +1,17 @@
 """Revival of codevectors (the CVQ-VAE update): what moves, by how much, and when."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import tiny
 from looc_ldm import LooCQuantizer
 
-
-def small_quantizer(**kwargs) -> LooCQuantizer:
-    torch.manual_seed(0)
-    defaults = {"vq_embed_dim": 8, "num_codevectors": 32, "codevector_dim": 4, "interpolation_factor": 1}
-    defaults["codebook_update"] = "gradient"
-    return LooCQuantizer(**{**defaults, **kwargs})
+small_quantizer = partial(tiny.small_quantizer, interpolation_factor=1, codebook_update="gradient")
 
 
 def codebook_of(quantizer: LooCQuantizer) -> torch.Tensor:
@@ -28,6 +26,7 @@ def test_a_codevector_moves_towards_its_anchor_the_more_the_less_it_is_used(usag
     quantizer.revive()
     anchor = torch.tensor([1.0, 1.0])  # the only feature, so everybody's anchor
     with torch.no_grad():
+        quantizer.embedding.weight.uniform_(-0.5, 0.5)
         quantizer.embedding.weight[0] = anchor  # takes all features: the others get nothing of this batch
     quantizer.usage.fill_(usage_times_k / quantizer.num_codevectors / 0.99)
     before = codebook_of(quantizer)

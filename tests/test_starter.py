@@ -1,6 +1,5 @@
 """The model that comes with the package: it is small, loads in three lines, and draws what it is asked for."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -22,6 +21,7 @@ from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.starter import STARTER
 from looc_ldm.training.config import DataConfig
 from looc_ldm.training.data import float_batches, load_image_set
+from tiny import import_file
 
 PER_CLASS = 8
 
@@ -122,10 +122,7 @@ def script(monkeypatch):
     """benchmarks/starter.py as a module."""
     folder = Path(__file__).resolve().parent.parent / "benchmarks"
     monkeypatch.syspath_prepend(folder)
-    specification = importlib.util.spec_from_file_location("make_starter", folder / "starter.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return import_file(folder / "starter.py")
 
 
 def test_what_is_missing_is_named_before_the_training(script, tmp_path, monkeypatch, capsys):

@@ -2,21 +2,13 @@
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
-from looc_ldm import LooCQuantizer
 from looc_ldm.baselines import ProductQuantizer
 from looc_ldm.quantizer import INPUT_LAYOUTS, SEGMENT_LAYOUTS
 from looc_ldm.search import DISTANCES
 from looc_ldm.statistics import DISTANCE_EDGES, CodebookStatistics, codebook_statistics
-
-
-def small_quantizer(**kwargs) -> LooCQuantizer:
-    torch.manual_seed(0)
-    quantizer = LooCQuantizer(**{"vq_embed_dim": 8, "num_codevectors": 32, "codevector_dim": 4, **kwargs})
-    nn.init.normal_(quantizer.embedding.weight)
-    return quantizer
+from tiny import small_quantizer
 
 
 @pytest.mark.parametrize("layout", SEGMENT_LAYOUTS)
