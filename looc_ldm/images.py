@@ -51,12 +51,12 @@ def to_pil(image: torch.Tensor) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def as_shown(image: Image.Image, mode: str) -> Image.Image:
+def as_shown(image: Image.Image, mode: str, background: str = "white") -> Image.Image:
     """A PIL image as a viewer shows it, in mode `L` or `RGB`.
 
-    It is turned as its EXIF data says, transparency is put on white, and 16 bits become 8. Palettes, CMYK and other
-    modes are converted; colour profiles are not applied; of several frames the first is taken. Damaged EXIF data turns
-    nothing, as in viewers.
+    It is turned as its EXIF data says, transparency is put on `background`, and 16 bits become 8. Palettes, CMYK and
+    other modes are converted; colour profiles are not applied; of several frames the first is taken. Damaged EXIF data
+    turns nothing, as in viewers.
 
     Raises:
         DataError: 32-bit pixels, whose range is not known.
@@ -71,7 +71,7 @@ def as_shown(image: Image.Image, mode: str) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     image.load()  # truncated data is found here
     image = image if image.mode == mode else image.convert(mode)
     return image if turn is None else image.transpose(turn)

@@ -13,15 +13,20 @@ from collections.abc import Sequence
 import torch
 from diffusers import ModelMixin
 
+DEFAULT_OF_VQMODEL = 0.18215  # Stable Diffusion's, which fits no other autoencoder
+
 
 def check_scaling(autoencoder: ModelMixin) -> None:
     """Raise ValueError for an autoencoder whose latents were never measured, saying how that is done.
 
     Also for a mean or deviation that does not fit its channels.
     """
-    if autoencoder.config.get("scaling_factor") is None:
+    factor = autoencoder.config.get("scaling_factor")
+    if factor == DEFAULT_OF_VQMODEL and "scaling_factor" in autoencoder.config.get("_use_default_values", ()):
+        factor = None
+    if factor is None:
         raise ValueError(
-            "vqvae.config.scaling_factor is None: measure it on training images with "
+            "vqvae has no scaling_factor of its own: measure it on training images with "
             "looc_ldm.training.latents.measure_scaling_factor, and store it with "
             "vqvae.register_to_config(scaling_factor=...)."
         )

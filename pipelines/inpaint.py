@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 
-from looc_ldm.pipelines.base import LDMBase
-from looc_ldm.pipelines.schedulers import noised
+from looc_ldm.pipelines.img2img import LooCLDMImg2ImgPipeline
 
 
-class LooCLDMInpaintPipeline(LDMBase):
+class LooCLDMInpaintPipeline(LooCLDMImg2ImgPipeline):
     """Inpainting with a model that was not trained for it.
 
     After each step the latents outside of the mask are replaced by those of the image with as much noise as is left
     ("Blended Diffusion"); at the end the pixels there are the image's own.
 
-    Components and arguments of the constructor are those of `LooCLDMPipeline`; a folder of the one loads as the other.
+    Components, their restrictions and the arguments of the constructor are those of `LooCLDMImg2ImgPipeline`; a folder
+    of `LooCLDMPipeline` loads as this.
 
     Example:
 
@@ -56,13 +56,13 @@ class LooCLDMInpaintPipeline(LDMBase):
         callback_on_step_end: Callable[[LooCLDMInpaintPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
-        """Draw what a mask leaves open.
+        """Draw the region that a mask selects.
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them): As in `LooCLDMImg2ImgPipeline`.
-            mask_image (the same): White (1) where new content is wanted, black (0) where the image stays; one for all
-                images, or one an image; resized to the nearest pixels. A latent position is drawn anew if any of its
-                pixels is.
+            mask_image (the same): White (1) where new content is wanted, black (0) or transparent where the image
+                stays; one for all images, or one per image; resized to the nearest pixels. Arrays may be of any type.
+                A latent position is drawn anew if any of its pixels is.
             strength (`float`, defaults to 1.0): As in `LooCLDMImg2ImgPipeline`; below 1 the new content keeps something
                 of the old.
             The other arguments: See `LooCLDMImg2ImgPipeline.__call__`.
@@ -74,73 +74,47 @@ class LooCLDMInpaintPipeline(LDMBase):
         Raises:
             ValueError: Before the UNet runs, for inputs that do not fit the model or each other.
         """
+        call = {name: value for name, value in locals().items() if name not in ("self", "image", "mask_image")}
         pixels = self.preprocess_image(image)
-        batch_size = len(pixels)
-        self.check_inputs(
-            batch_size,
-            class_labels,
-            num_inference_steps,
-            guidance_scale,
-            eta,
-            generator,
-            guidance_interval,
-            guidance_rescale,
-            num_images_per_label,
-            latents,
-            output_type,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-        labels = self.prepare_labels(class_labels, batch_size, num_images_per_label)
-        count = batch_size * num_images_per_label if labels is None else len(labels)
-        device = self._execution_device
-        noise = self.prepare_noise(count, device, generator, latents)
-        mask = self.prepare_mask(mask_image, count, num_images_per_label).to(device)  # (n, 1, H, W)
+        self.check_inputs(batch_size=len(pixels), **call)
+        labels, count = self.prepare_labels(class_labels, len(pixels), num_images_per_label)
+        noise = self.prepare_noise(count, generator, latents)
+        mask = self.prepare_mask(mask_image, count, num_images_per_label).to(noise.device)  # (n, 1, H, W)
         open_latents = F.max_pool2d(mask, self.downsampling_factor)  # (n, 1, h, w)
-        timesteps = self.prepare_timesteps(num_inference_steps, strength, device)
+        timesteps = self.set_last_timesteps(num_inference_steps, strength)
         known = self.prepare_image_latents(pixels, count)
 
         def keep_known(step: int, latents: torch.Tensor) -> torch.Tensor:
             last = step + 1 == len(timesteps)
-            left = known if last else noised(self.scheduler, known, noise, timesteps[step + 1])
+            left = known if last else self.add_noise(known, noise, timesteps[step + 1])
             return torch.where(open_latents > 0, latents, left)
 
         if strength == 1:
             start = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # nothing of what the mask covers is left
         else:
-            start = noised(self.scheduler, known, noise, timesteps[0])
-        latents = self.denoise(
-            start,
-            timesteps,
-            None if labels is None else labels.to(device),
-            guidance_scale=guidance_scale,
-            guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale,
-            generator=generator,
-            eta=eta,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            after_step=keep_known,
-        )
-        latents = torch.where(open_latents > 0, latents, known)  # also after an interrupt
-        if output_type == "latent":
-            return self.finish(latents, output_type, return_dict)
-        pixels = pixels.to(device).repeat_interleave(count // len(pixels), dim=0)
-        images = torch.where(mask > 0, self.decode_latents(latents), pixels)
-        return self.finish_images(images, output_type, return_dict)
+            start = self.add_noise(known, noise, timesteps[0])
+        latents = self.denoise(start, timesteps, labels, keep_known, **call)
+        images = torch.where(open_latents > 0, latents, known)  # also after an interrupt
+        if output_type != "latent":
+            pixels = pixels.to(noise.device).repeat_interleave(count // len(pixels), dim=0)
+            images = torch.where(mask > 0, self.decode_latents(images), pixels)
+        return self.finish(images, output_type, return_dict)
 
     def prepare_mask(self, mask_image, count: int, copies: int) -> torch.Tensor:
-        """The mask as 0 and 1, `(count, 1, H, W)`."""
-        _, height, width = self.latent_shape
-        f = self.downsampling_factor
+        """Return the mask as 0 and 1, `(count, 1, H, W)`."""
         processor = VaeImageProcessor(
-            vae_scale_factor=f, do_normalize=False, do_binarize=True, do_convert_grayscale=True, resample="nearest"
+            vae_scale_factor=1, do_normalize=False, do_binarize=True, do_convert_grayscale=True, resample="nearest"
         )
-        if isinstance(mask_image, np.ndarray | torch.Tensor):
-            mask_image = mask_image.astype(np.float32) if isinstance(mask_image, np.ndarray) else mask_image.float()
-        mask = processor.preprocess(mask_image, height * f, width * f)
+        masks = []
+        for one in mask_image if isinstance(mask_image, list | tuple) else [mask_image]:
+            if isinstance(one, np.ndarray | torch.Tensor):
+                one = one.astype(np.float32) if isinstance(one, np.ndarray) else one.float()
+            masks.append(self.resized(one, "mask_image", processor, "L", background="black"))
+        if not masks:
+            raise ValueError("mask_image must not be an empty list.")
+        mask = torch.cat(masks)
         if mask.shape[1] != 1:
             raise ValueError(f"mask_image must have one channel, got {mask.shape[1]}.")
         if len(mask) not in (1, count // copies):
-            raise ValueError(f"{len(mask)} masks do not fit {count // copies} images; give one, or one an image.")
+            raise ValueError(f"{len(mask)} masks do not fit {count // copies} images; give one, or one per image.")
         return mask.repeat_interleave(count // len(mask), dim=0)

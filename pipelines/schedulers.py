@@ -73,7 +73,8 @@ WITHOUT_SAMPLE = (
     KDPM2AncestralDiscreteScheduler,
     DPMSolverSDEScheduler,
 )
-LMS_ORDER = 4
+# Started midway, they would need noise between two levels, or the outputs of steps that were not taken.
+NOT_MIDWAY = (KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler, DPMSolverSDEScheduler, LMSDiscreteScheduler)
 
 
 def prediction_type_of(scheduler: SchedulerMixin) -> str:
@@ -158,34 +159,3 @@ def seed_scheduler(
     draws = (torch.randint(2**62, (), generator=g, device="cpu" if g is None else g.device) for g in generators)
     scheduler.noise_sampler_seed = [int(seed) for seed in draws]
     scheduler.noise_sampler = None  # of an earlier call
-
-
-def order_of_step(scheduler: SchedulerMixin) -> dict[str, int]:
-    """For LMSDiscreteScheduler, which takes as many earlier outputs for granted as the step's number says.
-
-    Started midway (image to image), it has fewer.
-    """
-    if not isinstance(scheduler, LMSDiscreteScheduler):
-        return {}
-    return {"order": min(len(scheduler.derivatives) + 1, LMS_ORDER)}
-
-
-def noised(
-    scheduler: SchedulerMixin, latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
-) -> torch.Tensor:
-    """Latents `(B, c, h, w)` with the noise of the step to come, in the scheduler's own scale.
-
-    Args:
-        timestep (`torch.Tensor` of shape `()`): That step's, of the scheduler's `timesteps`.
-    """
-    if not getattr(scheduler, "state_in_first_order", True):  # the next step starts between two noise levels
-        if isinstance(scheduler, DPMSolverSDEScheduler):
-            return latents + scheduler.mid_point_sigma * noise
-        if isinstance(scheduler, KDPM2DiscreteScheduler):
-            return latents + scheduler.sigmas_interpol[scheduler.step_index] * noise
-        if isinstance(scheduler, KDPM2AncestralDiscreteScheduler):
-            return latents + scheduler.sigmas_interpol[scheduler.step_index - 1] * noise
-    timesteps = timestep.expand(len(latents))
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return scheduler.scale_noise(latents, timesteps, noise)
-    return scheduler.add_noise(latents, noise, timesteps)

@@ -1,5 +1,8 @@
 """What people do with any pipeline of diffusers: other first stages, callbacks, compiling, attention, offloading."""
 
+import json
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -51,6 +54,21 @@ def test_a_plain_vqmodel_is_a_first_stage_too(plain_vqmodel, make_pipeline, tmp_
     again = LooCLDMImg2ImgPipeline.from_pipe(loaded)
     again.set_progress_bar_config(disable=True)
     assert draw(again, image=images).shape == images.shape
+
+
+def test_a_folder_of_diffusers_ldm_pipeline_needs_a_measured_scaling_factor(plain_vqmodel, make_pipeline, tmp_path):
+    tiny = make_pipeline("unconditional")
+    LDMPipeline(plain_vqmodel, tiny.unet, tiny.scheduler).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "vqvae" / "config.json").read_text())
+    del config["scaling_factor"]  # diffusers wrote none when the class was new
+    (tmp_path / "vqvae" / "config.json").write_text(json.dumps(config))
+    pipe = LooCLDMPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match=r"measure_scaling_factor.*vqvae\.register_to_config\(scaling_factor="):
+        draw(pipe)
+    pipe.vqvae.register_to_config(scaling_factor=0.5)
+    given = LooCLDMPipeline(plain_vqmodel, tiny.unet, tiny.scheduler)
+    torch.testing.assert_close(draw(pipe), draw(given), atol=1e-4, rtol=0)
 
 
 def test_diffusers_ldm_pipeline_draws_the_same_images_with_our_first_stage(make_pipeline):
@@ -140,14 +158,50 @@ def test_attention_processors_and_slicing_give_the_same_images(kind, make_pipeli
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_a_compiled_unet_draws_the_same_images(in_place, make_pipeline):
+def test_a_compiled_unet_draws_and_saves_the_same_images(in_place, make_pipeline, tmp_path):
     pipe = make_pipeline("cross_attention")
     images = draw(pipe, class_labels=[0, 1], guidance_scale=2.0)
     if in_place:
         pipe.unet.compile(backend="aot_eager", fullgraph=True)
     else:
         pipe.unet = torch.compile(pipe.unet, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(draw(pipe, class_labels=[0, 1], guidance_scale=2.0), images, atol=1e-4, rtol=0)
+    pipe.save_pretrained(tmp_path)
+    made = [pipe, LooCLDMPipeline.from_pipe(pipe), LooCLDMPipeline.from_pretrained(tmp_path, unet=pipe.unet)]
+    for one in (*made, LooCLDMPipeline.from_pretrained(tmp_path)):
+        one.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(draw(one, class_labels=[0, 1], guidance_scale=2.0), images, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["num_class_embeds", "cross_attention"])
+def test_a_unet_wrapped_by_peft_draws_until_it_is_merged_and_saved(kind, make_pipeline, tmp_path):
+    peft = pytest.importorskip("peft")
+    pipe = make_pipeline(kind)
+    images = draw(pipe, class_labels=[0, 1], guidance_scale=2.0)
+    pipe.unet = peft.get_peft_model(pipe.unet, peft.LoraConfig(target_modules=["to_q", "to_v"], r=2))
+    for one in (pipe, LooCLDMPipeline.from_pipe(pipe)):
+        one.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(draw(one, class_labels=[0, 1], guidance_scale=2.0), images, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        pipe.save_pretrained(tmp_path)
+    pipe.unet = pipe.unet.merge_and_unload()
+    pipe.save_pretrained(tmp_path)
+    loaded = LooCLDMPipeline.from_pretrained(tmp_path)
+    torch.testing.assert_close(draw(loaded, class_labels=[0, 1], guidance_scale=2.0), images, atol=1e-4, rtol=0)
+
+
+def test_threads_draw_the_same_images_with_a_pipeline_and_a_scheduler_each(make_pipeline):
+    pipe = make_pipeline()
+    expected = [draw(pipe, steps=8, seed=seed) for seed in range(4)]
+
+    def draw_alone(seed):
+        scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        own = LooCLDMPipeline.from_pipe(pipe, scheduler=scheduler)
+        own.set_progress_bar_config(disable=True)
+        return draw(own, steps=8, seed=seed)
+
+    with ThreadPoolExecutor(4) as threads:
+        for images, alone in zip(expected, threads.map(draw_alone, range(4)), strict=True):
+            assert torch.equal(images, alone)
 
 
 @pytest.mark.parametrize("kind", ["unconditional", "cross_attention"])

@@ -7,10 +7,19 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers import KarrasDiffusionSchedulers
+from PIL import ExifTags
 
 from looc_ldm import LooCLDMImg2ImgPipeline, LooCLDMInpaintPipeline, LooCLDMPipeline
 
-SCHEDULERS = [kind.name for kind in KarrasDiffusionSchedulers if kind.name != "EDMEulerScheduler"] + ["LCMScheduler"]
+NOT_MIDWAY = {
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler",
+    "LMSDiscreteScheduler",
+}
+SCHEDULERS = sorted(
+    {kind.name for kind in KarrasDiffusionSchedulers} - NOT_MIDWAY - {"EDMEulerScheduler"} | {"LCMScheduler"}
+)
 SIDE = 16
 
 
@@ -24,6 +33,12 @@ def left_half() -> torch.Tensor:
     mask = torch.zeros(1, 1, SIDE, SIDE)
     mask[..., : SIDE // 2] = 1
     return mask
+
+
+def as_pil(tensor: torch.Tensor) -> PIL.Image.Image:
+    """The first of images `(n, C, H, W)` in [0, 1], its last dimension dropped if C = 1."""
+    array = (tensor[0].permute(1, 2, 0).float().numpy() * 255).round().astype(np.uint8)
+    return PIL.Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
 @pytest.fixture
@@ -76,11 +91,14 @@ def test_little_strength_stays_at_the_image_and_more_goes_further(name, pipeline
     assert change[0] < 0.5 * change[2]
 
 
-def test_pndm_does_not_start_midway_in_its_runge_kutta_steps(pipelines):
-    pipe, _ = pipelines("unconditional")
-    pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ValueError, match="skip_prk_steps=True"):
-        run(pipe, image(), 0.5)
+@pytest.mark.parametrize("name", [*sorted(NOT_MIDWAY), "PNDMScheduler"])
+def test_a_scheduler_that_cannot_start_midway_is_refused_by_name(name, pipelines):
+    pipe, inpaint = pipelines("unconditional")
+    pipe.scheduler = inpaint.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    hint = "needs skip_prk_steps=True" if name == "PNDMScheduler" else "cannot start from an image: use DDIMScheduler"
+    for one, inputs in ((pipe, (image(),)), (inpaint, (image(), left_half()))):
+        with pytest.raises(ValueError, match=f"{name} {hint}"):
+            run(one, *inputs, strength=0.5)
 
 
 def test_made_from_a_pipeline_in_half_precision_both_stay_in_it(make_pipeline):
@@ -128,19 +146,63 @@ def test_images_come_in_every_form_and_are_resized(pipelines):
     pipe, _ = pipelines()
     tensor = (image() * 255).round() / 255
     array = tensor.permute(0, 2, 3, 1).numpy()
-    pil = PIL.Image.fromarray((array[0] * 255).round().astype(np.uint8))
+    pil = as_pil(tensor)
     expected = run(pipe, tensor, class_labels=1)
-    for form in (pil, [pil], array, [array[0]], tensor[0], [tensor[0]]):
+    for form in (pil, [pil], (pil,), array, array[0], [array[0]], [array], tensor[0], (tensor[0],)):
         torch.testing.assert_close(run(pipe, form, class_labels=1), expected, atol=1e-4, rtol=0)
+    assert len(run(pipe, [pil, array[0], tensor])) == 3
     assert run(pipe, pil.resize((50, 40))).shape == (1, 3, SIDE, SIDE)
     assert run(pipe, pil.convert("L")).shape == (1, 3, SIDE, SIDE)
 
 
 def test_a_grey_model_takes_colour_images(pipelines):
     pipe, inpaint = pipelines(channels=1)
-    pil = PIL.Image.fromarray((image()[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8))
-    assert run(pipe, pil).shape == (1, 1, SIDE, SIDE)
-    assert run(inpaint, pil, left_half()).shape == (1, 1, SIDE, SIDE)
+    expected = pipe.preprocess_image(as_pil(image()))
+    array = image().permute(0, 2, 3, 1).numpy()
+    for form in (array, array[0], [array[0]], image(), image()[0]):
+        torch.testing.assert_close(pipe.preprocess_image(form), expected, atol=0.02, rtol=0)
+        assert run(pipe, form).shape == run(inpaint, form, left_half()).shape == (1, 1, SIDE, SIDE)
+    grey = image(channels=1)
+    for form in (grey, grey[0], grey[0, 0], grey.numpy()[0, 0], grey.permute(0, 2, 3, 1).numpy()[0]):
+        assert run(pipe, form).shape == (1, 1, SIDE, SIDE)
+
+
+def with_orientation(pixels: np.ndarray) -> PIL.Image.Image:
+    """An image that is stored upside down, as its EXIF data says."""
+    picture = PIL.Image.fromarray(pixels[::-1].copy())
+    picture.getexif()[ExifTags.Base.Orientation] = 4
+    return picture
+
+
+RAMP = np.linspace(0, 255, SIDE * SIDE).reshape(SIDE, SIDE).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        PIL.Image.fromarray(RAMP.astype(np.uint16) * 257),
+        PIL.Image.merge("LA", [PIL.Image.new("L", (SIDE, SIDE)), PIL.Image.fromarray(255 - RAMP)]),
+        with_orientation(RAMP),
+    ],
+    ids=["16 bits", "transparency", "EXIF orientation"],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_read_as_viewers_show_them(stored, channels, pipelines):
+    pipe, inpaint = pipelines(channels=channels)
+    expected = torch.from_numpy(RAMP / 255).float().expand(1, channels, SIDE, SIDE)
+    torch.testing.assert_close(pipe.preprocess_image(stored) / 2 + 0.5, expected, atol=1.01 / 255, rtol=0)
+    kept = run(inpaint, stored, torch.zeros(1, 1, SIDE, SIDE))
+    torch.testing.assert_close(kept, expected, atol=1.01 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_images_of_32_bits_are_refused_since_their_range_is_not_known(mode, pipelines):
+    pipe, inpaint = pipelines()
+    deep = PIL.Image.fromarray(RAMP).convert(mode)
+    with pytest.raises(ValueError, match=rf"image: its pixels have 32 bits \(mode {mode}\)"):
+        run(pipe, deep)
+    with pytest.raises(ValueError, match=rf"mask_image: its pixels have 32 bits \(mode {mode}\)"):
+        run(inpaint, image(), deep)
 
 
 def test_one_image_is_varied_for_every_label_and_several_images_go_with_their_labels(pipelines):
@@ -158,7 +220,6 @@ def test_one_image_is_varied_for_every_label_and_several_images_go_with_their_la
 
 @pytest.mark.parametrize("name", [*SCHEDULERS, "FlowMatchEulerDiscreteScheduler"])
 def test_inpainting_keeps_the_known_pixels_and_latents_and_draws_the_others(name, make_pipeline):
-
     tiny = make_pipeline("unconditional")
     kind = getattr(diffusers, name)
     scheduler = kind() if name.startswith("FlowMatch") else kind.from_config(tiny.scheduler.config)
@@ -228,8 +289,9 @@ def test_an_input_that_does_not_fit_is_refused_before_the_unet_runs(inputs, argu
     [
         (torch.zeros(1, 3, SIDE, SIDE), "mask_image must have one channel, got 3"),
         (torch.zeros(2, 1, SIDE, SIDE), "2 masks do not fit 1 images"),
+        ([], "mask_image must not be an empty list"),
     ],
-    ids=["channels", "number"],
+    ids=["channels", "number", "empty"],
 )
 def test_a_mask_that_does_not_fit_is_refused(mask, message, pipelines):
     _, pipe = pipelines()
@@ -237,12 +299,23 @@ def test_a_mask_that_does_not_fit_is_refused(mask, message, pipelines):
         run(pipe, image(), mask)
 
 
-def test_a_mask_may_be_of_any_type(pipelines):
+def test_a_mask_may_be_of_any_type_and_transparent_where_the_image_stays(pipelines):
     _, pipe = pipelines()
     expected = run(pipe, image(), left_half())
     array = left_half()[0, 0].numpy()
-    for mask in (array.astype(bool), left_half().bool(), PIL.Image.fromarray((array * 255).astype(np.uint8))):
-        assert torch.equal(run(pipe, image(), mask), expected)
+    pil = as_pil(left_half())
+    on_nothing = PIL.Image.merge("LA", [PIL.Image.new("L", pil.size, "white"), pil])
+    for mask in (array.astype(bool), left_half().bool(), (array * 255).astype(np.uint8), pil, on_nothing):
+        for form in (mask, [mask], (mask,)):
+            assert torch.equal(run(pipe, image(), form), expected)
+
+
+def test_a_mask_is_resized_to_the_size_of_the_image_whatever_that_is(make_pipeline):
+    tiny = make_pipeline("unconditional")
+    tiny.unet.register_to_config(sample_size=10)
+    pipe = LooCLDMInpaintPipeline.from_pipe(tiny)
+    pipe.set_progress_bar_config(disable=True)
+    assert run(pipe, image(), left_half()).shape == (1, 3, 20, 20)
 
 
 @pytest.mark.parametrize("which", [0, 1])

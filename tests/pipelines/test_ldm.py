@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -134,10 +135,45 @@ def test_a_null_class_that_is_no_label_of_the_model_is_refused(null_class_label,
         make_pipeline(null_class_label=null_class_label)
 
 
-def test_a_cross_attention_unet_without_a_class_token_is_refused(make_pipeline):
-    pipe = make_pipeline("cross_attention")
-    with pytest.raises(ValueError, match="class_embedding"):
-        LooCLDMPipeline(pipe.vqvae, pipe.unet, pipe.scheduler)
+def test_a_pipeline_saved_by_the_first_version_still_loads(make_pipeline, tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline", "LooCLDMPipeline"]
+    index["_class_name"] = "LooCLDMPipeline"
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    loaded = LooCLDMPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded), draw(pipe))
+
+
+class Wrapper(torch.nn.Module):
+    """What peft's `PeftModel` is to a pipeline: another class, with the attributes of the model in it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(super().__getattr__("model"), name) if name != "model" else super().__getattr__(name)
+
+
+def with_adapter(unet):
+    """The UNet with a layer in an adapter's place, as peft puts it there."""
+    layer = torch.nn.Module()
+    layer.base_layer = unet.conv_out
+    unet.conv_out = layer
+    return unet
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, with_adapter, lambda unet: torch.compile(Wrapper(unet))])
+@pytest.mark.parametrize("save", ["save_pretrained", "push_to_hub"])
+def test_a_unet_that_would_not_load_again_is_not_saved(save, wrap, make_pipeline, tmp_path):
+    pipe = make_pipeline()
+    pipe.unet = wrap(pipe.unet)
+    with pytest.raises(ValueError, match=r"the pipeline's unet cannot be saved.*pipe\.unet = unet\.merge_and_unload"):
+        getattr(pipe, save)(tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
 
 
 # Labels ---------------------------------------------------------------------------------------------------------------
@@ -446,30 +482,25 @@ def test_an_input_that_does_not_fit_is_refused_before_the_unet_runs(arguments, m
     assert batches == []
 
 
-@pytest.mark.parametrize("arguments", [{"class_labels": 0}, {"class_labels": "sandal"}, {"guidance_scale": 2.0}])
-def test_an_unconditional_model_takes_neither_labels_nor_guidance(arguments, make_pipeline):
-    pipe = make_pipeline("unconditional")
-    batches = unet_batches(pipe)
-    with pytest.raises(ValueError, match="this model is unconditional"):
-        draw(pipe, **arguments)
-    assert batches == []
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("kind", "arguments", "message"),
     [
-        ({}, "no null class"),
-        ({"class_labels": 0, "guidance_scale": 2.0}, "no null class"),
-        ({"class_labels": [0, None]}, "got None"),
+        ("unconditional", {"class_labels": 0}, "this model is unconditional"),
+        ("unconditional", {"class_labels": "sandal"}, "this model is unconditional"),
+        ("unconditional", {"guidance_scale": 2.0}, "this model is unconditional"),
+        ("without null class", {}, "no null class"),
+        ("without null class", {"class_labels": 0, "guidance_scale": 2.0}, "no null class"),
+        ("without null class", {"class_labels": [0, None]}, "got None"),
     ],
 )
-def test_a_model_without_a_null_class_needs_labels_and_takes_no_guidance(arguments, message, make_pipeline):
-    pipe = make_pipeline(null_class_label=None)
+def test_a_model_takes_no_labels_and_no_guidance_that_it_has_not_learned(kind, arguments, message, make_pipeline):
+    unconditional = kind == "unconditional"
+    pipe = make_pipeline(kind) if unconditional else make_pipeline(null_class_label=None)
     batches = unet_batches(pipe)
     with pytest.raises(ValueError, match=message):
         draw(pipe, **arguments)
     assert batches == []
-    assert draw(pipe, class_labels=3).shape == (1, 3, 16, 16)
+    assert draw(pipe, class_labels=None if unconditional else 3).shape == (1, 3, 16, 16)
 
 
 def test_a_first_stage_without_scaling_factor_is_refused_with_how_to_measure_it(make_pipeline):
@@ -487,7 +518,7 @@ def test_a_first_stage_without_scaling_factor_is_refused_with_how_to_measure_it(
 @pytest.mark.parametrize(
     ("scheduler", "steps", "allowed"),
     [
-        (DDIMScheduler(clip_sample=False, steps_offset=1), 1000, r"\[1, 999\] for DDIMScheduler"),
+        (DDPMScheduler(clip_sample=False, steps_offset=1), 1000, r"\[1, 999\] for DDPMScheduler with steps_offset=1"),
         (EulerDiscreteScheduler(beta_start=0.0001, beta_end=0.02), 1001, r"\[1, 1000\] for EulerDiscreteScheduler"),
         (PNDMScheduler(), 3, r"\[4, 1000\] for PNDMScheduler"),
     ],
@@ -508,8 +539,16 @@ def test_components_that_do_not_fit_each_other_are_refused_at_once(make_pipeline
     other = UNet2DModel(block_out_channels=(32,) * 4, in_channels=3)
     with pytest.raises(ValueError, match="denoises latents of 3 channels, those of the first stage have 4"):
         LooCLDMPipeline(plain.vqvae, other, plain.scheduler)
-    with pytest.raises(ValueError, match="UNet2DConditionModel, and no other UNet, needs a class_embedding"):
-        LooCLDMPipeline(plain.vqvae, plain.unet, plain.scheduler, attending.class_embedding)
+    for unet, embedding in ((plain.unet, attending.class_embedding), (attending.unet, None)):
+        with pytest.raises(ValueError, match="UNet2DConditionModel, and no other UNet, needs a class_embedding"):
+            LooCLDMPipeline(plain.vqvae, unet, plain.scheduler, embedding)
+    for other in (AutoencoderKL(), torch.nn.Identity(), None):
+        fitting = f"vqvae must be a LooCVQModel, a LooCSmallVQModel or a VQModel, got {type(other).__name__}"
+        with pytest.raises(ValueError, match=fitting):
+            LooCLDMPipeline(other, plain.unet, plain.scheduler)
+    plain.unet = torch.nn.Identity()
+    with pytest.raises(AttributeError, match="'Identity' object has no attribute 'config'"):
+        _ = plain.num_class_embeds
 
 
 @pytest.mark.parametrize("names", [{9: "z"}, {0: None}, {-1: "z"}])
