@@ -75,12 +75,11 @@ def train(options: argparse.Namespace) -> Path:
 
 def ship(run: Path, options: argparse.Namespace) -> None:
     """The pipeline of a run in half precision, measured, with its card, into the package."""
-    half = options.work / "starter"  # a run folder, so that the card knows how it was trained
+    half = options.work / "starter"
     folder = half / "pipeline"
     shutil.rmtree(half, ignore_errors=True)
     # The codebook stays in single precision, as `LooCVQModel` keeps it.
     LooCLDMPipeline.from_pretrained(run / "pipeline", dtype=torch.float16).save_pretrained(folder)
-    shutil.copy(run / "config.yaml", half)
     shutil.copy(run / "pipeline" / "training.json", folder)
     for file in folder.rglob("*.json"):  # folders of the machine are nobody's business
         settings = shareable(json.loads(file.read_text()))
@@ -165,8 +164,7 @@ def card(text: str, options: argparse.Namespace) -> str:
         (r"\]\)\.images\[0\]", f"], {drawn}).images[0]"),
         ("```py\n", "```py\nimport looc_ldm\n"),
         ("import LooCLDMPipeline\n", "import LooCLDMPipeline\n\n"),
-        (r"```\n\nor, where .*?\n\n", "```\n\n"),  # of models on the hub
-        (r"All settings are in `config.yaml`.\n\n", ""),
+        (r"```\n\nIn code that .*?\n\n", "```\n\n"),  # for models on the hub
         ("## Licence", made + "## Licence"),
         ("## Use", limits + "\n\n## Use"),
     ):

@@ -1,8 +1,8 @@
 """The model card of a trained model: what was measured, on what and how, and what it was trained with.
 
-Everything in it is read from files: the configs and `training.json` beside the weights, `config.yaml` and the newest
-preview of the run they came from, and the figures that `looc-ldm evaluate ... --output FILE` wrote. What is not in any
-of them is left out (`looc_ldm.model_facts`).
+Everything in it is read from files: the configs and `training.json` beside the weights, the newest preview of the run,
+and the figures that `looc-ldm evaluate ... --output FILE` wrote. What is in none of them is left out. The text is in
+`model_card.md`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from looc_ldm.errors import UserError
 from looc_ldm.files import copy_file, replace_text
-from looc_ldm.model_facts import CIRCUMSTANCES, Facts, Measurement, gather, shareable
+from looc_ldm.model_facts import CIRCUMSTANCES, Facts, gather
 
 MARK = "<!-- Written by looc-ldm. Delete this line to keep a card of your own: it is then pushed as it is. -->"
 
@@ -56,7 +56,7 @@ def write_card(
     samples: Path | str | None = None,
     license: str | None = None,
 ) -> Path:
-    """Write README.md, and beside it the picture it shows, into a model folder. Returns the file.
+    """Write README.md, and beside it the picture it shows, into a model folder. Return the file.
 
     Args:
         folder (`Path`): A saved `LooCLDMPipeline` or `LooCVQModel`, as a rule `pipeline/` or `model/` of a run.
@@ -82,7 +82,7 @@ def write_card(
 
 
 def is_ours(card: Path) -> bool:
-    """Whether a card may be written anew: it is not there, or bears our mark."""
+    """Whether a card may be written anew: there is none, or it has our mark."""
     return not card.is_file() or MARK in card.read_text(encoding="utf-8")
 
 
@@ -93,39 +93,59 @@ def model_card(
     samples: Path | str | None = None,
     license: str | None = None,
 ) -> tuple[str, Path | None]:
-    """The text of a card, and the picture that it shows as `picture_name` of it; see `write_card`."""
+    """Return the text of a card, and the picture that it shows under the name `picture_name`; see `write_card`."""
     facts = gather(folder, metrics, samples)
-    name = repo_id.split("/")[-1] if repo_id else (facts.run_folder or folder.resolve()).name
+    place = folder.resolve()
+    run_or_model = place.parent if place.name in ("model", "pipeline") else place
+    name = repo_id.split("/")[-1] if repo_id else run_or_model.name
     data = ModelCardData(
         license=license,
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation" if _task(facts) == "unconditional-image-generation" else None,
-        tags=["looc-ldm", "vector-quantization", *(["latent-diffusion"] if facts.is_pipeline else ["image-tokenizer"])],
+        pipeline_tag=_task(facts) if _task(facts) == "unconditional-image-generation" else None,  # one of the hub's
+        tags=["looc-ldm", "vector-quantization", "latent-diffusion" if facts.is_pipeline else "image-tokenizer"],
         model_name=name,
         eval_results=list(_eval_results(facts)) or None,
     )
-    parts = [MARK, f"# {name}", _introduction(facts)]
-    if facts.samples is not None:
-        parts += [f"![samples]({picture_name(facts.samples)})", *filter(None, [facts.samples_caption])]
-    parts += ["## Use", _example(facts, repo_id or folder.as_posix())]
-    if facts.measurements:
-        parts += ["## Measured", *(_measured(measurement, facts.is_pipeline) for measurement in facts.measurements)]
-    training = _training(facts)
-    parts += ["## Model", _table(("", ""), _architecture(facts))]
-    if training:
-        parts += ["## Training", _table(("", ""), training)]
-        if facts.run:
-            parts.append("All settings are in `config.yaml`.")
-    parts += ["## Licence", f"Of the weights: {license or 'not stated'}."]
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")), facts.samples
+    vqvae = facts.configs.get("vqvae", {})
+    channels = vqvae.get("vq_embed_dim") or vqvae.get("hidden_channels") or vqvae.get("latent_channels")
+    codevector_dim = vqvae.get("codevector_dim") or channels
+    classes = (facts.index or {}).get("id2label") or {}
+    words = [names.split(",")[0].strip() for names in classes.values()]
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("model_card.md")),
+        mark=MARK,
+        name=name,
+        license=license,
+        source=repo_id or folder.as_posix(),
+        is_pipeline=facts.is_pipeline,
+        configs=facts.configs,
+        vqvae=vqvae,
+        codevector_dim=codevector_dim,
+        # One codevector per feature vector is plain vector quantization.
+        shared=(channels, vqvae.get("interpolation_factor")) != (codevector_dim, 1),
+        conditional=_task(facts) == "class-conditional-image-generation",
+        classes=len(classes),
+        label=json.dumps(next((word for word in words if words.count(word) == 1), 0), ensure_ascii=False),
+        measurements=facts.measurements,
+        title=title,
+        facts=facts.training.get("facts"),
+        picture=facts.samples and picture_name(facts.samples),
+        caption=facts.samples_caption,
+    )
+    return f"{card}\n", facts.samples
 
 
 def picture_name(picture: Path) -> str:
-    """What the card calls its picture."""
+    """Return the name of the picture beside the card."""
     return f"samples{picture.suffix.lower()}"
 
 
-# What the card says --------------------------------------------------------------------------------------------------
+def title(name: str) -> str:
+    """Return a figure's name for readers: "rFID (2048 features)" for "rfid@2048"."""
+    base, _, features = name.partition("@")
+    known = "FD-DINOv2" if base == "fd" and "dinov2" in features else TITLES.get(base, base)
+    return known + (f" ({features} features)" if features else "")
 
 
 def _task(facts: Facts) -> str:
@@ -135,142 +155,20 @@ def _task(facts: Facts) -> str:
     return "class-conditional-image-generation" if conditional else "unconditional-image-generation"
 
 
-def _segments(vqvae: dict) -> tuple[int | None, int | None]:
-    """n_q and d of an autoencoder's config: channels of a feature vector, and of a codevector."""
-    channels = vqvae.get("vq_embed_dim") or vqvae.get("hidden_channels") or vqvae.get("latent_channels")
-    return channels, vqvae.get("codevector_dim") or channels
-
-
-def _introduction(facts: Facts) -> str:
-    vqvae = facts.configs.get("vqvae", {})
-    channels, codevector_dim = _segments(vqvae)
-    # One code a position is vector quantization as it always was.
-    shared = (channels, vqvae.get("interpolation_factor")) != (codevector_dim, 1)
-    if facts.is_pipeline:
-        classes = len(facts.index.get("id2label") or {})
-        kind = f"of {classes} classes" if classes else "without conditions"
-        return (
-            f"A latent diffusion model of images {kind}, on a first stage "
-            + ("whose codebook all segments of a feature vector share (LooC)" if shared else "with discrete codes")
-            + ". A pipeline of diffusers."
-        )
-    codes = (
-        "whose one codebook all segments of a feature vector share (LooC)"
-        if shared
-        else "one codevector for each feature vector (VQ)"
-    )
-    network = {
-        "LooCVQModel": "A `VQModel` of diffusers",
-        "LooCSmallVQModel": "A small convolutional network, with the methods of diffusers' `VQModel`",
-    }[vqvae["_class_name"]]
-    return f"An image autoencoder with discrete codes, {codes}. {network}."
-
-
-def _example(facts: Facts, name: str) -> str:
-    if facts.is_pipeline:
-        names = [names.split(",")[0].strip() for names in (facts.index.get("id2label") or {}).values()]
-        label = next((name for name in names if names.count(name) == 1), 0)
-        conditional = _task(facts) != "unconditional-image-generation"
-        arguments = f"class_labels=[{json.dumps(label, ensure_ascii=False)}]" if conditional else "batch_size=1"
-        code = [
-            "from looc_ldm import LooCLDMPipeline",
-            f'pipe = LooCLDMPipeline.from_pretrained("{name}")',
-            f'pipe({arguments}).images[0].save("sample.png")',
-        ]
-        after = (
-            "or, where the calling code must not know of `looc_ldm` (it must be installed all the same), with "
-            f'`DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)`.'
-        )
-    else:
-        config = facts.configs["vqvae"]
-        side = config.get("sample_size") or 64
-        code = [
-            "import torch",
-            f"from looc_ldm import {config['_class_name']}",
-            f'model = {config["_class_name"]}.from_pretrained("{name}")',
-            f"codes = model.encode_indices(torch.zeros(1, {config.get('in_channels', 3)}, {side}, {side}))",
-        ]
-        after = "for images in [-1, 1]; `model.decode_indices(codes)` gives them back."
-    return "```py\n" + "\n".join(code) + "\n```\n\n" + after
-
-
-def _measured(measurement: Measurement, is_pipeline: bool) -> str:
-    of = " by the first stage" if is_pipeline else ""
-    what = f"Reconstruction{of}" if measurement.is_reconstruction else "Generation"
-    rows = [(title(name), f"{value:.4g}") for name, value in measurement.figures.items()]
-    return f"{what}: {'; '.join(measurement.circumstances())}.\n\n" + _table(("metric", "value"), rows)
-
-
-def title(name: str) -> str:
-    """A figure's name for readers: "rfid@2048" is "rFID (2048 features)", "cmmd@clip-x" "CMMD (clip-x features)"."""
-    base, _, features = name.partition("@")
-    known = "FD-DINOv2" if base == "fd" and "dinov2" in features else TITLES.get(base, base)
-    return known + (f" ({features} features)" if features else "")
-
-
-def _architecture(facts: Facts) -> list[tuple[str, str]]:
-    vqvae = facts.configs.get("vqvae", {})
-    rows = []
-    if "sample_size" in vqvae:
-        channels = vqvae.get("in_channels")
-        plural = "" if channels == 1 else "s"
-        rows.append(("images", f"{vqvae['sample_size']}x{vqvae['sample_size']}, {channels} channel{plural}"))
-    codevector_dim = _segments(vqvae)[1]
-    if "num_vq_embeddings" in vqvae and codevector_dim:
-        numbers = vqvae["num_vq_embeddings"] * codevector_dim
-        rows.append(("codebook", f"{vqvae['num_vq_embeddings']} codevectors of {codevector_dim}, {numbers:,} numbers"))
-    for name in ("distance", "codebook_update", "gradient"):
-        if name in vqvae:
-            rows.append((name.replace("_", " "), f"`{vqvae[name]}`"))
-    for name, config in facts.configs.items():
-        rows.append((name, f"`{config.get('_class_name')}`"))
-        if name == "scheduler" and "prediction_type" in config:
-            rows.append(("prediction type", f"`{config['prediction_type']}`"))
-    return rows
-
-
-def _training(facts: Facts) -> list[tuple[str, str]]:
-    data, run = shareable(facts.training.get("data", {})), facts.run
-    rows = []
-    if data:
-        rows.append(("data set", f"`{data.get('path')}`, split `{data.get('split')}`"))
-        if "transform" in facts.training:
-            rows.append(("transform", facts.training["transform"]))  # FID depends on it
-        elif "resolution" in data:
-            rows.append(("resolution", f"{data['resolution']}x{data['resolution']}, {data.get('fit')}"))
-    if "images_seen" in facts.training:
-        rows.append(("images seen", f"{facts.training['images_seen']:,}"))
-    optimizer = run.get("optimizer") or {}
-    settings = {
-        "batch size": run.get("batch_size"),
-        "learning rate": optimizer.get("learning_rate"),
-        "learning rate schedule": optimizer.get("schedule"),
-        "mixed precision": facts.training.get("mixed_precision", run.get("mixed_precision")),  # not `auto`, but which
-        "half-life of the averaged weights (images)": run.get("ema_halflife_images"),
-        "seed": run.get("seed"),
-    }
-    return rows + [(name, str(value)) for name, value in settings.items() if value is not None]
-
-
-def _table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
-    lines = [head, ("---", "---"), *rows]
-    return "\n".join(f"| {first} | {second} |" for first, second in lines)
-
-
 def _eval_results(facts: Facts) -> Iterable[EvalResult]:
     for measurement in facts.measurements:
         record = measurement.record
-        if measurement.data is None:
+        if record.get("data") is None:
             continue  # a model-index names the data set of every figure
-        arguments = {key: record[key] for key in (*CIRCUMSTANCES, "protocol", "dtype") if key in record}
-        if "bits_per_pixel" in record:
-            arguments["bits_per_pixel"] = record["bits_per_pixel"]
+        arguments = {
+            key: record[key] for key in (*CIRCUMSTANCES, "protocol", "dtype", "bits_per_pixel") if key in record
+        }
         for name, value in measurement.figures.items():
             yield EvalResult(
                 task_type="image-reconstruction" if measurement.is_reconstruction else _task(facts),
-                dataset_type=measurement.data,
-                dataset_name=measurement.data,
-                dataset_split=measurement.split,
+                dataset_type=record["data"],
+                dataset_name=record["data"],
+                dataset_split=record.get("split"),
                 metric_type=name,
                 metric_value=value,
                 metric_name=title(name) + (f", protocol {record['protocol']}" if "protocol" in record else ""),

@@ -1,7 +1,8 @@
-"""Writing files so that a half-written one is never seen."""
+"""Writing files so that a half-written one is never seen, and reading JSON."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -100,3 +101,20 @@ def renamed_when_complete(file: Path, partial: Path | None = None) -> Iterator[P
 def partial_of(file: Path) -> Path:
     """The path beside `file` that is written to first."""
     return file.with_name(f".{file.name}.partial")
+
+
+def read_json(file: Path) -> dict:
+    """Return the JSON object in a file.
+
+    Raises:
+        UserError: The file cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {str(file)!r}: {error.strerror}.") from None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{str(file)!r} is not a JSON object.")
+    return value

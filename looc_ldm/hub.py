@@ -1,4 +1,4 @@
-"""Models to the hub, and what a repository there needs to be loaded from it in every way that diffusers knows.
+"""Push models to the hub, with the code that diffusers needs to load them from there.
 
     looc-ldm push FOLDER user/name           pipe.push_to_hub("user/name")           push(folder, "user/name")
 
@@ -23,13 +23,14 @@ from safetensors import SafetensorError, safe_open
 from looc_ldm import _HOME_OF
 from looc_ldm.card import is_ours, model_card, picture_name
 from looc_ldm.errors import ModelError, UserError
-from looc_ldm.files import replace_text
+from looc_ldm.files import read_json, replace_text
 from looc_ldm.hub_download import PICKLES
 from looc_ldm.hub_errors import hub_errors
-from looc_ldm.model_facts import read_json, read_training, run_of, shareable
+from looc_ldm.model_facts import read_training
 from looc_ldm.registration import COMPONENTS, with_modules
 
 PIPELINE_FILE = "pipeline.py"
+CONFIGS = ("model_index.json", "config.json", "scheduler_config.json")
 NOT_PUSHED = ("checkpoints", "logs", "latents", "previews", "__pycache__")  # folders
 PUSHED = (".safetensors", ".json", ".md", ".png", ".jpg", ".jpeg", ".webp", ".txt")
 
@@ -44,14 +45,14 @@ __all__ = [{quoted}]
 
 
 class HubMixin:
-    """What `DiffusionPipeline` does with folders and the hub, for pipelines that are not part of diffusers.
+    """`DiffusionPipeline`'s methods for folders and the hub, for pipelines that are not part of diffusers.
 
     Stands before `DiffusionPipeline` among the bases of a class.
     """
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """A pipeline from a folder or hub id: `DiffusionPipeline.from_pretrained`, but never from pickles.
+        """Load a pipeline from a folder or hub id: `DiffusionPipeline.from_pretrained`, but never from pickles.
 
         Takes all of its arguments: `dtype`, `variant`, `revision`, `cache_dir`, `local_files_only`, `token`, ...
 
@@ -75,7 +76,7 @@ class HubMixin:
         index = json.loads(self.to_json_string())
         if type(self).__module__ != "__main__":
             index["_class_name"] = [Path(PIPELINE_FILE).stem, type(self).__name__]
-        replace_text(Path(json_file_path), json.dumps(index, indent=2, sort_keys=True) + "\n")
+        replace_text(Path(json_file_path), _json(index))
 
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
         """Save a folder that every way of loading takes: `DiffusionPipeline.save_pretrained`, and the code it names.
@@ -105,36 +106,23 @@ class HubMixin:
         safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str | None = None,
-        revision: str | None = None,
-        license: str | None = None,
-        metrics: Sequence[Path | str] = (),
-        samples: Path | str | None = None,
+        **pushing,
     ) -> str:
-        """Upload the pipeline as it is, with a model card; see `push` for arguments, result and errors.
+        """Upload the pipeline as it is, with a model card; see `push` for further arguments, result and errors.
 
-        The card states what `metrics` hold and nothing else that was measured: the weights may have changed since the
-        pipeline was trained. With a `variant`, a card that the repository has is left alone.
+        The card states the figures in `metrics` and no others: the weights may have changed since the pipeline was
+        trained. With a `variant`, a card that the repository has is left alone.
 
         Raises:
             ValueError: `safe_serialization=False`: pickles are not pushed.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization must be True: pickles, which can run any code, are not pushed.")
+        message = commit_message or f"Upload {type(self).__name__}"
+        pushing |= {"private": private, "token": token, "create_pr": create_pr, "commit_message": message}
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
-            return push(
-                Path(folder),
-                repo_id,
-                private=private,
-                revision=revision,
-                create_pr=create_pr,
-                token=token,
-                commit_message=commit_message or f"Upload {type(self).__name__}",
-                license=license,
-                metrics=metrics,
-                samples=samples,
-                keep_card=variant is not None,
-            )
+            return push(Path(folder), repo_id, keep_card=variant is not None, **pushing)
 
 
 def push(
@@ -153,26 +141,26 @@ def push(
 ) -> str:
     """Upload a model folder in one commit; the repository and the branch are made if they are not there.
 
-    Interrupted, the same call goes on: weights that were transferred are not transferred again, and the repository
+    After an interruption the same call goes on: it does not transfer again the weights that arrived, and the repository
     stays as it was until everything is there. Files of the repository that are not in the folder stay.
 
     Args:
-        folder (`Path`): A saved pipeline or `LooCVQModel`; of a training run the result, `pipeline/` or `model/`.
-        repo_id (`str`): "user/name", or "name" of the user whose token it is.
-        private (`bool`, *optional*): Whether a repository that is made is private; by default what its owner has set.
+        folder (`Path`): A saved pipeline or `LooCVQModel`, such as `pipeline/` or `model/` of a training run.
+        repo_id (`str`): "user/name", or "name" for a repository of the token's user.
+        private (`bool`, *optional*): Whether a new repository is private; by default what its owner has set.
         revision (`str`, *optional*): Branch to push to.
         create_pr (`bool`): Open a pull request instead of committing.
         token (`str`, *optional*): By default what `hf auth login` stored, or HF_TOKEN.
-        license, metrics, samples: Of the model card; see `looc_ldm.card.write_card`. A README.md in the folder that
-            was not written by us is pushed instead.
+        license, metrics, samples: For the model card; see `looc_ldm.card.write_card`. A README.md in the folder that
+            we did not write is pushed instead.
         keep_card (`bool`): Leave a card that the repository already has.
 
     Returns:
         `str`: Address of the commit, or of the pull request.
 
     Raises:
-        ModelError: No model in the folder, a pickle in it, damaged weights, or what the hub objects to.
-        UserError: A file for the card that is not what it should be.
+        ModelError: The folder holds no model, a pickle or damaged weights, or the hub refuses.
+        UserError: A file for the card cannot be used.
     """
     folder = Path(folder)
     if create_pr and revision not in (None, "main"):
@@ -207,29 +195,30 @@ def repository_files(
     samples: Path | str | None = None,
     license: str | None = None,
 ) -> dict[str, Path | bytes]:
-    """What is uploaded of a folder: files, and contents that are made for it, by path in the repository.
+    """Return what is uploaded of a folder, by path in the repository: files, and contents that are made for it.
 
     Raises:
         ModelError, UserError: See `push`.
     """
     card, picture = model_card(folder, repo_id, metrics, samples, license)  # refuses a folder without a model
-    contents = {}
+    contents = _records_and_code(folder)
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         path = file.relative_to(folder)
-        if any(part.startswith(".") or part in NOT_PUSHED for part in path.parts):
+        if path.as_posix() in contents or any(part.startswith(".") or part in NOT_PUSHED for part in path.parts):
             continue
         if file.suffix.lower() in PICKLES:
             raise ModelError(
                 f"{str(file)!r} is a pickle: loading it can run any code, so it is not uploaded. Save the model as "
                 "safetensors (save_pretrained does), or delete the file."
             )
-        if file.suffix.lower() in PUSHED or file.name in ("LICENSE", PIPELINE_FILE):
-            contents[path.as_posix()] = file
-        elif file.name != "looc_ldm.py":  # made anew
+        if file.suffix.lower() not in PUSHED and file.name not in ("LICENSE", PIPELINE_FILE):
             logger.warning("not pushed: %s", file)
-    for file in contents.values():
+            continue
         if file.suffix == ".safetensors":
             _check_weights(file)
+        contents[path.as_posix()] = _config(file, folder) if path.name in CONFIGS else file
+    if not any(path.endswith(".safetensors") for path in contents):
+        raise ModelError(f"no weights in {str(folder)!r}: it holds no safetensors.")
 
     readme = folder / "README.md"
     if is_ours(readme):
@@ -241,20 +230,15 @@ def repository_files(
             f"{str(readme)!r} was not written by looc-ldm and is pushed as it is: it takes no --metrics, --samples or "
             "--license; delete it to have one written."
         )
-    contents |= {path: text.encode() for path, text in _generated(folder).items()}
-    for path in [path for path in contents if path.endswith(("config.json", "model_index.json"))]:
-        contents[path] = _without_origin(contents[path])
-    if not any(path.endswith(".safetensors") for path in contents):
-        raise ModelError(f"no weights in {str(folder)!r}: it holds no safetensors.")
     return contents
 
 
 def remote_code(index: dict, module: str | None = None) -> dict[str, str]:
-    """The files of code that a repository with this `model_index.json` needs, by path.
+    """Return the files of code that a repository with this `model_index.json` needs, by path.
 
     Args:
-        index (`dict`): What is in `model_index.json`.
-        module (`str`, *optional*): Where the pipeline's class is defined, if it is none of ours.
+        index (`dict`): The content of `model_index.json`.
+        module (`str`, *optional*): The module of the pipeline's class, if it is none of ours.
     """
     shims = {
         f"{name}/looc_ldm.py": _shim("the classes of components", "looc_ldm", COMPONENTS)
@@ -274,39 +258,34 @@ def _shim(what: str, module: str, names: Sequence[str]) -> str:
     return _SHIM.format(what=what, module=module, names=", ".join(names), quoted=quoted)
 
 
-def _generated(folder: Path) -> dict[str, str]:
-    """Contents by path that take the place of files in the folder, or come from the run that it is the result of."""
-    generated = {}
+def _records_and_code(folder: Path) -> dict[str, bytes]:
+    """Return what describes a training, and the code that loads the model, by path in the repository."""
     if (folder / "model_index.json").is_file():
-        index = read_json(folder / "model_index.json")
-        if not isinstance(index["_class_name"], list) and index["_class_name"] in _HOME_OF:
-            # Saved before pipelines named their code.
-            index["_class_name"] = [Path(PIPELINE_FILE).stem, index["_class_name"]]
-            generated["model_index.json"] = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        generated |= remote_code(index)
+        texts = remote_code(read_json(folder / "model_index.json"))
     else:
-        # `AutoModel.from_pretrained(id, trust_remote_code=True)` looks here for the class.
-        config = read_json(folder / "config.json")
-        if config.get("_class_name") in COMPONENTS:
-            config["auto_map"] = {"AutoModel": f"looc_ldm.{config['_class_name']}"}
-            generated["config.json"] = json.dumps(config, indent=2, sort_keys=True) + "\n"
-            generated["looc_ldm.py"] = _shim("the class", "looc_ldm", [config["_class_name"]])
+        texts = {"looc_ldm.py": _shim("the class", "looc_ldm", [read_json(folder / "config.json")["_class_name"]])}
     if (folder / "training.json").is_file():
-        training = shareable(read_training(folder / "training.json"))
-        generated["training.json"] = json.dumps(training, indent=2) + "\n"
-    run_folder, settings = run_of(folder)
-    if run_folder is not None:
-        generated["config.yaml"] = yaml.safe_dump(shareable(settings), sort_keys=False)
-    return generated
+        training = read_training(folder / "training.json")
+        texts["training.json"] = _json(training, sort_keys=False)
+        if "settings" in training:
+            texts["config.yaml"] = yaml.safe_dump(training["settings"], sort_keys=False)
+    return {path: text.encode() for path, text in texts.items()}
 
 
-def _without_origin(config: Path | bytes) -> Path | bytes:
-    """A config without the folder of this machine that the model was loaded from, which diffusers writes into it."""
-    settings = json.loads(config if isinstance(config, bytes) else config.read_bytes())
-    if "_name_or_path" not in settings:
-        return config
-    del settings["_name_or_path"]
-    return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
+def _config(file: Path, folder: Path) -> bytes:
+    """Return a config that names the code it needs, and not the folder it came from, which diffusers writes into it."""
+    config = read_json(file)
+    config.pop("_name_or_path", None)
+    name = config.get("_class_name")
+    if file == folder / "model_index.json" and isinstance(name, str) and name in _HOME_OF:
+        config["_class_name"] = [Path(PIPELINE_FILE).stem, name]  # saved before pipelines named their code
+    elif file == folder / "config.json" and name in COMPONENTS:
+        config["auto_map"] = {"AutoModel": f"looc_ldm.{name}"}  # for `AutoModel.from_pretrained`
+    return _json(config).encode()
+
+
+def _json(value: dict, sort_keys: bool = True) -> str:
+    return json.dumps(value, indent=2, sort_keys=sort_keys) + "\n"
 
 
 def _check_weights(file: Path) -> None:

@@ -164,7 +164,6 @@ def test_a_card_made_anew_is_like_the_one_that_is_shipped(script, layer, tmp_pat
     folder = tmp_path / "starter" / "pipeline"
     shutil.copytree(STARTER, folder)
     (folder / "README.md").unlink()
-    shutil.copy(STARTER.parents[2] / "configs" / "starter" / "diffusion.yaml", tmp_path / "starter" / "config.yaml")
     (tmp_path / "autoencoder" / "model").mkdir(parents=True)
     (tmp_path / "autoencoder" / "model" / "training.json").write_text('{"images_seen": 300000}')
     write_card(folder, samples=STARTER / "samples.png", license="mit")

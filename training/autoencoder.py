@@ -47,7 +47,7 @@ from looc_ldm.training.losses import (
     load_lpips,
 )
 from looc_ldm.training.optimization import adamw, set_learning_rate
-from looc_ldm.training.result import write_description
+from looc_ldm.training.result import validation_data, write_description
 from looc_ldm.training.run import Run
 from looc_ldm.training.validation import (
     check_evaluation,
@@ -132,7 +132,7 @@ def train(config: AutoencoderConfig) -> Path:
         """Averaged weights under the plain name, live ones as the variant `non_ema`, and how they were made."""
         ema.model.save_pretrained(folder)
         live.save_pretrained(folder, variant="non_ema")
-        write_description(folder, config, run, **figures)
+        write_description(folder, config, run, "Held-out images above, their reconstructions below.", **figures)
 
     def look() -> None:
         """The grid and the figures that are due after the last step."""
@@ -242,7 +242,7 @@ def train(config: AutoencoderConfig) -> Path:
         with tqdm(float_batches(validation, **loading), "validation", disable=None) as batches:
             measured = evaluate_reconstruction(ema.model, batches, validation.content_size)
         with run.writing_result() as folder:
-            save(folder, validation=measured)
+            save(folder, validation=measured | validation_data(config.data))
         if not run.due(config.preview_every_images):
             run.save_preview(reconstruction_grid([ema.model, live], validation, PREVIEW_IMAGES))
     run.finish()  # a collective

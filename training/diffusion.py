@@ -63,7 +63,7 @@ from looc_ldm.training.log import data_line, show_log_lines
 from looc_ldm.training.moments import Moments
 from looc_ldm.training.objectives import Objective
 from looc_ldm.training.optimization import adamw, set_learning_rate
-from looc_ldm.training.result import write_description
+from looc_ldm.training.result import first_stage_figures, write_description
 from looc_ldm.training.run import Run
 from looc_ldm.training.validation import check_evaluation, generation_figures
 from looc_ldm.unet import FixedHeadsUNet2DModel
@@ -88,6 +88,7 @@ def train(config: DiffusionConfig) -> Path:
     if not config.autoencoder and not config.init_from:
         raise ConfigError("autoencoder: give the folder or hub id of a trained first stage.")
     vqvae = load_autoencoder(config.autoencoder or config.init_from).requires_grad_(False)
+    first_stage = first_stage_figures(vqvae)
     images, validation = load_image_sets(config.data, vqvae.config.in_channels)
     classes = images.classes if config.class_conditional else []
     if config.class_conditional and not classes:
@@ -161,7 +162,11 @@ def train(config: DiffusionConfig) -> Path:
         live.unet.save_pretrained(folder / "unet", variant="non_ema")
         if live.class_embedding is not None:
             live.class_embedding.save_pretrained(folder / "class_embedding", variant="non_ema")
-        write_description(folder, config, run)
+        caption = f"Samples, {config.preview_steps} denoising steps"
+        if null_label is not None:
+            caption += f", guidance scale {config.preview_guidance_scale:g}"
+        caption += "; one column per class." if classes else "."
+        write_description(folder, config, run, caption, first_stage=first_stage)
 
     def look() -> None:
         """The grid and the figures that are due after the last step. A collective."""

@@ -423,8 +423,7 @@ class Run:
             return
 
         def snapshot(folder: Path) -> Path:
-            """As the run's folder, so that the model card finds settings and pictures."""
-            shutil.copyfile(self.folder / "config.yaml", folder / "config.yaml")
+            """As the run's folder, so that the model card finds the picture."""
             if self._preview_file.is_file():
                 (folder / "previews").mkdir()
                 shutil.copyfile(self._preview_file, folder / "previews" / self._preview_file.name)

@@ -14,7 +14,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-import yaml
 from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import constants
@@ -25,6 +24,8 @@ from looc_ldm import ClassEmbedding, LooCLDMPipeline, LooCVQModel
 ROOT = Path(__file__).resolve().parent.parent.parent
 IMAGES_SEEN = 640
 VALIDATION = {
+    "data": "/home/ada/pets",
+    "split": "test",
     "protocol": "clean",
     "images": 32,
     "height": 16,
@@ -140,24 +141,21 @@ def write_json(file: Path, content: dict) -> Path:
     return file
 
 
-def _run_folder(folder: Path, result: str, settings: dict, validation: dict | None) -> Path:
-    """What a finished run leaves beside its weights; returns the folder for these."""
+def _run_folder(folder: Path, result: str, preview: str, **figures) -> Path:
+    """Write what a finished run leaves beside its weights; return the folder for these."""
     (folder / result).mkdir(parents=True)
     (folder / "previews").mkdir()
     for images, colour in ((IMAGES_SEEN // 2, "red"), (IMAGES_SEEN, "green")):
         Image.new("RGB", (16, 16), colour).save(folder / "previews" / f"{images:09d}.png")
     data = {"path": "/home/ada/pets", "split": "train", "validation_split": "test", "resolution": 16, "fit": "crop"}
-    optimizer = {"learning_rate": 0.001, "schedule": "cosine"}
-    common = {
-        "output_dir": str(folder),
-        "total_images": IMAGES_SEEN,
-        "seed": 3,
-        "batch_size": 32,
+    training = {
+        **figures,
+        "facts": {"data set": "/home/ada/pets", "split": "train", "batch size": 32, "seed": 3, "nothing": None},
+        "preview": preview,
+        "settings": {"output_dir": str(folder), "total_images": IMAGES_SEEN, "seed": 3, "data": data},
         "data": data,
-        "optimizer": optimizer,
+        "images_seen": IMAGES_SEEN,
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(common | settings, sort_keys=False))
-    training = {"data": data, "images_seen": IMAGES_SEEN} | ({"validation": validation} if validation else {})
     write_json(folder / result / "training.json", training)
     for ignored in ("checkpoints/000000640", "logs"):
         (folder / result / ignored).mkdir(parents=True)
@@ -168,17 +166,16 @@ def _run_folder(folder: Path, result: str, settings: dict, validation: dict | No
 @pytest.fixture
 def autoencoder_folder(tmp_path) -> Path:
     """`model/` of a finished run."""
-    folder = _run_folder(tmp_path / "runs" / "pets_ae", "model", {}, VALIDATION)
+    folder = _run_folder(tmp_path / "runs" / "pets_ae", "model", "Reconstructions.", validation=VALIDATION)
     autoencoder().save_pretrained(folder)
     autoencoder(seed=1).save_pretrained(folder, variant="non_ema")
     return folder
 
 
 @pytest.fixture
-def pipeline_folder(tmp_path, autoencoder_folder) -> Path:
-    """`pipeline/` of a finished run on `autoencoder_folder`."""
-    settings = {"autoencoder": str(autoencoder_folder), "preview_steps": 25, "preview_guidance_scale": 2.0}
-    folder = _run_folder(tmp_path / "runs" / "pets", "pipeline", settings, None)
+def pipeline_folder(tmp_path) -> Path:
+    """`pipeline/` of a finished run."""
+    folder = _run_folder(tmp_path / "runs" / "pets", "pipeline", "Samples, 25 denoising steps.", first_stage=VALIDATION)
     pipe = pipeline()
     pipe.save_pretrained(folder)
     torch.manual_seed(5)

@@ -121,6 +121,8 @@ def test_the_result_says_what_it_measured_and_after_how_many_images(autoencoder_
     description = json.loads((autoencoder_run / "model" / "training.json").read_text())
     assert description["images_seen"] == 48
     assert description["validation"]["psnr"] > 0
+    assert description["validation"]["data"] == description["facts"]["data set"] == description["data"]["path"]
+    assert description["settings"]["batch_size"] == description["facts"]["batch size"]
     assert description["data"]["fit"] == "pad"
 
 
