@@ -294,6 +294,12 @@ def test_the_first_stage_in_the_pipeline_is_the_one_trained_on(conditional_run, 
     ours = load_file(conditional_run / "pipeline" / "vqvae" / "diffusion_pytorch_model.safetensors")
     theirs = load_file(autoencoder_run / "model" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    described, first_stage = (
+        json.loads(file.read_text())
+        for file in (conditional_run / "pipeline" / "training.json", autoencoder_run / "model" / "training.json")
+    )
+    assert described["first_stage"] == first_stage["validation"]
+    assert described["settings"]["autoencoder"] == str(autoencoder_run / "model")
 
 
 def test_a_first_stage_without_scaling_factor_gets_the_measured_one(diffusion_config, autoencoder_run, tmp_path):
