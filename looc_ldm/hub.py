@@ -165,13 +165,14 @@ def push(
     folder = Path(folder)
     if create_pr and revision not in (None, "main"):
         raise UserError(f"--create-pr opens a pull request against main: it cannot go with --revision {revision}.")
-    contents = repository_files(folder, repo_id, metrics, samples, license)
+    card_options = {"metrics": metrics, "samples": samples, "license": license}
+    contents = repository_files(folder, repo_id, **card_options)
     api = HfApi(token=token)
     with hub_errors(repo_id, revision):
         full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if full_id != repo_id:  # the card names it
             repo_id = full_id
-            contents = repository_files(folder, repo_id, metrics, samples, license)
+            contents = repository_files(folder, repo_id, **card_options)
         if private and not api.repo_info(repo_id).private:
             raise ModelError(f"{repo_id} is there already, and public: nothing was uploaded; make it private first.")
         if revision is not None and revision != "main" and not revision.startswith("refs/"):
@@ -188,19 +189,13 @@ def push(
     return commit.pr_url or commit.commit_url
 
 
-def repository_files(
-    folder: Path,
-    repo_id: str | None = None,
-    metrics: Sequence[Path | str] = (),
-    samples: Path | str | None = None,
-    license: str | None = None,
-) -> dict[str, Path | bytes]:
+def repository_files(folder: Path, repo_id: str, **card_options) -> dict[str, Path | bytes]:
     """Return what is uploaded of a folder, by path in the repository: files, and contents that are made for it.
 
     Raises:
         ModelError, UserError: See `push`.
     """
-    card, picture = model_card(folder, repo_id, metrics, samples, license)  # refuses a folder without a model
+    card, picture = model_card(folder, repo_id, **card_options)  # refuses a folder without a model
     contents = _records_and_code(folder)
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         path = file.relative_to(folder)
@@ -225,7 +220,7 @@ def repository_files(
         contents["README.md"] = card.encode()
         if picture is not None:
             contents[picture_name(picture)] = picture
-    elif metrics or samples or license:
+    elif any(card_options.values()):
         raise UserError(
             f"{str(readme)!r} was not written by looc-ldm and is pushed as it is: it takes no --metrics, --samples or "
             "--license; delete it to have one written."

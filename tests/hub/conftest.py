@@ -4,22 +4,21 @@ huggingface_hub reads its address from HF_ENDPOINT when it is imported, which ot
 process its constants are replaced; new processes get the environment (`hub_environment`).
 """
 
-import importlib.util
 import json
 import os
 import socket
-import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DModel
 from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import constants
 from PIL import Image
 
-from looc_ldm import ClassEmbedding, LooCLDMPipeline, LooCVQModel
+from looc_ldm import LooCLDMPipeline, LooCVQModel
+from tiny import import_file, tiny_autoencoder, tiny_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 IMAGES_SEEN = 640
@@ -42,15 +41,7 @@ VALIDATION = {
 }
 
 
-def _server_module():
-    spec = importlib.util.spec_from_file_location("hub_server", Path(__file__).with_name("server.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["hub_server"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-server = _server_module()
+server = import_file(Path(__file__).with_name("server.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -98,42 +89,12 @@ def hub_environment(hub, tmp_path):
 
 
 def autoencoder(seed: int = 0) -> LooCVQModel:
-    """For 16x16 RGB images: 8x8 positions of 2 codes, 16 codevectors."""
-    torch.manual_seed(seed)
-    return LooCVQModel(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        vq_embed_dim=4,
-        num_vq_embeddings=16,
-        codevector_dim=2,
-        sample_size=16,
-        scaling_factor=0.7,
-        interpolation_factor=1,
-        mid_block_add_attention=False,
-    ).eval()
+    return tiny_autoencoder(seed=seed, scaling_factor=0.7)
 
 
 def pipeline(kind: str = "num_class_embeds") -> LooCLDMPipeline:
-    """On `autoencoder`: of two classes, by the UNet's embedding or a class token; their null class is 2."""
-    vqvae = autoencoder()
-    sizes = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "norm_num_groups": 4}
-    sizes |= {"block_out_channels": (8, 8)}
-    classes = {"id2label": {0: "cat, kitten", 1: "dog"}, "null_class_label": 2}
-    scheduler = DDIMScheduler(clip_sample=False)
-    if kind == "cross_attention":
-        blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
-        blocks |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-        unet = UNet2DConditionModel(**blocks, cross_attention_dim=8, attention_head_dim=2, **sizes)
-        pipe = LooCLDMPipeline(vqvae, unet.eval(), scheduler, ClassEmbedding(3, 8), **classes)
-    else:
-        blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-        unet = UNet2DModel(**blocks, num_class_embeds=3, **sizes)
-        pipe = LooCLDMPipeline(vqvae, unet.eval(), scheduler, **classes)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    """Return a pipeline on `autoencoder`, of two classes."""
+    return tiny_pipeline(kind, ["cat, kitten", "dog"], autoencoder())
 
 
 def write_json(file: Path, content: dict) -> Path:
