@@ -1,7 +1,8 @@
-"""Figures a paper can quote: how well images are reconstructed, at which rate, and how well they are generated.
+"""Figures a paper can quote: quality and rate of reconstructions, and quality of generated images.
 
-They take images, not pipelines, and follow the `clean` protocol unless told otherwise (`looc_ldm.metrics.protocols`).
-torch-fidelity, torchvision, lpips and transformers are imported when a network of theirs is first needed.
+Functions take images, not pipelines, and follow the `clean` protocol by default (`looc_ldm.metrics.protocols`).
+torch-fidelity, torchvision, lpips and transformers are imported when they are first needed. Lists of names:
+`generation.METRICS`, `reconstruction.OF_PIXELS` and `OF_FEATURES`, `lpips.NETWORKS`, `protocols.PROTOCOLS`.
 """
 
 from looc_ldm.metrics.extractors import CLIPFeatures, DINOv2Features, InceptionFeatures, VGG16Features

@@ -15,11 +15,11 @@ class ClassFID:
     """FID within each class.
 
     Attributes:
-        mean (`float`): Over the classes of `per_class`, each with the same weight.
+        mean (`float`): Mean over the classes of `per_class`, each with the same weight.
         per_class (`dict[str, float]`): FID by the name of the class.
         skipped (`dict[str, str]`): Classes with fewer than 2 images on a side, and why they are not counted.
-        biased (`dict[str, int]`): Counted classes with fewer images than features on a side, and how many the smaller
-            side has: their covariances are singular and their FID is larger than that of more images.
+        biased (`dict[str, int]`): Counted classes with fewer images than features on a side, and the count of the
+            smaller side: their covariances are singular and their FID is larger than that of more images.
     """
 
     mean: float
@@ -35,12 +35,12 @@ def class_averaged_fid(
     reference_labels: torch.Tensor,
     names: Mapping[int, str] | None = None,
 ) -> ClassFID:
-    """FID of the images of each class, which a generator that ignores its label cannot have low.
+    """Return FID within each class, which is high for a generator that ignores its label.
 
     Args:
         generated, reference (`torch.Tensor`): Features `(n, D)` and `(m, D)`.
         generated_labels, reference_labels (`torch.Tensor`): Integers `(n,)` and `(m,)`.
-        names (`Mapping[int, str]`, *optional*): Name of each label; a label that is not in it is its own name.
+        names (`Mapping[int, str]`, *optional*): Name of each label; other labels are their own names.
 
     Returns:
         `ClassFID`: The classes are those of either side, in the order of their labels.

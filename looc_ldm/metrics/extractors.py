@@ -5,9 +5,9 @@ Each is a small frozen dataclass that says which network, layer and weights are 
 - `name`: the suffix of the figures, for instance `fid@2048`;
 - `dim`: the number of features;
 - `check()`: fails now rather than after hours of sampling, in one line that says how to give the weights;
-- `identity()`: what tells features of two of them apart, ready for JSON: network, weights, their SHA-256;
+- `identity()`: network, weights and their SHA-256, ready for JSON; equal identities give equal features;
 - `load(device)`: the network there, as a function of uint8 images `(B, 1 or 3, H, W)` in 0..255 (grey ones count as
-  RGB) that returns `{"features": (B, dim)}`, float32 on that device, and `"logits"` where the dataclass says so.
+  RGB) that returns `{"features": (B, dim)}`, float32 on that device, and `"logits"` if the dataclass says so.
 
 They compute in float32 whatever autocast surrounds them. torch-fidelity, torchvision and transformers are imported
 when a network is first needed.
@@ -44,7 +44,7 @@ BLOCKS = {
 
 
 class Extractor(Protocol):
-    """What every network of this module offers; see there."""
+    """Interface of every feature network; see the module."""
 
     @property
     def name(self) -> str: ...
@@ -61,7 +61,7 @@ class Extractor(Protocol):
 
 @dataclass(frozen=True)
 class InceptionFeatures:
-    """Which features of the FID Inception network images are compared by.
+    """Features of the FID Inception network.
 
     Figures at different layers live on different scales: only `"2048"` is the FID of published tables.
 
@@ -70,12 +70,12 @@ class InceptionFeatures:
         weights (`Path`, *optional*): A torch-fidelity state dict (`.pth`) of the network. With it nothing is ever
             downloaded; without it torch-fidelity downloads its own once (95 MB).
         logits (`bool`): Also give the 1,008 logits without the last bias, which the Inception score is computed from.
-        pil_resize (`int`, *optional*): Bring images to a square of this side with Pillow's bilinear filter first, and
-            from there to the network's 299 pixels as pytorch-fid does, instead of torch-fidelity's resize. 229 is what
-            the authors' script has.
+        pil_resize (`int`, *optional*): Resize images to a square of this side with Pillow's bilinear filter, and from
+            there to the network's 299 pixels as pytorch-fid does, instead of torch-fidelity's resize. The authors'
+            script uses 229.
 
     Raises:
-        ValueError: Another layer.
+        ValueError: An unknown layer.
         FileNotFoundError: `weights` is not a file.
     """
 
@@ -116,7 +116,7 @@ class InceptionFeatures:
                 raise ValueError(f"{source} does not hold {what} are not finite.")
 
     def identity(self) -> dict[str, str | int | bool | None]:
-        """Network, layer, logits, resize, weights and their SHA-256. Downloads the network if need be."""
+        """Return network, layer, logits, resize, weights and their SHA-256. Downloads the network if need be."""
         if self.weights is not None:
             file = Path(self.weights)
         else:
@@ -135,10 +135,10 @@ class InceptionFeatures:
         }
 
     def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
-        """The network: uint8 `(B, 1 or 3, H, W)` to "features" `(B, dim)` and, if wanted, "logits" `(B, 1008)`.
+        """Return the network: uint8 `(B, 1 or 3, H, W)` to "features" `(B, dim)` and, if wanted, "logits" `(B, 1008)`.
 
         Raises:
-            ValueError, ConnectionError: As `check`, which also looks at what the network gives.
+            ValueError, ConnectionError: As `check`, which also tests that the features are finite.
         """
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -159,7 +159,7 @@ class InceptionFeatures:
         return features
 
     def _from_resized(self, network: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of uint8 images as pytorch-fid does it, which resizes with other pixel centres and has another zero."""
+        """Preprocess uint8 images as pytorch-fid does: different pixel centres, and normalized to [-1, 1]."""
         x = F.interpolate(images.float() / 255, (INCEPTION_SIZE,) * 2, mode="bilinear", align_corners=False) * 2 - 1
         found = {}
         for layer, blocks in BLOCKS.items():
@@ -210,7 +210,7 @@ class VGG16Features:
         self.load("cpu")
 
     def identity(self) -> dict[str, str]:
-        """Network, layer, weights and their SHA-256. Downloads the network if need be."""
+        """Return network, layer, weights and their SHA-256. Downloads the network if need be."""
         if self.weights is not None:
             file = Path(self.weights)
         else:
@@ -222,7 +222,7 @@ class VGG16Features:
         return {"network": "vgg16", "layer": "fc2_relu", "weights": str(file), "sha256": weights_identity([file])}
 
     def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
-        """The network: uint8 `(B, 1 or 3, H, W)` to "features" `(B, 4096)`. Raises what `check` raises."""
+        """Return the network: uint8 `(B, 1 or 3, H, W)` to "features" `(B, 4096)`. Raises what `check` raises."""
         from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
 
         network = _torch_fidelity_network(FeatureExtractorVGG16, "vgg16", ["fc2_relu"], self.weights, "VGG16")
@@ -255,7 +255,7 @@ def _torch_fidelity_network(
 
 
 def _pil_resized(images: torch.Tensor, side: int) -> torch.Tensor:
-    """uint8 `(B, 3, H, W)` to uint8 `(B, 3, side, side)` on the CPU."""
+    """Resize uint8 `(B, 3, H, W)` to uint8 `(B, 3, side, side)` on the CPU."""
     resized = [
         np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
         for image in images.permute(0, 2, 3, 1).cpu().numpy()

@@ -1,4 +1,4 @@
-"""The precision that feature networks compute in."""
+"""Precision of feature networks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def in_float32(device: torch.device | str) -> Iterator[None]:
-    """Float32 on this device, whatever surrounds it: without autocast, and convolutions without TF32.
+    """Compute in float32 on this device: without autocast, and without TF32 in convolutions.
 
     cuDNN has TF32 on by default; features of a GPU would then differ from those of a CPU in the fourth digit.
     """

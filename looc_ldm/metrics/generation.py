@@ -1,13 +1,14 @@
-"""How close generated images are to real ones: FID, KID, Inception score, precision and recall, and others.
+"""Compare generated images with real ones: FID, KID, Inception score, precision and recall, and others.
 
-Figures of a network are computed from one pass of the images through it. Images come in batches and are not kept; of
-some figures their features are.
+All figures of one network come from one pass of the images through it. Images come in batches and are not kept; some
+figures need their features to be kept. `METRICS` is the only list of the figures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,13 +35,13 @@ class Metric:
     """A figure of generated images.
 
     Attributes:
-        network: Which features it is computed from.
-        measure: The figures of generated and reference features, by name, from these, the suffix of names, and the
-            names of the classes.
+        network: Name of the network that its features come from.
+        measure: Function of generated features, reference features, the suffix of names, and the names of the classes,
+            to figures by name.
         rows: Whether it needs the features themselves, not only their moments.
         labels: Whether it needs the classes of both sides.
         logits: Whether it needs the logits of the generated images, and no reference.
-        least: How many images it needs on each side.
+        least: Number of images that it needs on each side.
     """
 
     network: str
@@ -105,7 +106,7 @@ DEFAULT_METRICS = ("fid", "kid")
 
 
 def check_metrics(names: Collection[str]) -> list[str]:
-    """The names, each once, in the order of `METRICS`. Raises ValueError for an unknown one, or for none."""
+    """Return the names, each once, in the order of `METRICS`. Raises ValueError for an unknown one, or for none."""
     for name in names:
         if name not in METRICS:
             raise ValueError(f"metrics must be of {', '.join(METRICS)}, got {name!r}.")
@@ -115,7 +116,7 @@ def check_metrics(names: Collection[str]) -> list[str]:
 
 
 def networks_needed(names: Collection[str]) -> list[str]:
-    """The networks of these metrics, each once."""
+    """Return the networks of these metrics, each once."""
     return list(dict.fromkeys(METRICS[name].network for name in names))
 
 
@@ -133,27 +134,25 @@ def collect_features(
     logits: bool = True,
     device: torch.device | str = "cpu",
 ) -> dict[str, Features]:
-    """Features of images by several networks, in one pass over the images. A collective.
+    """Return features of images by several networks, in one pass over the images. Collective.
 
     Args:
-        batches: uint8 images `(B, 1 or 3, H, W)`; of several processes, process r of R gives the batches r, r + R, ...
-            of the whole.
+        batches: uint8 images `(B, 1 or 3, H, W)`. Process r of R gives the batches r, r + R, ... of all.
         networks: What `Extractor.load` returned, by name.
-        keep_rows: Names of those whose features are kept, for metrics that need more than moments.
+        keep_rows: Names of networks whose features are kept, for metrics that need more than moments.
         accelerator (`Accelerator`, *optional*): The processes.
-        logits: Keep the logits of networks that give them.
-        device: Of the networks, which decides how many images they are given at a time.
+        logits: Whether to keep the logits of networks that give them.
+        device: The networks' device, which decides how many images they are given at a time.
 
     Returns:
-        `dict` of `Features` by name, complete on the main process, in the order that one process has.
+        `dict` of `Features` by name, complete on the main process, in the order of one process.
 
     Raises:
-        ValueError: No images, or others than was said.
+        ValueError: No images, images of a different type, or features that are not finite.
     """
     size = at_a_time(device)
     collectors = {name: FeatureCollector(keep_rows=name in keep_rows) for name in networks}
     for number, batch in enumerate(batches):
-        _check_images(batch)
         where = places(number, len(batch), accelerator)
         for name, network in networks.items():
             for part, place in zip(batch.split(size), where.split(size), strict=True):
@@ -169,16 +168,16 @@ def generation_figures(
     suffixes: Mapping[str, str],
     classes: Mapping[int, str] | None = None,
 ) -> Figures:
-    """The figures, ready for JSON, of collected features by network.
+    """Return figures, ready for JSON, of collected features by network.
 
     Args:
-        metrics: Of `METRICS`.
+        metrics: Names in `METRICS`.
         generated, reference: What `collect_features` gave on the main process, with `labels` for class_fid.
         suffixes: `Extractor.name` by network, which names the figures: `fid@2048`.
         classes: Names of the labels.
 
     Raises:
-        ValueError: Fewer than 2 images on a side, features that are not finite, or no class with 2 images.
+        ValueError: Too few images on a side, or no class with 2 images.
     """
     figures: Figures = {}
     for name in check_metrics(metrics):
@@ -202,26 +201,26 @@ def evaluate_generation(
     Args:
         samples, reference: Batches of uint8 images `(B, C, H, W)`, C = 1 (which counts as RGB) or 3, with their labels
             `(B,)` or None. They are read once and not kept.
-        metrics: Of `METRICS`.
+        metrics: Names in `METRICS`.
         networks (`dict`, *optional*): Extractors (`looc_ldm.metrics.extractors`) by "inception", "dinov2", "clip" and
             "vgg", as the metrics need them. Inception, with the standard 2,048 features, if not given.
         classes: Names of the labels, for class_fid.
-        device: Of the networks.
+        device: The networks' device.
 
     Returns:
-        `dict`: `protocol` ("clean"), `images_first`, `images_second`, and of
+        `dict`: `protocol` ("clean"), `images_first`, `images_second`, and for
 
         - fid, kid: `fid@2048`; `kid@2048`, `kid_std@2048` (mean and deviation over 100 subsets of min(1000, both
           counts) images). FID is 0 for equal sets, up to rounding; KID is unbiased and may be slightly negative.
         - is: `is`, `is_std` over 10 splits.
         - precision_recall: `precision@2048`, `recall@2048`, with 3 neighbours; @vgg as torch-fidelity has it.
         - class_fid: `class_fid@2048`, the mean of `class_fid["per_class"]` over `class_fid_classes` classes;
-          `class_fid["skipped"]`: which had fewer than 2 images, `class_fid["biased"]`: which fewer than features.
+          `class_fid["skipped"]` and `["biased"]`: classes with fewer than 2 images, and with fewer than features.
         - fd@dinov2, kd@dinov2, cmmd: `fd@dinov2-large`, `kd@dinov2-large`, `cmmd@clip-vit-large-patch14-336`.
 
     Raises:
-        ValueError: Fewer than 2 images on a side, images of another type, of several sizes in one batch, labels that
-            are missing, or weights that do not fit.
+        ValueError: Fewer than 2 images on a side, images of a different type, missing labels, or weights of a different
+            network.
     """
     metrics = check_metrics(metrics)
     needed = networks_needed(metrics)
@@ -237,8 +236,11 @@ def evaluate_generation(
     sides = []
     for side, batches in (("first", samples), ("second", reference)):
         labels: list[torch.Tensor | None] = []
-        features = collect_features(_images_of(batches, labels), loaded, keep, logits=side == "first", device=device)
-        _set_labels(features, labels, side, required=any(METRICS[name].labels for name in metrics))
+        features = collect_features(_keep_labels(batches, labels), loaded, keep, logits=side == "first", device=device)
+        if any(METRICS[name].labels for name in metrics):
+            if any(batch_labels is None for batch_labels in labels):
+                raise ValueError(f"class_fid needs labels with every batch of the {side} set.")
+            features["inception"].labels = torch.cat(labels)
         sides.append(features)
     counts = [next(iter(side.values())).count for side in sides]
     return {
@@ -250,7 +252,7 @@ def evaluate_generation(
 
 
 def fid_and_kid(first: Iterable[torch.Tensor], second: Iterable[torch.Tensor], features: InceptionFeatures) -> Figures:
-    """FID and KID between two sets of images; the same images give the same figures.
+    """Return FID and KID between two sets of images; the same images give the same figures.
 
     Args:
         first, second: Images as uint8 tensors of shape `(C, H, W)`, C = 1 (repeated to 3) or 3, of one shape in each
@@ -258,59 +260,26 @@ def fid_and_kid(first: Iterable[torch.Tensor], second: Iterable[torch.Tensor], f
         features (`InceptionFeatures`): The network and its layer, which every key carries.
 
     Returns:
-        `dict`: of `evaluate_generation`.
+        `dict`: See `evaluate_generation`.
 
     Raises:
-        ValueError: Fewer than 2 images in a set, an image of another type or shape, or weights that do not fit (see
+        ValueError: Fewer than 2 images in a set, an image of a different type, or weights of a different network (see
             `InceptionFeatures.check`).
     """
-    return evaluate_generation(_batched(first, "first"), _batched(second, "second"), networks={"inception": features})
+    return evaluate_generation(_batched(first), _batched(second), networks={"inception": features})
 
 
-def _batched(images: Iterable[torch.Tensor], side: str) -> Iterator[tuple[torch.Tensor, None]]:
-    """Unlabelled batches `(B, C, H, W)` of images `(C, H, W)`, with errors that name what cannot be compared."""
-    batch: list[torch.Tensor] = []
-    shape, count = None, 0
-    for image in images:
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
-            raise ValueError(
-                "images must be uint8 tensors of shape (1 or 3, height, width), "
-                f"got {image.dtype} of shape {tuple(image.shape)} in the {side} set."
-            )
-        shape = shape or tuple(image.shape)
-        if tuple(image.shape) != shape:
-            raise ValueError(f"images of the {side} set must have one shape, got {shape} and {tuple(image.shape)}.")
-        batch.append(image)
-        count += 1
-        if len(batch) == BATCH:
-            yield torch.stack(batch), None
-            batch = []
-    if batch:
+def _batched(images: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, None]]:
+    """Yield unlabelled batches `(B, C, H, W)` of images `(C, H, W)`."""
+    iterator = iter(images)
+    while batch := list(islice(iterator, BATCH)):
         yield torch.stack(batch), None
-    if count < 2:
-        raise ValueError(f"FID and KID need at least 2 images in the {side} set, got {count}.")
 
 
-def _images_of(
+def _keep_labels(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]], labels: list[torch.Tensor | None]
 ) -> Iterator[torch.Tensor]:
-    for images, of_images in batches:
-        labels.append(of_images)
+    """Yield the images, and append the labels of each batch to `labels`."""
+    for images, batch_labels in batches:
+        labels.append(batch_labels)
         yield images
-
-
-def _set_labels(features: Mapping[str, Features], labels: list[torch.Tensor | None], side: str, required: bool) -> None:
-    if not required:
-        return
-    if any(of_batch is None for of_batch in labels):
-        raise ValueError(f"class_fid needs labels with every batch of the {side} set.")
-    for of_network in features.values():
-        of_network.labels = torch.cat(labels)
-
-
-def _check_images(images: torch.Tensor) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(
-            "images must be uint8 tensors of shape (batch, 1 or 3, height, width), "
-            f"got {images.dtype} of shape {tuple(images.shape)}."
-        )

@@ -1,4 +1,4 @@
-"""LPIPS (Zhang et al. 2018): the distance of two images in the features of VGG16 or AlexNet, by the package lpips."""
+"""LPIPS (Zhang et al. 2018): distance of two images in the features of VGG16 or AlexNet, by the package lpips."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch.nn as nn
 from looc_ldm.metrics.weights import read_weights, weights_identity
 
 NETWORKS = ("vgg", "alex")
-SMALLEST = {"vgg": 16, "alex": 31}  # pixels; of smaller images the last layers leave nothing
+SMALLEST = {"vgg": 16, "alex": 31}  # pixels; smaller images vanish before the last layers
 
 
 class LPIPS(nn.Module):
-    """A network that compares images, frozen; float32 whatever autocast surrounds it. See `load_lpips`."""
+    """A frozen network that compares images, in float32 under any autocast. See `load_lpips`."""
 
     def __init__(self, network: nn.Module, smallest: int):
         super().__init__()
@@ -23,7 +23,7 @@ class LPIPS(nn.Module):
         self.smallest = smallest
 
     def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """The distances of RGB images `(B, 3, H, W)` in [-1, 1], `(B, 1, 1, 1)` float32, at least 0.
+        """Return the distances of RGB images `(B, 3, H, W)` in [-1, 1], `(B, 1, 1, 1)` float32, at least 0.
 
         Raises:
             ValueError: Images smaller than the network can see.
@@ -38,7 +38,7 @@ class LPIPS(nn.Module):
 
 
 def load_lpips(network: str, weights: Path | None = None) -> LPIPS:
-    """LPIPS version 0.1 on images in [-1, 1], on the CPU.
+    """Return LPIPS version 0.1 for images in [-1, 1], on the CPU.
 
     Args:
         network (`str`): `"vgg"` or `"alex"`.
@@ -47,9 +47,9 @@ def load_lpips(network: str, weights: Path | None = None) -> LPIPS:
             233 MB). The linear heads come with the package.
 
     Raises:
-        ValueError: Another network, or a file that is not of this network.
+        ValueError: An unknown network, or a file of a different network.
         FileNotFoundError: No such file.
-        ConnectionError: There is none, and the weights could not be downloaded.
+        ConnectionError: No file was given, and the weights could not be downloaded.
     """
     if network not in NETWORKS:
         raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {network!r}.")
@@ -67,7 +67,7 @@ def load_lpips(network: str, weights: Path | None = None) -> LPIPS:
 
 
 def lpips_identity(network: str, weights: Path | None = None) -> dict[str, str]:
-    """Network, weights and their SHA-256, for the record of a figure. Downloads the weights if need be."""
+    """Return network, weights and their SHA-256, for the record of a figure. Downloads the weights if need be."""
     file = None if weights is None else Path(weights)
     if file is None:
         from torchvision.models import AlexNet_Weights, VGG16_Weights

@@ -1,11 +1,11 @@
-"""How images are prepared for measuring: `clean`, and what the scripts behind the paper's tables do, `paper`.
+"""Prepare images for measuring, by protocol `clean` or `paper`.
 
 `clean`: float images as they are, clamped to their range, rounded to 8 bits for feature networks only.
 
-`paper` (the evaluation scripts that CVQ-VAE and LooC share): originals and reconstructions are clamped, truncated to
-8 bits, stored as JPEG of Pillow's default quality, 75, grey ones as RGB, and measured as they are read back; SSIM has
-uniform windows; images are brought to 229x229 for FID. Generated images go through no JPEG: of these only the resize is
-another. A JPEG damages both sides: figures of the two protocols must never stand in one column.
+`paper` (the scripts behind the tables of CVQ-VAE and LooC): originals and reconstructions are clamped, truncated to 8
+bits, stored as JPEG of Pillow's default quality, 75, grey ones as RGB, and measured as they are read back; SSIM has
+uniform windows; images are resized to 229x229 for FID. Generated images are not stored as JPEG; for them only the
+resize differs. A JPEG damages both sides: figures of the two protocols must never stand in one column.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class CleanProtocol:
     pil_resize: int | None = None  # of `InceptionFeatures`
 
     def view(self, images: torch.Tensor) -> torch.Tensor:
-        """What is measured of images: float `(B, C, H, W)` in [-1, 1], clamped, to float32 in [0, 1]."""
+        """Return what is measured: float `(B, C, H, W)` in [-1, 1], clamped, as float32 in [0, 1]."""
         return (images.float().clamp(-1, 1) + 1) / 2
 
     def views(self, originals: torch.Tensor, reconstructions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`view` of both."""
+        """Return `view` of both."""
         return self.view(originals), self.view(reconstructions)
 
     def as_uint8(self, viewed: torch.Tensor) -> torch.Tensor:
-        """What feature networks are given: `view`'s float `(B, C, H, W)` in [0, 1] rounded to uint8 in 0..255."""
+        """Return the input of feature networks: float `(B, C, H, W)` in [0, 1] rounded to uint8 in 0..255."""
         return (viewed * 255).round().byte()
 
 
@@ -48,12 +48,13 @@ class PaperProtocol(CleanProtocol):
     pil_resize: int | None = 229
 
     def view(self, images: torch.Tensor) -> torch.Tensor:
-        """Float `(B, 1 or 3, H, W)` in [-1, 1], clamped, as the RGB JPEG that is read back: float32 `(B, 3, H, W)`.
+        """Store float `(B, 1 or 3, H, W)` in [-1, 1], clamped, as RGB JPEGs and return what is read back.
 
-        In [0, 1], on the device of `images`; the JPEG is made on the CPU.
+        Returns:
+            float32 `(B, 3, H, W)` in [0, 1], on the device of `images`; the JPEGs are made on the CPU.
 
         Raises:
-            ValueError: Another number of channels, or images that are not finite.
+            ValueError: A different number of channels, or images that are not finite.
         """
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(
@@ -73,18 +74,14 @@ PROTOCOLS = tuple(_BY_NAME)
 
 
 def get_protocol(name: str) -> CleanProtocol:
-    """The protocol of a name.
-
-    Raises:
-        ValueError: Neither `"clean"` nor `"paper"`.
-    """
+    """Return the protocol of a name. Raises ValueError for any but `"clean"` and `"paper"`."""
     if name not in _BY_NAME:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}.")
     return _BY_NAME[name]
 
 
 def _through_jpeg(image: np.ndarray) -> np.ndarray:
-    """uint8 RGB `(H, W, 3)` stored and read back."""
+    """Store uint8 RGB `(H, W, 3)` as JPEG and read it back."""
     stored = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image)).save(stored, format="JPEG")
     return np.asarray(Image.open(stored).convert("RGB"))

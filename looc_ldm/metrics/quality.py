@@ -1,4 +1,4 @@
-"""How close an image is to its original: PSNR, SSIM and the mean absolute error, of each image of a batch."""
+"""PSNR, SSIM and mean absolute error of each image of a batch against its original."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # of images in [0, 1]
 
 
 def psnr(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio of each image, 10 log10(1 / mean squared error), in dB.
+    """Return the peak signal-to-noise ratio of each image, 10 log10(1 / mean squared error), in dB.
 
     Args:
         images, reconstructions (`torch.Tensor` of shape `(B, C, H, W)`): Float images in [0, 1].
 
     Returns:
-        `torch.Tensor` of shape `(B,)`, float64: infinite where the two are identical.
+        `torch.Tensor` of shape `(B,)`, float64: infinite if the two are identical.
 
     Raises:
         ValueError: Different shapes, integers, or values outside [0, 1].
@@ -29,7 +29,7 @@ def psnr(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
 
 
 def l1(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-    """Mean absolute error of each image.
+    """Return the mean absolute error of each image.
 
     Args:
         images, reconstructions (`torch.Tensor` of shape `(B, C, H, W)`): Float images in [0, 1].
@@ -45,7 +45,7 @@ def l1(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
 
 
 def ssim(images: torch.Tensor, reconstructions: torch.Tensor, window: str = "gaussian") -> torch.Tensor:
-    """Structural similarity of each image (Wang et al. 2004), in windows of 11x11, mean over channels.
+    """Return the structural similarity of each image (Wang et al. 2004), in windows of 11x11, mean over channels.
 
     Only windows that lie inside the image count.
 
@@ -56,10 +56,10 @@ def ssim(images: torch.Tensor, reconstructions: torch.Tensor, window: str = "gau
             scikit-image's `structural_similarity(win_size=11)`.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`, float64, in [-1, 1]: 1 where the two are identical.
+        `torch.Tensor` of shape `(B,)`, float64, in [-1, 1]: 1 if the two are identical.
 
     Raises:
-        ValueError: Another window, images smaller than it, different shapes, integers, or values outside [0, 1].
+        ValueError: An unknown window, images smaller than it, different shapes, integers, or values outside [0, 1].
     """
     if window not in SSIM_WINDOWS:
         raise ValueError(f"window must be one of {', '.join(SSIM_WINDOWS)}, got {window!r}.")
@@ -82,7 +82,7 @@ def ssim(images: torch.Tensor, reconstructions: torch.Tensor, window: str = "gau
 
 
 def _checked_pair(images: torch.Tensor, reconstructions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in float64: in float32 the variances of flat, bright regions would drown in rounding."""
+    """Return both in float64: in float32 the variances of flat, bright regions would drown in rounding."""
     if images.ndim != 4 or images.shape != reconstructions.shape:
         raise ValueError(
             "images and reconstructions must have one shape (batch, channels, height, width), "
@@ -97,7 +97,7 @@ def _checked_pair(images: torch.Tensor, reconstructions: torch.Tensor) -> tuple[
 
 
 def _window_means(x: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gaussian means of the windows inside `(B, C, H, W)`, as `(B, C, H - 10, W - 10)`; infinite sigma: plain means.
+    """Return Gaussian means of the windows inside `(B, C, H, W)`, `(B, C, H - 10, W - 10)`; plain for infinite sigma.
 
     Sums of shifted images: on a CPU 6 to 13 times as fast as `conv2d`, which has no fast path for float64.
     """

@@ -1,4 +1,4 @@
-"""What an autoencoder keeps of an image, and what that costs: quality, rFID, codebook use and rate."""
+"""Measure how well an autoencoder reconstructs images, and at which rate: quality, rFID, codebook use, bits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 OF_PIXELS = ("psnr", "ssim", "l1")
 OF_FEATURES = ("rfid", "kid")
-PSNR_CEILING = 100.0  # dB; one wrong bit in one 8-bit value of a 256x256 RGB image is 101 dB
+PSNR_CEILING = 100.0  # dB: one wrong bit in one 8-bit value of a 256x256 RGB image is 101 dB
 
 
 @torch.no_grad()
@@ -42,29 +42,29 @@ def evaluate_reconstruction(
     metrics: Collection[str] | None = None,
     accelerator: Accelerator | None = None,
 ) -> dict[str, float | int | str]:
-    """Encode, quantize and decode images, and measure what came back and what it cost.
+    """Encode, quantize and decode images, and measure the reconstructions and the rate.
 
-    The model is put into eval mode and left in the modes it had. Batches are moved to its device and dtype, and none is
-    kept; of rFID and KID the features are.
+    The model runs in eval mode and gets its own modes back. Batches are moved to its device and dtype and are not kept;
+    KID keeps features.
 
     Args:
         model (`LooCVQModel`): The autoencoder. Its `quantize` may be another quantizer with `bits_per_position`,
             `codebook_scalars` and `code_counts`, such as those of `looc_ldm.baselines`.
-        batches: Float images in [-1, 1], `(B, C, H, W)` each, all of one height and width. Of several processes,
-            process r of R gives batches r, r + R, ... of the whole (`looc_ldm.metrics.shares`).
+        batches: Float images in [-1, 1], `(B, C, H, W)` each, all of one height and width. Process r of R gives the
+            batches r, r + R, ... of all (`looc_ldm.metrics.shares`).
         measured_size (`tuple[int, int]`, *optional*): Height and width of the centre that is measured, for images that
             were padded to fit the network (Fashion-MNIST's 28x28 in 32x32): padding is easy to reconstruct and must
-            not flatter the figures. Where the margin is odd, the smaller half is above and to the left. The whole
-            image if not given.
-        features (`InceptionFeatures`, *optional*): The network of rFID and KID. The "paper" protocol is with
+            not flatter the figures. If the margin is odd, the smaller half is above and to the left. The whole image
+            if not given.
+        features (`InceptionFeatures`, *optional*): The network of rFID and KID. The "paper" protocol uses
             `pil_resize=229`.
         lpips (`Mapping`, *optional*): Distances of two batches of RGB images in [-1, 1], such as
             `looc_ldm.metrics.lpips.load_lpips` gives, by the name of their figure (`lpips_vgg`, `lpips_alex`).
         protocol (`str`, defaults to `"clean"`): `"clean"` or `"paper"` (`looc_ldm.metrics.protocols`).
         metrics (*optional*): Which of psnr, ssim, l1, rfid and kid to measure. If not given, psnr, ssim, l1, and with
             `features` rfid.
-        accelerator (`Accelerator`, *optional*): The processes that share the images. This is a collective then, and
-            all of them get the figures, which are those of one process.
+        accelerator (`Accelerator`, *optional*): The processes that share the images. The call is collective then, and
+            all of them get the figures, which are equal to those of one process.
 
     Returns:
         `dict`, ready for JSON:
@@ -72,23 +72,23 @@ def evaluate_reconstruction(
         - `protocol`; `images`: their number; `height`, `width`: the measured size in pixels.
         - `psnr` in dB, `ssim` in [-1, 1], `l1` (mean absolute error in [0, 1]): means over images. In the mean an
           image's PSNR counts as at most 100 dB, so that a single exact reconstruction does not make it infinite.
-        - The figures of `lpips`: of whole images, since their networks need some size, padding included.
+        - The figures of `lpips`, on whole images with their padding, since their networks need some size.
         - `rfid@<layer>`: FID of the reconstructions against the originals. `kid@<layer>`, `kid_std@<layer>`: mean and
           standard deviation of KID over subsets.
         - `codebook_use`: the share of the codevectors that were used at least once over all images, in [0, 1];
           `dead_codes`: how many were not. `perplexity`: exp of the entropy of the codes of all images, in [1, K];
-          `code_entropy`: that entropy in bits per code, in [0, log2 K]. Of several codebooks the codevectors of all
+          `code_entropy`: that entropy in bits per code, in [0, log2 K]. With several codebooks the codevectors of all
           count, and the entropy is the mean over codes.
         - `bits_per_image`: the rate of the image the network was given, padding included, at log2(K) bits per code.
-        - `bits_per_pixel`: `bits_per_image` per *measured* pixel: padding costs bits, but is nothing anybody wanted.
+        - `bits_per_pixel`: `bits_per_image` per *measured* pixel: padding costs bits but is not wanted.
           `bits_per_pixel_entropy`: the same at `code_entropy` bits per code, which an ideal entropy coder that knows
           how often each code is used would need.
         - `parameters` of the whole model, `codebook_scalars` = K d, `num_codevectors` = K, and d as `codevector_dim`
-          where the quantizer has it.
+          if the quantizer has it.
 
     Raises:
-        ValueError: No images, a batch that is not as said, sizes that differ or do not fit, reconstructions that are
-            not finite, features that cannot be had, an unknown protocol or metric.
+        ValueError: No images, a batch of a different type or range, sizes that differ or do not fit, reconstructions
+            that are not finite, weights that cannot be loaded, an unknown protocol or metric.
     """
     rules = get_protocol(protocol)
     chosen = _chosen(metrics, features)
@@ -109,7 +109,7 @@ def evaluate_reconstruction(
             whole = [x.to(model.device, torch.float32) for x in (batch, output.sample)]
             measured = rules.views(*(centre_crop(x, measured_size) for x in whole))
             totals.add_codes(model.quantize.code_counts(output.indices), len(batch))
-            figures = _of_pixels(*measured, rules.ssim_window, chosen)
+            figures = _pixel_figures(*measured, rules.ssim_window, chosen)
             if lpips:
                 pair = [x.expand(-1, 3, -1, -1) * 2 - 1 for x in rules.views(*whole)]  # grey ones as RGB
                 figures |= {name: distance(*pair) for name, distance in lpips.items()}
@@ -119,7 +119,7 @@ def evaluate_reconstruction(
             for collector, images in zip(collectors, measured, strict=False):  # there may be none
                 for part, place in zip(rules.as_uint8(images).split(size), where.split(size), strict=True):
                     collector.update(network(part), place)
-    totals = totals.of_all(accelerator)
+    totals = totals.reduce(accelerator)
     if not totals.images:
         raise ValueError("There are no images to reconstruct: batches is empty.")
 
@@ -132,11 +132,11 @@ def evaluate_reconstruction(
 
 @dataclass
 class _Totals:
-    """Sums over images, and how often each code was used; of one process, or of all."""
+    """Sums over images, and how often each code was used, on one process or on all."""
 
     names: list[str]
     images: int = 0
-    size: tuple[int, int] | None = None  # of the images that the network is given
+    size: tuple[int, int] | None = None  # of the images that the network sees
     sums: dict[str, float] = field(init=False)
     code_counts: list[torch.Tensor] = field(default_factory=list)  # (K,) int64 of each codebook; none before images
 
@@ -149,8 +149,8 @@ class _Totals:
             before = self.code_counts or [0] * len(counts)
             self.code_counts = [old + new for old, new in zip(before, counts, strict=True)]
 
-    def of_all(self, accelerator: Accelerator | None) -> _Totals:
-        """The totals of all processes. A collective."""
+    def reduce(self, accelerator: Accelerator | None) -> _Totals:
+        """Return the totals of all processes. Collective."""
         if accelerator is None or accelerator.num_processes == 1:
             return self
         together = _Totals(self.names)
@@ -174,8 +174,10 @@ def _chosen(metrics: Collection[str] | None, features: InceptionFeatures | None)
     return list(metrics)
 
 
-def _of_pixels(original: torch.Tensor, reconstruction: torch.Tensor, ssim_window: str, names: Collection[str]) -> dict:
-    """Each figure of every image, `(B,)`."""
+def _pixel_figures(
+    original: torch.Tensor, reconstruction: torch.Tensor, ssim_window: str, names: Collection[str]
+) -> dict:
+    """Return these figures of every image, `(B,)` each."""
     measures = {
         "psnr": lambda: psnr(original, reconstruction).clamp(max=PSNR_CEILING),
         "ssim": lambda: ssim(original, reconstruction, ssim_window),
@@ -214,7 +216,7 @@ def _report(model: LooCVQModel, totals: _Totals, measured_size: tuple[int, int] 
 
 
 def _entropy(counts: torch.Tensor) -> float:
-    """Of a code in nats."""
+    """Return the entropy of a code in nats."""
     return torch.special.entr(counts.double() / counts.sum().clamp_min(1)).sum().item()
 
 
@@ -241,7 +243,7 @@ def _check_batch(batch: torch.Tensor, size: tuple[int, int] | None) -> None:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module gets its own mode back: `model.train()` would also wake what its owner has frozen."""
+    """Run the block in eval mode, and give every module its own mode back: some may be frozen in eval mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

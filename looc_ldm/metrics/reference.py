@@ -1,4 +1,4 @@
-"""Features of reference images, kept on disk: a data set of a million images is looked at once."""
+"""Cache features of reference images on disk, so that a data set of a million images is read once."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from looc_ldm.metrics.frechet import FeatureMoments
 
 logger = logging.getLogger(__name__)
 
-OF_MOMENTS = "moments."  # before the names of their tensors
+PREFIX = "moments."  # of the names of tensors that belong to moments
 
 
 def default_cache_folder() -> Path:
-    """$LOOC_LDM_CACHE, or looc_ldm in $XDG_CACHE_HOME, or in ~/.cache."""
+    """Return $LOOC_LDM_CACHE, or looc_ldm in $XDG_CACHE_HOME, or in ~/.cache."""
     if folder := os.environ.get("LOOC_LDM_CACHE"):
         return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "looc_ldm")
@@ -39,13 +39,13 @@ class ReferenceCache:
         self.folder = folder
 
     def load(self, key: dict) -> Features | None:
-        """The features that were saved under an equal key, on the CPU; None where there are none.
+        """Return the features that were saved under an equal key, on the CPU; None if there are none.
 
         Args:
-            key (`dict`): All that the features depend on, as JSON can hold it: fingerprint of the data, transform,
-                the network's identity. The order of its entries does not matter.
+            key (`dict`): Everything the features depend on, ready for JSON: fingerprint of the data, transform, the
+                network's identity. The order of its entries does not matter.
 
-        A damaged file is named in a warning of the log, and counts as not there.
+        A damaged file is named in a warning of the log, and counts as missing.
         """
         file = self.file(key)
         if file is None or not file.is_file():
@@ -55,7 +55,7 @@ class ReferenceCache:
                 if (stored.metadata() or {}).get("key") != _canonical(key):
                     raise ValueError("it was saved under another key")
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            moments = {name.removeprefix(OF_MOMENTS): x for name, x in tensors.items() if name.startswith(OF_MOMENTS)}
+            moments = {name.removeprefix(PREFIX): x for name, x in tensors.items() if name.startswith(PREFIX)}
             return Features(
                 moments=FeatureMoments.from_tensors(moments),
                 rows=tensors.get("rows"),
@@ -68,9 +68,9 @@ class ReferenceCache:
             return None
 
     def save(self, key: dict, features: Features) -> None:
-        """Keep features, without logits, under a key; a file of this key is replaced when the new one is complete.
+        """Store features, without logits, under a key; a file of this key is replaced when the new one is complete.
 
-        In a run of many processes the first one saves: the others have no rows.
+        With many processes only the first one saves: the others have no rows.
 
         Raises:
             UserError: The folder cannot be made or written to.
@@ -78,7 +78,7 @@ class ReferenceCache:
         file = self.file(key)
         if file is None:
             return
-        tensors = {f"{OF_MOMENTS}{name}": x for name, x in features.moments.tensors().items()}
+        tensors = {f"{PREFIX}{name}": x for name, x in features.moments.tensors().items()}
         if features.rows is not None:
             tensors["rows"] = features.rows
         tensors["count"] = torch.tensor(features.count)
@@ -87,16 +87,16 @@ class ReferenceCache:
         with renamed_when_complete(file, file.with_name(f".{file.name}.{os.getpid()}.partial")) as partial:
             try:
                 save_file({name: x.contiguous() for name, x in tensors.items()}, partial, {"key": _canonical(key)})
-            except SafetensorError as error:  # what it makes of a full disk
+            except SafetensorError as error:  # for instance, a full disk
                 raise OSError(str(error)) from error
 
     def file(self, key: dict) -> Path | None:
-        """Where features of this key are, or would be; None without a folder."""
+        """Return the path of the features of this key; None without a folder."""
         if self.folder is None:
             return None
         return self.folder / f"{hashlib.sha256(_canonical(key).encode()).hexdigest()}.safetensors"
 
 
 def _canonical(key: dict) -> str:
-    """Equal for equal keys."""
+    """Return text that is equal for equal keys."""
     return json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)

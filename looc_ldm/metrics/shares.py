@@ -1,8 +1,8 @@
-"""How images are divided over processes, so that no figure depends on how many there are.
+"""Divide images over processes so that no figure depends on the number of processes.
 
 Process r of R takes whole batches: r, r + R, ... of a list of batches that is the same for any R. An image then goes
-through a network in the same company whoever computes it, which matters in the last digits, and for samples in whole
-codes. Rows come back from all processes in the order of one.
+through a network in the same batch on any number of processes, which matters for the last digits, and for samples for
+whole codes. Rows come back from all processes in the order of one.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Images that go through a feature network at a time. Inception's activations are then small enough for a CPU's memory
-# to be used again: at 64 it is a third slower.
+# Images that go through a feature network at a time. On a CPU Inception is a third slower at 64, because memory of its
+# large activations is not reused.
 AT_A_TIME = {"cpu": 8}
 AT_A_TIME_ELSEWHERE = 50
 ROWS_OF_A_BATCH = 2**32  # more than any batch has: places of batch b lie in [b * this, (b + 1) * this)
 
 
 def place_of(accelerator: Accelerator | None) -> tuple[int, int]:
-    """(r, R): which process this is, and of how many."""
+    """Return (r, R): the index of this process and the number of processes."""
     return (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
 
 
 def share_of_batches(count: int, batch_size: int, accelerator: Accelerator | None = None) -> list[range]:
-    """The batches of this process, as the images in them: of `count` images in batches of `batch_size`."""
+    """Return the batches of this process, each as a range of image numbers, for `count` images in all."""
     rank, processes = place_of(accelerator)
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     return batches[rank::processes]
 
 
 def places(batch: int, size: int, accelerator: Accelerator | None = None) -> torch.Tensor:
-    """Where the images of this process' batch number `batch` stand among those of all, int64 `(size,)`, increasing."""
+    """Return int64 `(size,)`, increasing: sort keys of the images in this process' batch number `batch`, among all."""
     rank, processes = place_of(accelerator)
     return (batch * processes + rank) * ROWS_OF_A_BATCH + torch.arange(size)
 
 
 def at_a_time(device: torch.device | str) -> int:
-    """How many images go through a feature network at a time on this device."""
+    """Return the number of images that go through a feature network at a time on this device."""
     return AT_A_TIME.get(torch.device(device).type, AT_A_TIME_ELSEWHERE)
 
 
 def on_main(accelerator: Accelerator | None, make: Callable[[], T]) -> T:
-    """What `make` returns on the main process, which alone calls it; its ValueErrors are raised by all. Collective."""
+    """Call `make` on the main process only and return its result on all; all raise its ValueErrors. Collective."""
     if accelerator is None or accelerator.num_processes == 1:
         return make()
     outcome: list = [None, None]

@@ -1,4 +1,4 @@
-"""Files of weights of the networks that metrics look through: which ones they are, and reading them without risk."""
+"""Weight files of feature networks: their SHA-256, and reading them without executing a pickle."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def _sha256(file: Path, modified: int, size: int) -> str:
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors file or of a .pth state dict, on the CPU. Of a pickle nothing else is unpickled.
+    """Return the tensors of a .safetensors file or of a .pth state dict, on the CPU. Nothing else is unpickled.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: It holds something else.
+        ValueError: It is not a file of tensors by name.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{str(file)!r}: no such file.")

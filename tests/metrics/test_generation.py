@@ -190,14 +190,14 @@ def test_unknown_layers_and_missing_files_are_named(tmp_path):
 
 def test_sets_that_cannot_be_compared_are_refused(random_weights):
     features = InceptionFeatures("64", random_weights)
-    with pytest.raises(ValueError, match="at least 2 images in the second set, got 1"):
+    with pytest.raises(ValueError, match="at least 2 images on each side, got 1"):
         fid_and_kid(noise(2), noise(1), features)
-    with pytest.raises(ValueError, match=r"uint8.*float32.*first set"):
+    with pytest.raises(ValueError, match="no images"):
+        fid_and_kid(noise(0), noise(2), features)
+    with pytest.raises(ValueError, match=r"uint8.*float32"):
         fid_and_kid(noise(2).float(), noise(2), features)
-    with pytest.raises(ValueError, match=r"\(1 or 3, height, width\).*\(4, 24, 24\)"):
+    with pytest.raises(ValueError, match=r"1 or 3, height, width\).*4, 24, 24\)"):
         fid_and_kid(noise(2), noise(2, channels=4), features)
-    with pytest.raises(ValueError, match=r"one shape, got \(3, 24, 24\) and \(3, 20, 24\)"):
-        fid_and_kid([noise(1)[0], noise(1)[0, :, :20]], noise(2), features)
 
 
 def test_importing_the_metrics_loads_no_feature_network():
