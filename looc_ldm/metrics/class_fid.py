@@ -46,24 +46,15 @@ def class_averaged_fid(
         `ClassFID`: The classes are those of either side, in the order of their labels.
 
     Raises:
-        ValueError: The shapes do not fit, two labels have one name, or no class has 2 images on both sides.
+        ValueError: Two labels have one name, or no class has 2 images on both sides.
     """
-    for rows, labels in ((generated, generated_labels), (reference, reference_labels)):
-        if rows.ndim != 2 or labels.shape != rows.shape[:1]:
-            raise ValueError(
-                f"features and labels must have shapes (n, D) and (n,), got {tuple(rows.shape)} and "
-                f"{tuple(labels.shape)}."
-            )
-    labels = torch.cat([generated_labels.cpu(), reference_labels.cpu()]).unique().tolist()
+    labels = torch.cat([generated_labels, reference_labels]).unique().tolist()
     name_of = {label: str(label if names is None else names.get(label, label)) for label in labels}
     if len(set(name_of.values())) < len(name_of):
         raise ValueError(f"each class must have a name of its own, got {list(name_of.values())}.")
     per_class, skipped, biased = {}, {}, {}
     for label, name in name_of.items():
-        sides = [
-            rows[(of == label).to(rows.device)]
-            for rows, of in ((generated, generated_labels), (reference, reference_labels))
-        ]
+        sides = generated[generated_labels == label], reference[reference_labels == label]
         counts = [len(rows) for rows in sides]
         if min(counts) < 2:
             skipped[name] = f"{counts[0]} generated and {counts[1]} reference images; FID needs 2 of each"

@@ -9,7 +9,7 @@ Each is a small frozen dataclass that says which network, layer and weights are 
 - `load(device)`: the network there, as a function of uint8 images `(B, 1 or 3, H, W)` in 0..255 (grey ones count as
   RGB) that returns `{"features": (B, dim)}`, float32 on that device, and `"logits"` if the dataclass says so.
 
-They compute in float32 whatever autocast surrounds them. torch-fidelity, torchvision and transformers are imported
+They compute in float32 under any autocast. torch-fidelity, torchvision and transformers are imported
 when a network is first needed.
 """
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from PIL import Image
 
 from looc_ldm.metrics.float32 import in_float32
 from looc_ldm.metrics.vision_transformers import CLIPFeatures, DINOv2Features, as_rgb
-from looc_ldm.metrics.weights import weights_identity
+from looc_ldm.metrics.weights import downloaded_weights, weights_identity
 
 __all__ = ["CLIPFeatures", "DINOv2Features", "Extractor", "InceptionFeatures", "VGG16Features"]
 
@@ -41,22 +40,6 @@ BLOCKS = {
     "768": ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
     "2048": ("Mixed_7a", "Mixed_7b", "Mixed_7c"),
 }
-
-
-class Extractor(Protocol):
-    """Interface of every feature network; see the module."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def dim(self) -> int: ...
-
-    def check(self) -> None: ...
-
-    def identity(self) -> dict[str, str | int | bool | None]: ...
-
-    def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -117,14 +100,9 @@ class InceptionFeatures:
 
     def identity(self) -> dict[str, str | int | bool | None]:
         """Return network, layer, logits, resize, weights and their SHA-256. Downloads the network if need be."""
-        if self.weights is not None:
-            file = Path(self.weights)
-        else:
-            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-            file = Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rpartition("/")[2])
-            if not file.is_file():
-                self.check()
+        file = Path(self.weights or downloaded_weights(URL_INCEPTION_V3, self.check))
         return {
             "network": "inception-v3-compat",
             "layer": self.layer,
@@ -211,14 +189,9 @@ class VGG16Features:
 
     def identity(self) -> dict[str, str]:
         """Return network, layer, weights and their SHA-256. Downloads the network if need be."""
-        if self.weights is not None:
-            file = Path(self.weights)
-        else:
-            from torchvision.models import VGG16_Weights
+        from torchvision.models import VGG16_Weights
 
-            file = Path(torch.hub.get_dir(), "checkpoints", VGG16_Weights.IMAGENET1K_V1.url.rpartition("/")[2])
-            if not file.is_file():
-                self.check()
+        file = Path(self.weights or downloaded_weights(VGG16_Weights.IMAGENET1K_V1.url, self.check))
         return {"network": "vgg16", "layer": "fc2_relu", "weights": str(file), "sha256": weights_identity([file])}
 
     def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
@@ -234,6 +207,9 @@ class VGG16Features:
                 return {"features": network(as_rgb(images).to(device))[0]}
 
         return features
+
+
+Extractor = InceptionFeatures | VGG16Features | DINOv2Features | CLIPFeatures
 
 
 def _torch_fidelity_network(

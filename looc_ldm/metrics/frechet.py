@@ -100,11 +100,6 @@ class FeatureMoments:
         return torch.cat(self._waiting or [torch.empty(0, self.dim, dtype=torch.float64)])
 
     @property
-    def centred_rows(self) -> torch.Tensor | None:
-        """The rows minus their mean, `(n, D)`, while there are at most D; otherwise None."""
-        return None if self.rows is None else self.rows - self.mean
-
-    @property
     def mean(self) -> torch.Tensor:
         """Mean `(D,)`."""
         if self._scatter is None:
@@ -115,9 +110,8 @@ class FeatureMoments:
     @property
     def covariance(self) -> torch.Tensor:
         """Covariance `(D, D)`, with divisor n - 1."""
-        centred = self.centred_rows
-        if centred is not None:
-            return centred.T @ centred / self.degrees_of_freedom
+        if self._scatter is None:
+            return self.rows.T.cov()
         self._fold()
         return self._scatter / self.degrees_of_freedom
 
@@ -191,26 +185,27 @@ def frechet_distance(first: FeatureMoments, second: FeatureMoments) -> float:
     for moments in (first, second):
         if moments.count is not None and moments.count < 2:
             raise ValueError(f"a Fréchet distance needs at least 2 images on each side, got {moments.count}.")
-    if first.rows is None and second.rows is not None:
+    if first.rows is None:
         first, second = second, first
     # With S1 = A A^T and S2 = B B^T, S1 S2 has the eigenvalues of the symmetric A^T S2 A, and their roots are the
     # singular values of A^T B. For few rows A^T is small: it holds the centred rows.
-    a, b = _factor(first), _factor(second) if second.rows is not None else None
-    if b is not None:
-        root = torch.linalg.svdvals(a.T @ b).sum()
-        variance = a.square().sum() + b.square().sum()
-    else:
+    a = _factor(first)
+    if second.rows is None:
         covariance = second.covariance
+        variance = covariance.trace()
         root = torch.linalg.eigvalsh(a.T @ covariance @ a).clamp(min=0).sqrt().sum()
-        variance = a.square().sum() + covariance.trace()
+    else:
+        b = _factor(second)
+        variance = b.square().sum()
+        root = torch.linalg.svdvals(a.T @ b).sum()
+    variance += a.square().sum()
     return max(0.0, float((first.mean - second.mean).square().sum() + variance - 2 * root))
 
 
 def _factor(moments: FeatureMoments) -> torch.Tensor:
     """Return A `(D, r)` with A A^T equal to the covariance."""
-    centred = moments.centred_rows
-    if centred is not None:
-        return centred.T / math.sqrt(moments.degrees_of_freedom)
+    if moments.rows is not None:
+        return (moments.rows - moments.mean).T / math.sqrt(moments.degrees_of_freedom)
     covariance = moments.covariance
     lower, failed = torch.linalg.cholesky_ex(covariance)
     if not failed:

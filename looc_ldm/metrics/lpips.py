@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from looc_ldm.metrics.weights import read_weights, weights_identity
+from looc_ldm.metrics.weights import downloaded_weights, read_weights, weights_identity
 
 NETWORKS = ("vgg", "alex")
 SMALLEST = {"vgg": 16, "alex": 31}  # pixels; smaller images vanish before the last layers
@@ -68,15 +68,12 @@ def load_lpips(network: str, weights: Path | None = None) -> LPIPS:
 
 def lpips_identity(network: str, weights: Path | None = None) -> dict[str, str]:
     """Return network, weights and their SHA-256, for the record of a figure. Downloads the weights if need be."""
-    file = None if weights is None else Path(weights)
-    if file is None:
+    if weights is None:
         from torchvision.models import AlexNet_Weights, VGG16_Weights
 
         url = {"vgg": VGG16_Weights, "alex": AlexNet_Weights}[network].IMAGENET1K_V1.url
-        file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-        if not file.is_file():
-            load_lpips(network)
-    return {"network": f"lpips-{network}", "weights": str(file), "sha256": weights_identity([file])}
+        weights = downloaded_weights(url, lambda: load_lpips(network))
+    return {"network": f"lpips-{network}", "weights": str(weights), "sha256": weights_identity([Path(weights)])}
 
 
 def _lpips(network: str, **settings) -> nn.Module:

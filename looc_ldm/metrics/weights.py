@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +23,14 @@ def weights_identity(files: Iterable[Path]) -> str:
         return next(iter(digests.values()))
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def downloaded_weights(url: str, download: Callable[[], object]) -> Path:
+    """Return the file that torch.hub keeps for this address, after `download` if it is not there yet."""
+    file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if not file.is_file():
+        download()
+    return file
 
 
 def _state(file: Path) -> tuple[int, int]:

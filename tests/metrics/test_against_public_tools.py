@@ -1,9 +1,8 @@
-"""Figures of the same images are those of torch-fidelity, lpips and scikit-image, on real photos where there are any.
+"""Figures of the same photos are those of torch-fidelity and lpips.
 
 The real Inception weights of the test data end at layer 768; at 2048, and for logits, the network has random ones.
 """
 
-import importlib.util
 import io
 import tarfile
 from pathlib import Path
@@ -13,21 +12,21 @@ import pytest
 import torch
 import torch_fidelity
 from PIL import Image
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.utils.data import Dataset
 
-from looc_ldm.metrics import InceptionFeatures, psnr, ssim
+from looc_ldm.metrics import InceptionFeatures
 from looc_ldm.metrics.collect import Features
 from looc_ldm.metrics.extractors import VGG16Features
 from looc_ldm.metrics.generation import collect_features, generation_figures
 from looc_ldm.metrics.lpips import load_lpips
+from tiny import import_file
 
 FEATURES_OF = {"vgg": "vgg16_features_fp16.safetensors", "alex": "alexnet_features_fp32.safetensors"}
 COUNTS = (16, 14)  # the first set is the generated one
 
 
 class Images(Dataset):
-    """As torch-fidelity reads a set."""
+    """A set as torch-fidelity reads it."""
 
     def __init__(self, images: torch.Tensor):
         self.images = images
@@ -41,7 +40,7 @@ class Images(Dataset):
 
 @pytest.fixture(scope="module")
 def photos(test_data: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Real photos of one class, and of another: KID of similar sets is lost in the float32 of torch-fidelity."""
+    """Return photos of two different classes: KID of similar sets is lost in the float32 of torch-fidelity."""
     with tarfile.open(test_data / "imagenette128" / "val.tar") as tar:
         names = sorted(member.name for member in tar if member.isfile())
         chosen = names[: COUNTS[0] * 5 : 5] + names[-COUNTS[1] * 5 :: 5]
@@ -126,9 +125,7 @@ def test_precision_and_recall_of_vgg16_are_torch_fidelitys(photos, tmp_path):
 
 @pytest.mark.parametrize("network", FEATURES_OF)
 def test_lpips_of_photos_is_the_packages(network, photos, test_data):
-    spec = importlib.util.spec_from_file_location("metric_weights", test_data / "metrics" / "metric_weights.py")
-    metric_weights = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(metric_weights)
+    metric_weights = import_file(test_data / "metrics" / "metric_weights.py")
     x, y = (images[:2].float() / 127.5 - 1 for images in photos)
     y = 0.7 * x + 0.3 * y
     with torch.no_grad():
@@ -136,16 +133,3 @@ def test_lpips_of_photos_is_the_packages(network, photos, test_data):
         ours = load_lpips(network, test_data / "metrics" / FEATURES_OF[network])(x, y)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     assert expected.min() > 0.01
-
-
-@pytest.mark.parametrize("window", ["gaussian", "uniform"])
-def test_psnr_and_ssim_of_photos_are_scikit_images(window, photos):
-    settings = {"uniform": {"win_size": 11}}.get(
-        window, {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    )
-    x, y = (images[:4].float() / 255 for images in photos)
-    y = 0.8 * x + 0.2 * y
-    pairs = [(a.numpy(), b.numpy()) for a, b in zip(x.double(), y.double(), strict=True)]
-    assert psnr(x, y).tolist() == pytest.approx([peak_signal_noise_ratio(*p, data_range=1) for p in pairs], abs=1e-5)
-    expected = [structural_similarity(*p, data_range=1, channel_axis=0, **settings) for p in pairs]
-    assert ssim(x, y, window).tolist() == pytest.approx(expected, abs=1e-5)

@@ -53,7 +53,5 @@ def test_images_of_the_wrong_class_show(sides):
 def test_what_has_no_classes_is_refused(sides):
     with pytest.raises(ValueError, match="no class"):
         class_averaged_fid(sides[0], sides[1], sides[2], sides[3] + 100)
-    with pytest.raises(ValueError, match="shapes"):
-        class_averaged_fid(sides[0], sides[1][:-1], *sides[2:])
     with pytest.raises(ValueError, match="name of its own"):
         class_averaged_fid(*sides, names={0: "cat", 1: "cat"})

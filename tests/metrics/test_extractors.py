@@ -138,15 +138,6 @@ def test_a_file_is_hashed_once_and_again_when_it_has_changed(tmp_path):
     assert weights_identity([file]) == hashlib.sha256(b"two").hexdigest()
 
 
-def test_of_several_files_names_and_contents_count_but_not_their_order(tmp_path):
-    files = [tmp_path / f"model-{i}.safetensors" for i in (1, 2)]
-    for file in files:
-        file.write_bytes(file.name.encode())
-    both = weights_identity(files)
-    assert both == weights_identity(reversed(files))
-    assert both not in (weights_identity(files[:1]), weights_identity(files[1:]))
-
-
 class Payload:
     """Unpickling one of these touches the file."""
 
@@ -157,17 +148,25 @@ class Payload:
         return Path.touch, (self.path,)
 
 
-def test_what_is_not_vgg16_is_refused_and_not_executed(tmp_path):
+@pytest.mark.parametrize(
+    ("extractor", "title"), [(lambda file: InceptionFeatures("64", file), "Inception"), (VGG16Features, "VGG16")]
+)
+def test_files_of_other_networks_are_refused_and_not_executed(extractor, title, tmp_path):
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "other.pth")
     torch.save({"features.0.weight": Payload(tmp_path / "touched")}, tmp_path / "payload.pth")
     (tmp_path / "text.pth").write_text("hello world, not a network")
     for name in ("other.pth", "payload.pth", "text.pth"):
-        with pytest.raises(ValueError, match=f"{name} is not a state dict of torch-fidelity's VGG16") as error:
-            VGG16Features(tmp_path / name).check()
+        with pytest.raises(ValueError, match=f"{name} is not a state dict of torch-fidelity's {title}") as error:
+            extractor(tmp_path / name).check()
         assert "\n" not in str(error.value)
     assert not (tmp_path / "touched").exists()
-    with pytest.raises(FileNotFoundError, match=r"No VGG16 weights at .*nowhere\.pth"):
-        VGG16Features(tmp_path / "nowhere.pth")
+    with pytest.raises(FileNotFoundError, match=rf"No {title} weights at .*nowhere\.pth"):
+        extractor(tmp_path / "nowhere.pth")
+
+
+def test_unknown_layers_are_named():
+    with pytest.raises(ValueError, match="'64', '192', '768', '2048', got '512'"):
+        InceptionFeatures("512")
 
 
 def test_a_download_that_fails_is_one_line_that_says_to_give_a_path(monkeypatch, tmp_path):

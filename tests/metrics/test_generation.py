@@ -1,12 +1,9 @@
 """FID and KID say which features they used, refuse what they cannot measure, and agree with the reference figure."""
 
 import io
-import subprocess
-import sys
 import tarfile
 import weakref
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -72,23 +69,11 @@ def test_equal_sets_are_at_distance_zero_and_different_ones_are_not(random_weigh
     assert abs(fid_and_kid(noise(8), noise(8), features)["fid@64"]) < 1e-4 * different
 
 
-def test_two_calls_give_the_same_figures(random_weights):
+def test_the_same_images_give_the_same_figures_also_from_a_generator(random_weights):
     features = InceptionFeatures("64", random_weights)
-    first, second = (fid_and_kid(noise(6), noise(9, seed=1), features) for _ in range(2))
-    assert first == second
-    assert first["kid_std@64"] > 0  # else no subset was drawn, and nothing could have differed
-
-
-def test_a_grey_image_counts_as_its_rgb_copy(random_weights):
-    features = InceptionFeatures("64", random_weights)
-    grey, other = noise(4, channels=1), noise(4, seed=1)
-    assert fid_and_kid(grey, other, features) == fid_and_kid(grey.repeat(1, 3, 1, 1), other, features)
-
-
-def test_a_generator_of_images_will_do(random_weights):
-    features = InceptionFeatures("64", random_weights)
-    expected = fid_and_kid(noise(4), noise(4, seed=1), features)
-    assert fid_and_kid((x for x in noise(4)), list(noise(4, seed=1)), features) == expected
+    expected = fid_and_kid(noise(6), noise(9, seed=1), features)
+    assert expected["kid_std@64"] > 0  # else no subset was drawn, and nothing could differ
+    assert fid_and_kid((x for x in noise(6)), list(noise(9, seed=1)), features) == expected
 
 
 def labelled(images: torch.Tensor, labels: list[int], size: int = 3):
@@ -150,44 +135,6 @@ def test_the_standard_features_are_the_default():
     assert InceptionFeatures().layer == "2048"
 
 
-def test_without_weights_a_failed_download_is_one_line_and_with_weights_there_is_none(monkeypatch, random_weights):
-    def no_network(*args, **kwargs):
-        raise URLError("no network")
-
-    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", no_network)
-    with pytest.raises(ConnectionError, match=r"no network.*give a path"):
-        fid_and_kid(noise(2), noise(2), InceptionFeatures("64"))
-    assert set(fid_and_kid(noise(2), noise(2), InceptionFeatures("64", random_weights))) == KEYS_AT_64
-
-
-class Payload:
-    """Unpickling one of these touches the file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_a_file_that_is_not_the_network_is_refused_and_not_executed(tmp_path):
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
-    torch.save({"weight": Payload(tmp_path / "touched")}, tmp_path / "payload.pth")
-    (tmp_path / "text.pth").write_text("hello world, not a network")
-    for name in ("other.pth", "payload.pth", "text.pth"):
-        with pytest.raises(ValueError, match=f"{name} is not a state dict") as error:
-            InceptionFeatures("64", tmp_path / name).check()
-        assert "\n" not in str(error.value)
-    assert not (tmp_path / "touched").exists()
-
-
-def test_unknown_layers_and_missing_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="'64', '192', '768', '2048', got '512'"):
-        InceptionFeatures("512")
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
-        InceptionFeatures("64", tmp_path / "nowhere.pth")
-
-
 def test_sets_that_cannot_be_compared_are_refused(random_weights):
     features = InceptionFeatures("64", random_weights)
     with pytest.raises(ValueError, match="at least 2 images on each side, got 1"):
@@ -198,8 +145,3 @@ def test_sets_that_cannot_be_compared_are_refused(random_weights):
         fid_and_kid(noise(2).float(), noise(2), features)
     with pytest.raises(ValueError, match=r"1 or 3, height, width\).*4, 24, 24\)"):
         fid_and_kid(noise(2), noise(2, channels=4), features)
-
-
-def test_importing_the_metrics_loads_no_feature_network():
-    code = "import sys, looc_ldm.metrics; sys.exit(bool({'torch_fidelity', 'torchvision'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -1,34 +1,24 @@
-"""Reconstruction figures agree with scikit-image, leave out padding, and carry the rate."""
+"""Reconstruction figures are those of the model's output, leave out padding, and carry the rate."""
 
 import json
 import math
 
 import pytest
 import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from looc_ldm import LooCVQModel
 from looc_ldm.baselines import ProductQuantizer
 from looc_ldm.metrics import InceptionFeatures, evaluate_reconstruction, fid_and_kid, psnr, ssim
+from tiny import tiny_autoencoder
 
 
 def tiny_model(kind: type[LooCVQModel] = LooCVQModel) -> LooCVQModel:
-    """K=16, f=2 and n_q=4, so that at s=1, d=2 there are C=2 codes at each position."""
-    torch.manual_seed(0)
-    return kind(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        latent_channels=4,
-        num_vq_embeddings=16,
-        codevector_dim=2,
-        interpolation_factor=1,
-    )
+    """Return a model with 16 codevectors, f = 2 and 2 codes per position."""
+    return tiny_autoencoder(kind=kind)
 
 
 class Parrot(LooCVQModel):
-    """Gives back what `answer` makes of the image, and the codes `codes` where they are set."""
+    """Returns what `answer` makes of the image, and the codes `codes` if they are set."""
 
     def encode(self, x):
         self.seen = x
@@ -48,32 +38,9 @@ def parrot(answer=lambda x: x) -> Parrot:
 
 
 def photos(count: int = 3, size: tuple[int, int] = (32, 32), seed: int = 0) -> torch.Tensor:
-    """Smooth random images in [-1, 1], some of it saturated as skies are."""
+    """Return smooth random images in [-1, 1], some of it saturated as skies are."""
     coarse = torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(coarse, size, mode="bicubic").clamp(-1, 1)
-
-
-@pytest.fixture(params=[(3, (37, 52), 0.05), (1, (28, 28), 0.2), (3, (11, 40), 0.001)], ids=str)
-def pair(request) -> tuple[torch.Tensor, torch.Tensor]:
-    channels, size, error = request.param
-    x = (photos(4, size)[:, :channels] + 1) / 2
-    return x, (x + error * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
-
-
-def test_psnr_and_ssim_of_each_image_equal_scikit_image(pair):
-    expected_psnr, expected_ssim = [], []
-    for x, y in zip(*(images.double().numpy() for images in pair), strict=True):
-        expected_psnr.append(peak_signal_noise_ratio(x, y, data_range=1))
-        window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-        expected_ssim.append(structural_similarity(x, y, data_range=1, channel_axis=0, **window))
-    assert psnr(*pair).tolist() == pytest.approx(expected_psnr, abs=1e-5)
-    assert ssim(*pair).tolist() == pytest.approx(expected_ssim, abs=1e-5)
-
-
-def test_identical_images_have_infinite_psnr_and_ssim_one():
-    x = torch.rand(2, 3, 16, 16)
-    assert psnr(x, x).tolist() == [math.inf] * 2
-    assert ssim(x, x).tolist() == pytest.approx([1, 1], abs=1e-12)
 
 
 def test_one_exact_reconstruction_does_not_make_the_mean_infinite():
@@ -84,19 +51,6 @@ def test_one_exact_reconstruction_does_not_make_the_mean_infinite():
 
     second = psnr((images[1:] + 1) / 2, (images[1:] * 0.5 + 1) / 2).item()
     assert evaluate_reconstruction(parrot(spoil_the_second), [images])["psnr"] == pytest.approx((100 + second) / 2)
-
-
-def test_images_that_cannot_be_measured_are_refused():
-    x = torch.rand(1, 3, 16, 10)
-    with pytest.raises(ValueError, match="at least 11x11, got 16x10"):
-        ssim(x, x)
-    for measure in (psnr, ssim):
-        with pytest.raises(ValueError, match=r"one shape.*\(1, 3, 16, 10\) and \(1, 1, 16, 10\)"):
-            measure(x, x[:, :1])
-        with pytest.raises(ValueError, match=r"reconstructions must be floats in \[0, 1\], got torch\.float32 from"):
-            measure(x, x - 1)
-        with pytest.raises(ValueError, match=r"torch\.uint8"):
-            measure(x.byte(), x.byte())
 
 
 def test_figures_are_means_over_images_however_they_are_batched():
@@ -112,15 +66,10 @@ def test_the_figures_are_those_of_the_models_own_output():
     model, images = tiny_model().eval(), photos()
     with torch.no_grad():
         x, y = (images + 1) / 2, (model(images).sample.clamp(-1, 1) + 1) / 2
-    report = evaluate_reconstruction(model, [images])
+    report = json.loads(json.dumps(evaluate_reconstruction(model, [images]), allow_nan=False))
     assert report["psnr"] == pytest.approx(psnr(x, y).mean().item())
     assert report["ssim"] == pytest.approx(ssim(x, y).mean().item())
     assert report["l1"] == pytest.approx((x - y).abs().mean().item())
-
-
-def test_l1_is_the_mean_absolute_error_of_images_in_0_to_1():
-    report = evaluate_reconstruction(parrot(lambda x: x + 0.5), [photos() * 0.5])
-    assert report["l1"] == pytest.approx(0.25)
 
 
 def test_an_output_beyond_the_range_of_images_is_clamped():
@@ -165,19 +114,13 @@ def test_codebook_use_and_perplexity_are_those_of_all_images_together():
     assert report["perplexity"] == pytest.approx(4)
 
 
-def test_perplexity_weighs_codes_by_how_often_they_are_used():
-    model = parrot()
-    model.codes = torch.tensor([0, 0, 0, 7]).repeat(128).view(1, 16, 16, 2)
-    report = evaluate_reconstruction(model, [photos(1)])
-    assert report["perplexity"] == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
-
-
-def test_entropy_and_dead_codes_are_those_of_the_counts_and_give_the_rate_of_an_ideal_coder():
+def test_entropy_perplexity_and_dead_codes_are_those_of_the_counts_and_give_the_rate_of_an_ideal_coder():
     model = parrot()
     model.codes = torch.tensor([0, 0, 0, 7]).repeat(128).view(1, 16, 16, 2)
     report = evaluate_reconstruction(model, [photos(1)])
     entropy = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))
     assert report["code_entropy"] == pytest.approx(entropy)
+    assert report["perplexity"] == pytest.approx(2**entropy)
     assert report["dead_codes"] == 14
     assert report["bits_per_pixel"] == pytest.approx(16 * 16 * 2 * 4 / 32**2)
     assert report["bits_per_pixel_entropy"] == pytest.approx(16 * 16 * 2 * entropy / 32**2)
@@ -269,10 +212,6 @@ def test_a_bfloat16_model_is_measured_against_the_images_themselves():
     model = parrot().to(torch.bfloat16)
     report = evaluate_reconstruction(model, [photos()])  # the parrot returns what it was given: rounded to 8 bits
     assert 40 < report["psnr"] < 70
-
-
-def test_the_report_is_json():
-    assert json.loads(json.dumps(evaluate_reconstruction(tiny_model(), [photos()]), allow_nan=False))["images"] == 3
 
 
 def test_bad_batches_are_refused():

@@ -1,10 +1,8 @@
 """DINOv2 and CLIP give the published features: the right token of images prepared as Pillow and their authors do."""
 
-import importlib.util
 import json
 import shutil
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from transformers import BitImageProcessor, CLIPConfig, CLIPImageProcessor, CLIP
 
 from looc_ldm.metrics import vision_transformers
 from looc_ldm.metrics.extractors import CLIPFeatures, DINOv2Features
+from tiny import import_file
 
 IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 KINDS = {"dinov2": DINOv2Features, "clip": CLIPFeatures}
@@ -227,10 +226,7 @@ def test_a_model_that_cannot_be_found_or_downloaded_is_one_line_that_says_what_t
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """Run an empty hub with an empty cache; connections to other machines fail."""
-    spec = importlib.util.spec_from_file_location("hub_of_networks", Path(__file__).parents[1] / "hub" / "server.py")
-    server = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "hub_of_networks", server)
-    spec.loader.exec_module(server)
+    server = import_file(Path(__file__).parents[1] / "hub" / "server.py")
     connect = socket.socket.connect
 
     def connect_to_loopback(self, address):
