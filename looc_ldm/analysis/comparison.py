@@ -15,8 +15,9 @@ from looc_ldm.analysis.rate_distortion import AXIS_NAMES, ModelPoint, Point, dra
 from looc_ldm.analysis.style import PNG_DPI, WIDTH, Drawing, counted, new_figure, picture, style
 
 GENERIC_NAMES = ("model", "pipeline", "vqvae")  # of the folders that trainings end in
-CELL = 144, 256  # pixels of an image's longer side: small ones are magnified by a whole factor, large ones reduced
+CELL = 144, 256  # height of an image in pixels: smaller ones are magnified by a whole factor, larger ones reduced
 MARGIN, LABEL_CHARACTERS = 1.35, 20  # inches left of the images, and characters per line there
+GAP = 0.06  # inches between models
 DIFFERENCE_FACTORS = (16, 8, 4, 2)
 CLIPPED_SHARE = 0.05  # largest share of a model's differences that may be too bright to show
 
@@ -141,25 +142,28 @@ def comparison_picture(originals: torch.Tensor, models: Sequence[Compared], fact
     """
     from matplotlib.figure import Figure
 
-    rows = [(originals, "originals", "bold")]
+    rows = [(originals, "originals", "")]
     for model in models:
-        difference = (_difference(originals, model.reconstructions) * factor).clamp(max=255).byte()
-        name = "\n".join(textwrap.wrap(model.name, LABEL_CHARACTERS, max_lines=5))
+        name = "\n".join(textwrap.wrap(model.name, LABEL_CHARACTERS, max_lines=3))
         facts = f"{model.figures['bits_per_pixel']:#.3g} bits/pixel\n{model.figures['psnr']:.2f} dB"
-        rows += [(model.reconstructions, name, "bold"), (difference, f"{facts}\ndifference × {factor}", "normal")]
+        difference = (_difference(originals, model.reconstructions) * factor).clamp(max=255).byte()
+        rows += [(model.reconstructions, name, facts), (difference, "", f"difference × {factor}")]
     height, width = originals.shape[-2:]
-    smallest, largest = CELL
-    zoom = max(1, smallest // max(height, width)) * min(1, largest / max(height, width)) / PNG_DPI
-    size = MARGIN + len(originals) * width * zoom * 1.03, len(rows) * height * zoom * 1.03
+    zoom = max(1, CELL[0] // height) * min(1, CELL[1] / height) / PNG_DPI  # inches per pixel
+    gaps = GAP * len(models)
+    figure_width, figure_height = MARGIN + len(originals) * width * zoom * 1.03, len(rows) * height * zoom * 1.03 + gaps
     with style():
-        figure = Figure(size)
+        figure = Figure((figure_width, figure_height))
         cells = figure.subplots(len(rows), len(originals), squeeze=False)
-        figure.subplots_adjust(MARGIN / size[0], 0.01, 0.99, 0.99, wspace=0.02, hspace=0.02)
-        for line, (images, label, weight) in zip(cells, rows, strict=True):
+        figure.subplots_adjust(MARGIN / figure_width, gaps / figure_height, 0.995, 0.995, wspace=0.03, hspace=0.03)
+        for i, (line, (images, bold, plain)) in enumerate(zip(cells, rows, strict=True)):
             for axes, image in zip(line, images, strict=True):
                 picture(axes, image, interpolation="auto")
-            style_of_label = {"fontsize": 6.5, "weight": weight, "parse_math": False}  # a name may hold dollars
-            line[0].set_ylabel(label, rotation=0, ha="right", va="center", **style_of_label)
+                axes.set_position(axes.get_position().translated(0, -((i + 1) // 2) * GAP / figure_height))
+            # A name may hold dollars: no formulas.
+            label = {"transform": line[0].transAxes, "ha": "right", "fontsize": 6.5, "parse_math": False}
+            line[0].text(-0.06, 0.5, bold, va="bottom", weight="bold", **label)
+            line[0].text(-0.06, 0.5, plain, va="top", **label)
     caption = (
         f"Below each model's reconstructions, their absolute differences, {factor} times as bright. Rates and PSNR are "
         "means over all images measured."
