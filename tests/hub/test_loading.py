@@ -176,23 +176,6 @@ def test_after_one_download_no_network_is_needed(pushed, monkeypatch):
     assert not pushed.requests
 
 
-@pytest.mark.slow
-def test_a_new_process_samples_offline_after_one_download(pushed, say, hub_environment, tmp_path):
-    status, _, errors = say("sample", ID, "--steps", 2, "--images", 1, "--output", tmp_path / "online")
-    assert status == 0, errors
-    environment = hub_environment | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "looc_ldm.cli", "sample", ID, "--steps", "2", "--images", "1", "--output"]
-    pushed.requests.clear()
-    ended = subprocess.run([*command, str(tmp_path / "offline")], env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    online, offline = (
-        {file.relative_to(tmp_path / name): file.read_bytes() for file in (tmp_path / name).rglob("*.png")}
-        for name in ("online", "offline")
-    )
-    assert offline == online != {}
-    assert not pushed.requests
-
-
 def test_a_class_token_and_another_scheduler_come_back(hub, make_pipeline):
     pipe = make_pipeline("cross_attention")
     pipe.scheduler = DDIMScheduler(clip_sample=False, beta_schedule="scaled_linear")

@@ -1,10 +1,6 @@
 """Pushing to the hub: what arrives there, what does not, and what happens when something goes wrong."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -72,9 +68,8 @@ def test_nothing_that_is_uploaded_names_a_folder_of_this_machine(hub, say, pipel
 
 def test_a_config_in_the_folder_above_stays_at_home(hub, say, pipeline_folder):
     (pipeline_folder.parent / "config.yaml").write_text("password: hunter2")
-    (pipeline_folder / "training.json").unlink()
     assert say("push", pipeline_folder, ID)[0] == 0
-    assert not {"config.yaml", "samples.png"} & set(files(hub))
+    assert not [path for path, content in files(hub).items() if b"hunter2" in content]
 
 
 @pytest.mark.parametrize(
@@ -144,21 +139,15 @@ def test_a_repository_of_somebody_else_takes_a_pull_request_from_who_may_not_wri
 
 def test_a_pipeline_pushes_itself(hub, pipeline_folder):
     pipe = LooCLDMPipeline.from_pretrained(pipeline_folder)
+    torch.nn.init.normal_(pipe.unet.conv_in.weight)
     address = pipe.push_to_hub("pets", private=True)  # of the user whose token it is
     assert address == f"{hub.url}/{ID}/commit/{hub.repositories[ID].branches['main']}"
     assert hub.repositories[ID].private
-    assert f'from_pretrained("{ID}")' in files(hub)["README.md"].decode()
+    card = files(hub)["README.md"].decode()
+    assert f'from_pretrained("{ID}")' in card
+    assert "21.25" not in card  # measured with other weights
     plain = {path for path in WEIGHTS if "ema" not in path}
     assert set(files(hub)) - {".gitattributes"} == CONFIGS | CODE | plain | {"README.md"}
-
-
-def test_a_pipeline_that_pushes_itself_claims_no_figures_of_the_weights_it_was_loaded_from(hub, pipeline_folder):
-    push(pipeline_folder, ID)
-    assert "21.25" in files(hub)["README.md"].decode()
-    pipe = LooCLDMPipeline.from_pretrained(pipeline_folder)
-    torch.nn.init.normal_(pipe.unet.conv_in.weight)
-    pipe.push_to_hub(ID)
-    assert "21.25" not in files(hub)["README.md"].decode()
 
 
 def test_saving_pushes_where_that_is_asked_for(hub, pipeline_folder, tmp_path):
@@ -208,44 +197,25 @@ def test_a_push_that_was_cut_off_goes_on_and_finishes_with_everything_there_and_
     assert len(hub.uploads) == 4
 
 
-@pytest.mark.slow
-def test_a_push_whose_process_was_killed_goes_on(hub, say, pipeline_folder, hub_environment):
-    hub.failing_upload = 3
-    command = [sys.executable, "-m", "looc_ldm.cli", "push", str(pipeline_folder), ID]
-    process = subprocess.Popen(command, env=hub_environment, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-    while hub.started_uploads < 4:
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    hub.failing_upload = None
-    assert say("push", pipeline_folder, ID)[0] == 0
-    assert set(files(hub)) > WEIGHTS | RECORDS
-    assert len(hub.uploads) == len(set(hub.uploads)) == 4
-
-
 @pytest.mark.parametrize(
     ("token", "message"),
     [
         ("hf_bad", "the hub does not accept the token (401): make one at HUB/settings/tokens and log in with"),
         ("hf_read_only", "the token does not allow this (403): take one that may write to it, or give --create-pr."),
+        ("", "hf auth login"),
     ],
 )
-def test_a_token_that_is_refused_ends_in_one_line_and_uploads_nothing(hub, say, pipeline_folder, token, message):
-    status, _, errors = say("push", pipeline_folder, ID, "--token", token)
+def test_a_token_that_is_refused_ends_in_one_line_and_uploads_nothing(
+    hub, say, pipeline_folder, monkeypatch, token, message
+):
+    if not token:
+        monkeypatch.delenv("HF_TOKEN")
+    status, _, errors = say("push", pipeline_folder, ID, *(["--token", token] if token else []))
     assert status == 2
-    assert errors.startswith(f"error: {ID}: {message.replace('HUB', hub.url)}")
+    assert message.replace("HUB", hub.url) in errors
     assert errors.count("\n") == 1
     assert not hub.uploads
     assert ID not in hub.repositories
-
-
-def test_without_a_token_push_says_how_to_log_in(hub, say, pipeline_folder, monkeypatch):
-    monkeypatch.delenv("HF_TOKEN")
-    status, _, errors = say("push", pipeline_folder, ID)
-    assert status == 2
-    assert "hf auth login" in errors
-    assert errors.count("\n") == 1
 
 
 def test_what_the_hub_objects_to_in_the_card_is_said(hub, say, pipeline_folder):
