@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers import VQModel
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-import looc_ldm.registration  # noqa: F401  (pipelines can then save and load this class)
+from looc_ldm.errors import ModelError
 from looc_ldm.quantizer import LooCQuantizer
-from looc_ldm.scaling import check_channel_values
+from looc_ldm.registration import RemoteCode
+from looc_ldm.scaling import check_channel_values, measured_factor
 from looc_ldm.tiling import decode_in_tiles, encode_in_tiles
 
 # Arguments of earlier versions, which configs that are stored still hold.
 WITHDRAWN = ("revive_first_batch_only", "contrastive_weight")
+
+# A plain VQModel has no usage. `from_pretrained` sets it; diffusers would advise to train the model.
+logging.getLogger("diffusers.models.modeling_utils").addFilter(
+    lambda record: "newly initialized: ['quantize.usage']" not in record.getMessage()
+)
+
+
+def refuse_wrapped(names: Iterable[str]) -> None:
+    """Raise ModelError for names of weights with the prefix of a wrapper."""
+    for prefix in ("module.", "_orig_mod."):
+        if any(name.startswith(prefix) for name in names):
+            raise ModelError(
+                f"the names of the weights begin with {prefix!r}, which DDP or torch.compile added: save the model "
+                "without its wrapper (accelerator.unwrap_model), or remove the prefix."
+            )
 
 
 @dataclass
@@ -41,7 +58,7 @@ class LooCDecoderOutput(BaseOutput):
     perplexity: torch.Tensor | None = None
 
 
-class LooCVQModel(VQModel, AttentionMixin):
+class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
     """A VQ autoencoder whose latents are quantized by LooC: the first stage of a latent diffusion model.
 
     As in `VQModel`, `encode` returns the latents *before* quantization, which is what a diffusion model is trained on,
@@ -209,20 +226,29 @@ class LooCVQModel(VQModel, AttentionMixin):
         """Load a model, as `ModelMixin.from_pretrained` does, but never from pickles, which can run any code.
 
         Weights that are not safetensors raise an OSError; `use_safetensors=False` allows them.
-        A plain `VQModel`'s folder loads as well, and quantizes as it did with `interpolation_factor=1` and
-        `distance="euclidean"`.
+        The folder of a plain `VQModel` loads as what it is: s = 1, Euclidean distance, one code per position.
+
+        Raises:
+            ModelError: The names of the weights have a prefix that `torch.compile` or DDP added.
         """
         kwargs.setdefault("use_safetensors", True)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        refuse_wrapped(info["unexpected_keys"])
         if "quantize.usage" in info["missing_keys"]:
-            # Of a VQModel: its codevectors must not count as unused.
+            # The codevectors of a VQModel must not count as unused.
             model.quantize.usage.fill_(1 / model.quantize.num_codevectors)
         return (model, info) if output_loading_info else model
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """As `ConfigMixin.extract_init_dict`, without arguments of earlier versions, which trained differently only."""
+        """As `ConfigMixin.extract_init_dict`, for configs of earlier versions and of diffusers' `VQModel`, too."""
+        in_memory = isinstance(config_dict, FrozenDict) and "interpolation_factor" not in config_dict
+        plain = config_dict.get("_class_name") == "VQModel" or in_memory
+        scaling_factor = measured_factor(config_dict)
+        # What is withdrawn only made a difference to training.
         config_dict = {name: value for name, value in config_dict.items() if name not in WITHDRAWN}
+        if plain:
+            config_dict |= {"interpolation_factor": 1, "distance": "euclidean", "scaling_factor": scaling_factor}
         return super().extract_init_dict(config_dict, **kwargs)
 
     @property

@@ -7,11 +7,11 @@ import torch.nn as nn
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
-import looc_ldm.registration  # noqa: F401  (pipelines can then save and load this class)
+from looc_ldm.registration import RemoteCode
 
 
-class ClassEmbedding(ModelMixin, ConfigMixin):
-    """One learned vector a class, as the one token of a cross-attention context (LDM's `ClassEmbedder`).
+class ClassEmbedding(RemoteCode, ModelMixin, ConfigMixin):
+    """One learned vector per class, the only token of a cross-attention context (LDM's `ClassEmbedder`).
 
     Args:
         num_class_embeds (`int`): Number of classes, the null class included.
@@ -24,5 +24,5 @@ class ClassEmbedding(ModelMixin, ConfigMixin):
         self.embedding = nn.Embedding(num_class_embeds, embedding_dim)
 
     def forward(self, class_labels: torch.Tensor) -> torch.Tensor:
-        """int64 labels `(B,)` to tokens `(B, 1, embedding_dim)`."""
+        """Return the tokens `(B, 1, embedding_dim)` of int64 labels `(B,)`."""
         return self.embedding(class_labels)[:, None]

@@ -27,7 +27,7 @@ from looc_ldm.files import read_json, replace_text
 from looc_ldm.hub_download import PICKLES
 from looc_ldm.hub_errors import hub_errors
 from looc_ldm.model_facts import read_training
-from looc_ldm.registration import COMPONENTS, with_modules
+from looc_ldm.registration import CODE, CODE_FILE, COMPONENTS, with_modules
 
 PIPELINE_FILE = "pipeline.py"
 CONFIGS = ("model_index.json", "config.json", "scheduler_config.json")
@@ -199,7 +199,9 @@ def repository_files(folder: Path, repo_id: str, **card_options) -> dict[str, Pa
     contents = _records_and_code(folder)
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         path = file.relative_to(folder)
-        if path.as_posix() in contents or any(part.startswith(".") or part in NOT_PUSHED for part in path.parts):
+        if path.as_posix() in contents or file.name == CODE_FILE:  # made anew
+            continue
+        if any(part.startswith(".") or part in NOT_PUSHED for part in path.parts):
             continue
         if file.suffix.lower() in PICKLES:
             raise ModelError(
@@ -236,7 +238,7 @@ def remote_code(index: dict, module: str | None = None) -> dict[str, str]:
         module (`str`, *optional*): The module of the pipeline's class, if it is none of ours.
     """
     shims = {
-        f"{name}/looc_ldm.py": _shim("the classes of components", "looc_ldm", COMPONENTS)
+        f"{name}/looc_ldm.py": CODE
         for name, value in index.items()
         if isinstance(value, list) and value[0] == "looc_ldm"
     }
@@ -256,9 +258,16 @@ def _shim(what: str, module: str, names: Sequence[str]) -> str:
 def _records_and_code(folder: Path) -> dict[str, bytes]:
     """Return what describes a training, and the code that loads the model, by path in the repository."""
     if (folder / "model_index.json").is_file():
-        texts = remote_code(read_json(folder / "model_index.json"))
+        index = read_json(folder / "model_index.json")
+        left_out = [name for name, kind in index.items() if kind == [None, None] and name != "class_embedding"]
+        if left_out:
+            raise ModelError(
+                f"{str(folder)!r} holds no {left_out[0]}: diffusers does not save a model with adapters. Merge them "
+                "(merge_and_unload()), and save the pipeline again."
+            )
+        texts = remote_code(index)
     else:
-        texts = {"looc_ldm.py": _shim("the class", "looc_ldm", [read_json(folder / "config.json")["_class_name"]])}
+        texts = {"looc_ldm.py": CODE}
     if (folder / "training.json").is_file():
         training = read_training(folder / "training.json")
         texts["training.json"] = _json(training, sort_keys=False)
@@ -274,7 +283,7 @@ def _config(file: Path, folder: Path) -> bytes:
     name = config.get("_class_name")
     if file == folder / "model_index.json" and isinstance(name, str) and name in _HOME_OF:
         config["_class_name"] = [Path(PIPELINE_FILE).stem, name]  # saved before pipelines named their code
-    elif file == folder / "config.json" and name in COMPONENTS:
+    elif name in COMPONENTS:
         config["auto_map"] = {"AutoModel": f"looc_ldm.{name}"}  # for `AutoModel.from_pretrained`
     return _json(config).encode()
 

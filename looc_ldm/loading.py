@@ -1,4 +1,4 @@
-"""Loading a first stage with errors that say what is wrong with the folder or repository."""
+"""Load a first stage, with errors that say what is wrong with the folder or repository."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from looc_ldm.starter import STARTER
 
 
 def load_autoencoder(name: str, dtype: torch.dtype = torch.float32, revision: str | None = None) -> LooCVQModel:
-    """The `LooCVQModel` in a folder or hub repository (its own, or a pipeline's), from safetensors only.
+    """Return the `LooCVQModel` in a folder or hub repository (its own, or a pipeline's), from safetensors only.
+
+    A plain `VQModel` is returned as a `LooCVQModel` that quantizes as it did.
 
     What comes from the hub is verified (`looc_ldm.hub_download`). The quantizer stays float32 whatever the `dtype`.
 
@@ -33,16 +35,17 @@ def load_autoencoder(name: str, dtype: torch.dtype = torch.float32, revision: st
         kind = json.loads(config.read_text()).get("_class_name")
     except (ValueError, AttributeError):
         raise ModelError(f"{str(config)!r} is not the JSON of a model's config.") from None
-    if kind not in AUTOENCODERS:
+    if kind not in (*AUTOENCODERS, "VQModel"):
         raise ModelError(f"{str(folder)!r} holds a {kind}, not a {' or '.join(AUTOENCODERS)}.")
     try:
-        model, report = getattr(looc_ldm, kind).from_pretrained(
+        model, report = getattr(looc_ldm, kind if kind in AUTOENCODERS else "LooCVQModel").from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, TypeError) as error:  # TypeError: a config with values of another type
         reason = " ".join(str(error).split())
         raise ModelError(f"cannot load {name!r}: {reason[:400]}") from error
-    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    missing = {*report["missing_keys"]} - ({"quantize.usage"} if kind == "VQModel" else set())
+    wrong = [*missing, *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
         raise ModelError(f"the weights in {name!r} do not fit its config: {wrong[0]} and {len(wrong) - 1} more differ.")
     return model.eval()

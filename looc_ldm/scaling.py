@@ -1,7 +1,7 @@
-"""Between an autoencoder's latents z and the unit-variance latents x a diffusion model works on.
+"""Convert an autoencoder's latents z to the unit-variance latents x of a diffusion model, and back.
 
 x = (z - mean) / std * scaling_factor, with `scaling_factor`, `latents_mean` and `latents_std` of the autoencoder's
-config; mean and std, one value a channel, are 0 and 1 where they are not given. The convention is that of diffusers'
+config; mean and std, one value per channel, are 0 and 1 if they are not given. The convention is that of diffusers'
 Stable Diffusion XL pipelines. Works for any autoencoder of diffusers.
 """
 
@@ -21,10 +21,7 @@ def check_scaling(autoencoder: ModelMixin) -> None:
 
     Also for a mean or deviation that does not fit its channels.
     """
-    factor = autoencoder.config.get("scaling_factor")
-    if factor == DEFAULT_OF_VQMODEL and "scaling_factor" in autoencoder.config.get("_use_default_values", ()):
-        factor = None
-    if factor is None:
+    if measured_factor(autoencoder.config) is None:
         raise ValueError(
             "vqvae has no scaling_factor of its own: measure it on training images with "
             "looc_ldm.training.latents.measure_scaling_factor, and store it with "
@@ -37,6 +34,13 @@ def check_scaling(autoencoder: ModelMixin) -> None:
             check_channel_values(name, values, channels)
 
 
+def measured_factor(config: dict) -> float | None:
+    """Return the scaling factor of an autoencoder's config; None for the one that `VQModel` has if none was given."""
+    factor = config.get("scaling_factor")
+    by_default = factor == DEFAULT_OF_VQMODEL and "scaling_factor" in config.get("_use_default_values", ())
+    return None if by_default else factor
+
+
 def check_channel_values(name: str, values: Sequence[float], channels: int) -> None:
     """Raise ValueError for a `latents_mean` or `latents_std` that cannot be one."""
     if len(values) != channels or not all(math.isfinite(value) for value in values):
@@ -46,19 +50,19 @@ def check_channel_values(name: str, values: Sequence[float], channels: int) -> N
 
 
 def scale_latents(autoencoder: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """Latents `(B, c, h, w)` of `autoencoder.encode` as the diffusion model sees them."""
+    """Return latents `(B, c, h, w)` of `autoencoder.encode` as the diffusion model sees them."""
     mean, std = _mean_and_std(autoencoder, latents)
     return (latents - mean) / std * autoencoder.config.scaling_factor
 
 
 def unscale_latents(autoencoder: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """The inverse of `scale_latents`: what `autoencoder.decode` takes."""
+    """Undo `scale_latents`: return what `autoencoder.decode` takes."""
     mean, std = _mean_and_std(autoencoder, latents)
     return latents / autoencoder.config.scaling_factor * std + mean
 
 
 def _mean_and_std(autoencoder: ModelMixin, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `(1, c, 1, 1)`, or as the numbers 0 and 1."""
+    """Return mean and deviation as `(1, c, 1, 1)`, or 0 and 1."""
     values = []
     for name, default in (("latents_mean", 0.0), ("latents_std", 1.0)):
         given = autoencoder.config.get(name)

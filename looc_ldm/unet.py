@@ -6,10 +6,10 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 
-import looc_ldm.registration  # noqa: F401  (pipelines can then save and load this class)
+from looc_ldm.registration import RemoteCode
 
 
-class FixedHeadsUNet2DModel(UNet2DModel):
+class FixedHeadsUNet2DModel(RemoteCode, UNet2DModel):
     """`UNet2DModel` whose attentions all have `num_attention_heads` heads, whatever their width.
 
     `UNet2DModel` fixes the channels of a head instead (`attention_head_dim`). LDM's LSUN-churches model has 8 heads of
@@ -17,7 +17,7 @@ class FixedHeadsUNet2DModel(UNet2DModel):
 
     Args:
         num_attention_heads (`int`, defaults to 8): Heads of every attention; must divide its channels.
-        attention_head_dim: Of `UNet2DModel`'s signature; not used.
+        attention_head_dim: Not used; part of `UNet2DModel`'s signature.
         The other arguments are those of `UNet2DModel`.
 
     Raises:

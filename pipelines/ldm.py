@@ -22,7 +22,6 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.pipeline_loading_utils import _unwrap_model
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 
@@ -124,7 +123,8 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
                 f"the UNet denoises latents of {unet.config.in_channels} channels, those of the first stage have "
                 f"{channels}."
             )
-        if isinstance(_unwrap_model(unet), UNet2DConditionModel) != (class_embedding is not None):
+        # By the config, which a compiled or wrapped UNet has, too.
+        if ("cross_attention_dim" in unet.config) != (class_embedding is not None):
             raise ValueError("a UNet2DConditionModel, and no other UNet, needs a class_embedding to attend to.")
         for label, name in (id2label or {}).items():
             if not isinstance(name, str) or not 0 <= label < self.num_class_embeds:
@@ -302,7 +302,7 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
             flow = self.config.prediction_type == "flow_prediction"
             if flow or self.scheduler.timesteps.max() <= many - 1:
                 return self.scheduler.timesteps
-            name, many = f"{name} with steps_offset={config.steps_offset}", many - 1
+            name, many = f"{name} with steps_offset={config.get('steps_offset')}", many - 1
         raise ValueError(f"num_inference_steps must be in [{few}, {many}] for {name}, got {num_inference_steps}.")
 
     def denoise(

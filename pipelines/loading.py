@@ -1,4 +1,4 @@
-"""Loading a pipeline with errors that say what is wrong with the folder or repository."""
+"""Load a pipeline, with errors that say what is wrong with the folder or repository."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from looc_ldm.pipelines.ldm import LooCLDMPipeline
 
 
 def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> LooCLDMPipeline:
-    """The pipeline in a folder or hub repository, from safetensors only.
+    """Return the pipeline in a folder or hub repository, from safetensors only.
 
     Raises:
         ModelError: Nothing is there, it is another kind of model, or what the hub objects to.

@@ -21,21 +21,21 @@ def sample_images(
     indices: Sequence[int] | None = None,
     **arguments,
 ) -> Iterator[torch.Tensor]:
-    """Images one by one, uint8 `(C, H, W)`, on the CPU.
+    """Draw images and yield them one by one, uint8 `(C, H, W)`, on the CPU.
 
     Image i is drawn with a generator seeded by (seed, i), so that the set does not depend on `batch_size`.
 
     Args:
         labels (`list`): The class of each image; None for the null class, or for unconditional models.
-        seed (`int`): Of the whole set, in [0, 2**32).
+        seed (`int`): Seed of the whole set, in [0, 2**32).
         batch_size (`int`): Images drawn at a time.
         progress (`bool`): Show a progress bar over images.
         indices (`Sequence[int]`, *optional*): The images of the set to draw, for instance the share of one of several
             processes; all if not given.
-        **arguments: Of the pipeline's call (`num_inference_steps`, `guidance_scale`, ...).
+        **arguments: Arguments of the pipeline's call (`num_inference_steps`, `guidance_scale`, ...).
 
     Raises:
-        ValueError: Before the first image, what the pipeline raises.
+        ValueError: Before the first image, for what the pipeline refuses.
     """
     pipe = copy.copy(pipe)  # with the same models, so that the caller's pipeline keeps its progress bar
     pipe.set_progress_bar_config(disable=True)
@@ -57,5 +57,5 @@ def sample_images(
 
 
 def _seed_of(seed: int, image: int) -> int:
-    """Of the 32 bits that torch's CPU generator takes: images of a set differ, and sets of near seeds are far apart."""
+    """Return a seed of the 32 bits that torch's CPU generator takes; sets of neighbouring seeds share no images."""
     return (seed * 0x9E3779B1 + image) % 2**32  # 2**32 divided by the golden ratio

@@ -1,33 +1,22 @@
-"""Which schedulers fit which models. diffusers lets any scheduler be assigned, and a wrong one draws garbage."""
+"""Check that a scheduler fits a model. diffusers lets any be assigned, and a wrong one draws garbage."""
 
 from __future__ import annotations
 
 import logging
 
+import diffusers
 import torch
 from diffusers import (
-    DDIMParallelScheduler,
-    DDIMScheduler,
-    DDPMParallelScheduler,
-    DDPMScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
     DPMSolverSDEScheduler,
-    DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    HeunDiscreteScheduler,
     KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
-    LCMScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
-    SASolverScheduler,
     SchedulerMixin,
-    TCDScheduler,
-    UniPCMultistepScheduler,
 )
+from diffusers.schedulers import KarrasDiffusionSchedulers
 
 logger = logging.getLogger(__name__)
 
@@ -43,27 +32,17 @@ NOISE_SCHEDULE = (
 )
 
 # Others go by the same settings, also when made with `from_config`, and mean something else by them.
-FITTING = (
-    DDIMScheduler,
-    DDIMParallelScheduler,
-    DDPMScheduler,
-    DDPMParallelScheduler,
-    DEISMultistepScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSDEScheduler,
-    DPMSolverSinglestepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    KDPM2DiscreteScheduler,
-    LCMScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-    SASolverScheduler,
-    TCDScheduler,
-    UniPCMultistepScheduler,
+FITTING = tuple(
+    getattr(diffusers, name)
+    for name in (
+        *(kind.name for kind in KarrasDiffusionSchedulers if not kind.name.startswith("EDM")),
+        "DDIMParallelScheduler",
+        "DDPMParallelScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+        "LCMScheduler",
+        "SASolverScheduler",
+        "TCDScheduler",
+    )
 )
 # These know no UNets that predict the clean latents, and say so only when the UNet has run.
 WITHOUT_SAMPLE = (
@@ -78,7 +57,7 @@ NOT_MIDWAY = (KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler, DPMSolver
 
 
 def prediction_type_of(scheduler: SchedulerMixin) -> str:
-    """What a scheduler takes the UNet's output for: one of `PREDICTION_TYPES`.
+    """Return what a scheduler takes the UNet's output for, one of `PREDICTION_TYPES`.
 
     Raises:
         ValueError: It is for another kind of model.
@@ -143,14 +122,14 @@ def check_scheduler(scheduler: SchedulerMixin, prediction_type: str, noise_sched
 
 
 def noise_schedule_of(scheduler: SchedulerMixin) -> dict:
-    """The settings of a scheduler that say how noisy its training timesteps are."""
+    """Return the settings of a scheduler that say how noisy its training timesteps are."""
     return {name: scheduler.config[name] for name in NOISE_SCHEDULE if name in scheduler.config}
 
 
 def seed_scheduler(
     scheduler: SchedulerMixin, generator: torch.Generator | list[torch.Generator] | None, count: int
 ) -> None:
-    """Make the noise of DPMSolverSDEScheduler, which takes no generator, that of the images' generators."""
+    """Seed DPMSolverSDEScheduler, which takes no generator, from the generators of the images."""
     if not isinstance(scheduler, DPMSolverSDEScheduler):
         return
     if generator is None and isinstance(scheduler.noise_sampler_seed, int):

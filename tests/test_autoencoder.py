@@ -42,7 +42,11 @@ def test_a_saved_model_comes_back_the_same(kwargs, tmp_path, diffusers_log):
     model(images())
     model.quantize.revive()
     model.eval().save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "model.py",
+    }
 
     loaded = LooCVQModel.from_pretrained(tmp_path)
     config = json.loads(model.to_json_string())

@@ -13,9 +13,12 @@ import torch.nn as nn
 from diffusers import DDIMScheduler, LDMPipeline, VQModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 
 from looc_ldm import LooCVQModel
+from looc_ldm.errors import ModelError
 from looc_ldm.fingerprint import model_fingerprint
+from looc_ldm.loading import load_autoencoder
 from looc_ldm.scaling import scale_latents, unscale_latents
 from tiny import tiny_autoencoder, tiny_unet
 
@@ -178,6 +181,38 @@ def test_deviations_are_positive(wrong):
 
 
 # Training
+
+
+def test_a_plain_vqmodel_becomes_a_model_that_quantizes_as_it_did(tmp_path, caplog):
+    torch.manual_seed(0)
+    plain = VQModel(block_out_channels=(8,), norm_num_groups=4, vq_embed_dim=4, num_vq_embeddings=16).eval()
+    torch.nn.init.normal_(plain.quantize.embedding.weight)
+    plain.save_pretrained(tmp_path)
+    made = LooCVQModel.from_config(plain.config)
+    made.load_state_dict(plain.state_dict(), strict=False)
+    diffusers.utils.logging.enable_propagation()
+    loaded = [LooCVQModel.from_pretrained(tmp_path), load_autoencoder(str(tmp_path))]
+    diffusers.utils.logging.disable_propagation()
+    assert "newly initialized" not in caplog.text
+    assert loaded[0].quantize.usage.min() > 0
+    for model in (*loaded, made.eval()):
+        assert model.config.interpolation_factor == 1
+        assert model.config.distance == "euclidean"
+        assert model.quantize.codes_per_position == 1
+        with torch.no_grad():
+            torch.testing.assert_close(model(images()).sample, plain(images()).sample)
+    assert LooCVQModel.from_config(plain.config).config.scaling_factor is None  # 0.18215 was never measured
+    assert LooCVQModel.from_config(plain.config, interpolation_factor=2).config.interpolation_factor == 2
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_a_prefix_that_a_wrapper_left_in_the_weights_is_named(prefix, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({prefix + name: value for name, value in load_file(file).items()}, file, {"format": "pt"})
+    for load in (LooCVQModel.from_pretrained, lambda folder: load_autoencoder(str(folder))):
+        with pytest.raises(ModelError, match=f"begin with '{prefix}'"):
+            load(tmp_path)
 
 
 def gradients_of_a_step(model: LooCVQModel, x: torch.Tensor) -> dict[str, torch.Tensor]:

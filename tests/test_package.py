@@ -30,6 +30,8 @@ def modules() -> dict[str, Path]:
     found = {}
     for folder, package in PARTS.items():
         for file in sorted((ROOT / folder).rglob("*.py")):
+            if file.relative_to(ROOT / folder).parts[0] == "data":
+                continue  # code of bundled models, for diffusers to run
             parts = [package, *file.relative_to(ROOT / folder).with_suffix("").parts]
             found[".".join(part for part in parts if part != "__init__")] = file
     return found

@@ -7,7 +7,7 @@ model = convert_autoencoder(tensors, "vqgan", settings)
 
 from __future__ import annotations
 
-from looc_ldm.autoencoder import LooCVQModel
+from looc_ldm.autoencoder import LooCVQModel, refuse_wrapped
 from looc_ldm.convert.autoencoders import convert_small, convert_vqgan, small_kind
 from looc_ldm.convert.checkpoint import Tensors, read_checkpoint, under, with_ema
 from looc_ldm.convert.ldm import FIRST_STAGE, UNET, LatentDiffusion, convert_ldm
@@ -46,6 +46,7 @@ def kind_of(tensors: Tensors) -> str:
         return kind
     if any(key.startswith(("encoder.down.0.", f"{FIRST_STAGE}encoder.down.0.")) for key in tensors):
         return "vqgan"
+    refuse_wrapped(tensors)
     raise ModelError(
         "not a checkpoint of LooC, CVQ-VAE, taming's VQGAN or LDM: its first weight is "
         f"{next(iter(tensors), 'missing')!r}."

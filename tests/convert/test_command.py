@@ -70,6 +70,7 @@ def test_an_autoencoder_folder_that_all_commands_take(small, capsys):
     assert {path.name for path in Path("models/looc").iterdir()} == {
         "config.json",
         "diffusion_pytorch_model.safetensors",
+        "model.py",
     }
     model = load_autoencoder("models/looc")
     assert model.config._class_name == "LooCSmallVQModel"
@@ -312,5 +313,9 @@ def test_what_a_killed_conversion_left_is_not_in_the_next_one(small):
     Path(".ours.partial/sub").mkdir(parents=True)
     Path(".ours.partial/sub/half.safetensors").write_text("half")
     main(shlex.split(f"convert best.pt --output ours {FLAGS}"))
-    assert {path.name for path in Path("ours").iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert {path.name for path in Path("ours").iterdir()} == {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "model.py",
+    }
     assert not Path(".ours.partial").exists()

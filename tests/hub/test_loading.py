@@ -10,12 +10,21 @@ from diffusers import AutoModel, DDIMScheduler, DiffusionPipeline
 from huggingface_hub import constants
 
 import looc_ldm.hub
-from looc_ldm import LooCLDMImg2ImgPipeline, LooCLDMPipeline, LooCVQModel
+from looc_ldm import (
+    FixedHeadsUNet2DModel,
+    LooCLDMImg2ImgPipeline,
+    LooCLDMPipeline,
+    LooCSmallVQModel,
+    LooCVQModel,
+    starter_model,
+)
 from looc_ldm.errors import ModelError
 from looc_ldm.hub import push
 from looc_ldm.loading import load_autoencoder
+from tiny import tiny_autoencoder, tiny_pipeline
 
 ID = "ada/pets"
+STARTER = starter_model()
 
 
 def draw(pipe) -> torch.Tensor:
@@ -110,8 +119,41 @@ def test_an_autoencoder_loads_from_its_own_repository(hub, autoencoder_folder):
     assert not any(report[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(weights(load_autoencoder("ada/codes")), expected)
     assert torch.equal(weights(AutoModel.from_pretrained("ada/codes", trust_remote_code=True)), expected)
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
-        AutoModel.from_pretrained("ada/codes")
+    assert torch.equal(weights(AutoModel.from_pretrained("ada/codes")), expected)
+
+
+def test_all_that_the_package_ships_and_writes_loads_by_diffusers_own_loaders(tmp_path, hub_environment):
+    tiny_autoencoder().save_pretrained(tmp_path / "LooCVQModel")
+    LooCSmallVQModel(hidden_channels=8, residual_channels=4, codevector_dim=4).save_pretrained(
+        tmp_path / "LooCSmallVQModel"
+    )
+    tiny_pipeline("cross_attention").save_pretrained(tmp_path / "pipeline")
+    FixedHeadsUNet2DModel(block_out_channels=(32,) * 4).save_pretrained(tmp_path / "FixedHeadsUNet2DModel")
+    code = f"""
+from diffusers import AutoModel, DiffusionPipeline
+folder = {str(tmp_path)!r}
+models = {{name: name for name in ("LooCVQModel", "LooCSmallVQModel", "FixedHeadsUNet2DModel")}}
+models |= {{"pipeline/vqvae": "LooCVQModel", "pipeline/class_embedding": "ClassEmbedding"}}
+pipelines = [{STARTER!r}, folder + "/pipeline"]
+for path in (*pipelines, *(f"{{folder}}/{{path}}" for path in models)):
+    try:
+        (DiffusionPipeline if path in pipelines else AutoModel).from_pretrained(path)
+    except ValueError as error:
+        assert "trust_remote_code=True" in str(error), error
+    else:
+        raise AssertionError(path + " loaded without trust")
+for path in pipelines:
+    pipe = DiffusionPipeline.from_pretrained(path, trust_remote_code=True)
+    assert type(pipe).__name__ == "LooCLDMPipeline"
+for trust in ({{"trust_remote_code": True}}, {{}}):  # the second time our classes have been imported
+    for path, name in models.items():
+        assert type(AutoModel.from_pretrained(folder + "/" + path, **trust)).__name__ == name
+    model = AutoModel.from_pretrained(folder + "/pipeline", subfolder="vqvae", **trust)
+    assert type(model).__name__ == "LooCVQModel"
+"""
+    ended = subprocess.run([sys.executable, "-c", code], env=hub_environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "not expected and will be ignored" not in ended.stderr
 
 
 def test_a_model_pushed_by_its_own_method_loads(hub, autoencoder_folder):

@@ -227,6 +227,14 @@ def test_what_the_hub_objects_to_in_the_card_is_said(hub, say, pipeline_folder):
     assert not hub.uploads
 
 
+def test_a_pipeline_that_was_saved_without_its_unet_is_refused(hub, pipeline_folder):
+    index = json.loads((pipeline_folder / "model_index.json").read_text())
+    (pipeline_folder / "model_index.json").write_text(json.dumps(index | {"unet": [None, None]}))
+    with pytest.raises(ModelError, match=r"holds no unet.*merge_and_unload\(\)"):
+        push(pipeline_folder, ID)
+    assert not hub.requests
+
+
 def test_a_pickle_is_refused_before_anything_is_asked_of_the_hub(hub, say, pipeline_folder):
     (pipeline_folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
     status, _, errors = say("push", pipeline_folder, ID)

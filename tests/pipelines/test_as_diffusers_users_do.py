@@ -178,7 +178,10 @@ def test_a_unet_wrapped_by_peft_draws_until_it_is_merged_and_saved(kind, make_pi
     pipe = make_pipeline(kind)
     images = draw(pipe, class_labels=[0, 1], guidance_scale=2.0)
     pipe.unet = peft.get_peft_model(pipe.unet, peft.LoraConfig(target_modules=["to_q", "to_v"], r=2))
-    for one in (pipe, LooCLDMPipeline.from_pipe(pipe)):
+    unwrapped = make_pipeline(kind)
+    unwrapped.save_pretrained(tmp_path / "unwrapped")
+    loaded = LooCLDMPipeline.from_pretrained(tmp_path / "unwrapped", unet=pipe.unet)
+    for one in (pipe, LooCLDMPipeline.from_pipe(pipe), loaded):
         one.set_progress_bar_config(disable=True)
         torch.testing.assert_close(draw(one, class_labels=[0, 1], guidance_scale=2.0), images, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="merge_and_unload"):
