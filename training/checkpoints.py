@@ -13,15 +13,16 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list
 
+from looc_ldm.distributed import any_problem, write_or_stop_all
 from looc_ldm.errors import ConfigError, TrainingError
 from looc_ldm.training.latent_fingerprint import another_origin
-from looc_ldm.training.together import write_together
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +83,11 @@ class Checkpoints:
         # A copy: the folder itself is the same for all only as long as nobody writes.
         (candidates,) = broadcast_object_list([checkpoints_in(self.folder)])
         for path in reversed(candidates):
-            problem = self._agree(lambda path=path: problem_of(path), main_only=True)
+            problem = any_problem(self.accelerator, partial(problem_of, path), self.folder, main_only=True)
             if problem is None:
                 self._refuse_another_run(path)
                 before_load(int(path.name))
-                problem = self._agree(lambda path=path: self._load(path))
+                problem = any_problem(self.accelerator, partial(self._load, path), self.folder)
             if problem is None:
                 self.newest = int(path.name)
                 state = read_state(path)
@@ -122,7 +123,7 @@ class Checkpoints:
                 )
             return another_origin(then.get("made_from"), self.made_from)
 
-        found = self._agree(difference, main_only=True)
+        found = any_problem(self.accelerator, difference, self.folder, main_only=True)
         if found is not None:
             raise ConfigError(f"checkpoint {str(path)!r} {found}. A run keeps to one of them.")
 
@@ -150,25 +151,6 @@ class Checkpoints:
             return reason
         return None
 
-    def _agree(self, find_problem: Callable[[], str | None], main_only: bool = False) -> str | None:
-        """The problem that any of the processes finds. Collective.
-
-        Raises:
-            TrainingError: One of them cannot read a file. That says nothing of the checkpoint, which may be there again
-                tomorrow, so that no older one is taken for it.
-        """
-        problem = unread = None
-        if self.accelerator.is_main_process or not main_only:
-            try:
-                problem = find_problem()
-            except OSError as error:
-                unread = f"{error.filename or self.folder}: {error.strerror or error}"
-        everyone = gather_object([(problem, unread)])
-        for process, (_, reason) in enumerate(everyone):
-            if reason is not None:
-                raise TrainingError(f"process {process} cannot read {reason}. All machines must share output_dir.")
-        return next((problem for problem, _ in everyone if problem is not None), None)
-
     # Saving ----------------------------------------------------------------------------------------------------------
 
     def save(self, images: int, state: dict) -> None:
@@ -185,7 +167,7 @@ class Checkpoints:
 
         def write(save: Callable[[], object], **options) -> None:
             remove = lambda: shutil.rmtree(partial, ignore_errors=True)  # noqa: E731
-            write_together(self.accelerator, f"checkpoint {images}", self.folder, save, remove, **options)
+            write_or_stop_all(self.accelerator, f"checkpoint {images}", self.folder, save, remove, **options)
 
         write(lambda: self.accelerator.save_state(str(partial)))
         write(lambda: self._complete(partial, images, state), main_only=True)

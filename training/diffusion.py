@@ -29,11 +29,11 @@ from tqdm.auto import tqdm
 
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.class_embedding import ClassEmbedding
+from looc_ldm.distributed import gather_full_model, on_main, prepare_fsdp
 from looc_ldm.errors import ConfigError, one_line_errors, print_once
 from looc_ldm.files import check_folder, replace_text
 from looc_ldm.images import to_float, to_pil
 from looc_ldm.loading import load_autoencoder
-from looc_ldm.metrics.shares import on_main
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.scaling import scale_latents
@@ -48,7 +48,6 @@ from looc_ldm.training.data import (
     stream_loader,
 )
 from looc_ldm.training.ema import EMA
-from looc_ldm.training.fsdp import prepare_fsdp, whole
 from looc_ldm.training.init_from import denoiser_from
 from looc_ldm.training.latent_fingerprint import run_fingerprint
 from looc_ldm.training.latents import (
@@ -217,13 +216,15 @@ def train(config: DiffusionConfig) -> Path:
             if run.due(config.checkpoint_every_images):
                 run.save_checkpoint()
                 if config.push_to_hub:
-                    run.push(partial(save, pipe=pipeline(), live=whole(denoiser, ema, accelerator)))  # collectives
+                    run.push(
+                        partial(save, pipe=pipeline(), live=gather_full_model(denoiser, ema.model, accelerator))
+                    )  # collectives
             look()  # a collective
             run.stop_if_asked()  # a collective
         run.save_checkpoint()
 
     # 4. The result
-    pipe, live = pipeline(), whole(denoiser, ema, accelerator)  # collectives
+    pipe, live = pipeline(), gather_full_model(denoiser, ema.model, accelerator)  # collectives
     if accelerator.is_main_process:
         with run.writing_result() as folder:
             save(folder, pipe, live)

@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from looc_ldm.autoencoder import LooCVQModel
+from looc_ldm.distributed import on_main
 from looc_ldm.errors import ConfigError, DataError, UnreadableImage
 from looc_ldm.files import make_folder, replace_text
-from looc_ldm.metrics.shares import on_main
 from looc_ldm.training.config import DataConfig
 from looc_ldm.training.data import ImageSet
 from looc_ldm.training.latent_cache import (

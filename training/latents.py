@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from looc_ldm.arguments import Parser, add_cache_options
 from looc_ldm.autoencoder import LooCVQModel
-from looc_ldm.devices import make_accelerator
+from looc_ldm.distributed import make_accelerator
 from looc_ldm.errors import UserError, one_line_errors
 from looc_ldm.files import check_folder
 from looc_ldm.loading import load_autoencoder

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from looc_ldm.distributed import disk_problem
 from looc_ldm.errors import one_line_errors
 from looc_ldm.hub import push
-from looc_ldm.training.together import disk_problem
 
 WAIT_AT_END_SECONDS = 300
 

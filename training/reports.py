@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
+from looc_ldm.distributed import write_or_stop_all
 from looc_ldm.errors import TrainingError
 from looc_ldm.files import replace_bytes
 from looc_ldm.training.data import Report
-from looc_ldm.training.together import write_together
 
 # Unreadable images of streamed data, whose size is not known, that say nothing about their share yet.
 FEW = 10
@@ -91,7 +91,7 @@ class Reports:
         if not new:
             return
         self.unreadable += new
-        write_together(self.accelerator, self.file.name, self.file.parent, self.write_names, main_only=True)
+        write_or_stop_all(self.accelerator, self.file.name, self.file.parent, self.write_names, main_only=True)
         if self.accelerator.is_main_process:
             logger.warning("images that cannot be read: %d so far, named in %s", len(self.unreadable), self.file)
 

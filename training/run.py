@@ -26,7 +26,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -36,9 +35,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from looc_ldm.distributed import WAIT, on_main, wait_for_gloo, write_or_stop_all
 from looc_ldm.errors import ConfigError, TrainingError
 from looc_ldm.files import replace_text, write_image
-from looc_ldm.metrics.shares import on_main
 from looc_ldm.training import log as logs
 from looc_ldm.training import trackers
 from looc_ldm.training.checkpoints import Checkpoints, checkpoints_in, passes
@@ -48,7 +47,6 @@ from looc_ldm.training.optimization import learning_rate_at, resolve_precision
 from looc_ldm.training.pushing import Pusher
 from looc_ldm.training.reports import Reports
 from looc_ldm.training.stopping import StopSignals, leave_signals_to_the_trainer, stopped_by
-from looc_ldm.training.together import write_together
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +87,7 @@ class Run:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=None if config.tracker == "none" else config.tracker,
             project_dir=str(self.folder),
-            # The other processes wait while the first one measures and writes the result.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
         )
         self.checkpoints = Checkpoints(
             self._checkpoint_folder, self.accelerator, config.batch_size, config.keep_last, config.keep_every_images
@@ -290,7 +287,7 @@ class Run:
         except BaseException:
             if self._pusher is not None:
                 self._pusher.finish(seconds=0)
-            self._let_go()
+            wait_for_gloo(self.accelerator)
             raise
 
     def stop_if_asked(self) -> None:
@@ -383,7 +380,7 @@ class Run:
             "skipped_steps": self.skipped_steps,
         }
         self._reports.gather()
-        write_together(self.accelerator, "the log", self.folder, lambda: self._append(values), main_only=True)
+        write_or_stop_all(self.accelerator, "the log", self.folder, lambda: self._append(values), main_only=True)
         bar.set_postfix({name: f"{value:.3g}" for name, value in means.items() if name.startswith("loss")})
         if self._reports.too_many(self.images_seen):
             self.save_checkpoint()  # and stop
@@ -442,16 +439,8 @@ class Run:
         if self._pusher is not None:
             self._pusher.push_result(self.result, f"{self._commit_message}, the end of training")
         self.accelerator.wait_for_everyone()
-        self._let_go()
+        wait_for_gloo(self.accelerator)
         self.accelerator.end_training()
-
-    def _let_go(self) -> None:
-        """Gloo's threads need the interpreter's lock to let go of the tensors of the last collectives.
-
-        Who frees the group of processes before that waits for these threads, lock in hand, for ever (PyTorch 2.11).
-        """
-        if self.accelerator.num_processes > 1:
-            time.sleep(0.1)
 
     # The folder ------------------------------------------------------------------------------------------------------
 

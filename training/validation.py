@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from looc_ldm.autoencoder import LooCVQModel
+from looc_ldm.distributed import on_main, write_or_stop_all
 from looc_ldm.errors import ConfigError, DataError
 from looc_ldm.images import to_float, to_pil, to_uint8
 from looc_ldm.metrics.collect import Features
@@ -26,14 +27,12 @@ from looc_ldm.metrics.generation import Network
 from looc_ldm.metrics.generation import generation_figures as generation_figures_of
 from looc_ldm.metrics.reconstruction import eval_mode, evaluate_reconstruction
 from looc_ldm.metrics.reference import ReferenceCache
-from looc_ldm.metrics.shares import on_main
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.quantizer import LooCQuantizer
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, EvaluationConfig
 from looc_ldm.training.data import ImageSet, float_batches, spread
 from looc_ldm.training.features import features_of_config, features_of_share, read_pixels
-from looc_ldm.training.together import write_together
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +217,9 @@ def _reference_features(
         return read_pixels(float_batches(subset, READ_BATCH, config.data.num_workers))
 
     features = features_of_share(network, read, len(chosen), accelerator)
-    write_together(accelerator, "the reference of FID", cache.folder, lambda: cache.save(key, features), main_only=True)
+    write_or_stop_all(
+        accelerator, "the reference of FID", cache.folder, lambda: cache.save(key, features), main_only=True
+    )
     return features
 
 

@@ -108,7 +108,7 @@ def _evaluate_reconstruction(options: argparse.Namespace) -> None:
     from looc_ldm.commands.reconstruction_metrics import reconstruction_measures
     from looc_ldm.commands.record import bias_note, machine, make_record, print_record, write_record
     from looc_ldm.commands.shared import check_file, data_of, fingerprints_for, load_images
-    from looc_ldm.devices import start_processes
+    from looc_ldm.distributed import start_processes
     from looc_ldm.image_codes import set_tiling
     from looc_ldm.images import to_float
     from looc_ldm.loading import load_autoencoder

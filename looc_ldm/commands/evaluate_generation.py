@@ -30,7 +30,7 @@ from looc_ldm.commands.shared import (
     rate_of,
     square_images,
 )
-from looc_ldm.devices import start_processes
+from looc_ldm.distributed import start_processes
 from looc_ldm.errors import ModelError, UserError
 from looc_ldm.metrics.collect import Features
 from looc_ldm.metrics.fidelity import SEED

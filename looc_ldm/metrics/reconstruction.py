@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from accelerate.utils import gather_object
 
+from looc_ldm.distributed import on_main
 from looc_ldm.images import centre_crop
 from looc_ldm.metrics.collect import FeatureCollector, Features
 from looc_ldm.metrics.extractors import InceptionFeatures
@@ -19,7 +20,7 @@ from looc_ldm.metrics.fidelity import kid
 from looc_ldm.metrics.frechet import frechet_distance
 from looc_ldm.metrics.protocols import get_protocol
 from looc_ldm.metrics.quality import l1, psnr, ssim
-from looc_ldm.metrics.shares import at_a_time, on_main, places
+from looc_ldm.metrics.shares import at_a_time, places
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -7,16 +7,12 @@ whole codes. Rows come back from all processes in the order of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-T = TypeVar("T")
 
 # Images that go through a feature network at a time. On a CPU Inception is a third slower at 64, because memory of its
 # large activations is not reused.
@@ -46,19 +42,3 @@ def places(batch: int, size: int, accelerator: Accelerator | None = None) -> tor
 def at_a_time(device: torch.device | str) -> int:
     """Return the number of images that go through a feature network at a time on this device."""
     return AT_A_TIME.get(torch.device(device).type, AT_A_TIME_ELSEWHERE)
-
-
-def on_main(accelerator: Accelerator | None, make: Callable[[], T]) -> T:
-    """Call `make` on the main process only and return its result on all; all raise its ValueErrors. Collective."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return make()
-    outcome: list = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [make(), None]
-        except ValueError as error:
-            outcome = [None, error]
-    result, error = broadcast_object_list(outcome)
-    if error is not None:
-        raise error
-    return result
