@@ -93,8 +93,9 @@ class LooCQuantizer(nn.Module):
         embedding (`nn.Embedding`): `weight` is the codebook, (K, d), float32.
         usage (`torch.Tensor` of shape `(K,)`): Moving average of the share of segments each codevector received. A
             buffer: saved and loaded with the module.
-        raise_on_nonfinite (`bool`): Whether a training forward on a CPU raises for values that are not finite, True
-            unless it is set to False by who watches losses or gradients. Elsewhere it never does.
+        owner_revives (`bool`): Whether the owner calls `revive` or `discard` once per optimizer step and watches losses
+            or gradients; False unless the owner sets it. A training forward then neither revives by itself nor raises
+            for values that are not finite (which otherwise it does on CPUs).
 
     Raises:
         ValueError: A size that is not positive, a `codevector_dim` that does not divide as said, an unknown name, or
@@ -187,10 +188,10 @@ class LooCQuantizer(nn.Module):
         # Plain attributes, not buffers: DDP broadcasts buffers of rank 0 at each forward and would overwrite what the
         # other ranks have collected since the last optimizer step.
         self._collected: Collected | None = None
-        self._owner_revives = False
+        self.owner_revives = False
+        self._revive_called = False
         self._codebook_version: int | None = None
         self._nonfinite: torch.Tensor | None = None
-        self.raise_on_nonfinite = True
 
     @property
     def codes_per_position(self) -> int:
@@ -236,7 +237,7 @@ class LooCQuantizer(nn.Module):
         """
         # Activation checkpointing runs a forward once more during backward: that is no further batch.
         collecting = self.training and not _in_backward()
-        if collecting and self._collected is not None and not self._owner_revives:
+        if collecting and self._collected is not None and not (self.owner_revives or self._revive_called):
             self._apply_revival()
         if not torch.compiler.is_compiling():
             version = self.embedding.weight._version
@@ -332,10 +333,10 @@ class LooCQuantizer(nn.Module):
         from all their features. (Drawn anchors agree in distribution.)
 
         A module whose `revive` was never called revives by itself at its next training forward, which then is the
-        collective. Call it once before the first step of a training that accumulates gradients. With CUDA graphs
+        collective. A training that accumulates gradients sets `owner_revives` before its first step. With CUDA graphs
         (`torch.compile(mode="reduce-overhead")`) it must follow each forward.
         """
-        self._owner_revives = True
+        self._revive_called = True
         if self._collected is not None:
             self._apply_revival()
 
@@ -422,7 +423,7 @@ class LooCQuantizer(nn.Module):
             raise ValueError(f"z must not be empty, got the shape {tuple(z.shape)}.")
         lowest, highest = z.detach().aminmax()
         nonfinite = ~(lowest.isfinite() & highest.isfinite())
-        cheap = z.device.type == "cpu" and self.raise_on_nonfinite
+        cheap = z.device.type == "cpu" and not self.owner_revives
         at_once = (wait or cheap or not self.training) and not torch.compiler.is_compiling()
         if at_once and bool(nonfinite):
             raise ValueError(NOT_FINITE)

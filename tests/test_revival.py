@@ -125,9 +125,13 @@ def test_a_quantizer_nobody_revives_revives_at_its_next_training_forward():
     assert torch.equal(alone.codebook, owned.codebook)
 
 
-def test_a_quantizer_its_owner_revives_does_not_change_in_forward():
+@pytest.mark.parametrize("by", ["attribute", "call"])
+def test_a_quantizer_its_owner_revives_does_not_change_in_forward(by):
     quantizer = small_quantizer()
-    quantizer.revive()
+    if by == "attribute":
+        quantizer.owner_revives = True
+    else:
+        quantizer.revive()
     before = codebook_of(quantizer)
     for _ in range(3):
         quantizer(torch.randn(2, 8, 4, 4))
@@ -257,7 +261,7 @@ def test_where_training_does_not_wait_for_the_device_a_bad_step_changes_nothing_
 @pytest.mark.parametrize("gradient", ["straight-through", "rotation"])
 def test_an_owner_that_watches_gradients_is_not_interrupted_and_sees_them_not_finite(value, gradient):
     quantizer = small_quantizer(gradient=gradient)
-    quantizer.raise_on_nonfinite = False
+    quantizer.owner_revives = True
     z = torch.randn(2, 8, 4, 4)
     z[1, 3, 2, 1] = value
     z.requires_grad_()

@@ -11,11 +11,13 @@ The same command again goes on where it stopped.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from accelerate.utils import DistributedType, set_seed
 from torch.utils.data import Subset
@@ -28,6 +30,7 @@ from looc_ldm.images import to_float
 from looc_ldm.metrics.reconstruction import evaluate_reconstruction
 from looc_ldm.training.config import AutoencoderConfig, construct, parse_command_line
 from looc_ldm.training.data import (
+    ImageSet,
     StreamBatches,
     float_batches,
     load_image_sets,
@@ -46,7 +49,7 @@ from looc_ldm.training.losses import (
     hinge_discriminator_loss,
     load_lpips,
 )
-from looc_ldm.training.optimization import adamw, set_learning_rate
+from looc_ldm.training.optimization import adamw, clip_gradients, set_learning_rate
 from looc_ldm.training.result import validation_data, write_description
 from looc_ldm.training.run import Run
 from looc_ldm.training.validation import (
@@ -63,7 +66,7 @@ PREVIEW_IMAGES = 8
 
 
 def train(config: AutoencoderConfig) -> Path:
-    """Train, or go on with, the autoencoder of a config; returns the folder of the finished model."""
+    """Train the autoencoder of a config, or go on with it; return the folder of the finished model."""
     # 1. Data and models, before anything is written
     check_folder(Path(config.output_dir))
     check_evaluation(config)
@@ -84,9 +87,9 @@ def train(config: AutoencoderConfig) -> Path:
 
     # 2. Devices, processes, precision; the newest checkpoint
     run = Run(config, result="model")
-    if run.finished:
-        logger.info("%s is finished", run.folder)
-        return run.result
+    if run.folder.finished:
+        logger.info("%s is finished", run.folder.path)
+        return run.folder.result
     accelerator = run.accelerator
     if accelerator.distributed_type == DistributedType.FSDP:
         raise ConfigError("stage 1 trains two networks of moderate size: use DDP, FSDP is for stage 2.")
@@ -100,6 +103,7 @@ def train(config: AutoencoderConfig) -> Path:
     optimizer = adamw(model, config.optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     live = accelerator.unwrap_model(model)
+    live.quantize.owner_revives = True
     if config.compile:
         if terms.adversarial_weight and terms.adaptive_weight:
             # The adaptive weight goes back through the graph more than once, which then may not give its buffers away.
@@ -111,10 +115,7 @@ def train(config: AutoencoderConfig) -> Path:
         discriminator_optimizer = adamw(discriminator, config.optimizer)
         discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
     run.resume(partial(run_fingerprint, images))
-    run.say(data_line(images, validation, images.classes, live))
-    live.quantize.revive()  # tells the quantizer that we call it, once per optimizer step
-    # Gradients are watched, on all processes together. (The averaged model, a copy made before, does raise.)
-    live.quantize.raise_on_nonfinite = False
+    logger.info(data_line(images, validation, images.classes, live))
     batches = StreamBatches(
         run.images_seen,
         config.total_images,
@@ -125,32 +126,19 @@ def train(config: AutoencoderConfig) -> Path:
     )
     stream = make_stream(images, config.seed, batches, config.data.num_workers, run.cursors)
     loader = stream_loader(stream, batches, config.data.num_workers, accelerator.device.type == "cuda")
-
     loading = {"batch_size": batches.per_forward, "num_workers": config.data.num_workers}
-
-    def save(folder: Path, **figures) -> None:
-        """Averaged weights under the plain name, live ones as the variant `non_ema`, and how they were made."""
-        ema.model.save_pretrained(folder)
-        live.save_pretrained(folder, variant="non_ema")
-        write_description(folder, config, run, "Held-out images above, their reconstructions below.", **figures)
-
-    def look() -> None:
-        """The grid and the figures that are due after the last step."""
-        with run.aside():
-            if run.due(config.preview_every_images) and accelerator.is_main_process:
-                run.save_preview(reconstruction_grid([ema.model, live], validation, PREVIEW_IMAGES))
-            if run.due(config.evaluation.every_images) and accelerator.is_main_process:
-                run.say("measuring reconstructions of held-out images")
-                figures = reconstruction_figures(ema.model, validation, config.evaluation, **loading, lpips=lpips)
-                run.log_evaluation(figures)
+    save = partial(save_model, run, ema.model, live)
+    preview_and_evaluate = partial(_preview_and_evaluate, run, ema.model, live, validation, lpips, loading)
 
     # 3. Training
     model.train()
-    with run.stopping_cleanly(), run.progress_bar("autoencoder") as bar:
-        if run.look_pending:  # the run was stopped between a checkpoint and what was due with it
-            look()
+    with run.training("autoencoder"):
+        if run.evaluation_pending:  # the run was stopped between a checkpoint and what was due with it
+            preview_and_evaluate()
         for pixels, _ in run.batches(loader):
             batch = to_float(pixels)
+            learning_rate = run.learning_rate(config.optimizer)
+            adversarial = discriminator is not None and run.images_seen >= terms.adversarial_start_images
             with accelerator.accumulate(*(m for m in (model, discriminator) if m is not None)):
                 # 3a. Autoencoder. The losses are outside of autocast: float32.
                 output = model(batch)
@@ -163,7 +151,6 @@ def train(config: AutoencoderConfig) -> Path:
                     reconstruction_loss = reconstruction_loss + terms.lpips_weight * perceptual_loss
                     run.record(loss_lpips=perceptual_loss)
                 loss = reconstruction_loss + terms.quantizer_weight * output.commit_loss
-                adversarial = discriminator is not None and run.images_seen >= terms.adversarial_start_images
                 if adversarial:
                     # Unwrapped and frozen: this pass is for the autoencoder's gradient alone.
                     critic = accelerator.unwrap_model(discriminator).requires_grad_(False)
@@ -179,60 +166,60 @@ def train(config: AutoencoderConfig) -> Path:
                         )
                     loss = loss + weight * generator_loss
                     run.record(loss_generator=generator_loss, adversarial_weight=weight)
-                accelerator.backward(loss)
-                finite = True
-                if accelerator.sync_gradients:
-                    finite = run.gradients_finite(model.parameters(), config.optimizer.max_grad_norm)
-                set_learning_rate(optimizer, run.learning_rate(config.optimizer))
-                if finite:
-                    optimizer.step()
-                optimizer.zero_grad()
                 run.record(
                     loss=loss,
                     loss_pixel=pixel_loss,
                     loss_quantizer=output.commit_loss,
                     perplexity=output.perplexity,
                 )
+                accelerator.backward(loss)
+                finite = True
+                if accelerator.sync_gradients:
+                    norm = clip_gradients(accelerator, model, config.optimizer.max_grad_norm)  # waits for the device
+                    run.record(grad_norm=norm)
+                    finite = math.isfinite(norm)
+                set_learning_rate(optimizer, learning_rate)
+                if finite:
+                    optimizer.step()
+                optimizer.zero_grad()
 
                 # 3b. Discriminator, on the same images
+                discriminator_finite = True
                 if adversarial:
                     logits = discriminator(torch.cat([batch, reconstruction.detach()])).float()
                     real, fake = logits.chunk(2)
                     discriminator_loss = hinge_discriminator_loss(real, fake)
                     run.record(loss_discriminator=discriminator_loss)
                     accelerator.backward(discriminator_loss)
-                    steady = True
                     if accelerator.sync_gradients:
-                        norm = config.optimizer.max_grad_norm
-                        steady = run.gradients_finite(discriminator.parameters(), norm, "discriminator_grad_norm")
-                        steady = steady and finite
-                    set_learning_rate(discriminator_optimizer, run.learning_rate(config.optimizer))
-                    if steady:
+                        norm = clip_gradients(accelerator, discriminator, config.optimizer.max_grad_norm)
+                        run.record(discriminator_grad_norm=norm)
+                        discriminator_finite = math.isfinite(norm)
+                    set_learning_rate(discriminator_optimizer, learning_rate)
+                    if finite and discriminator_finite:
                         discriminator_optimizer.step()
                     discriminator_optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
 
             # 3c. After an optimizer step
-            run.images_seen += config.batch_size
+            run.after_step(finite and discriminator_finite)
             if finite:
                 live.quantize.revive()  # a collective
                 ema.update(live, run.images_seen, config.batch_size)
             else:
                 live.quantize.discard()
-            bar.update(config.batch_size)
             if run.due(config.log_every_images):
-                rate = run.learning_rate(config.optimizer)
-                run.log(bar, learning_rate=rate, **codebook_use(live.quantize))
+                run.write_log(learning_rate=run.learning_rate(config.optimizer), **codebook_use(live.quantize))
             if run.due(config.checkpoint_every_images):
                 run.save_checkpoint()
                 run.push(save)
-            look()
+            preview_and_evaluate()
             run.stop_if_asked()  # a collective
         run.save_checkpoint()
 
     # 4. The result
-    run.say("measuring the scaling factor and the reconstructions of all held-out images")
+    logger.info("measuring the scaling factor and the reconstructions of all held-out images")
     if accelerator.is_main_process:
         known = validation if config.data.streaming else Subset(images, spread(len(images), SCALING_IMAGES))
         with tqdm(float_batches(known, **loading), "scaling factor", disable=None) as batches:  # on terminals
@@ -241,12 +228,36 @@ def train(config: AutoencoderConfig) -> Path:
             trained.register_to_config(scaling_factor=scaling_factor)
         with tqdm(float_batches(validation, **loading), "validation", disable=None) as batches:
             measured = evaluate_reconstruction(ema.model, batches, validation.content_size)
-        with run.writing_result() as folder:
+        with run.folder.writing_result() as folder:
             save(folder, validation=measured | validation_data(config.data))
         if not run.due(config.preview_every_images):
-            run.save_preview(reconstruction_grid([ema.model, live], validation, PREVIEW_IMAGES))
+            run.log.write_preview(run.images_seen, reconstruction_grid([ema.model, live], validation, PREVIEW_IMAGES))
     run.finish()  # a collective
-    return run.result
+    return run.folder.result
+
+
+def save_model(run: Run, averaged: LooCVQModel, live: LooCVQModel, folder: Path, **figures) -> None:
+    """Save averaged weights under the plain name, live ones as the variant `non_ema`, and how they were made."""
+    averaged.save_pretrained(folder)
+    live.save_pretrained(folder, variant="non_ema")
+    caption = "Held-out images above, their reconstructions below."
+    write_description(folder, run.config, run, caption, **figures)
+
+
+def _preview_and_evaluate(
+    run: Run, averaged: LooCVQModel, live: LooCVQModel, validation: ImageSet, lpips: nn.Module | None, loading: dict
+) -> None:
+    """Write the image grid and the figures that are due after the last step."""
+    config = run.config
+    if not run.accelerator.is_main_process:
+        return
+    with run.log.pause_timer():
+        if run.due(config.preview_every_images):
+            run.log.write_preview(run.images_seen, reconstruction_grid([averaged, live], validation, PREVIEW_IMAGES))
+        if run.due(config.evaluation.every_images):
+            logger.info("measuring reconstructions of held-out images")
+            figures = reconstruction_figures(averaged, validation, config.evaluation, **loading, lpips=lpips)
+            run.log.write_evaluation(run.images_seen, figures)
 
 
 def as_rgb(*images: torch.Tensor) -> list[torch.Tensor]:

@@ -41,7 +41,7 @@ class Checkpoints:
 
     Attributes:
         newest (`int`, *optional*): Images of the one that was loaded or saved last.
-        made_from (`dict`, *optional*): What the run depends on beside its settings, written with each checkpoint; see
+        provenance (`dict`, *optional*): What the run depends on beside its settings, written with each checkpoint; see
             `looc_ldm.training.latent_fingerprint.run_fingerprint`.
     """
 
@@ -59,7 +59,7 @@ class Checkpoints:
         self.keep_last = keep_last
         self.keep_every_images = keep_every_images
         self.newest: int | None = None
-        self.made_from: dict[str, dict] | None = None
+        self.provenance: dict[str, dict] | None = None
 
     # Loading ---------------------------------------------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ class Checkpoints:
             `dict`, *optional*: What was saved in `run.json`; None if there are no checkpoints.
 
         Raises:
-            ConfigError: It was written by a run of another `manner`, or one `made_from` something else.
+            ConfigError: It was written by a run of other `fixed_settings`, or one of another `provenance`.
             TrainingError: There are checkpoints, and none can be used; or a disk cannot be read.
         """
         if self.accelerator.is_main_process:
@@ -104,8 +104,8 @@ class Checkpoints:
         return None
 
     @property
-    def manner(self) -> dict[str, str]:
-        """What has to be the same that is no setting: how weights are divided, the precision that `auto` became."""
+    def fixed_settings(self) -> dict[str, str]:
+        """Return what a run keeps to beside its config: how weights are divided, the precision that `auto` became."""
         divided = self.accelerator.distributed_type == DistributedType.FSDP
         return {"distributed": "FSDP" if divided else "DDP", "mixed_precision": self.accelerator.mixed_precision}
 
@@ -113,15 +113,16 @@ class Checkpoints:
         """Collective: refused on all processes, before one of them waits for the others while it loads."""
 
         def difference() -> str | None:
-            then = {**self.manner, **read_state(path)}
-            if then["distributed"] != self.manner["distributed"]:
-                return f"was written under {then['distributed']}, this start is under {self.manner['distributed']}"
-            if then["mixed_precision"] != self.manner["mixed_precision"]:
+            now = self.fixed_settings
+            then = {**now, **read_state(path)}
+            if then["distributed"] != now["distributed"]:
+                return f"was written under {then['distributed']}, this start is under {now['distributed']}"
+            if then["mixed_precision"] != now["mixed_precision"]:
                 return (
                     f"was trained with mixed_precision={then['mixed_precision']}, this start has "
-                    f"{self.manner['mixed_precision']}: give --mixed_precision {then['mixed_precision']}"
+                    f"{now['mixed_precision']}: give --mixed_precision {then['mixed_precision']}"
                 )
-            return another_origin(then.get("made_from"), self.made_from)
+            return another_origin(then.get("made_from"), self.provenance)
 
         found = any_problem(self.accelerator, difference, self.folder, main_only=True)
         if found is not None:
@@ -158,7 +159,7 @@ class Checkpoints:
 
         Args:
             images: Images seen; its name.
-            state: What its `run.json` holds, besides that number, the `manner` and the sizes of all files.
+            state: What its `run.json` holds, besides that number, the `fixed_settings` and the sizes of all files.
 
         Raises:
             TrainingError: The disk is full or refuses something else, on any process. What was there is as it was.
@@ -177,7 +178,13 @@ class Checkpoints:
 
     def _complete(self, partial: Path, images: int, state: dict) -> None:
         files = {path.relative_to(partial).as_posix(): path.stat().st_size for path in _files(partial)}
-        described = {"images_seen": images, **self.manner, "made_from": self.made_from, **state, "files": files}
+        described = {
+            "images_seen": images,
+            **self.fixed_settings,
+            "made_from": self.provenance,
+            **state,
+            "files": files,
+        }
         (partial / RUN_FILE).write_text(json.dumps(described))
         # The files reach the disk before the name does: after a power cut, too, what has the name is complete.
         for path in [*_files(partial), *(path for path in partial.rglob("*") if path.is_dir()), partial]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -61,7 +62,7 @@ from looc_ldm.training.latents import (
 from looc_ldm.training.log import data_line, show_log_lines
 from looc_ldm.training.moments import Moments
 from looc_ldm.training.objectives import Objective
-from looc_ldm.training.optimization import adamw, set_learning_rate
+from looc_ldm.training.optimization import adamw, clip_gradients, set_learning_rate
 from looc_ldm.training.result import first_stage_figures, write_description
 from looc_ldm.training.run import Run
 from looc_ldm.training.validation import check_evaluation, generation_figures
@@ -79,7 +80,7 @@ PREVIEW_IMAGES = 40
 
 
 def train(config: DiffusionConfig) -> Path:
-    """Train, or go on with, the diffusion model of a config; returns the folder of the finished pipeline."""
+    """Train the diffusion model of a config, or go on with it; return the folder of the finished pipeline."""
     # 1. Data and models, before anything is written
     check_folder(Path(config.output_dir))
     check_evaluation(config)
@@ -101,14 +102,14 @@ def train(config: DiffusionConfig) -> Path:
 
     # 2. Devices, processes, precision; latents; the newest checkpoint
     run = Run(config, result="pipeline")
-    if run.finished:
-        logger.info("%s is finished", run.folder)
-        return run.result
+    if run.folder.finished:
+        logger.info("%s is finished", run.folder.path)
+        return run.folder.result
     accelerator = run.accelerator
     sharded = prepare_fsdp(accelerator)
     vqvae = vqvae.to(accelerator.device)
     if config.cache_latents:
-        cache = cache_latents(vqvae, images, Path(config.latents or run.folder / "latents"), accelerator)
+        cache = cache_latents(vqvae, images, Path(config.latents or run.folder.path / "latents"), accelerator)
     if config.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
     if config.channels_last and not sharded:  # FSDP cannot divide such weights
@@ -123,7 +124,7 @@ def train(config: DiffusionConfig) -> Path:
     if config.compile:
         live.compile()  # in place: the names of its weights stay
     run.resume(partial(run_fingerprint, images, vqvae))
-    run.say(data_line(images, validation, classes, live))
+    logger.info(data_line(images, validation, classes, live))
     if config.latent_scaling == "channel" or vqvae.config.scaling_factor is None:
         known = validation if config.data.streaming else Subset(images, spread(len(images), SCALING_IMAGES))
         moments = cache.moments if config.cache_latents else measured_once(vqvae, known, run)  # a collective
@@ -167,23 +168,24 @@ def train(config: DiffusionConfig) -> Path:
         caption += "; one column per class." if classes else "."
         write_description(folder, config, run, caption, first_stage=first_stage)
 
-    def look() -> None:
-        """The grid and the figures that are due after the last step. A collective."""
-        with run.aside():
+    def preview_and_evaluate() -> None:
+        """Write the image grid and the figures that are due after the last step. Collective."""
+        with run.log.pause_timer():
             if run.due(config.preview_every_images):
                 pipe = pipeline()  # a collective
                 if accelerator.is_main_process:
-                    run.save_preview(preview(pipe, config))
+                    run.log.write_preview(run.images_seen, preview(pipe, config))
             if run.due(config.evaluation.every_images):
                 resembled = validation if config.data.streaming else images
-                run.say("drawing %d samples to measure", config.evaluation.images)
-                run.log_evaluation(generation_figures(pipeline(), resembled, config, accelerator))  # a collective
+                logger.info("drawing %d samples to measure", config.evaluation.images)
+                figures = generation_figures(pipeline(), resembled, config, accelerator)  # a collective
+                run.log.write_evaluation(run.images_seen, figures)
 
     # 3. Training
     denoiser.train()
-    with run.stopping_cleanly(), run.progress_bar("diffusion") as bar:
-        if run.look_pending:  # the run was stopped between a checkpoint and what was due with it
-            look()
+    with run.training("diffusion"):
+        if run.evaluation_pending:  # the run was stopped between a checkpoint and what was due with it
+            preview_and_evaluate()
         for latents, labels, noise, time, dropout in run.batches(loader):
             if not config.cache_latents:
                 latents = encode(vqvae, to_float(latents))  # they were images
@@ -194,44 +196,44 @@ def train(config: DiffusionConfig) -> Path:
                 with accelerator.autocast():
                     prediction = denoiser(noisy, timesteps, labels if classes else None).float()
                 loss = objective.loss(prediction, target, weight)
+                run.record(loss=loss)
                 accelerator.backward(loss)
                 finite = True
                 if accelerator.sync_gradients:
-                    finite = run.gradients_finite(denoiser.parameters(), config.optimizer.max_grad_norm)
+                    norm = clip_gradients(accelerator, denoiser, config.optimizer.max_grad_norm)  # waits for the device
+                    run.record(grad_norm=norm)
+                    finite = math.isfinite(norm)
                 set_learning_rate(optimizer, run.learning_rate(config.optimizer))
                 if finite:
                     optimizer.step()
                 optimizer.zero_grad()
-                run.record(loss=loss)
             if not accelerator.sync_gradients:
                 continue
 
             # After an optimizer step
-            run.images_seen += config.batch_size
+            run.after_step(finite)
             if finite:
                 ema.update(live, run.images_seen, config.batch_size)
-            bar.update(config.batch_size)
             if run.due(config.log_every_images):
-                run.log(bar, learning_rate=run.learning_rate(config.optimizer))
+                run.write_log(learning_rate=run.learning_rate(config.optimizer))
             if run.due(config.checkpoint_every_images):
                 run.save_checkpoint()
                 if config.push_to_hub:
-                    run.push(
-                        partial(save, pipe=pipeline(), live=gather_full_model(denoiser, ema.model, accelerator))
-                    )  # collectives
-            look()  # a collective
+                    full = gather_full_model(denoiser, ema.model, accelerator)  # a collective
+                    run.push(partial(save, pipe=pipeline(), live=full))
+            preview_and_evaluate()  # a collective
             run.stop_if_asked()  # a collective
         run.save_checkpoint()
 
     # 4. The result
     pipe, live = pipeline(), gather_full_model(denoiser, ema.model, accelerator)  # collectives
     if accelerator.is_main_process:
-        with run.writing_result() as folder:
+        with run.folder.writing_result() as folder:
             save(folder, pipe, live)
         if not run.due(config.preview_every_images):
-            run.save_preview(preview(pipe, config))
+            run.log.write_preview(run.images_seen, preview(pipe, config))
     run.finish()  # a collective
-    return run.result
+    return run.folder.result
 
 
 def measured_once(vqvae: LooCVQModel, images: ImageSet | Subset, run: Run) -> Moments:
@@ -239,7 +241,7 @@ def measured_once(vqvae: LooCVQModel, images: ImageSet | Subset, run: Run) -> Mo
 
     By the first process alone. A collective; after `run.resume`.
     """
-    file = run.folder / "moments.json"
+    file = run.folder.path / "moments.json"
 
     def measure() -> Moments:
         if run.images_seen and file.is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from accelerate import Accelerator
 
 from looc_ldm.training.config import OptimizerConfig
 
@@ -28,6 +29,14 @@ def adamw(model: torch.nn.Module, settings: OptimizerConfig) -> torch.optim.Adam
         weight_decay=settings.weight_decay,
         fused=True,  # one kernel over all parameters, on CPUs as well
     )
+
+
+def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_norm: float) -> float:
+    """Clip the norm of a model's gradients to `max_norm` (0: leave it), and return what it was. Waits for the device.
+
+    Gradients are reduced by now, so all processes get the same norm.
+    """
+    return accelerator.clip_grad_norm_(list(model.parameters()), max_norm or math.inf).item()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -24,9 +24,10 @@ from looc_ldm.training import autoencoder
 from looc_ldm.training.config import AutoencoderConfig, EvaluationConfig, config_text, load_config
 from looc_ldm.training.data import ImageStream, float_batches, load_image_sets
 from looc_ldm.training.ema import EMA
-from looc_ldm.training.log import OF_THE_MOMENT
+from looc_ldm.training.log import VOLATILE_KEYS
 from looc_ldm.training.losses import PatchDiscriminator
 from looc_ldm.training.run import Run
+from looc_ldm.training.run_folder import RunFolder
 
 # A PatchGAN with few layers, whose start falls into the run.
 ADVERSARIAL = {
@@ -282,7 +283,7 @@ def test_interrupted_and_resumed_is_uninterrupted(autoencoder_config, tmp_path, 
     assert largest_difference(resumed, whole) == 0
     logs = [log_lines(tmp_path / name) for name in ("interrupted", "whole")]
     for line in logs[0] + logs[1]:
-        for name in OF_THE_MOMENT:
+        for name in VOLATILE_KEYS:
             del line[name]
     assert logs[0] == logs[1]  # lines written after the checkpoint are there once
 
@@ -311,7 +312,7 @@ def test_a_result_of_fewer_images_is_not_taken_for_the_finished_run(
     autoencoder_config, tmp_path, cut_power_at, monkeypatch
 ):
     autoencoder.train(autoencoder_config(tmp_path, total_images=24))
-    monkeypatch.setattr(Run, "writing_result", lambda run: (_ for _ in ()).throw(PowerCut))
+    monkeypatch.setattr(RunFolder, "writing_result", lambda folder: (_ for _ in ()).throw(PowerCut))
     with pytest.raises(PowerCut):
         autoencoder.train(autoencoder_config(tmp_path))
     monkeypatch.undo()

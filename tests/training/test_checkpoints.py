@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from looc_ldm.errors import ConfigError, TrainingError
 from looc_ldm.training.checkpoints import checkpoints_in
 from looc_ldm.training.config import EvaluationConfig
-from looc_ldm.training.log import OF_THE_MOMENT
+from looc_ldm.training.log import VOLATILE_KEYS
 from looc_ldm.training.optimization import resolve_precision
 from looc_ldm.training.run import Run
 
@@ -33,7 +33,7 @@ def names(folder: Path) -> list[str]:
 
 def log_lines(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in OF_THE_MOMENT} for line in lines]
+    return [{name: value for name, value in line.items() if name not in VOLATILE_KEYS} for line in lines]
 
 
 def result(folder: Path) -> dict[str, torch.Tensor]:
@@ -203,8 +203,8 @@ def test_what_auto_became_is_said_written_down_and_may_be_given_in_its_place(tmp
 def look(run, loss):
     """Grid and figures of the checkpoints 24 and 48, in the step after them."""
     if run.images_seen in (24, 48):
-        run.save_preview(Image.new("L", (8, 8)))
-        run.log_evaluation({"psnr": 20.0})
+        run.log.write_preview(run.images_seen, Image.new("L", (8, 8)))
+        run.log.write_evaluation(run.images_seen, {"psnr": 20.0})
     return loss
 
 
@@ -234,10 +234,10 @@ def test_a_grid_or_an_evaluation_that_was_due_at_the_checkpoint_and_is_not_there
         lines = [line for line in lines if json.loads(line)["images"] < 48 or "val_" not in line]
         (tmp_path / "metrics.jsonl").write_text("".join(lines))
     run = Run(config_of(tmp_path, total_images=56, **settings), "model")
-    assert not run.look_pending
+    assert not run.evaluation_pending
     run.resume()
     assert run.images_seen == 48
-    assert run.look_pending == pending
+    assert run.evaluation_pending == pending
 
 
 # The log ---------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from looc_ldm import cli
 from looc_ldm.training import autoencoder, diffusion
 from looc_ldm.training.config import config_text
 from looc_ldm.training.data import float_batches
-from looc_ldm.training.log import OF_THE_MOMENT
+from looc_ldm.training.log import VOLATILE_KEYS
 from looc_ldm.training.stopping import StopSignals
 
 SCRIPT = Path(__file__).with_name("tiny_trainer.py")
@@ -124,7 +124,7 @@ def newest(folder: Path) -> int:
 def log_lines(folder: Path) -> list[dict]:
     """The log, without what depends on the moment."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in OF_THE_MOMENT} for line in lines]
+    return [{name: value for name, value in line.items() if name not in VOLATILE_KEYS} for line in lines]
 
 
 def parts(name: str, value) -> Iterator[tuple[str, object]]:

@@ -4,6 +4,7 @@ Run as a script (`runpy`, with the settings as global `SETTINGS`) it is one proc
 """
 
 import json
+import math
 import os
 import sys
 import traceback
@@ -13,7 +14,7 @@ import torch
 
 from looc_ldm.training.config import AutoencoderConfig, DataConfig, OptimizerConfig
 from looc_ldm.training.data import Report, Stream, StreamBatches, stream_loader
-from looc_ldm.training.optimization import adamw, set_learning_rate
+from looc_ldm.training.optimization import adamw, clip_gradients, set_learning_rate
 from looc_ldm.training.run import Run
 
 WIDTH = 32
@@ -68,7 +69,7 @@ def train(config: AutoencoderConfig, stream=None, at_step=lambda run, loss: loss
         accelerator.num_processes,
     )
     loader = stream_loader(stream or Numbers(), batches, config.data.num_workers, pin_memory=False)
-    with run.stopping_cleanly(), run.progress_bar("tiny") as bar:
+    with run.training("tiny"):
         for (batch,) in run.batches(loader):
             with accelerator.accumulate(model):
                 loss = (model(batch) - batch.mean(1, keepdim=True)).square().mean()
@@ -77,21 +78,25 @@ def train(config: AutoencoderConfig, stream=None, at_step=lambda run, loss: loss
                 run.record(loss=loss)
                 rate = run.learning_rate(config.optimizer)
                 set_learning_rate(optimizer, rate)
-                if not accelerator.sync_gradients or run.gradients_finite(model.parameters(), 1.0):
+                finite = True
+                if accelerator.sync_gradients:
+                    norm = clip_gradients(accelerator, model, 1.0)
+                    run.record(grad_norm=norm)
+                    finite = math.isfinite(norm)
+                if finite:
                     optimizer.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
-            run.images_seen += config.batch_size
-            bar.update(config.batch_size)
+            run.after_step(finite)
             if run.due(config.log_every_images):
-                run.log(bar, learning_rate=rate)
+                run.write_log(learning_rate=rate)
             if run.due(config.checkpoint_every_images):
                 run.save_checkpoint()
             run.stop_if_asked()
         run.save_checkpoint()
     if accelerator.is_main_process:
-        with run.writing_result() as folder:
+        with run.folder.writing_result() as folder:
             torch.save(accelerator.unwrap_model(model).state_dict(), folder / "weights.pt")
             (folder / "training.json").write_text(json.dumps({"images_seen": run.images_seen}))
     run.finish()
