@@ -32,7 +32,8 @@ from looc_ldm import LooCVQModel, configs
 from looc_ldm.arguments import Parser
 from looc_ldm.errors import UserError, one_line_errors
 from looc_ldm.files import replace_text
-from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, construct, load_config
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
+from looc_ldm.training.config_parsing import construct, load_config
 from looc_ldm.training.diffusion import Denoiser
 
 ROOT = Path(__file__).resolve().parent.parent

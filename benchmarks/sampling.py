@@ -26,7 +26,8 @@ from diffusers import LDMPipeline
 
 from looc_ldm import LooCLDMPipeline, LooCVQModel
 from looc_ldm.files import replace_text
-from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, construct, load_config
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
+from looc_ldm.training.config_parsing import construct, load_config
 from looc_ldm.training.diffusion import Denoiser, make_scheduler
 
 RESULTS = Path(__file__).resolve().parent / "results"

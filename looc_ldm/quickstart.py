@@ -15,7 +15,8 @@ from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.report import Curve, Report, side_by_side
 from looc_ldm.starter import starter_model
 from looc_ldm.training import autoencoder, diffusion
-from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, load_config
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
+from looc_ldm.training.config_parsing import load_config
 from looc_ldm.training.data import float_batches, load_image_sets
 from looc_ldm.training.validation import reconstruction_grid
 

@@ -52,7 +52,8 @@ def largest_tensor() -> type[LargestTensor]:
 def quickstart_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder `quickstart` was run in, with untrained networks: what it leaves behind, after a few steps."""
     from looc_ldm import LooCVQModel
-    from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, load_config
+    from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
+    from looc_ldm.training.config_parsing import load_config
     from looc_ldm.training.diffusion import train
 
     folder = tmp_path_factory.mktemp("user")

@@ -9,7 +9,8 @@ from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention
 
 from looc_ldm import FixedHeadsUNet2DModel, LooCLDMPipeline, LooCVQModel, configs
-from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, construct, load_config
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
+from looc_ldm.training.config_parsing import construct, load_config
 from looc_ldm.training.diffusion import Denoiser, make_scheduler
 from tiny import tiny_autoencoder
 

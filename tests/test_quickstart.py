@@ -12,7 +12,7 @@ import pytest
 from looc_ldm import quickstart as module
 from looc_ldm.metrics import InceptionFeatures
 from looc_ldm.quickstart import quickstart
-from looc_ldm.training.config import load_config
+from looc_ldm.training.config_parsing import load_config
 
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 FEW = {"total_images": 64, "log_every_images": 32, "preview_every_images": 64, "checkpoint_every_images": 32}

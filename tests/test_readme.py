@@ -9,7 +9,8 @@ import pytest
 
 from looc_ldm import cli
 from looc_ldm.arguments import make_parser
-from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, parse_config
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
+from looc_ldm.training.config_parsing import parse_config
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 

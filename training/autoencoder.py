@@ -28,7 +28,8 @@ from looc_ldm.errors import ConfigError, one_line_errors, print_once
 from looc_ldm.files import check_folder
 from looc_ldm.images import to_float
 from looc_ldm.metrics.reconstruction import evaluate_reconstruction
-from looc_ldm.training.config import AutoencoderConfig, construct, parse_command_line
+from looc_ldm.training.config import AutoencoderConfig
+from looc_ldm.training.config_parsing import construct, parse_command_line
 from looc_ldm.training.data import (
     ImageSet,
     StreamBatches,

@@ -38,7 +38,8 @@ from looc_ldm.loading import load_autoencoder
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.scaling import scale_latents
-from looc_ldm.training.config import DiffusionConfig, construct, parse_command_line
+from looc_ldm.training.config import DiffusionConfig
+from looc_ldm.training.config_parsing import construct, parse_command_line
 from looc_ldm.training.data import (
     ImageSet,
     StreamBatches,

@@ -15,7 +15,8 @@ from looc_ldm.fingerprint import model_fingerprint
 from looc_ldm.loading import load_autoencoder
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.loading import load_pipeline
-from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, construct
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
+from looc_ldm.training.config_parsing import construct
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from looc_ldm.errors import UserError, one_line_errors
 from looc_ldm.files import check_folder
 from looc_ldm.loading import load_autoencoder
 from looc_ldm.scaling import scale_latents
-from looc_ldm.training.config import DiffusionConfig, load_config
+from looc_ldm.training.config import DiffusionConfig
+from looc_ldm.training.config_parsing import load_config
 from looc_ldm.training.data import FLIP, NOISE, Report, Stream, load_image_sets, random_at
 from looc_ldm.training.latent_cache import LatentCache, check_cache_folder
 from looc_ldm.training.latent_encoding import cache_latents, check_cacheable

@@ -22,7 +22,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from looc_ldm.distributed import write_or_stop_all
 from looc_ldm.errors import TrainingError, is_first_process
 from looc_ldm.files import replace_text, write_image
-from looc_ldm.training.config import RunConfig, to_dict
+from looc_ldm.training.config import RunConfig
+from looc_ldm.training.config_parsing import to_dict
 from looc_ldm.training.jsonl import append_line, cut_lines, figures_at
 from looc_ldm.training.means import Means, means_of
 

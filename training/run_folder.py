@@ -13,7 +13,8 @@ from pathlib import Path
 from looc_ldm.errors import ConfigError
 from looc_ldm.files import replace_text
 from looc_ldm.training.checkpoints import checkpoints_in
-from looc_ldm.training.config import RunConfig, config_text, differences, moves, read_settings, to_dict
+from looc_ldm.training.config import RunConfig
+from looc_ldm.training.config_parsing import config_text, differences, moves, read_settings, to_dict
 
 logger = logging.getLogger(__name__)
 

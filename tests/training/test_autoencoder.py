@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from looc_ldm import LooCVQModel
 from looc_ldm.errors import ConfigError, UserError
 from looc_ldm.training import autoencoder
-from looc_ldm.training.config import AutoencoderConfig, EvaluationConfig, config_text, load_config
+from looc_ldm.training.config import AutoencoderConfig, EvaluationConfig
+from looc_ldm.training.config_parsing import config_text, load_config
 from looc_ldm.training.data import ImageStream, float_batches, load_image_sets
 from looc_ldm.training.ema import EMA
 from looc_ldm.training.log import VOLATILE_KEYS

@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from looc_ldm.training import autoencoder, diffusion
-from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, config_text, load_config
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
+from looc_ldm.training.config_parsing import config_text, load_config
 
 STEPS, BATCH = 20, 8
 GAN = {

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from looc_ldm import LooCLDMPipeline
 from looc_ldm.training import diffusion
-from looc_ldm.training.config import DiffusionConfig, config_text, load_config
+from looc_ldm.training.config import DiffusionConfig
+from looc_ldm.training.config_parsing import config_text, load_config
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",

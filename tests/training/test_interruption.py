@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from looc_ldm import cli
 from looc_ldm.training import autoencoder, diffusion
-from looc_ldm.training.config import config_text
+from looc_ldm.training.config_parsing import config_text
 from looc_ldm.training.data import float_batches
 from looc_ldm.training.log import VOLATILE_KEYS
 from looc_ldm.training.stopping import StopSignals

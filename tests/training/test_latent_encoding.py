@@ -23,7 +23,8 @@ from looc_ldm.cli import main as looc_ldm
 from looc_ldm.errors import ConfigError, DataError, UserError
 from looc_ldm.images import to_float
 from looc_ldm.training import latent_fingerprint, latents
-from looc_ldm.training.config import DataConfig, to_dict
+from looc_ldm.training.config import DataConfig
+from looc_ldm.training.config_parsing import to_dict
 from looc_ldm.training.data import load_image_sets
 from looc_ldm.training.latents import LatentCache, LatentStream, cache_latents
 

@@ -20,7 +20,8 @@ from torch.distributed.run import get_args_parser
 from looc_ldm import cli
 from looc_ldm.arguments import Parser, add_cache_options, make_parser
 from looc_ldm.training.checkpoints import checkpoints_in, read_state
-from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, config_text, parse_config
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
+from looc_ldm.training.config_parsing import config_text, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLUSTER = ROOT / "docs" / "cluster"

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from looc_ldm.errors import ConfigError, TrainingError
-from looc_ldm.training.config import DiffusionConfig, differences, moves, to_dict
+from looc_ldm.training.config import DiffusionConfig
+from looc_ldm.training.config_parsing import differences, moves, to_dict
 from looc_ldm.training.optimization import clip_gradients
 from looc_ldm.training.run import Run
 
