@@ -6,7 +6,7 @@ from looc_ldm.errors import UserError
 
 
 def choose_device(name: str | None):
-    """The `torch.device` of a name, or the best there is. Raises UserError for one that there is not."""
+    """Return the `torch.device` of a name, or the best there is. Raises UserError if there is none of that name."""
     import torch
 
     if name is None:

@@ -204,7 +204,7 @@ class Checkpoints:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Those under their final names, oldest first."""
+    """Return the checkpoints under their final names, oldest first."""
     complete = [path for path in folder.glob("*") if path.name.isdigit()]
     return sorted(complete, key=lambda path: int(path.name))
 
@@ -215,12 +215,12 @@ def passes(images: int, batch_size: int, interval: int) -> bool:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """The `run.json` of a checkpoint."""
+    """Return the `run.json` of a checkpoint."""
     return json.loads((checkpoint / RUN_FILE).read_text())
 
 
 def problem_of(checkpoint: Path) -> str | None:
-    """What is missing of a checkpoint, in words; None if nothing is."""
+    """Return what is missing from a checkpoint, in words; None if nothing is."""
     try:
         files = read_state(checkpoint)["files"]
     except FileNotFoundError:

@@ -28,7 +28,7 @@ Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
 @dataclass
 class DataConfig:
-    """Where the images come from and how they are brought to one size.
+    """The images: where they come from, and how they are brought to one size.
 
     Args:
         path: A bundled set (`fashion_mnist`), a folder of images (one sub-folder per class, or none), of parquet files,
@@ -39,7 +39,7 @@ class DataConfig:
         validation_images: Images measured during and after training.
         image_column: The column that holds the image.
         label_column: The column that holds the class; if the data has none, there are no classes.
-        num_classes: Number of classes where the label column holds numbers without names.
+        num_classes: Number of classes if the label column holds numbers without names.
         streaming: Read parquet files, WebDataset shards or a hub data set as they come, without preparing them on the
             disk first. Needs a `validation_split`.
         shuffle_images: Images of a shard that are shuffled together when streaming; shards are shuffled, too.
@@ -114,7 +114,7 @@ class EvaluationConfig:
 
 @dataclass
 class RunConfig:
-    """What both stages share.
+    """Settings of both stages.
 
     Args:
         output_dir: Folder of checkpoints, logs, grids and the final model.
@@ -205,7 +205,7 @@ class AutoencoderConfig(RunConfig):
         data: The images.
         model: Arguments of `LooCVQModel`.
         loss: Terms of the loss.
-        optimizer: Of the autoencoder, and with the same settings of the PatchGAN.
+        optimizer: For the autoencoder, and with the same settings for the PatchGAN.
         evaluation: Measuring while it runs.
     """
 
@@ -226,16 +226,16 @@ class DiffusionConfig(RunConfig):
         data: The images.
         cache_latents: Encode all images once, before training. Otherwise they are encoded in the loop, which data that
             is streamed or cropped at random needs.
-        latents: Folder of the cached latents; made before training where it does not hold them yet.
+        latents: Folder of the cached latents; made before training if it does not hold them yet.
         latent_scaling: How latents are brought to unit variance. `scalar`: by the first stage's `scaling_factor`,
-            measured where it has none. `channel`: each channel by its own mean and deviation over the training images;
+            measured if it has none. `channel`: each channel by its own mean and deviation over the training images;
             diffusers' LDMPipeline does not know these.
         class_conditional: Train with the labels of the data.
         class_dropout: Share of images, drawn one by one, whose label is replaced by the null class, which
             classifier-free guidance needs. 0 leaves the null class out.
         unet: `type`, one of `UNet2DModel`, `UNet2DConditionModel` and `FixedHeadsUNet2DModel`, and the arguments of its
             constructor. What the data decides (`sample_size`, channels, `num_class_embeds`) is filled in, and refused
-            where the config says something else.
+            if the config says something else.
         class_embedding_dim: Channels of the learned class token that a `UNet2DConditionModel` attends to.
         scheduler: `type`, the scheduler saved with the pipeline, and its arguments, the noise schedule and
             `prediction_type` (`epsilon`, `v_prediction` or `sample`) among them. `FlowMatchEulerDiscreteScheduler` is
@@ -245,7 +245,7 @@ class DiffusionConfig(RunConfig):
         min_snr_gamma: Its gamma.
         timestep_sampling: `uniform`, or `logit_normal` (the logistic function of a standard normal variable, as a share
             of the timesteps), which is usual for flow matching.
-        optimizer: Of the UNet.
+        optimizer: For the UNet.
         evaluation: Measuring while it runs.
         preview_steps: Denoising steps of the sample grids.
         preview_guidance_scale: Their guidance scale, on conditional models with a null class.

@@ -46,7 +46,7 @@ RESUMABLE = {
 }
 # Settings that say where something lies, which may have moved since.
 MOVABLE = {"data.path", "autoencoder", "loss.lpips_weights"}
-# Settings of earlier versions that stored configs hold, with the value that is now the only one.
+# Settings of earlier versions that stored configs still hold, with the only value that is left.
 WITHDRAWN = {
     "data.validation_labels": None,
     "loss.adversarial_ramp_images": 0,
@@ -57,7 +57,7 @@ WITHDRAWN = {
 
 
 def parse_config(config_class: type[T], arguments: list[str], prog: str) -> T:
-    """The config that command-line arguments describe: `--config NAME_OR_FILE` and dotted flags, in their order.
+    """Return the config that command-line arguments describe: `--config NAME_OR_FILE` and dotted flags, in their order.
 
     Raises:
         ConfigError: One line that names the wrong setting and what is allowed, or the nearest known name.
@@ -80,7 +80,7 @@ def parse_config(config_class: type[T], arguments: list[str], prog: str) -> T:
 
 
 def parse_command_line(config_class: type[T], arguments: list[str], prog: str) -> T:
-    """`parse_config`, where `--config` must be given: the defaults alone describe no run that anybody wants."""
+    """Parse as `parse_config`, but require `--config`: the defaults alone describe no run that anybody wants."""
     config = parse_config(config_class, arguments, prog)
     if not any(argument.split("=")[0] == "--config" for argument in arguments):
         raise ConfigError(f"--config is required: a YAML file, or one of {', '.join(configs.names())}.")
@@ -88,7 +88,7 @@ def parse_command_line(config_class: type[T], arguments: list[str], prog: str) -
 
 
 def load_config(config_class: type[T], name: str, **overrides) -> T:
-    """The bundled config `name` (such as `fashion_mnist/autoencoder`) or the YAML file `name`.
+    """Return the bundled config `name` (such as `fashion_mnist/autoencoder`) or the YAML file `name`.
 
     Overrides are dotted names with `.` written as `__`: `load_config(C, "x.yaml", data__path="images")`.
     """
@@ -122,31 +122,33 @@ def check_config(config: T) -> T:
 
 
 def to_dict(config) -> dict:
-    """The config as plain values, as YAML and JSON hold them."""
+    """Return the config as plain values, as YAML and JSON hold them."""
     return _plain(asdict(config))
 
 
 def config_text(config) -> str:
-    """The resolved config as YAML, which `--config` reads."""
+    """Return the resolved config as YAML, which `--config` reads."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """Settings that differ and may not differ when a run is resumed, each as `name: old -> new`."""
-    old, new = _flatten(old), _flatten(new)
-    names = [name for name in {**old, **new} if name not in RESUMABLE | MOVABLE and old.get(name) != new.get(name)]
-    return [f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names]
+    """Return the settings that may not differ when a run is resumed, and do, each as `name: old -> new`."""
+    return [change for name, change in _changes(old, new).items() if name not in RESUMABLE | MOVABLE]
 
 
 def moves(old: dict, new: dict) -> list[str]:
-    """Settings that say where something lies, and say now that it lies elsewhere, each as `name: old -> new`."""
+    """Return the settings of places that have changed, each as `name: old -> new`."""
+    return [change for name, change in _changes(old, new).items() if name in MOVABLE]
+
+
+def _changes(old: dict, new: dict) -> dict[str, str]:
     old, new = _flatten(old), _flatten(new)
-    names = [name for name in {**old, **new} if name in MOVABLE and old.get(name) != new.get(name)]
-    return [f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names]
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return {name: f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names}
 
 
 def construct(cls, arguments: dict[str, Any], what: str):
-    """`cls(**arguments)` after a check of the names; lists become tuples as diffusers' configs have them.
+    """Return `cls(**arguments)` after a check of the names. Lists become tuples, as in diffusers' configs.
 
     Raises:
         ConfigError: An argument that the constructor does not have, with the nearest one that it has.
@@ -179,14 +181,12 @@ def read_settings(file: Path) -> dict:
         if isinstance(settings.get(section), dict) and key in settings[section]:
             value = settings[section].pop(key)
             if value != only:
-                raise ConfigError(
-                    f"{file}: {name}={value!r} was withdrawn; only {only!r} is left, which is the default."
-                )
+                raise ConfigError(f"{str(file)!r}: {name}={value!r} was withdrawn, only {only!r} is left.")
     return settings
 
 
 def find_config_file(name: str) -> Path:
-    """The file of a bundled config or of a path. Raises ConfigError where there is none."""
+    """Return the file of a bundled config or of a path. Raises ConfigError if there is none."""
     if Path(name).is_file():
         return Path(name)
     bundled = configs.names()

@@ -152,13 +152,13 @@ def train(config: DiffusionConfig) -> Path:
     loader = stream_loader(stream, batches, config.data.num_workers, accelerator.device.type == "cuda")
 
     def pipeline() -> LooCLDMPipeline:
-        """The averaged weights as a pipeline. A collective."""
+        """Return the averaged weights as a pipeline. Collective."""
         id2label = dict(enumerate(classes)) if classes else None
         averaged = ema.gathered()
         return LooCLDMPipeline(vqvae, averaged.unet, scheduler, averaged.class_embedding, id2label, null_label)
 
     def save(folder: Path, pipe: LooCLDMPipeline, live: Denoiser) -> None:
-        """Averaged weights under the plain name, live ones as the variant `non_ema`, and how they were made."""
+        """Save averaged weights under the plain name, live ones as the variant `non_ema`, and how they were made."""
         pipe.save_pretrained(folder)
         live.unet.save_pretrained(folder / "unet", variant="non_ema")
         if live.class_embedding is not None:
@@ -238,9 +238,9 @@ def train(config: DiffusionConfig) -> Path:
 
 
 def measured_once(vqvae: LooCVQModel, images: ImageSet | Subset, run: Run) -> Moments:
-    """Mean and deviation of the latents of some images: measured when a run starts, and kept for when it goes on.
+    """Measure mean and deviation of the latents of some images when a run starts; keep them for when it goes on.
 
-    By the first process alone. A collective; after `run.resume`.
+    On the main process only. Collective; after `run.resume`.
     """
     file = run.folder.path / "moments.json"
 
@@ -258,12 +258,12 @@ def measured_once(vqvae: LooCVQModel, images: ImageSet | Subset, run: Run) -> Mo
 
 @torch.no_grad()
 def encode(vqvae: LooCVQModel, images: torch.Tensor) -> torch.Tensor:
-    """The scaled latents of images `(B, C, H, W)` in [-1, 1], as `LatentStream` gives them from the cache."""
+    """Return the scaled latents of images `(B, C, H, W)` in [-1, 1], as `LatentStream` gives them from the cache."""
     return scale_latents(vqvae, vqvae.encode(images).latents)
 
 
 class Denoiser(nn.Module):
-    """A UNet and, where it attends to one, its class token: what stage 2 trains.
+    """A UNet and, if it attends to one, its class token: the network that stage 2 trains.
 
     Attributes:
         null_label (`int`, *optional*): The label of the null class; None without classes or without dropout.
@@ -306,7 +306,7 @@ class Denoiser(nn.Module):
         return cls(construct(UNETS[kind], arguments, "unet"), class_embedding, null_label)
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """The prediction `(B, c, h, w)` for noisy latents of that shape, timesteps `(B,)` and labels `(B,)`."""
+        """Return the prediction `(B, c, h, w)` for noisy latents of that shape, timesteps `(B,)` and labels `(B,)`."""
         if self.class_embedding is not None:
             return self.unet(noisy, timesteps, encoder_hidden_states=self.class_embedding(labels)).sample
         if labels is not None:
@@ -315,7 +315,7 @@ class Denoiser(nn.Module):
 
 
 def make_scheduler(settings: dict):
-    """The scheduler of a config. Latents are not images: nothing is clipped unless the config says so."""
+    """Return the scheduler of a config. Latents are not images: nothing is clipped unless the config says so."""
     arguments = dict(settings)
     kind = arguments.pop("type", "DDIMScheduler")
     scheduler_class = getattr(diffusers, kind, None)
@@ -323,12 +323,11 @@ def make_scheduler(settings: dict):
         raise ConfigError(f"scheduler.type must be the name of a diffusers scheduler, got {kind!r}.")
     if kind in ("DDIMScheduler", "DDPMScheduler"):
         arguments = {"clip_sample": False, **arguments}
-    scheduler = construct(scheduler_class, arguments, "scheduler")
-    return scheduler
+    return construct(scheduler_class, arguments, "scheduler")
 
 
 def preview(pipe: LooCLDMPipeline, config: DiffusionConfig) -> Image.Image:
-    """A grid of samples from fixed noise: a column a class, or as many unconditional ones."""
+    """Return a grid of samples from fixed noise: one column per class, or as many unconditional ones."""
     num_classes = len(pipe.config.id2label or {})
     columns = min(num_classes, 10) or 8
     rows = PREVIEW_IMAGES // columns

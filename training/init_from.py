@@ -35,7 +35,7 @@ CLASS_WEIGHTS = ("unet.class_embedding.", "class_embedding.")
 
 
 def autoencoder_from(config: AutoencoderConfig) -> LooCVQModel:
-    """The model in the folder or hub repository `config.init_from`, to be trained with the settings of the config.
+    """Load the model in the folder or hub repository `config.init_from`, to train it with the settings of the config.
 
     Raises:
         ConfigError: The config describes another network.
@@ -53,7 +53,7 @@ def autoencoder_from(config: AutoencoderConfig) -> LooCVQModel:
 
 
 def denoiser_from(config: DiffusionConfig, build, classes: list[str]):
-    """The UNet, and class token, of the pipeline in `config.init_from`. With other classes their embeddings start anew.
+    """Load the UNet and class token of the pipeline `config.init_from`. With other classes their embeddings start anew.
 
     Args:
         build: Makes the `Denoiser` of a config.
@@ -97,7 +97,7 @@ def denoiser_from(config: DiffusionConfig, build, classes: list[str]):
 
 
 def _with_weights(config: DiffusionConfig, denoiser, trained: LooCLDMPipeline, classes: list[str]):
-    """The denoiser with the pipeline's weights, but for embeddings of other classes."""
+    """Give the denoiser the pipeline's weights, except for embeddings of other classes."""
     weights = {f"unet.{name}": tensor for name, tensor in trained.unet.state_dict().items()}
     if trained.class_embedding is not None:
         weights |= {f"class_embedding.{name}": tensor for name, tensor in trained.class_embedding.state_dict().items()}
@@ -116,7 +116,7 @@ def _with_weights(config: DiffusionConfig, denoiser, trained: LooCLDMPipeline, c
 
 
 def _refuse_differences(given: dict, of_checkpoint: dict, may_differ: set[str], what: str) -> None:
-    """Raise ConfigError where the config says something else about the network than the checkpoint."""
+    """Raise ConfigError if the config says something else about the network than the checkpoint."""
     for name, value in given.items():
         value = tuple(value) if isinstance(value, list) else value
         trained = of_checkpoint.get(name)

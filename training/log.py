@@ -41,7 +41,7 @@ def show_log_lines() -> None:
 
 
 class RunLog:
-    """What a run records, measures of its speed, and writes.
+    """Scalars, speed, log lines and image grids of a run.
 
     Args:
         config (`RunConfig`): The settings of the run.

@@ -65,11 +65,11 @@ def adaptive_adversarial_weight(
     last_layer: torch.Tensor,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The ratio of the two losses' gradient norms at the decoder's last layer, at most 1e4; detached, float32.
+    """Return the ratio of the two losses' gradient norms at the decoder's last layer, at most 1e4; detached, float32.
 
     Args:
-        reduce (`Callable`, *optional*): The mean of a tensor over all processes, which this then is a collective of:
-            norms of mean gradients, unlike a mean of norms, are those that one process has for the whole batch. (With
+        reduce (`Callable`, *optional*): Returns the mean of a tensor over all processes, which makes this a collective.
+            Norms of mean gradients, unlike means of norms, are those that one process has for the whole batch. (With
             gradient accumulation the ratio is that of each forward pass.)
     """
     gradients = torch.stack(
@@ -85,7 +85,7 @@ def adaptive_adversarial_weight(
 
 
 def load_lpips(network: str, weights: str | None) -> LPIPS:
-    """LPIPS on images in [-1, 1], frozen: `looc_ldm.metrics.lpips.load_lpips`, whose errors name the setting here.
+    """Return `looc_ldm.metrics.lpips.load_lpips` for images in [-1, 1], frozen. Errors name the setting.
 
     Raises:
         ConfigError: The file is missing or is not of this network; or there is none and no network to load it from.

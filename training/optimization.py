@@ -11,7 +11,7 @@ from looc_ldm.training.config import OptimizerConfig
 
 
 def learning_rate_at(optimizer: OptimizerConfig, images_seen: int, total_images: int) -> float:
-    """Learning rate after `images_seen` images: linear warm-up, then constant or a cosine to 0."""
+    """Return the learning rate after `images_seen` images: linear warm-up, then constant or a cosine to 0."""
     warmup = min(1.0, (images_seen + 1) / optimizer.warmup_images) if optimizer.warmup_images else 1.0
     if optimizer.schedule == "constant":
         return optimizer.learning_rate * warmup
@@ -21,7 +21,7 @@ def learning_rate_at(optimizer: OptimizerConfig, images_seen: int, total_images:
 
 
 def adamw(model: torch.nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters that are trained."""
+    """Return AdamW over all parameters that are trained."""
     return torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=settings.learning_rate,
@@ -40,13 +40,13 @@ def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_norm: f
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate is a function of the images seen, so there is no scheduler whose state could part from them."""
+    """Set the rate, a function of the images seen: a scheduler's state could differ from them."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 def resolve_precision(mixed_precision: str) -> str:
-    """`auto` is bf16 on GPUs that compute in it and on CPUs with AMX (elsewhere bf16 is emulated, and slower)."""
+    """Return the precision: `auto` is bf16 on GPUs that compute in it and on CPUs with AMX, elsewhere `no`."""
     if mixed_precision != "auto":
         return mixed_precision
     if torch.cuda.is_available():

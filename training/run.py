@@ -1,10 +1,10 @@
-"""What the two training loops share: counting, checkpoints, stopping and resuming.
+"""The part that both training loops share: counting, checkpoints, stopping and resuming.
 
 A run is resumed by repeating its command. It owns its output folder, which all processes must see:
 
     config.yaml           the resolved settings
     checkpoints/000123/   Accelerate's state after that many images; see `training/checkpoints.py`
-    metrics.jsonl         one line a log interval, cut back to the checkpoint on resuming
+    metrics.jsonl         one line per log interval, cut back to the checkpoint on resuming
     unreadable.txt        names of images that could not be read, one a line; cut back likewise
     previews/000123.png   image grids
     logs/, wandb/         the tracker's files; wandb_id.txt names the run that W&B goes on with

@@ -14,15 +14,13 @@ from looc_ldm.errors import Terminated, is_first_process
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A launcher passes on signals that the system sends to every process anyway: what comes so soon is the same request.
 SAME_REQUEST_SECONDS = 1.0
-GRACE = 30  # seconds after SIGTERM, at the end of which launchers and batch systems send SIGKILL
-LOOK_SECONDS = 0.2  # between two looks of a worker that was asked to end
 
-# Shared with the loaders' workers: whether the training is over that they load for.
+# Shared with the loaders' workers: whether the training that they load for is over.
 _over = multiprocessing.RawValue(ctypes.c_bool, False)
 
 
 class StopSignals:
-    """Remembers SIGINT and SIGTERM while it is entered. A second one, a second later, ends the process at once.
+    """Remember SIGINT and SIGTERM while entered. A second one, a second later, ends the process at once.
 
     Attributes:
         received (`int`): Number of the signal that came, or 0.
@@ -55,32 +53,17 @@ class StopSignals:
 
 
 def stopped_by(number: int, message: str) -> KeyboardInterrupt:
-    """What ends a run that a signal has asked to stop, once it is saved: `Terminated` after SIGTERM."""
+    """Return the exception that ends a run after a signal: `Terminated` after SIGTERM."""
     return (Terminated if number == signal.SIGTERM else KeyboardInterrupt)(message)
 
 
 def _leave_signals(worker: int, over: ctypes.c_bool) -> None:
-    """What a loader's worker does first: go on while the trainer, which gets the same signals, finishes its step.
+    """Let a loader's worker go on while the trainer, which gets the same signals, finishes its step.
 
-    SIGTERM ends a worker once the trainer needs it no more: its `StopSignals` are left (the loader, too, sends SIGTERM
-    to a worker that is slow to end), or it is gone. After `GRACE` seconds it ends in any case.
+    Once the training is over, SIGTERM ends the worker at once: the loader sends it to a worker that is slow to end.
     """
-    trainer = os.getppid()
-    asked_at: list[float] = []
-
-    def look(number: int, frame) -> None:
-        if not asked_at:
-            asked_at.append(time.monotonic())
-            signal.setitimer(signal.ITIMER_REAL, LOOK_SECONDS, LOOK_SECONDS)
-        if over.value or os.getppid() != trainer:
-            os._exit(0)
-        if time.monotonic() - asked_at[0] > GRACE:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, look)
-    signal.signal(signal.SIGTERM, look)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if over.value else None)
 
 
-leave_signals_to_the_trainer = partial(_leave_signals, over=_over)  # which so gets to workers that are not forked
+leave_signals_to_the_trainer = partial(_leave_signals, over=_over)  # also for workers that are not forked

@@ -1,4 +1,4 @@
-"""What is measured while training runs: reconstructions (stage 1), samples (stage 2), and the use of the codebook.
+"""Measuring while training runs: reconstructions (stage 1), samples (stage 2), and the use of the codebook.
 
 Nothing here leaves a trace in the training: random number generators and the modes of models are put back.
 """
@@ -70,7 +70,7 @@ def check_evaluation(config: AutoencoderConfig | DiffusionConfig) -> None:
 
 @torch.no_grad()
 def codebook_use(quantizer: LooCQuantizer) -> dict[str, float]:
-    """How the codebook was used lately, by the moving averages in `usage`. Waits for the device.
+    """Measure how the codebook was used lately, by the moving averages in `usage`. Waits for the device.
 
     Returns:
         `dict`: `dead_codes`: the number of codevectors that revival would move more than half way to their anchor,
@@ -100,7 +100,7 @@ def reconstruction_figures(
     num_workers: int,
     lpips: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, float | int]:
-    """How well images are reconstructed: of `evaluation.images` of a set, at even distances, those that can be read.
+    """Measure reconstructions of `evaluation.images` images of a set, at even distances, without unreadable ones.
 
     On one process: not a collective.
 
@@ -120,7 +120,7 @@ def reconstruction_figures(
 
 @torch.no_grad()
 def reconstruction_grid(models: Sequence[LooCVQModel], images: ImageSet, count: int) -> Image.Image:
-    """A row of `count` images of a set, at even distances, and below it a row of each model's reconstructions."""
+    """Return a row of `count` images of a set, at even distances, above one row of reconstructions per model."""
     originals = torch.stack([images[int(index)][0] for index in spread(len(images), count)])
     cells = list(originals)
     for model in models:
@@ -137,7 +137,7 @@ def reconstruction_grid(models: Sequence[LooCVQModel], images: ImageSet, count: 
 def generation_figures(
     pipe: LooCLDMPipeline, images: ImageSet, config: DiffusionConfig, accelerator: Accelerator
 ) -> dict[str, float | int]:
-    """FID and KID between `evaluation.images` samples and as many images. A collective; all processes get the figures.
+    """Measure FID and KID between `evaluation.images` samples and as many images. Collective; all get the figures.
 
     Every process draws its share, and the samples are the same for any number of processes and at every call: same
     seed, same labels (as many of each class, up to one), with the steps and the guidance of the sample grids. They are
@@ -204,7 +204,7 @@ def _balanced_labels(pipe: LooCLDMPipeline, count: int) -> list[int | None]:
 def _reference_features(
     network: Network, images: ImageSet, config: DiffusionConfig, accelerator: Accelerator
 ) -> Features | None:
-    """Features of the images compared with, on the main process. A collective."""
+    """Return the features of the images compared with, on the main process. Collective."""
     cache, key = ReferenceCache(Path(config.output_dir) / "reference"), _reference_key(images, config)
     found = on_main(accelerator, lambda: cache.file(key).is_file())
     stored = cache.load(key) if found and accelerator.is_main_process else None
@@ -224,7 +224,7 @@ def _reference_features(
 
 
 def _reference_key(images: ImageSet, config: DiffusionConfig) -> dict:
-    """All that decides the reference features: the images, their transform, their number, and the network."""
+    """Return all that decides the reference features: the images, their transform, their number, and the network."""
     data = {k: v for k, v in asdict(config.data).items() if k not in ("num_workers", "max_unreadable_share")}
     network = features_of_config(config.evaluation).identity()
     del network["weights"]  # where they lie does not matter
@@ -232,5 +232,5 @@ def _reference_key(images: ImageSet, config: DiffusionConfig) -> dict:
 
 
 def _random_state_kept(device: torch.device) -> AbstractContextManager:
-    """Training goes on with the random numbers it would have had: that is what makes resuming exact."""
+    """Keep the random numbers of training as they would be without a measurement, so that resuming is exact."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
@@ -302,6 +303,20 @@ def test_a_run_whose_data_has_moved_goes_on_with_a_word_and_one_with_another_spl
     assert "the same as before" not in caplog.text
     with pytest.raises(ConfigError, match=r"data\.split: 'train' -> 'validation'"):
         train(replace(there, data=replace(there.data, split="validation")))
+
+
+def test_a_run_with_withdrawn_settings_goes_on_if_they_are_at_their_defaults(tmp_path):
+    config = config_of(tmp_path, total_images=24)
+    train(config)
+    file = tmp_path / "config.yaml"
+    settings = yaml.safe_load(file.read_text())
+    settings["loss"] |= {"lecam_weight": 0.0, "adversarial_ramp_images": 0}
+    file.write_text(yaml.safe_dump(settings))
+    assert train(replace(config, total_images=48)).images_seen == 48
+    settings["loss"]["lecam_weight"] = 0.1
+    file.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ConfigError, match=r"loss\.lecam_weight=0\.1 was withdrawn, only 0\.0 is left"):
+        train(replace(config, total_images=72))
 
 
 def test_an_interval_that_is_not_given_is_never_due(tmp_path):
