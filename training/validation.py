@@ -6,9 +6,11 @@ Nothing here leaves a trace in the training: random number generators and the mo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,20 +25,21 @@ from looc_ldm.distributed import on_main, write_or_stop_all
 from looc_ldm.errors import ConfigError, DataError
 from looc_ldm.images import to_float, to_pil, to_uint8
 from looc_ldm.metrics.collect import Features
-from looc_ldm.metrics.generation import Network
+from looc_ldm.metrics.extractors import InceptionFeatures
+from looc_ldm.metrics.generation import Network, collect_features
 from looc_ldm.metrics.generation import generation_figures as generation_figures_of
 from looc_ldm.metrics.reconstruction import eval_mode, evaluate_reconstruction
 from looc_ldm.metrics.reference import ReferenceCache
+from looc_ldm.metrics.shares import share_of_batches
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.quantizer import LooCQuantizer
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, EvaluationConfig
 from looc_ldm.training.data import ImageSet, float_batches, spread
-from looc_ldm.training.features import features_of_config, features_of_share, read_pixels
 
 logger = logging.getLogger(__name__)
 
-READ_BATCH = 32  # images a loader's worker reads at a time
+FEATURE_BATCH = 32  # images that a loader's worker reads, or the Inception network sees, at a time
 SAMPLE_BATCH = 64  # images drawn at a time, if the training batch is not smaller; the same for any number of processes
 LOGGED = ("images", "psnr", "ssim", "l1", "lpips", "codebook_use", "perplexity", "bits_per_pixel")
 
@@ -206,21 +209,47 @@ def _reference_features(
 ) -> Features | None:
     """Return the features of the images compared with, on the main process. Collective."""
     cache, key = ReferenceCache(Path(config.output_dir) / "reference"), _reference_key(images, config)
-    found = on_main(accelerator, lambda: cache.file(key).is_file())
-    stored = cache.load(key) if found and accelerator.is_main_process else None
+    stored = cache.load(key) if accelerator.is_main_process else None
     if broadcast_object_list([stored is not None])[0]:
         return stored
     chosen = spread(len(images), config.evaluation.images)
 
     def read(places: list[int]) -> Iterator[torch.Tensor]:
-        subset = Subset(images, chosen[places])
-        return read_pixels(float_batches(subset, READ_BATCH, config.data.num_workers))
+        for batch in float_batches(Subset(images, chosen[places]), FEATURE_BATCH, config.data.num_workers):
+            yield from to_uint8(batch)
 
     features = features_of_share(network, read, len(chosen), accelerator)
-    write_or_stop_all(
-        accelerator, "the reference of FID", cache.folder, lambda: cache.save(key, features), main_only=True
-    )
+    save = partial(cache.save, key, features)
+    write_or_stop_all(accelerator, "the reference of FID", cache.folder, save, main_only=True)
     return features
+
+
+def features_of_config(evaluation: EvaluationConfig) -> InceptionFeatures:
+    """Return the features that a config measures with. Raises FileNotFoundError if the weights are not there."""
+    weights = evaluation.inception_weights
+    return InceptionFeatures(str(evaluation.feature_layer), None if weights is None else Path(weights))
+
+
+def features_of_share(
+    network: Network,
+    images_at: Callable[[list[int]], Iterable[torch.Tensor]],
+    count: int,
+    accelerator: Accelerator,
+) -> Features:
+    """Compute features of `count` images, a share on each process. Collective; complete on the main process.
+
+    Args:
+        network: The network that `InceptionFeatures.load` returned.
+        images_at: Returns the images at some of the `count` places, uint8 `(C, H, W)`, in their order.
+        count: Number of all images.
+        accelerator: The processes.
+    """
+    shares = share_of_batches(count, FEATURE_BATCH, accelerator)
+    images = iter(images_at([place for share in shares for place in share]))
+    # Fewer at the end if some cannot be read.
+    batches = (torch.stack(batch) for share in shares if (batch := list(islice(images, len(share)))))
+    networks = {"inception": network}
+    return collect_features(batches, networks, {"inception"}, accelerator, device=accelerator.device)["inception"]
 
 
 def _reference_key(images: ImageSet, config: DiffusionConfig) -> dict:
