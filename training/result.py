@@ -11,7 +11,8 @@ from pathlib import Path
 
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.files import read_json
-from looc_ldm.training.config import DataConfig, RunConfig, to_dict
+from looc_ldm.training.config import DataConfig, RunConfig
+from looc_ldm.training.config_parsing import to_dict
 from looc_ldm.training.run import Run
 from looc_ldm.training.transforms import describe_transform
 
