@@ -57,15 +57,21 @@ def print_once(text, file: TextIO | None = None) -> None:
 def one_line_errors() -> Iterator[None]:
     """Command lines run in this: bad input ends in one line and exit status 2, Ctrl-C in one line and status 130.
 
-    SIGTERM during training ends in one line and status 143.
+    Bad input is a UserError, and what the system, a library or YAML say of files and values: OSError, ValueError (of
+    which UnicodeError is one) and YAMLError. SIGTERM during training ends in one line and status 143.
     """
     try:
         yield
-    except UserError as error:
-        # From a loader's worker process the message comes with the worker's traceback in front.
-        message = re.sub(r"^looc_ldm\.errors\.\w+: ", "", str(error).strip().splitlines()[-1])
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print_once(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
         sys.exit(143 if isinstance(interrupt, Terminated) else 130)
+    except Exception as error:
+        yaml = sys.modules.get("yaml")  # which need not have been imported
+        if not isinstance(error, (OSError, ValueError) + ((yaml.YAMLError,) if yaml else ())):
+            raise
+        message = str(error).strip() or type(error).__name__
+        # From a loader's worker process the message comes with the worker's traceback in front.
+        if message.startswith("Caught "):
+            message = re.sub(r"^[\w.]+: ", "", message.splitlines()[-1])
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
