@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from jsonargparse.typing import PositiveInt
 from small_images import read_images
 
-from looc_ldm.arguments import Parser, positive
 from looc_ldm.commands.record import versions
 from looc_ldm.errors import UserError, one_line_errors
 from looc_ldm.files import check_folder, replace_text
@@ -45,13 +45,13 @@ def command() -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pipeline", help="folder, or starter")
     parser.add_argument("images", type=Path, help="folder of t10k-images-idx3-ubyte.gz")
     parser.add_argument("--inception-weights", type=Path, help="torch-fidelity's; downloaded if not given")
     parser.add_argument("--feature-layer", choices=LAYERS, default="2048", help="default: 2048, the published one")
-    parser.add_argument("--samples", type=positive, default=2000, help="drawn from each model (default: 2000)")
-    parser.add_argument("--steps", type=positive, default=25, help="of the scheduler (default: 25)")
+    parser.add_argument("--samples", type=PositiveInt, default=2000, help="drawn from each model (default: 2000)")
+    parser.add_argument("--steps", type=PositiveInt, default=25, help="of the scheduler (default: 25)")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="default: 2")
     parser.add_argument("--trained-only", action="store_true", help="not beside an untrained UNet")
     parser.add_argument("--out", type=Path, default=RESULT, help="default: benchmarks/results/fashion_mnist_fid.json")

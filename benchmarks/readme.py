@@ -29,7 +29,6 @@ from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 
 from looc_ldm import LooCVQModel, configs
-from looc_ldm.arguments import Parser
 from looc_ldm.errors import UserError, one_line_errors
 from looc_ldm.files import replace_text
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
@@ -509,7 +508,7 @@ def tables() -> str:
 def main() -> None:
     written = (costs, quickstart, starter, quantizer, sampling, tiling, training, metrics, tables, recipes)
     sections = {function.__name__: function for function in written}
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", choices=sections, metavar="SECTION", help=", ".join(sections))
     parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="of quickstart alone: what it has made")
     with one_line_errors():

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import bundle_fashion_mnist
 import torch
+from jsonargparse.typing import PositiveInt
 from weights import check_weights
 
 from looc_ldm import LooCLDMPipeline
-from looc_ldm.arguments import Parser, positive
 from looc_ldm.card import MARK, write_card
 from looc_ldm.errors import UserError, one_line_errors
 from looc_ldm.files import replace_text, write_image
@@ -175,7 +175,7 @@ def card(text: str, options: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="folder of train- and t10k-images-idx3-ubyte.gz and their labels")
     parser.add_argument("--work", type=Path, help="default: runs/starter, or runs/starter_rehearsal")
     parser.add_argument("--lpips-weights", type=Path, help="AlexNet's; torchvision downloads them if not given")
@@ -184,7 +184,7 @@ def main() -> None:
         "--feature-layer", choices=LAYERS, default="768", help="of the FID; that of the shipped card (default: 768)"
     )
     parser.add_argument("--guidance-scale", type=float, default=1.5, help="as chosen on the held-out images")
-    parser.add_argument("--rehearse", type=positive, metavar="IMAGES", help="train on so few images, ship nothing")
+    parser.add_argument("--rehearse", type=PositiveInt, metavar="IMAGES", help="train on so few images, ship nothing")
     with one_line_errors():
         options = parser.parse_args()
         options.work = options.work or Path("runs/starter" if options.rehearse is None else "runs/starter_rehearsal")

@@ -38,6 +38,7 @@ from pathlib import Path
 from threading import Event
 
 import torch
+from jsonargparse.typing import PositiveInt
 from small_images import COUNTS, SETS, check_files, load_images
 from small_vqvae import (
     ANNEALED_RATE,
@@ -59,7 +60,7 @@ from weights import check_weights
 
 from looc_ldm import LooCSmallVQModel
 from looc_ldm.analysis.rate_distortion import CODECS, codec_curve
-from looc_ldm.arguments import Parser, positive, seed_number
+from looc_ldm.arguments import Seed
 from looc_ldm.commands.record import versions
 from looc_ldm.errors import UserError, one_line_errors
 from looc_ldm.files import check_folder, make_folder
@@ -293,7 +294,7 @@ def run_apart(pairs: list[tuple[str, str]], options: argparse.Namespace) -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "table", choices=[*TABLES, "all", "codecs"], help="tables by their numbers in the paper, and further ones"
     )
@@ -305,8 +306,8 @@ def parse() -> argparse.Namespace:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help=f"of the kinds {', '.join(DEVICES)} (default: cuda where there is one)",
     )
-    parser.add_argument("--budget", type=positive, help="training images to see (default: 500 epochs, as published)")
-    parser.add_argument("--batch-size", type=positive, default=PUBLISHED_BATCH, help="default: 128, as published")
+    parser.add_argument("--budget", type=PositiveInt, help="training images to see (default: 500 epochs, as published)")
+    parser.add_argument("--batch-size", type=PositiveInt, default=PUBLISHED_BATCH, help="default: 128, as published")
     parser.add_argument(
         "--annealed",
         action="store_true",
@@ -318,8 +319,8 @@ def parse() -> argparse.Namespace:
         help="networks in bfloat16 (default: float32): faster on GPUs and on CPUs with AMX or AVX512-BF16, much slower "
         "on others",
     )
-    parser.add_argument("--seed", type=seed_number, default=42, help="of weights and order (default: 42)")
-    parser.add_argument("--jobs", type=positive, default=1, help="rows that are trained at a time")
+    parser.add_argument("--seed", type=Seed, default=42, help="of weights and order (default: 42)")
+    parser.add_argument("--jobs", type=PositiveInt, default=1, help="rows that are trained at a time")
     parser.add_argument(
         "--work",
         type=Path,

@@ -1,195 +1,148 @@
-"""Commands and options of `looc-ldm`: what can be typed, with units and defaults."""
+"""Options of a command, defined by one frozen dataclass: its types are checked, its docstring is the help.
+
+A field without a default is required. `positional()` fields are typed without a name, fields of type list take several
+values, bool fields are switches. Each base class is a group in the help.
+"""
 
 from __future__ import annotations
 
-import argparse
-import platform
-from collections.abc import Callable
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+import inspect
+import re
+import shlex
+import types
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from looc_ldm import __version__
+import docstring_parser
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt, restricted_number_type
+
 from looc_ldm.errors import UserError
 
-TRAINERS = ("autoencoder", "diffusion")
-DATA_HELP = "bundled name, folder of images, parquet files, WebDataset shards or LSUN's LMDBs, or hub id"
-FITS = ("crop", "random_crop", "adm", "pad")
-# Of looc_ldm.commands; each has `add_parsers(commands)`.
-COMMAND_MODULES = ("analyze", "codes", "compare", "convert", "evaluate", "hub", "latents")
-PROTOCOLS = ("clean", "paper")  # of looc_ldm.metrics.protocols, which is not imported for its names alone
-DTYPES = ("float32", "bfloat16", "float16")
-REPORTED_PACKAGES = ("torch", "torchvision", "diffusers", "accelerate", "transformers", "datasets", "torch-fidelity")
+Dtype = Literal["float32", "bfloat16", "float16"]
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
+
+T = TypeVar("T", bound="Options")
 
 
-class Parser(argparse.ArgumentParser):
-    """Ends at bad arguments as at any other bad input: in one line."""
-
-    def error(self, message: str):
-        raise UserError(f"{message} (see {self.prog} --help)")
+def positional(metavar: str) -> dict[str, Any]:
+    """Return the metadata of a field that is typed without a name, shown as `metavar`."""
+    return {"metavar": metavar, "positional": True}
 
 
-def make_parser(commands_by_name: dict[str, Callable[[argparse.Namespace], None]]) -> argparse.ArgumentParser:
-    """The parser of all commands but `train STAGE`, whose flags come from the config's dataclasses.
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of any command."""
+
+    command_line: str = ""  # as typed, for records; it has no help and so is no option itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(Options):
+    """Device
 
     Args:
-        commands_by_name: What each command calls with its options, by the words of the command.
+        device: cpu, cuda, cuda:1, mps, ... If not given, the best there is.
     """
-    parser = Parser(prog="looc-ldm", description="Latent diffusion for diffusers on a LooC first stage.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="print versions and devices, for bug reports")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    quickstart = commands.add_parser(
-        "quickstart", help="the whole chain in miniature on bundled images, with a report to look at"
-    )
-    quickstart.add_argument(
-        "--output", type=Path, default=Path("quickstart"), help="folder of everything (default: quickstart)"
-    )
-    add_feature_options(quickstart, without="FID is left out")
-    quickstart.set_defaults(command=commands_by_name["quickstart"])
+    device: str | None = None
 
-    train = commands.add_parser("train", help="train an autoencoder (stage 1) or a diffusion model (stage 2)")
-    train.add_argument("stage", choices=TRAINERS, help="`looc-ldm train STAGE --help` lists its settings and defaults")
 
-    sample = commands.add_parser("sample", help="draw images, and a grid of them, from a trained model")
-    sample.add_argument(
-        "model", metavar="MODEL", help="pipeline: folder, hub id, or starter, which comes with the package"
-    )
-    sample.add_argument("--labels", nargs="+", help="classes, by name or index (default: all)")
-    sample.add_argument(
-        "--images", type=positive, default=4, help="images of each class, or of a model without classes (default: 4)"
-    )
-    sample.set_defaults(**add_sampling_options(sample, batch_size=64))
-    add_device_option(sample)
-    add_dtype_option(sample)
-    sample.add_argument(
-        "--output",
-        type=Path,
-        default=Path("samples"),
-        help="folder of PNGs, a sub-folder a class; the grid is the .png of its name (default: samples)",
-    )
-    sample.set_defaults(command=commands_by_name["sample"])
+@dataclass(frozen=True, kw_only=True)
+class CacheLatents(DeviceOptions):
+    """Encode a data set once, for stage 2.
 
-    reconstruct = commands.add_parser("reconstruct", help="originals beside reconstructions")
-    reconstruct.add_argument("model", metavar="MODEL", help="autoencoder or pipeline: folder, hub id or starter")
-    reconstruct.add_argument("data", metavar="IMAGES", help=DATA_HELP)
-    add_data_options(reconstruct)
-    reconstruct.add_argument("--images", type=positive, default=8, help="images in the grid (default: 8)")
-    reconstruct.add_argument(
-        "--output", type=Path, default=Path("reconstructions.png"), help="PNG file (default: reconstructions.png)"
-    )
-    add_device_option(reconstruct)
-    reconstruct.set_defaults(command=commands_by_name["reconstruct"], dtype="float32")
+    Interrupted, the same command goes on. By several processes: accelerate launch -m looc_ldm.training.latents, with
+    the same options.
 
-    for name in COMMAND_MODULES:
-        import_module(f"looc_ldm.commands.{name}").add_parsers(commands)
+    Args:
+        config: Diffusion config: name or file.
+        autoencoder: Folder or hub id of the first stage, or starter. If not given, the config's.
+        data: Bundled name, folder of images, parquet files, WebDataset shards or LSUN's LMDBs, or hub id. If not given,
+            the config's.
+        output: Folder. If not given, the config's `latents`, or latents in its output_dir.
+        batch_size: Images that a process encodes at a time. If not given, by device and resolution.
+        dtype: Data type of the encoder; latents are stored as float16. If not given, float32, or that of a complete
+            cache.
+    """
+
+    config: str
+    autoencoder: str | None = None
+    data: str | None = None
+    output: str | None = None
+    batch_size: PositiveInt | None = None
+    dtype: Dtype | None = None
+
+
+def parse_options(options_class: type[T], arguments: list[str], prog: str) -> T:
+    """Return the options that arguments describe; hyphens and underscores in their names are equal.
+
+    Raises:
+        UserError: One line that names the wrong argument and what is allowed.
+        SystemExit: After `--help`.
+    """
+    arguments = list(arguments)
+    hyphened = [re.sub("^--[^=]+", lambda name: name.group().replace("_", "-"), argument) for argument in arguments]
+    values = make_parser(options_class, prog).parse_args(hyphened).as_dict()
+    return options_class(command_line=shlex.join([*prog.split(), *arguments]), **values)
+
+
+def make_parser(options_class: type[Options], prog: str) -> ArgumentParser:
+    """Return the parser of a command."""
+    docs = {part: docstring_parser.parse(inspect.getdoc(part)) for part in options_class.__mro__ if part is not object}
+    helps = {param.arg_name: param.description for doc in reversed(docs.values()) for param in doc.params}
+    types_ = get_type_hints(options_class)
+    owners: dict[str, type] = {}  # a field that a subclass gives another default stays in the group of its base class
+    for part in reversed(docs):
+        owners = dict.fromkeys(vars(part).get("__annotations__", {}), part) | owners
+    own = docs[options_class]
+    description = "\n\n".join(filter(None, (own.short_description, own.long_description)))
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    groups = {own.short_description: parser}
+    for part, doc in docs.items():
+        if part in owners.values() and doc.short_description not in groups:
+            title, text = doc.short_description, doc.long_description
+            groups[title] = parser.add_argument_group(title, text)
+    for item in fields(options_class):
+        if item.name in helps:
+            group = parser if item.metadata.get("positional") else groups[docs[owners[item.name]].short_description]
+            _add_argument(group, item, types_[item.name], " ".join(helps[item.name].split()))
     return parser
 
 
-def add_cache_options(parser: argparse.ArgumentParser) -> None:
-    """Of `cache-latents`, which is also a module that a launcher starts on several processes."""
-    parser.add_argument("--config", required=True, help="diffusion config: name or file")
-    parser.add_argument("--autoencoder", help="folder or hub id of the first stage, or starter (default: the config's)")
-    parser.add_argument("--data", help=f"{DATA_HELP} (default: the config's)")
-    parser.add_argument(
-        "--output", type=Path, help="folder (default: the config's `latents`, or latents in its output_dir)"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=positive,
-        help="images a process encodes at a time (default: by device and resolution)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="of the encoder; latents are stored as float16 (default: float32, or what a complete cache has)",
-    )
-    add_device_option(parser)
+def _add_argument(group, item: Field, hint: Any, help: str) -> None:
+    settings: dict[str, Any] = {"help": help}
+    if get_origin(hint) in (Union, types.UnionType):  # X | None: not given
+        hint = next(part for part in get_args(hint) if part is not types.NoneType)
+    if get_origin(hint) is list:
+        (hint,) = get_args(hint)
+        settings["nargs"] = "+"
+    if "metavar" in item.metadata:
+        settings["metavar"] = item.metadata["metavar"]
+    if item.metadata.get("positional"):
+        group.add_argument(item.name, type=hint, **settings)
+        return
+    names = ["--" + name.replace("_", "-") for name in (item.name, *item.metadata.get("aliases", ()))]
+    if hint is bool:
+        group.add_argument(*names, action="store_true", **settings)
+    elif item.default is MISSING:
+        group.add_argument(*names, type=hint, required=True, **settings)
+    else:
+        group.add_argument(*names, type=hint, default=item.default, **settings)
 
 
-def add_device_option(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: the best there is)")
+class _Parser(ArgumentParser):
+    """A parser that ends at bad arguments as at any other bad input: in one line."""
 
+    def error(self, message: str, ex: Exception | None = None):
+        message = " ".join(message.replace("typing.", "").split())
+        found = re.match(r'Parser key "(\w+)"(?: element \d+)?: (.*)', message)
+        if found:
+            message = f"--{found[1].replace('_', '-')}: {found[2]}"
+        restricted = re.match(r"(--[\w-]+: )Not of type \w+: (\S+) does not conform to restriction (.+)", message)
+        if restricted:
+            message = f"{restricted[1]}must be {restricted[3].replace('v', '')}, got {restricted[2]}"
+        raise UserError(f"{message} (see {self.prog} --help)")
 
-def add_dtype_option(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the networks (default: float32)")
-
-
-def add_sampling_options(parser: argparse._ActionsContainer, batch_size: int) -> dict[str, int | float]:
-    """Of drawing images; returns the defaults, for commands that must know whether an option was given."""
-    parser.add_argument("--steps", type=positive, help="denoising steps (default: 50)")
-    parser.add_argument("--guidance-scale", type=float, help="1 is no guidance (default: 1)")
-    parser.add_argument("--batch-size", type=positive, help=f"images drawn at a time (default: {batch_size})")
-    parser.add_argument("--seed", type=seed_number, help="same seed, same images (default: 0)")
-    return {"steps": 50, "guidance_scale": 1.0, "batch_size": batch_size, "seed": 0}
-
-
-def add_data_options(parser: argparse._ActionsContainer, model: str = "the model") -> None:
-    parser.add_argument("--split", help="which split (default: test, validation, or the first there is)")
-    parser.add_argument(
-        "--resolution", type=positive, help=f"side of the images in pixels (default: what {model} was trained at)"
-    )
-    parser.add_argument(
-        "--fit",
-        choices=FITS,
-        help="how images become square; random_crop is crop here, adm the centre crop that most published FIDs are "
-        f"measured with (default: as in {model}'s training, as far as its folder says, else crop)",
-    )
-
-
-def add_feature_options(parser: argparse._ActionsContainer, without: str) -> None:
-    parser.add_argument(
-        "--inception-weights",
-        type=Path,
-        metavar="FILE",
-        help=f"file of torch-fidelity's Inception network (default: none; {without})",
-    )
-    parser.add_argument(
-        "--feature-layer",
-        choices=("64", "192", "768", "2048"),
-        default="2048",
-        help="Inception features; only 2048 compares with published FIDs (default: 2048)",
-    )
-
-
-def add_protocol_option(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--protocol",
-        choices=PROTOCOLS,
-        default="clean",
-        help="clean: floats, the usual SSIM and FID; paper: as in the LooC paper's tables, of JPEGs, SSIM with a "
-        "uniform window, FID after a resize to 229 (default: clean)",
-    )
-
-
-def add_result_option(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--output", type=Path, help="JSON file for the figures (default: they are only printed)")
-
-
-def positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
-    return value
-
-
-def seed_number(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"must be a whole number in [0, 2**32), got {text!r}")
-    return int(text)
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        lines = [f"looc-ldm {__version__}", f"Python {platform.python_version()}, {platform.platform()}"]
-        for package in REPORTED_PACKAGES:
-            try:
-                lines.append(f"{package} {version(package)}")
-            except PackageNotFoundError:
-                lines.append(f"{package} is not installed")
-        import torch
-
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-        lines.append(gpu)
-        print("\n".join(lines))
-        parser.exit()
+    def format_help(self) -> str:
+        return re.sub(r"<class\s+'Path'>", "Path", super().format_help())

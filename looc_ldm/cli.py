@@ -1,115 +1,122 @@
-"""`looc-ldm`: the command line. The outermost layer: it may use every part, and imports them inside its commands."""
+"""`looc-ldm`: the command line. A command's options and code are imported once its name is known."""
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import logging
-import shlex
+import platform
 import sys
+from importlib import import_module
 
-from looc_ldm.arguments import TRAINERS, make_parser
-from looc_ldm.commands.shared import (
-    as_user_errors,
-    by_index,
-    check_file,
-    draw_samples,
-    inception_features,
-    load_pipeline,
-    model_and_images,
-    rate_of,
-)
+from looc_ldm import __version__
 from looc_ldm.errors import UserError, one_line_errors
-from looc_ldm.files import check_folder
 
-GRID_COLUMNS, GRID_ROWS = 16, 100  # of the grid of samples, at most
+# The class of the options and the function that takes them, both below `looc_ldm`, and one line of help.
+COMMANDS = {
+    "quickstart": ("commands.options:Quickstart", "commands.quickstart:run", "run the whole chain in miniature"),
+    "train autoencoder": ("training.config:AutoencoderConfig", "commands.train:train", "train the first stage"),
+    "train diffusion": ("training.config:DiffusionConfig", "commands.train:train", "train the second stage"),
+    "cache-latents": (
+        "arguments:CacheLatents",
+        "training.latents:cache_data_set",
+        "encode a data set once, for stage 2",
+    ),
+    "sample": ("commands.options:Sample", "commands.sample:sample", "draw images from a trained model"),
+    "reconstruct": (
+        "commands.options:Reconstruct",
+        "commands.reconstruct:reconstruct",
+        "show originals beside reconstructions",
+    ),
+    "encode": ("commands.options:Encode", "commands.codes:encode", "encode images as packed codes or a table of codes"),
+    "decode": ("commands.options:Decode", "commands.codes:decode", "decode packed codes to images"),
+    "evaluate reconstruction": (
+        "commands.options:EvaluateReconstruction",
+        "commands.evaluate_reconstruction:evaluate_reconstruction",
+        "measure reconstructions and their rate",
+    ),
+    "evaluate generation": (
+        "commands.options:EvaluateGeneration",
+        "commands.evaluate_generation:evaluate_generation",
+        "measure samples against real images",
+    ),
+    "analyze": ("commands.options:Analyze", "commands.analyze:analyze", "draw the paper's figures for a model"),
+    "compare": ("commands.options:Compare", "commands.compare:compare", "measure several models on the same images"),
+    "convert": ("commands.options:Convert", "commands.convert:convert", "convert weights of other projects"),
+    "push": ("commands.options:Push", "commands.hub:push", "upload a model with its card to the hub"),
+    "pull": ("commands.options:Pull", "commands.hub:pull", "download a model from the hub, and verify it"),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with one_line_errors():
-        if arguments[:1] == ["train"] and arguments[1:2] and arguments[1] in TRAINERS:
-            _train(arguments[1], arguments[2:])  # its flags come from the config's dataclasses; it logs more
-            return
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-        options = make_parser(COMMANDS).parse_args(arguments)
-        options.command_line = shlex.join(["looc-ldm", *arguments])
-        options.command(options)
+        shown = _help_or_version(arguments)
+        if shown is not None:
+            print(shown)
+            sys.exit(0)
+        name, options = parse_command(arguments)
+        run = _imported(COMMANDS[name][1])
+        if not name.startswith("train"):  # which logs more
+            logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        run(options)
 
 
-# Commands ------------------------------------------------------------------------------------------------------------
+def parse_command(arguments: list[str]):
+    """Return the name of a command and its options.
+
+    Raises:
+        UserError: There is no such command, or its options are wrong.
+        SystemExit: After `--help`.
+    """
+    words = 2 if arguments and arguments[0] in _groups() else 1
+    name = " ".join(arguments[:words])
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        known = f"did you mean {close[0]!r}?" if close else f"give a COMMAND: {', '.join(COMMANDS)}."
+        raise UserError(f"no command {name!r}; {known}")
+    options_class = _imported(COMMANDS[name][0])
+    prog = f"looc-ldm {name}"
+    if words == 2 and arguments[0] == "train":
+        from looc_ldm.training.config_parsing import parse_command_line
+
+        return name, parse_command_line(options_class, arguments[words:], prog)
+    from looc_ldm.arguments import parse_options
+
+    return name, parse_options(options_class, arguments[words:], prog)
 
 
-def _train(stage: str, arguments: list[str]) -> None:
-    if stage == "autoencoder":
-        from looc_ldm.training.autoencoder import main as train
-    else:
-        from looc_ldm.training.diffusion import main as train
-    train(arguments)
+def _imported(place: str):
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"looc_ldm.{module}"), name)
 
 
-def _quickstart(options: argparse.Namespace) -> None:
-    from looc_ldm.quickstart import quickstart
-
-    features = inception_features(options) if options.inception_weights else None
-    report = quickstart(options.output, features)
-    print(f"report: {report}")
+def _groups() -> set[str]:
+    return {name.split()[0] for name in COMMANDS if " " in name}
 
 
-def _sample(options: argparse.Namespace) -> None:
-    from diffusers.utils import make_image_grid
-
-    from looc_ldm.commands.class_labels import class_folder
-    from looc_ldm.files import write_image
-    from looc_ldm.images import to_pil
-
-    grid_file = options.output.with_name(f"{options.output.resolve().name}.png")  # not among what it shows
-    check_folder(options.output)
-    check_file(grid_file)
-    pipe = load_pipeline(options)
-    classes = options.labels or sorted(pipe.config.id2label or {}) or [None]
-    labels = [by_index(label, pipe) for label in classes for _ in range(options.images)]
-    columns, rows = min(options.images, GRID_COLUMNS), min(len(classes), GRID_ROWS)
-    grid, replaced = [], 0
-    with as_user_errors(ValueError):
-        for i, drawn in enumerate(draw_samples(pipe, labels, options)):
-            folder = options.output / class_folder(labels[i], pipe)
-            folder.mkdir(parents=True, exist_ok=True)
-            image, file = to_pil(drawn), folder / f"{i:05d}.png"
-            replaced += file.exists()
-            write_image(image, file)
-            if i // options.images < rows and i % options.images < columns:
-                grid.append(image)
-    write_image(make_image_grid(grid, rows, columns), grid_file)
-    print(f"{len(labels)} images in {options.output}, and {grid_file}, a row a class")
-    others = sum(1 for _ in options.output.rglob("*.png")) - len(labels)
-    if others or replaced:
-        print(f"warning: {options.output} held images before: {replaced} replaced, {others} still there")
+def _help_or_version(arguments: list[str]) -> str | None:
+    """Return what `--version`, or `--help` before a whole command, prints."""
+    if arguments[:1] == ["--version"]:
+        return _versions()
+    group = arguments[0] if arguments and arguments[0] in _groups() else ""
+    if arguments[1 if group else 0 :][:1] not in (["-h"], ["--help"]):
+        return None
+    lines = [f"  {name:25}{entry[2]}" for name, entry in COMMANDS.items() if name.startswith(group)]
+    usage = f"usage: looc-ldm [--help] [--version] {group or 'COMMAND'} ..."
+    note = "looc-ldm COMMAND --help lists the options of a command."
+    return "\n".join([usage, "", "Latent diffusion for diffusers on a LooC first stage.", "", *lines, "", note])
 
 
-def _reconstruct(options: argparse.Namespace) -> None:
-    from looc_ldm.files import write_image
-    from looc_ldm.training.validation import reconstruction_grid
+def _versions() -> str:
+    """Versions and devices, for bug reports."""
+    import torch
 
-    check_file(options.output)
-    if options.output.suffix.lower() != ".png":
-        raise UserError(f"--output must be a .png file, got {str(options.output)!r}.")
-    model, images = model_and_images(options)
-    grid = reconstruction_grid([model], images, options.images)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_image(grid, options.output)
-    bits, pixels = rate_of(model, images)
-    print(
-        f"{options.output}: originals above, reconstructions below, {bits:.0f} bits an image, "
-        f"{bits / pixels:.4g} bits per pixel"
-    )
+    from looc_ldm.commands.record import versions
 
-
-COMMANDS = {
-    "quickstart": _quickstart,
-    "sample": _sample,
-    "reconstruct": _reconstruct,
-}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    packages = [f"{name} {number}" for name, number in versions().items()]
+    return "\n".join([f"looc-ldm {__version__}", platform.platform(), *packages, gpu])
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from looc_ldm.errors import UserError
 
 
-def choose_device(name: str | None):
-    """Return the `torch.device` of a name, or the best there is. Raises UserError if there is none of that name."""
-    import torch
-
+def choose_device(name: str | None) -> torch.device:
+    """Return the device of a name, or the best there is. Raises UserError if there is none of that name."""
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:

@@ -17,7 +17,7 @@ from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
 import looc_ldm
 from looc_ldm.cli import main
-from looc_ldm.commands import generation_metrics, reconstruction_metrics
+from looc_ldm.commands import measures
 from looc_ldm.metrics.collect import FeatureCollector
 from looc_ldm.metrics.generation import METRICS
 
@@ -198,7 +198,7 @@ def test_a_metric_whose_weights_cannot_be_had_is_refused_before_anything_is_comp
     monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", no_network)
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", no_network)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
-    monkeypatch.setattr("looc_ldm.loading.load_autoencoder", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("looc_ldm.commands.shared.load_autoencoder", lambda *args: pytest.fail("the model was loaded"))
     command = ["reconstruction", pipeline, "--data", image_folder, "--metrics"]
     assert "--inception-weights" in refusal(capsys, *command, "rfid")
     assert "--lpips-vgg-weights" in refusal(capsys, *command, "lpips_vgg")
@@ -287,11 +287,17 @@ def test_samples_that_are_not_of_the_size_of_the_real_images_are_pointed_out(net
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generation", "MODEL"], "--reference"),
-        (["generation", "MODEL", "--data", "DATA", "--protocol", "papr"], "'papr' (choose from"),
-        (["reconstruction", "MODEL", "--data", "DATA", "--protocol", "papr"], "'papr' (choose from"),
-        (["generation", "MODEL", "--data", "DATA", "--metrics", "fid@vgg"], "'fid@vgg' (choose from"),
-        (["reconstruction", "MODEL", "--data", "DATA", "--metrics", "fid"], "'fid' (choose from"),
+        (["generation", "MODEL"], "required: reference"),
+        (
+            ["generation", "MODEL", "--data", "DATA", "--protocol", "papr"],
+            "one of clean, paper, got 'papr'",
+        ),
+        (
+            ["reconstruction", "MODEL", "--data", "DATA", "--protocol", "papr"],
+            "one of clean, paper, got 'papr'",
+        ),
+        (["generation", "MODEL", "--data", "DATA", "--metrics", "fid@vgg"], "got 'fid@vgg'"),
+        (["reconstruction", "MODEL", "--data", "DATA", "--metrics", "fid"], "got 'fid'"),
         (["reconstruction", "MODEL", "--data", "DATA", "--metrics", "psnr", "INCEPTION"], "does not name rfid or kid"),
         (
             ["generation", "MODEL", "--data", "DATA", "INCEPTION", "--vgg-weights", "file"],
@@ -354,8 +360,8 @@ def test_bad_input_ends_in_one_line_and_status_2_with_nothing_written(
 
 
 def test_the_names_of_metrics_are_those_that_can_be_measured():
-    assert tuple(METRICS) == generation_metrics.METRICS
-    assert reconstruction_metrics.METRICS == ("psnr", "ssim", "l1", "lpips_vgg", "lpips_alex", "rfid", "kid")
+    assert measures.GENERATION.keys() == METRICS.keys()
+    assert tuple(measures.RECONSTRUCTION) == ("psnr", "ssim", "l1", "lpips_vgg", "lpips_alex", "rfid", "kid")
 
 
 def test_class_fid_names_the_classes_that_are_too_small(network, capsys):
@@ -550,7 +556,7 @@ def test_two_processes_measure_what_one_does_on_the_same_samples(pipeline, image
 
 
 def test_two_processes_measure_the_reconstructions_of_one(pipeline, network, monkeypatch, capsys):
-    monkeypatch.setattr("looc_ldm.commands.evaluate.READ_BATCH", 4)
+    monkeypatch.setattr("looc_ldm.commands.evaluate_reconstruction.READ_BATCH", 4)
     write_images("many", {"": 10})
     command = ["evaluate", "reconstruction", pipeline, "--data", "many", *network]
     run(capsys, *command, "--output", "one.json")

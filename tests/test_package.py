@@ -133,5 +133,5 @@ def test_imports_go_one_way(module):
 
 def test_the_layers_are_seen_where_they_are():
     assert {layer(module) for module in modules()} == {0, 1, 2, 3}
-    assert "looc_ldm.pipelines.sampling.sample_images" in imports(ROOT / "looc_ldm" / "commands" / "shared.py")
+    assert "looc_ldm.pipelines.sampling.sample_images" in imports(ROOT / "looc_ldm" / "commands" / "sample.py")
     assert "looc_ldm.quantizer.LooCQuantizer" in imports(ROOT / "looc_ldm" / "autoencoder.py")

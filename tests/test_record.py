@@ -1,6 +1,5 @@
 """The record of an evaluation can be repeated, read and pasted."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 import looc_ldm
 from looc_ldm.card import title
+from looc_ldm.commands.options import EvaluateGeneration
 from looc_ldm.commands.record import bias_note, make_record, markdown_table, print_record, write_record
 from looc_ldm.errors import UserError
 
@@ -25,12 +25,14 @@ FIGURES = {
 
 
 @pytest.fixture
-def options() -> argparse.Namespace:
-    return argparse.Namespace(model="ada/pets", dtype="float32", command_line="looc-ldm evaluate generation ada/pets")
+def options() -> EvaluateGeneration:
+    return EvaluateGeneration(
+        model="ada/pets", reference="ada/animals", command_line="looc-ldm evaluate generation ada/pets"
+    )
 
 
 def test_it_holds_the_figures_flat_and_all_that_was_used(options):
-    record = make_record(FIGURES, options, weights={"inception": {"sha256": "0"}}, seeds={"samples": 0})
+    record = make_record(FIGURES, options, options.model, weights={"inception": {"sha256": "0"}}, seeds={"samples": 0})
     assert record.items() >= FIGURES.items()
     assert (record["command"], record["version"]) == (options.command_line, looc_ldm.__version__)
     assert record["dtype"] == "float32"
@@ -52,7 +54,7 @@ def test_the_table_names_no_folder_of_this_machine(tmp_path):
 
 
 def test_small_figures_keep_their_digits_where_they_are_printed(options, capsys):
-    print_record(make_record(FIGURES, options), ["warning: so few"])
+    print_record(make_record(FIGURES, options, options.model), ["warning: so few"])
     printed = capsys.readouterr().out
     assert f"{'fid@2048':24} 12.2500\n" in printed
     assert f"{'kid@2048':24} 0.000331\n" in printed

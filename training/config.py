@@ -20,10 +20,12 @@ from jsonargparse.typing import (
     restricted_string_type,
 )
 
+from looc_ldm.arguments import Seed
+
 AtLeastTwo = restricted_number_type("AtLeastTwo", int, (">=", 2))
 HalfOpenUnitInterval = restricted_number_type("HalfOpenUnitInterval", float, [(">=", 0), ("<", 1)])
 RepositoryId = restricted_string_type("RepositoryId", r"^[\w.-]+/[\w.-]+$")
-Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
+Fit = Literal["crop", "random_crop", "adm", "pad"]
 
 
 @dataclass
@@ -65,7 +67,7 @@ class DataConfig:
     streaming: bool = False
     shuffle_images: PositiveInt = 4096
     resolution: PositiveInt = 256
-    fit: Literal["crop", "random_crop", "adm", "pad"] = "crop"
+    fit: Fit = "crop"
     flip: bool = True
     num_workers: NonNegativeInt = 4
     max_unreadable_share: ClosedUnitInterval = 0.001

@@ -9,7 +9,6 @@ on, also with another number of processes.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from looc_ldm.arguments import Parser, add_cache_options
+from looc_ldm.arguments import CacheLatents, parse_options
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.distributed import make_accelerator
 from looc_ldm.errors import UserError, one_line_errors
@@ -91,8 +90,8 @@ def draws_at(seed: int, position: int, shape: tuple[int, ...]) -> tuple[torch.Te
     return torch.from_numpy(random.standard_normal(shape, dtype=np.float32)), time, dropout
 
 
-def cache_data_set(options: argparse.Namespace) -> None:
-    """What `looc-ldm cache-latents` and this module do with their options, by one process or several. Collective."""
+def cache_data_set(options: CacheLatents) -> None:
+    """Encode the data set of a config, as `looc-ldm cache-latents` and this module do. Collective."""
     overrides = {"autoencoder": options.autoencoder, "data__path": options.data, "latents": options.output}
     config = load_config(DiffusionConfig, options.config, **{k: v for k, v in overrides.items() if v is not None})
     if not config.autoencoder:
@@ -117,9 +116,8 @@ def cache_data_set(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     with one_line_errors():
-        parser = Parser(prog="looc-ldm cache-latents", description="Encode a data set once, for stage 2.")
-        add_cache_options(parser)
-        cache_data_set(parser.parse_args(sys.argv[1:] if arguments is None else arguments))
+        arguments = sys.argv[1:] if arguments is None else arguments
+        cache_data_set(parse_options(CacheLatents, arguments, "looc-ldm cache-latents"))
 
 
 if __name__ == "__main__":

@@ -2,69 +2,45 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch.utils.data import Subset
+from tqdm.auto import tqdm
+
 from looc_ldm import __version__
-from looc_ldm.arguments import DATA_HELP, add_data_options, add_device_option, add_dtype_option, positive
+from looc_ldm.analysis.comparison import (
+    Compared,
+    comparison_picture,
+    difference_factor,
+    distinguishing_names,
+    markdown_table,
+    rate_distortion_figure,
+)
+from looc_ldm.analysis.rate_distortion import CODECS, codec_curve
+from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.commands.many_files import batch_of_squares, pixel_budget
-from looc_ldm.commands.reconstruction_metrics import add_reconstruction_metric_options, reconstruction_measures
+from looc_ldm.commands.measures import ReconstructionMeasures, reconstruction_measures
+from looc_ldm.commands.options import Compare
 from looc_ldm.commands.record import bias_note, versions
-from looc_ldm.commands.shared import as_user_errors, choose_device, data_of, square_images
+from looc_ldm.commands.shared import DTYPES, data_of, fit_in_training, square_images
+from looc_ldm.devices import choose_device
 from looc_ldm.errors import ModelError, UserError
 from looc_ldm.files import check_folder, check_name, make_folder, replace_bytes
-
-
-def add_parsers(commands) -> None:
-    """Add `compare` to the commands of `looc-ldm`."""
-    compare = commands.add_parser(
-        "compare",
-        help="several models on the same images, sorted by bits per pixel",
-        description="Measure several models on the same square images, and show what each makes of them. Writes "
-        "comparison.md (the table), comparison.json (every figure), comparison.png and .svg (reconstructions and "
-        "amplified differences), rate_distortion.png and .svg (the models beside JPEG and WebP). PSNR is always "
-        "measured. Models are loaded one after the other.",
-    )
-    compare.add_argument(
-        "models",
-        metavar="MODEL",
-        nargs="+",
-        help="autoencoders or pipelines of any kind and rate: folders, hub ids or starter",
-    )
-    compare.add_argument("--data", required=True, help=DATA_HELP)
-    add_data_options(compare, model="the first model")
-    compare.add_argument(
-        "--images", type=positive, help="measure only so many images, at even distances (default: all)"
-    )
-    compare.add_argument(
-        "--names",
-        nargs="+",
-        metavar="NAME",
-        help="what the models are called, in their order (default: what tells their paths apart)",
-    )
-    compare.add_argument("--show", type=positive, default=8, help="images in the picture (default: 8)")
-    compare.add_argument(
-        "--codec-images",
-        type=positive,
-        default=128,
-        help="images that JPEG and WebP are measured on, at even distances among those of the models; about half a "
-        "second each at 256x256 (default: 128)",
-    )
-    compare.add_argument(
-        "--output", type=Path, default=Path("comparison"), help="folder of the results (default: comparison)"
-    )
-    add_reconstruction_metric_options(compare)
-    add_device_option(compare)
-    add_dtype_option(compare)
-    compare.set_defaults(command=_compare)
+from looc_ldm.fingerprint import model_fingerprint
+from looc_ldm.image_codes import set_tiling
+from looc_ldm.images import centre_crop, to_float, to_uint8
+from looc_ldm.loading import load_autoencoder
+from looc_ldm.training.data import ImageSet, float_batches, spread
 
 
 @dataclass
 class _Survey:
-    """What is to be known of a model before anything is computed."""
+    """Facts about a model that are needed before anything is computed."""
 
     source: str  # as typed
     name: str
@@ -75,24 +51,13 @@ class _Survey:
     interpolation_factor: int
 
 
-def _compare(options: argparse.Namespace) -> None:
-    import torch
-
-    from looc_ldm.analysis.comparison import (
-        comparison_picture,
-        difference_factor,
-        markdown_table,
-        rate_distortion_figure,
-    )
-    from looc_ldm.images import centre_crop
-    from looc_ldm.training.data import spread
-
+def compare(options: Compare) -> None:
+    """Measure models and write a table, pictures and every figure."""
     check_folder(options.output)
     check_name(options.output / "rate_distortion.png")  # the longest of them
     choose_device(options.device)  # refuses one that is not there
-    if options.metrics is not None:
-        options.metrics = ["psnr", *options.metrics]
-    measures = reconstruction_measures(options)
+    metrics = None if options.metrics is None else ["psnr", *options.metrics]
+    measures = reconstruction_measures(replace(options, metrics=metrics))
     surveys = _surveys(options)
     images = _images(options, surveys[0])
     chosen = spread(len(images), options.images or len(images))
@@ -133,10 +98,8 @@ def _compare(options: argparse.Namespace) -> None:
 # Before anything is computed -----------------------------------------------------------------------------------------
 
 
-def _surveys(options: argparse.Namespace) -> list[_Survey]:
-    """Every model, loaded once and let go: what cannot be loaded or compared is found before hours of work."""
-    from looc_ldm.analysis.comparison import distinguishing_names
-
+def _surveys(options: Compare) -> list[_Survey]:
+    """Load every model once and let it go: what cannot be loaded or compared is found before hours of work."""
     names = options.names or distinguishing_names(options.models)
     if len(names) != len(options.models):
         raise UserError(f"--names gives {len(names)} names to {len(options.models)} models.")
@@ -165,9 +128,6 @@ def _kind(survey: _Survey) -> str:
 
 
 def _survey(source: str, name: str) -> _Survey:
-    from looc_ldm.fingerprint import model_fingerprint
-    from looc_ldm.loading import load_autoencoder
-
     model = load_autoencoder(source)
     return _Survey(
         source,
@@ -180,9 +140,10 @@ def _survey(source: str, name: str) -> _Survey:
     )
 
 
-def _images(options: argparse.Namespace, first: _Survey):
-    """The images that all models see: where the options leave it open, as the first model was trained."""
-    images = square_images(options, first.source, options.resolution or first.sample_size, first.channels)
+def _images(options: Compare, first: _Survey) -> ImageSet:
+    """Return the images that all models see; what options leave open is as in the first model's training."""
+    fit = options.fit or fit_in_training(first.source)
+    images = square_images(options.data, options.split, options.resolution or first.sample_size, fit, first.channels)
     if not len(images):
         raise UserError(f"{options.data!r} has no images in its split {images.config.split}.")
     return images
@@ -191,36 +152,27 @@ def _images(options: argparse.Namespace, first: _Survey):
 # The measuring --------------------------------------------------------------------------------------------------------
 
 
-def _codec_curves(images, chosen, options: argparse.Namespace) -> dict[str, list]:
-    """JPEG and WebP on what is measured of these images."""
-    from tqdm.auto import tqdm
-
-    from looc_ldm.analysis.rate_distortion import CODECS, codec_curve
-    from looc_ldm.images import centre_crop
-
+def _codec_curves(images: ImageSet, chosen: np.ndarray, options: Compare) -> dict[str, list]:
+    """Measure JPEG and WebP on what is measured of these images."""
     curves = {}
-    with as_user_errors(ValueError):
-        for codec in CODECS:
-            pixels = (centre_crop(images[index][0], images.content_size) for index in chosen)
-            with tqdm(pixels, total=len(chosen), desc=codec, unit="img", delay=1) as bar:
-                curves[codec] = codec_curve(bar, codec, protocol=options.protocol)
+    for codec in CODECS:
+        pixels = (centre_crop(images[index][0], images.content_size) for index in chosen)
+        with tqdm(pixels, total=len(chosen), desc=codec, unit="img", delay=1) as bar:
+            curves[codec] = codec_curve(bar, codec, protocol=options.protocol)
     return curves
 
 
-def _measured(survey: _Survey, measures, images, chosen, shown, options: argparse.Namespace):
+def _measured(
+    survey: _Survey,
+    measures: ReconstructionMeasures,
+    images: ImageSet,
+    chosen: np.ndarray,
+    shown: torch.Tensor,
+    options: Compare,
+) -> Compared:
     """Load a model, measure it on the images `chosen`, and reconstruct those that are `shown`."""
-    import torch
-    from torch.utils.data import Subset
-    from tqdm.auto import tqdm
-
-    from looc_ldm.analysis.comparison import Compared
-    from looc_ldm.image_codes import set_tiling
-    from looc_ldm.images import centre_crop
-    from looc_ldm.loading import load_autoencoder
-    from looc_ldm.training.data import float_batches
-
     device = choose_device(options.device)
-    model = load_autoencoder(survey.source, getattr(torch, options.dtype)).to(device)
+    model = load_autoencoder(survey.source, DTYPES[options.dtype]).to(device)
     side = images.config.resolution
     set_tiling(model, side**2, pixel_budget(device.type))
     batch_size = batch_of_squares(device.type, side, 64)
@@ -233,22 +185,20 @@ def _measured(survey: _Survey, measures, images, chosen, shown, options: argpars
     return Compared(survey.name, figures, centre_crop(reconstructions, images.content_size))
 
 
-def _reconstructed(model, originals, batch_size: int):
-    """uint8 images `(n, C, H, W)` as they come back."""
-    import torch
-
-    from looc_ldm.images import to_float, to_uint8
-
-    with torch.no_grad():
-        batches = (to_float(batch).to(model.device, model.dtype) for batch in originals.split(batch_size))
-        return torch.cat([to_uint8(model.decode(model.encode(batch).latents).sample).cpu() for batch in batches])
+@torch.no_grad()
+def _reconstructed(model: LooCVQModel, originals: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Return uint8 images `(n, C, H, W)` as they come back."""
+    batches = (to_float(batch).to(model.device, model.dtype) for batch in originals.split(batch_size))
+    return torch.cat([to_uint8(model.decode(model.encode(batch).latents).sample).cpu() for batch in batches])
 
 
 # The results ----------------------------------------------------------------------------------------------------------
 
 
-def _circumstances(surveys: list[_Survey], measures, images, count: int, options: argparse.Namespace) -> list[str]:
-    """On what and how it was measured, and what a careful reader would ask about single models."""
+def _circumstances(
+    surveys: list[_Survey], measures: ReconstructionMeasures, images: ImageSet, count: int, options: Compare
+) -> list[str]:
+    """Return lines on what was measured how, and what a careful reader would ask about single models."""
     config = images.config
     side = f"{config.resolution}x{config.resolution}"
     lines = [f"{count:,} image{'s' * (count > 1)} of {config.path}, split {config.split}, {side}, fit={config.fit}"]
@@ -269,8 +219,8 @@ def _circumstances(surveys: list[_Survey], measures, images, count: int, options
     return lines
 
 
-def _page(table: str, lines: list[str], drawings: list, options: argparse.Namespace) -> str:
-    """comparison.md."""
+def _page(table: str, lines: list[str], drawings: list, options: Compare) -> str:
+    """Return comparison.md."""
     parts = ["# Comparison", table, "\n".join(f"- {line}" for line in lines)]
     for drawing in drawings:
         parts += [f"## {drawing.title}", f"![{drawing.title}]({drawing.name}.png)", drawing.caption]
@@ -279,7 +229,7 @@ def _page(table: str, lines: list[str], drawings: list, options: argparse.Namesp
 
 
 def _write(folder: Path, page: str, record: dict, drawings: list) -> None:
-    """All files; those of an earlier comparison are replaced."""
+    """Write all files; those of an earlier comparison are replaced."""
     files = {f"{drawing.name}.png": drawing.png() for drawing in drawings}
     files |= {f"{drawing.name}.svg": drawing.svg() for drawing in drawings}
     files |= {

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
-from looc_ldm.commands.generation_metrics import GenerationMeasures
 from looc_ldm.commands.image_sets import DrawnImages, NpzImages, StoredImages
-from looc_ldm.errors import UserError
+from looc_ldm.commands.measures import GenerationMeasures
+from looc_ldm.commands.options import EvaluateGeneration
 from looc_ldm.files import check_folder, make_folder
 from looc_ldm.metrics.collect import Features
 from looc_ldm.metrics.generation import METRICS, collect_features, rows_needed
@@ -22,12 +22,11 @@ from looc_ldm.metrics.reference import ReferenceCache, default_cache_folder
 from looc_ldm.metrics.samples import NpzWriter, npz_writer
 from looc_ldm.metrics.shares import share_of_batches
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 READ_BATCH = 50  # images that are read at a time
 # Of published statistics: torch-fidelity's network is theirs.
 STATISTICS_LAYER = "2048"
+
+Samples = DrawnImages | NpzImages | StoredImages
 
 
 @dataclass
@@ -36,21 +35,17 @@ class Reference:
 
     Attributes:
         images: The set.
-        key (`dict`): Of the data and of what is done to it, for the cache and the record.
-        about (`dict`): `data`, `split` and `fit`, for the record.
-        fit_is_guess: Whether images are made square in a way that nobody has asked for.
+        key: Fingerprint of the data and of what is done to it, for the cache and the record.
+        about: `data`, `split` and `fit`, for the record.
     """
 
     images: StoredImages | NpzImages
     key: dict
     about: dict
-    fit_is_guess: bool = False
 
 
-def open_cache(options: argparse.Namespace) -> ReferenceCache:
+def open_cache(options: EvaluateGeneration) -> ReferenceCache:
     if options.no_cache:
-        if options.cache is not None:
-            raise UserError("--cache and --no-cache exclude each other.")
         return ReferenceCache(None)
     folder = options.cache or default_cache_folder()
     check_folder(folder)
@@ -62,10 +57,10 @@ def reference_features(
     measures: GenerationMeasures,
     networks: Mapping,
     cache: ReferenceCache,
-    accelerator: Accelerator | None,
     device: torch.device,
+    accelerator: Accelerator | None,
 ) -> dict[str, Features]:
-    """By network, complete on the main process. A collective."""
+    """Return features of the real images by network, complete on the main process. Collective."""
     is_main = accelerator is None or accelerator.is_main_process
     compared = [name for name in measures.metrics if not METRICS[name].logits]
     rows = {METRICS[name].network: rows_needed(compared, METRICS[name].network) for name in compared}
@@ -88,22 +83,11 @@ def reference_features(
         (missing,) = broadcast_object_list([missing])  # as the main process sees it
     if missing:
         shares = share_of_batches(len(reference.images), READ_BATCH, accelerator)
-        with tqdm(
-            reference.images.batches(shares),
-            desc="real images",
-            unit="batch",
-            total=len(shares),
-            delay=1,
-            disable=not is_main,
-        ) as batches:
-            collected = collect_features(
-                batches,
-                {name: networks[name] for name in missing},
-                [name for name in missing if rows[name]],
-                accelerator,
-                logits=False,
-                device=device,
-            )
+        batches = reference.images.batches(shares)
+        with tqdm(batches, "real images", len(shares), unit="batch", delay=1, disable=not is_main) as bar:
+            needed = {name: networks[name] for name in missing}
+            keep = [name for name in missing if rows[name]]
+            collected = collect_features(bar, needed, keep, accelerator, logits=False, device=device)
         if is_main:
             for name, features in collected.items():
                 cache.save(keys[name] | {"rows": rows[name]}, features)
@@ -114,37 +98,40 @@ def reference_features(
 
 
 def _cache_key(reference: Reference, measures: GenerationMeasures, network: str) -> dict:
-    """All that the features depend on. Not where weights lie, nor whether logits were computed beside the features."""
+    """Return all that the features depend on.
+
+    Not where weights lie, nor whether logits were computed beside the features.
+    """
     identity = {k: v for k, v in measures.extractors[network].identity().items() if k not in ("weights", "logits")}
     return {**reference.key, "features": identity}
 
 
 def sample_features(
-    samples,
+    samples: Samples,
     measures: GenerationMeasures,
     networks: Mapping,
-    options,
-    accelerator: Accelerator | None,
+    export_npz: Path | None,
     device: torch.device,
+    accelerator: Accelerator | None,
 ) -> dict[str, Features]:
-    """By network, complete on the main process, and the npz that was asked for. A collective."""
+    """Return features of samples by network, complete on the main process, and write the npz. Collective."""
     is_main = accelerator is None or accelerator.is_main_process
     drawn = isinstance(samples, DrawnImages)
-    batch_size = options.batch_size if drawn else READ_BATCH
+    batch_size = samples.sampling.batch_size if drawn else READ_BATCH
     shares = share_of_batches(len(samples), batch_size, accelerator)
     hidden = drawn or not is_main  # samples that are drawn have a bar of their own
     writing = nullcontext()
-    if options.export_npz is not None:
-        if is_main:
-            make_folder(options.export_npz.parent)
-            writing = npz_writer(options.export_npz, len(samples), samples.labels)
-        processes = 1 if accelerator is None else accelerator.num_processes
-        rounds = -(-len(samples) // (batch_size * processes))
-    bar = tqdm(samples.batches(shares), desc="samples", unit="batch", total=len(shares), delay=1, disable=hidden)
-    with bar, writing as writer:
+    if export_npz is not None and is_main:
+        make_folder(export_npz.parent)
+        writing = npz_writer(export_npz, len(samples), samples.labels)
+    with (
+        tqdm(samples.batches(shares), "samples", len(shares), unit="batch", delay=1, disable=hidden) as bar,
+        writing as writer,
+    ):
         images: Iterable[torch.Tensor] = bar
-        if options.export_npz is not None:
-            images = _exported(bar, rounds, writer, accelerator)
+        if export_npz is not None:
+            processes = 1 if accelerator is None else accelerator.num_processes
+            images = _exported(bar, -(-len(samples) // (batch_size * processes)), writer, accelerator)
         keep = [name for name in networks if rows_needed(measures.metrics, name)]
         return collect_features(images, networks, keep, accelerator, device=device)
 
@@ -152,7 +139,7 @@ def sample_features(
 def _exported(
     batches: Iterable[torch.Tensor], rounds: int, writer: NpzWriter | None, accelerator: Accelerator | None
 ) -> Iterator[torch.Tensor]:
-    """The batches of this process, while those of all are written by the main one. A collective, `rounds` times."""
+    """Yield the batches of this process, while the main one writes those of all. Collective, `rounds` times."""
     iterator = iter(batches)
     for _ in range(rounds):
         batch = next(iterator, None)

@@ -1,12 +1,11 @@
 """Sets of images that are measured, wherever they come from: drawn from a model, a data set, or an .npz.
 
 Each has a length, `labels` (int64 `(n,)` or None), `classes` (names of the labels, or none), and `batches(shares)`:
-uint8 images `(B, C, H, W)` for each range of places, so that of several processes each asks for its own.
+uint8 images `(B, C, H, W)` for each range of places, so that each of several processes asks for its own.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Iterator, Mapping
 from io import BytesIO
 from itertools import chain, islice
@@ -16,20 +15,25 @@ import PIL.Image
 import torch
 
 from looc_ldm.commands.many_files import READERS, read_ahead
+from looc_ldm.commands.options import SamplingOptions
 from looc_ldm.errors import DataError
 from looc_ldm.metrics.samples import NpzSamples
+from looc_ldm.pipelines.ldm import LooCLDMPipeline
+from looc_ldm.pipelines.sampling import sample_images
+from looc_ldm.training.data import ImageSet
+from looc_ldm.training.transforms import to_pixels
 
 
 class StoredImages:
     """Images of a data set, read ahead in threads.
 
     Args:
-        images (`ImageSet`): The data set.
-        chosen: Which of its images; all if not given.
-        at_own_size: As they are stored, which must be one size, instead of brought to the size of the set.
+        images: The data set.
+        chosen: Indices of the images to take; all if not given.
+        at_own_size: Take images as they are stored, which must be one size, instead of bringing them to the set's size.
     """
 
-    def __init__(self, images, chosen: Iterable[int] | None = None, at_own_size: bool = False):
+    def __init__(self, images: ImageSet, chosen: Iterable[int] | None = None, at_own_size: bool = False):
         self.images, self.at_own_size = images, at_own_size
         self.chosen = list(range(len(images)) if chosen is None else chosen)
         self.classes: Mapping[int, str] = dict(enumerate(images.classes))
@@ -63,9 +67,9 @@ class StoredImages:
             except Exception:  # what cannot be read is named when it is read
                 continue
             if sorted(size) != sorted(self._size):  # upright it may have them the other way round
-                raise self._another_size(stored.name, size)
+                raise self._size_mismatch(stored.name, size)
 
-    def _another_size(self, name: str, size: tuple[int, int]) -> DataError:
+    def _size_mismatch(self, name: str, size: tuple[int, int]) -> DataError:
         return DataError(
             f"{name} is {size[0]}x{size[1]} and {self._first_name} {self._size[0]}x{self._size[1]}: samples must have "
             "one size."
@@ -79,11 +83,9 @@ class StoredImages:
     def _read(self, index: int) -> torch.Tensor:
         if not self.at_own_size:
             return self.images.read(index)[0]
-        from looc_ldm.training.transforms import to_pixels
-
         image, stored = self.images.open(index)
         if image.size != self._size:
-            raise self._another_size(stored.name, image.size)
+            raise self._size_mismatch(stored.name, image.size)
         return to_pixels(image)
 
 
@@ -97,14 +99,14 @@ class DrawnImages:
     """Images that a pipeline draws when they are asked for; the same ones whatever the number of processes.
 
     Args:
-        pipe (`LooCLDMPipeline`): The model.
+        pipe: The model.
         labels: The class of each image; None for no class.
-        options: Of `add_sampling_options`.
+        sampling: Steps, guidance, batch size and seed.
         progress: Whether to show a bar.
     """
 
-    def __init__(self, pipe, labels: list[int | None], options: argparse.Namespace, progress: bool):
-        self.pipe, self.options, self.progress = pipe, options, progress
+    def __init__(self, pipe: LooCLDMPipeline, labels: list[int | None], sampling: SamplingOptions, progress: bool):
+        self.pipe, self.sampling, self.progress = pipe, sampling, progress
         self.drawn_as = labels
         self.labels = None if None in labels else torch.tensor(labels)
         self.classes: Mapping[int, str] = dict(pipe.config.id2label or {})
@@ -114,18 +116,16 @@ class DrawnImages:
 
     def batches(self, shares: Iterable[range]) -> Iterator[torch.Tensor]:
         """uint8 images `(B, C, H, W)` of each share, whose lengths but the last one's are the batch size."""
-        from looc_ldm.pipelines.sampling import sample_images
-
         shares = list(shares)
         drawn = sample_images(
             self.pipe,
             self.drawn_as,
-            seed=self.options.seed,
-            batch_size=self.options.batch_size,
+            seed=self.sampling.seed,
+            batch_size=self.sampling.batch_size,
             progress=self.progress,
             indices=list(chain.from_iterable(shares)),
-            num_inference_steps=self.options.steps,
-            guidance_scale=self.options.guidance_scale,
+            num_inference_steps=self.sampling.steps,
+            guidance_scale=self.sampling.guidance_scale,
         )
         for share in shares:
             yield torch.stack(list(islice(drawn, len(share))))
@@ -133,5 +133,4 @@ class DrawnImages:
 
 
 def is_npz(name: str) -> bool:
-    """Whether a name on the command line is that of an .npz."""
     return Path(name).suffix == ".npz"

@@ -1,4 +1,4 @@
-"""Work on many files: which becomes which, reading ahead of the network, and batches of images of one size."""
+"""Work on many files: which becomes which, reading ahead of the network, batches of one size that fit into memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
+
+from accelerate.utils.memory import should_reduce_batch_size
 
 from looc_ldm.errors import DataError, UserError
 from looc_ldm.files import check_folder, check_name
@@ -23,7 +25,7 @@ Result = TypeVar("Result")
 
 
 def targets_of(inputs: list[str], suffixes: tuple[str, ...], output: Path, suffix: str) -> list[tuple[Path, Path]]:
-    """Each file that is meant, with the file that it becomes."""
+    """Return each file that is meant, with the file that it becomes."""
     targets = []
     for name in inputs:
         place = Path(name)
@@ -74,14 +76,14 @@ def check_targets(targets: list[tuple[Path | str, Path]], overwrite: bool) -> No
 
 
 def parents_among(targets: Collection[Path]) -> Iterator[tuple[Path, Path]]:
-    """Each target with another one that it would lie in, as if that were a folder."""
+    """Yield each target with a different one that it would lie in, as if that were a folder."""
     return ((target, parent) for target in targets for parent in target.parents if parent in targets)
 
 
 def read_ahead(
     sources: Iterable[T], read: Callable[[T], Result], ahead: int = 2 * READERS
 ) -> Iterator[tuple[T, Future[Result]]]:
-    """Each source with what `read` makes of it in a thread, in order; only `ahead` are held at a time."""
+    """Yield each source with what `read` makes of it in a thread, in order; only `ahead` are held at a time."""
     with ThreadPoolExecutor(READERS) as pool:
         pending: deque[tuple[T, Future[Result]]] = deque()
         for source in sources:
@@ -92,29 +94,29 @@ def read_ahead(
 
 
 def pixel_budget(device: str) -> int:
-    """Pixels that go through the network at a time on this kind of device."""
+    """Return how many pixels go through the network at a time on this kind of device."""
     return PIXELS_PER_BATCH.get(device, PIXELS_PER_BATCH_ELSEWHERE)
 
 
 def batch_of_squares(device: str, side: int, most: int) -> int:
-    """How many square images go through the network at a time on this kind of device, 1 to `most`."""
+    """Return how many square images go through the network at a time on this kind of device, 1 to `most`."""
     return max(1, min(most, pixel_budget(device) // side**2))
 
 
-def those_that_fit(
+def largest_batch_that_fits(
     batch: list[T], compute: Callable[[list[T]], Iterable[Result]], too_large: Callable[[T], None]
 ) -> Iterator[tuple[T, Result]]:
-    """Each item of a batch with what `compute` makes of it; where memory runs out, of each alone.
+    """Yield each item of a batch with what `compute` makes of it; if memory runs out, in batches of one.
 
     Args:
         batch: Items of one size.
-        compute: Gives a result for each of the items it is given.
+        compute: Gives one result per item.
         too_large: Called with an item for which memory runs out even alone; it is then left out.
     """
     try:
         results = compute(batch)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
             raise
         results = None
     if results is not None:
@@ -123,19 +125,13 @@ def those_that_fit(
         too_large(batch[0])
     else:
         for item in batch:
-            yield from those_that_fit([item], compute, too_large)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Of NumPy, or of PyTorch, which on CPUs tells by the message of a RuntimeError only."""
-    texts = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
-    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in texts)
+            yield from largest_batch_that_fits([item], compute, too_large)
 
 
 def one_size_batches(
     items: Iterable[T], size_of: Callable[[T], tuple[int, int]], limit: int | None, device: str, in_order: bool = False
 ) -> Iterator[list[T]]:
-    """Items in batches of one height and width.
+    """Yield items in batches of one height and width.
 
     Args:
         items: In any order.

@@ -1,75 +1,63 @@
-"""What the commands of `looc-ldm` share. Heavy packages are imported inside the functions."""
+"""What several commands share: loading models and images, and checks before any work."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from looc_ldm.devices import choose_device
-from looc_ldm.errors import UserError
+import torch
+import torch.nn as nn
+
+from looc_ldm.autoencoder import LooCVQModel
+from looc_ldm.commands.options import DataOptions, Encode
+from looc_ldm.errors import DataError, ModelError, UserError
 from looc_ldm.files import check_folder
+from looc_ldm.fingerprint import model_fingerprint
+from looc_ldm.images import MODES
+from looc_ldm.loading import load_autoencoder, model_folder
+from looc_ldm.training.config import DataConfig
+from looc_ldm.training.data import ImageSet, load_image_set
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_pipeline(options: argparse.Namespace):
-    import torch
-
-    from looc_ldm.pipelines.loading import load_pipeline as load
-
-    device = choose_device(options.device)
-    return load(options.model, getattr(torch, options.dtype)).to(device)
-
-
-def by_index(label: int | str | None, pipe) -> int | str | None:
-    """A label as typed: an index, unless it is a name. That of no class is refused: what is drawn is a mixture."""
-    is_index = isinstance(label, str) and label.isdecimal() and label not in pipe.labels
-    if is_index and int(label) == pipe.config.null_class_label:
-        raise UserError(
-            f"--labels: {label} stands for no class; classes are the other numbers in [0, {pipe.num_class_embeds}), "
-            "or their names."
-        )
-    return int(label) if is_index else label
+def load_model(name: str, device: torch.device, dtype: str = "float32") -> tuple[LooCVQModel, str]:
+    """Return an autoencoder of images, and its fingerprint, which is that of the weights as they are stored."""
+    model = load_autoencoder(name)
+    if model.config.in_channels not in MODES:
+        raise ModelError(f"images have 1 (grey) or 3 channels, {name!r} asks for {model.config.in_channels}.")
+    fingerprint = model_fingerprint(model)
+    return cast(model, device, dtype), fingerprint
 
 
-def draw_samples(pipe, labels: list, options: argparse.Namespace):
-    """Images from a pipeline, one by one, as the options of `add_sampling_options` say."""
-    from looc_ldm.pipelines.sampling import sample_images
-
-    return sample_images(
-        pipe,
-        labels,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance_scale,
-    )
+def cast(network: nn.Module, device: torch.device, dtype: str) -> nn.Module:
+    """Move a network; a quantizer in it stays float32 by itself, of which diffusers' own `to` would warn."""
+    return nn.Module.to(network, device, DTYPES[dtype])
 
 
-def load_images(options: argparse.Namespace, model):
+def load_images(data: str, options: DataOptions | Encode, name: str, model: LooCVQModel) -> ImageSet:
+    """Return square images of a size that the model `name` can take; what options leave open is as in its training.
+
+    Raises:
+        UserError: A side that the model cannot take, or data that cannot be read.
+    """
     resolution = options.resolution or model.config.sample_size
-    with as_user_errors(ValueError):
-        model.bits_per_image(resolution, resolution)  # refuses a side that the model cannot take
-    return square_images(options, options.model, resolution, model.config.in_channels)
+    model.bits_per_image(resolution, resolution)  # refuses a side that the model cannot take
+    fit = options.fit or fit_in_training(name)
+    images = square_images(data, options.split, resolution, fit, model.config.in_channels)
+    if not len(images):
+        raise DataError(f"no images in {data!r}, split {images.config.split!r}.")
+    return images
 
 
-def square_images(options: argparse.Namespace, model: str, resolution: int, channels: int):
-    """The images that the options of `add_data_options` name; square as in the training of `model`, if left open."""
-    from looc_ldm.training.config import DataConfig
-    from looc_ldm.training.data import load_image_set
-
-    fit = options.fit or fit_in_training(model)
+def square_images(data: str, split: str | None, resolution: int, fit: str, channels: int) -> ImageSet:
     fit = "crop" if fit == "random_crop" else fit  # what that is where nothing is trained
-    config = DataConfig(path=options.data, split=options.split or "", resolution=resolution, fit=fit)
-    return load_image_set(config, channels)
+    return load_image_set(DataConfig(path=data, split=split or "", resolution=resolution, fit=fit), channels)
 
 
 def fit_in_training(name: str) -> str:
-    """How images became square when the model was trained, from the training.json beside its weights; else "crop"."""
-    from looc_ldm.loading import model_folder
-
+    """Return how images became square when the model was trained, from the training.json of its folder; else "crop"."""
     file = model_folder(name) / "training.json"
     try:
         return json.loads(file.read_text())["data"]["fit"] if file.is_file() else "crop"
@@ -77,46 +65,15 @@ def fit_in_training(name: str) -> str:
         raise UserError(f"{str(file)!r} does not say how images became square: give --fit.") from None
 
 
-def model_and_images(options: argparse.Namespace):
-    import torch
-
-    from looc_ldm.loading import load_autoencoder
-
-    device = choose_device(options.device)
-    model = load_autoencoder(options.model, getattr(torch, options.dtype)).to(device)
-    return model, load_images(options, model)
-
-
-def rate_of(model, images) -> tuple[float, int]:
-    """Bits an image costs, and pixels it has; padding costs bits, but is nothing anybody wanted."""
+def rate_of(model: LooCVQModel, images: ImageSet) -> tuple[float, int]:
+    """Return the bits an image costs, and the pixels it has; padding costs bits, but is nothing anybody wanted."""
     side = images.config.resolution
     return model.bits_per_image(side, side), math.prod(images.content_size or (side, side))
 
 
-def data_of(images) -> dict[str, str]:
-    """What was measured on, for the record."""
+def data_of(images: ImageSet) -> dict[str, str]:
+    """Return what was measured on, for the record."""
     return {"data": images.config.path, "split": images.config.split, "fit": images.config.fit}
-
-
-def inception_features(options: argparse.Namespace):
-    from looc_ldm.metrics import InceptionFeatures
-
-    with as_user_errors(ValueError, FileNotFoundError):
-        features = InceptionFeatures(options.feature_layer, options.inception_weights)
-        try:
-            features.check()
-        except ConnectionError as error:
-            raise UserError(f"--inception-weights: {error}") from error
-        return features
-
-
-@contextmanager
-def as_user_errors(*types: type[Exception]) -> Iterator[None]:
-    """Errors of these types, raised by our own checks of input, are shown as one line."""
-    try:
-        yield
-    except types as error:
-        raise UserError(" ".join(str(error).split())) from error
 
 
 def check_file(file: Path | None) -> None:
@@ -126,14 +83,3 @@ def check_file(file: Path | None) -> None:
     if file.is_dir():
         raise UserError(f"cannot write {str(file)!r}: it is a folder.")
     check_folder(file.parent)
-
-
-def fingerprints_for(options: argparse.Namespace, generation: bool = False) -> dict[str, str]:
-    """Of which model the figures are, for a record of them; nothing where none is written."""
-    from looc_ldm.loading import model_folder
-    from looc_ldm.stored_fingerprints import stored_fingerprints
-
-    if options.output is None:
-        return {}
-    folder = model_folder(options.model, component=None if generation else "vqvae")
-    return stored_fingerprints(folder, generation)

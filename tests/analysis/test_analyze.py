@@ -104,8 +104,8 @@ def test_a_folder_that_holds_something_else_is_not_spoiled(folder, capsys):
         (("model", "--data", "empty"), "empty"),
         (("nowhere", "--data", "images"), "no model 'nowhere'"),
         (("model", "--data", "images", "--resolution", "15"), "divisible by 2"),
-        (("model", "--data", "images", "--images", "0"), "must be a positive whole number"),
-        (("model",), "--data"),
+        (("model", "--data", "images", "--images", "0"), "--images: must be >0, got 0"),
+        (("model",), "required: data"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line_and_leaves_nothing(folder, arguments, message, capsys):

@@ -11,7 +11,6 @@ import PIL.Image
 import pytest
 import torch
 
-import looc_ldm.loading
 from looc_ldm import LooCVQModel
 from looc_ldm.analysis.comparison import (
     Compared,
@@ -286,7 +285,7 @@ def test_bad_options_are_refused_in_a_line(runs, data, tmp_path, capsys):
     empty.mkdir()
     assert "no images" in refusal(capsys, model, data=empty)
     assert "2 names to 1 models" in refusal(capsys, model, data=data, names="a b")
-    assert "positive" in refusal(capsys, model, data=data, images=0)
+    assert "must be >0" in refusal(capsys, model, data=data, images=0)
     assert "--metrics" in refusal(capsys, model, data=data, metrics="psnr fid")
     (tmp_path / "file").write_text("")
     assert "not a folder" in refusal(capsys, model, data=data, output=tmp_path / "file")
@@ -304,7 +303,7 @@ def test_a_model_is_gone_before_the_next_is_loaded(runs, data, monkeypatch):
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(looc_ldm.loading, "load_autoencoder", watched)
+    monkeypatch.setattr("looc_ldm.commands.compare.load_autoencoder", watched)
     gc.disable()
     try:
         compare(*(runs / name / "model" for name in ("fine", "coarse", "wide")), data=data, images=2, output="results")

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from diffusers.utils import logging as diffusers_logging
 
-from looc_ldm import cli
 from looc_ldm.arguments import make_parser
+from looc_ldm.cli import parse_command
+from looc_ldm.commands.options import Push
 
 TEXT = (Path(__file__).resolve().parent.parent.parent / "docs" / "hub.md").read_text()
 
@@ -35,11 +36,10 @@ def test_python_examples_run_one_after_the_other(hub, quickstart_folder, tmp_pat
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_command_examples_parse(command):
-    make_parser(cli.COMMANDS).parse_args(command[1:])
+    parse_command(command[1:])
 
 
 def test_the_table_of_options_names_those_of_push():
-    parser = make_parser(cli.COMMANDS)
-    push = parser._subparsers._group_actions[0].choices["push"]
+    push = make_parser(Push, "looc-ldm push")
     options = {name for action in push._actions for name in action.option_strings} - {"-h", "--help"}
     assert set(re.findall(r"^\| `(--[\w-]+)", TEXT, re.MULTILINE)) == options

@@ -265,7 +265,7 @@ def test_the_module_takes_the_commands_options_and_refuses_in_one_line(config_fi
     latents.main([*options, "--device", "cpu"])
     assert LatentCache(tmp_path / "elsewhere").precision == "bfloat16"
     for wrong, message in (
-        (["--batch-size", "0"], "must be a positive whole number, got '0'"),
+        (["--batch-size", "0"], "--batch-size: must be >0, got 0"),
         (["--dtype", "float32"], "another precision (bfloat16 -> float32)"),
         (["--data", "/no/such"], "data.path='/no/such'"),
         (["--output", str(config_file)], "is not a folder"),

@@ -17,8 +17,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.run import get_args_parser
 
-from looc_ldm import cli
-from looc_ldm.arguments import Parser, add_cache_options, make_parser
+from looc_ldm.arguments import CacheLatents, parse_options
+from looc_ldm.cli import parse_command
 from looc_ldm.training.checkpoints import checkpoints_in, read_state
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import config_text, parse_config
@@ -100,9 +100,7 @@ def test_commands_parse(command):
         package, module = parsed.training_script.rsplit(".", 1)
         assert package == "looc_ldm.training"
         if module == "latents":
-            parser = Parser()
-            add_cache_options(parser)
-            parser.parse_args(parsed.training_script_args)
+            parse_options(CacheLatents, parsed.training_script_args, command[0])
         else:
             parse_config(STAGES[module], parsed.training_script_args, command[0])
     elif command[0] == "sbatch":
@@ -111,7 +109,7 @@ def test_commands_parse(command):
     elif command[1] == "train":
         parse_config(STAGES[command[2]], command[3:], "looc-ldm")
     else:
-        make_parser(cli.COMMANDS).parse_args(command[1:])
+        parse_command(command[1:])
 
 
 def test_there_are_commands_to_check():

@@ -1,0 +1,13 @@
+"""`looc-ldm quickstart`."""
+
+from __future__ import annotations
+
+from looc_ldm import quickstart
+from looc_ldm.commands.measures import inception_features
+from looc_ldm.commands.options import Quickstart
+
+
+def run(options: Quickstart) -> None:
+    """Train, sample and evaluate in miniature, and print where the report is."""
+    features = inception_features(options) if options.inception_weights else None
+    print(f"report: {quickstart.quickstart(options.output, features)}")

@@ -1,0 +1,27 @@
+"""`looc-ldm reconstruct`: originals beside reconstructions."""
+
+from __future__ import annotations
+
+from looc_ldm.commands.options import Reconstruct
+from looc_ldm.commands.shared import check_file, load_images, rate_of
+from looc_ldm.devices import choose_device
+from looc_ldm.errors import UserError
+from looc_ldm.files import make_folder, write_image
+from looc_ldm.loading import load_autoencoder
+from looc_ldm.training.validation import reconstruction_grid
+
+
+def reconstruct(options: Reconstruct) -> None:
+    """Write a PNG with originals above reconstructions, and print the rate."""
+    check_file(options.output)
+    if options.output.suffix.lower() != ".png":
+        raise UserError(f"--output must be a .png file, got {str(options.output)!r}.")
+    model = load_autoencoder(options.model).to(choose_device(options.device))
+    images = load_images(options.data, options, options.model, model)
+    make_folder(options.output.parent)
+    write_image(reconstruction_grid([model], images, options.images), options.output)
+    bits, pixels = rate_of(model, images)
+    print(
+        f"{options.output}: originals above, reconstructions below, {bits:.0f} bits an image, "
+        f"{bits / pixels:.4g} bits per pixel"
+    )

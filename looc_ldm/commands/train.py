@@ -1,0 +1,15 @@
+"""`looc-ldm train autoencoder` and `looc-ldm train diffusion`."""
+
+from __future__ import annotations
+
+from looc_ldm.errors import print_once
+from looc_ldm.training import autoencoder, diffusion
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
+from looc_ldm.training.log import show_log_lines
+
+
+def train(config: AutoencoderConfig | DiffusionConfig) -> None:
+    """Train a model and print its folder."""
+    show_log_lines()
+    stage = diffusion if isinstance(config, DiffusionConfig) else autoencoder
+    print_once(stage.train(config))
