@@ -49,8 +49,9 @@ from looc_ldm.images import to_pil
 from looc_ldm.training.autoencoder import as_rgb
 from looc_ldm.training.config import AutoencoderConfig, DataConfig, DiffusionConfig, EvaluationConfig, RunConfig
 from looc_ldm.training.config_parsing import config_text, construct, load_config
-from looc_ldm.training.data import load_image_sets, spread
+from looc_ldm.training.data import load_image_sets
 from looc_ldm.training.diffusion import Denoiser, make_scheduler
+from looc_ldm.training.image_set import spread
 from looc_ldm.training.losses import (
     PatchDiscriminator,
     adaptive_adversarial_weight,

@@ -42,6 +42,11 @@ class Terminated(KeyboardInterrupt):
     """A run that SIGTERM ended, after it was saved."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return what an error says, on one line."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+
+
 def is_first_process() -> bool:
     """Whether this is the first, or the only one, of the processes that a launcher has started."""
     return os.environ.get("RANK", "0") == "0"

@@ -86,6 +86,8 @@ def renamed_when_complete(file: Path, partial: Path | None = None) -> Iterator[P
     partial = partial_of(file) if partial is None else partial
     try:
         yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())  # else a power cut can leave the name without all of the content
         os.replace(partial, file)
     except BaseException as error:
         with suppress(OSError):  # the first error is the one to see

@@ -15,7 +15,6 @@ one may be chosen (on a CPU, between batch sizes, none to 4 in 100,000 codes). D
 from __future__ import annotations
 
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.codes import FINGERPRINT_BYTES, CodesError, ImageCodes, index_dtype
 from looc_ldm.errors import DataError
 from looc_ldm.fingerprint import model_fingerprint
-from looc_ldm.images import MODES, as_shown, to_float, to_pil, to_uint8
+from looc_ldm.images import MODES, as_shown, read_image, to_float, to_pil, to_uint8
 from looc_ldm.small import LooCSmallVQModel
 
 
@@ -123,16 +122,17 @@ def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
     Raises:
         DataError: 32-bit pixels, whose range is not known.
     """
-    pixels = np.asarray(as_shown(image, MODES[channels]))
-    return pixels.reshape(*pixels.shape[:2], channels)
+    return _as_array(as_shown(image, MODES[channels]))
 
 
-def read_pixels(file: Path | BinaryIO, name: str, channels: int) -> np.ndarray:
-    """Read an image file as `pixels_of` does. Raises DataError, with `name` in it, where that is not possible."""
+def read_pixels(content: bytes | str | Path | None, name: str, channels: int) -> np.ndarray:
+    """Read an encoded image or image file as uint8 `(H, W, channels)`. Raises DataError, with `name` in it."""
     try:
-        with Image.open(file) as image:
-            return pixels_of(image, channels)
+        return _as_array(read_image(content, MODES[channels], name))
     except MemoryError:
-        raise DataError(f"cannot read {name!r}: not enough memory.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read {name!r}: {' '.join(str(error).split())}") from None
+        raise DataError(f"cannot read {name}: not enough memory.") from None
+
+
+def _as_array(image: Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[..., None]

@@ -1,12 +1,19 @@
-"""Pixels between their forms: uint8 in [0, 255], float in [-1, 1], PIL."""
+"""Pixels between their forms: encoded, PIL, uint8 in [0, 255], float in [-1, 1].
+
+`read_image` reads every image of the package.
+"""
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
+import fsspec
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from looc_ldm.errors import DataError
+from looc_ldm.errors import DataError, UnreadableImage, one_line
 
 MODES = {1: "L", 3: "RGB"}  # of PIL, by channels
 # How an image is stored, by the EXIF orientation, and what turns it upright.
@@ -49,6 +56,61 @@ def to_pil(image: torch.Tensor) -> Image.Image:
     """A uint8 image `(C, H, W)`, C = 1 or 3, as a grey or RGB PIL image."""
     pixels = image.cpu().permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def read_bytes(content: bytes | str | Path | None, name: str) -> bytes:
+    """Return an encoded image, read from its file or address if it is not in memory.
+
+    Args:
+        content: The encoded image, or the path or address (`https://`, `hf://`) of its file. None if it is missing.
+        name: Name of the image in errors.
+
+    Raises:
+        UnreadableImage: There is no such file.
+        DataError: The machine or the network fails: a broken disk, too many open files, no permission.
+    """
+    if content is None:
+        raise UnreadableImage(f"{name} is missing.", name)
+    if isinstance(content, bytes):
+        return content
+    try:
+        if "://" in str(content):
+            with fsspec.open(str(content), "rb") as file:
+                return file.read()
+        return Path(content).read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise UnreadableImage(f"cannot read {name}: {one_line(error)}", name) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # network errors have no common base
+        raise DataError(f"cannot read {name}: {one_line(error)}") from error
+
+
+def read_image(content: bytes | str | Path | None, mode: str, name: str) -> Image.Image:
+    """Read an image as a viewer shows it (see `as_shown`).
+
+    Args:
+        content: As in `read_bytes`.
+        mode: `L` or `RGB`.
+        name: Name of the image in errors.
+
+    Raises:
+        UnreadableImage: It is missing or cannot be decoded. One line with the name and the reason.
+        DataError: The machine or the network fails.
+    """
+    encoded = read_bytes(content, name)
+    try:
+        if not encoded:
+            raise ValueError("the file is empty")
+        with Image.open(io.BytesIO(encoded)) as image:
+            return as_shown(image, mode)
+    except UnidentifiedImageError:  # its message names an object in memory
+        reason = "not an image, or in a format that Pillow does not know"
+    except MemoryError:  # says nothing about the image
+        raise
+    except Exception as error:  # errors of decoders on damaged files have no common base
+        reason = one_line(error)
+    raise UnreadableImage(f"cannot read {name}: {reason}", name)
 
 
 def as_shown(image: Image.Image, mode: str, background: str = "white") -> Image.Image:

@@ -49,6 +49,19 @@ def check_channel_values(name: str, values: Sequence[float], channels: int) -> N
         raise ValueError(f"latents_std must be positive, got {list(values)}.")
 
 
+@torch.no_grad()
+def encode_latents(autoencoder: ModelMixin, images: torch.Tensor, scaled: bool = True) -> torch.Tensor:
+    """Encode images `(B, C, H, W)` in [-1, 1], on the autoencoder's device, to float32 latents `(B, c, h, w)`.
+
+    Args:
+        autoencoder: In eval mode.
+        images: The images.
+        scaled: Scale the latents as the diffusion model sees them.
+    """
+    latents = autoencoder.encode(images.to(autoencoder.dtype)).latents.float()
+    return scale_latents(autoencoder, latents) if scaled else latents
+
+
 def scale_latents(autoencoder: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
     """Return latents `(B, c, h, w)` of `autoencoder.encode` as the diffusion model sees them."""
     mean, std = _mean_and_std(autoencoder, latents)

@@ -16,7 +16,7 @@ from looc_ldm.errors import DataError
 from looc_ldm.images import as_shown
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.schedulers import NOT_MIDWAY
-from looc_ldm.scaling import scale_latents
+from looc_ldm.scaling import encode_latents
 
 
 class LooCLDMImg2ImgPipeline(LooCLDMPipeline):
@@ -134,8 +134,7 @@ class LooCLDMImg2ImgPipeline(LooCLDMPipeline):
 
     def prepare_image_latents(self, pixels: torch.Tensor, count: int) -> torch.Tensor:
         """Return scaled float32 latents `(count, c, h, w)` of images in [-1, 1], each repeated in place."""
-        pixels = pixels.to(self._execution_device, self.vqvae.dtype)
-        latents = scale_latents(self.vqvae, self.vqvae.encode(pixels).latents.float())
+        latents = encode_latents(self.vqvae, pixels.to(self._execution_device))
         return latents.repeat_interleave(count // len(latents), dim=0)
 
     def set_last_timesteps(self, num_inference_steps: int, strength: float) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import tiny
 from looc_ldm import LooCQuantizer
 from looc_ldm.images import to_float
-from looc_ldm.training.sources import BUNDLED
+from looc_ldm.training.open import BUNDLED
 
 small_quantizer = partial(tiny.small_quantizer, num_codevectors=64, interpolation_factor=1, anchor="none")
 

@@ -20,7 +20,8 @@ from looc_ldm.metrics.lpips import load_lpips
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.starter import STARTER
 from looc_ldm.training.config import DataConfig
-from looc_ldm.training.data import float_batches, load_image_set
+from looc_ldm.training.data import float_batches
+from looc_ldm.training.image_set import load_image_set
 from tiny import import_file
 
 PER_CLASS = 8

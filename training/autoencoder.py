@@ -30,19 +30,12 @@ from looc_ldm.images import to_float
 from looc_ldm.metrics.reconstruction import evaluate_reconstruction
 from looc_ldm.training.config import AutoencoderConfig
 from looc_ldm.training.config_parsing import construct, parse_command_line
-from looc_ldm.training.data import (
-    ImageSet,
-    StreamBatches,
-    float_batches,
-    load_image_sets,
-    make_stream,
-    spread,
-    stream_loader,
-)
+from looc_ldm.training.data import StreamBatches, float_batches, load_image_sets, make_stream, stream_loader
 from looc_ldm.training.ema import EMA
+from looc_ldm.training.image_set import ImageSet, spread
 from looc_ldm.training.init_from import autoencoder_from
+from looc_ldm.training.latent_encoding import latent_side
 from looc_ldm.training.latent_fingerprint import run_fingerprint
-from looc_ldm.training.latents import SCALING_IMAGES, latent_side, measure_scaling_factor
 from looc_ldm.training.log import data_line, show_log_lines
 from looc_ldm.training.losses import (
     PatchDiscriminator,
@@ -50,6 +43,7 @@ from looc_ldm.training.losses import (
     hinge_discriminator_loss,
     load_lpips,
 )
+from looc_ldm.training.moments import SCALING_IMAGES, measure_scaling_factor
 from looc_ldm.training.optimization import adamw, clip_gradients, set_learning_rate
 from looc_ldm.training.result import validation_data, write_description
 from looc_ldm.training.run import Run

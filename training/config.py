@@ -53,8 +53,8 @@ class DataConfig:
             `pad`: an image that is smaller than the resolution is put in the centre of a black one.
         flip: Mirror every second image, at random. Training only.
         num_workers: Processes that load images, for each training process.
-        max_unreadable_share: Share of the images that may be unreadable. They are named in `unreadable.txt` and
-            skipped; when there are more, the run stops.
+        max_unreadable_share: Share of the images that may be unreadable. A warning names each, and the next
+            readable image takes its place; when there are more, the run stops.
     """
 
     path: str = "fashion_mnist"

@@ -37,31 +37,25 @@ from looc_ldm.images import to_float, to_pil
 from looc_ldm.loading import load_autoencoder
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
-from looc_ldm.scaling import scale_latents
+from looc_ldm.scaling import encode_latents
 from looc_ldm.training.config import DiffusionConfig
 from looc_ldm.training.config_parsing import construct, parse_command_line
 from looc_ldm.training.data import (
-    ImageSet,
+    OnlineLatentStream,
     StreamBatches,
     float_batches,
     load_image_sets,
     make_stream,
-    spread,
     stream_loader,
 )
 from looc_ldm.training.ema import EMA
+from looc_ldm.training.image_set import ImageSet, spread
 from looc_ldm.training.init_from import denoiser_from
+from looc_ldm.training.latent_encoding import cache_latents, latent_side
 from looc_ldm.training.latent_fingerprint import run_fingerprint
-from looc_ldm.training.latents import (
-    SCALING_IMAGES,
-    LatentStream,
-    OnlineLatentStream,
-    cache_latents,
-    latent_side,
-    measure_latents,
-)
+from looc_ldm.training.latents import LatentStream
 from looc_ldm.training.log import data_line, show_log_lines
-from looc_ldm.training.moments import Moments
+from looc_ldm.training.moments import SCALING_IMAGES, Moments, measure_latents
 from looc_ldm.training.objectives import Objective
 from looc_ldm.training.optimization import adamw, clip_gradients, set_learning_rate
 from looc_ldm.training.result import first_stage_figures, write_description
@@ -189,7 +183,7 @@ def train(config: DiffusionConfig) -> Path:
             preview_and_evaluate()
         for latents, labels, noise, time, dropout in run.batches(loader):
             if not config.cache_latents:
-                latents = encode(vqvae, to_float(latents))  # they were images
+                latents = encode_latents(vqvae, to_float(latents))  # they were images
             with accelerator.accumulate(denoiser):
                 noisy, timesteps, target, weight = objective.example(latents, noise, time)
                 if null_label is not None:
@@ -254,12 +248,6 @@ def measured_once(vqvae: LooCVQModel, images: ImageSet | Subset, run: Run) -> Mo
         return moments
 
     return on_main(run.accelerator, measure)
-
-
-@torch.no_grad()
-def encode(vqvae: LooCVQModel, images: torch.Tensor) -> torch.Tensor:
-    """Return the scaled latents of images `(B, C, H, W)` in [-1, 1], as `LatentStream` gives them from the cache."""
-    return scale_latents(vqvae, vqvae.encode(images).latents)
 
 
 class Denoiser(nn.Module):

@@ -21,20 +21,16 @@ import threading
 import weakref
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from looc_ldm.errors import DataError
-from looc_ldm.training.data import BLOCKS, SHARDS, random_at
-from looc_ldm.training.sources import Stored
-
-if TYPE_CHECKING:
-    from looc_ldm.training.streaming import StreamedSet
+from looc_ldm.training.image_set import BLOCKS, SHARDS, random_at
+from looc_ldm.training.source import Stored
 
 Cursor = tuple[int, ...]
 
 
 def starting_cursors(cursors: dict[int, Cursor], lanes: int) -> dict[int, Cursor]:
-    """Where each lane starts: at the beginning, or where a checkpoint's cursors say, one for each of its lanes.
+    """Return where each lane starts: at the beginning, or where a checkpoint's cursors say, one for each of its lanes.
 
     With another number of lanes than the checkpoint's, what these had not given yet is dealt out anew, shards that were
     being read first: no image is left out, and none comes twice.
@@ -55,17 +51,17 @@ def starting_cursors(cursors: dict[int, Cursor], lanes: int) -> dict[int, Cursor
 
 
 def _pairs(cursor: Cursor) -> list[tuple[int, int]]:
-    """Numbers of shards, and how many images of them were given."""
+    """Return numbers of shards, and how many images of each were given."""
     return list(zip(cursor[1::2], cursor[2::2], strict=True))
 
 
-class Lane:
+class Lane(Iterator[Stored]):
     """The examples of one lane from a cursor on, without end.
 
     Args:
-        images (`StreamedSet`): The shards.
-        seed (`int`): Of the order.
-        lanes (`int`): How many there are.
+        images: The shards, with `num_shards`, `config` and `read(shard, start)` as `StreamedSet` has them.
+        seed (`int`): Seed of the order.
+        lanes (`int`): Number of all lanes.
         cursor (`Cursor`): Where it starts.
         read_ahead (`bool`): Read the next block in a thread while one is given. For loaders' workers, which end without
             waiting for it and without tidying up.
@@ -74,7 +70,7 @@ class Lane:
         cursor (`Cursor`): Behind the last example that was given.
     """
 
-    def __init__(self, images: StreamedSet, seed: int, lanes: int, cursor: Cursor, read_ahead: bool = False):
+    def __init__(self, images, seed: int, lanes: int, cursor: Cursor, read_ahead: bool = False):
         self.cursor = cursor
         self._examples: list[Stored] = []  # of the present block, the next one last
         self._blocks = _blocks(images, seed, lanes, cursor)
@@ -111,7 +107,7 @@ class _Ahead(threading.Thread):
             self._outcome = [None, error]
 
     def result(self):
-        """The item, or what was raised instead, when it is there."""
+        """Wait for the item and return it, or raise what was raised instead."""
         self.join()
         item, error = self._outcome
         if error is not None:
@@ -120,8 +116,8 @@ class _Ahead(threading.Thread):
         return item
 
 
-def _blocks(images: StreamedSet, seed: int, lanes: int, cursor: Cursor) -> Iterator[tuple[Cursor, list[Stored]]]:
-    """A lane's blocks in the order in which their examples are given, each with the cursor in front of it."""
+def _blocks(images, seed: int, lanes: int, cursor: Cursor) -> Iterator[tuple[Cursor, list[Stored]]]:
+    """Yield a lane's blocks in the order in which their examples are given, each with the cursor in front of it."""
     lane, shards = cursor[0], _pairs(cursor)
     size = images.config.shuffle_images
     empty: set[int] = set()

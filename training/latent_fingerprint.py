@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.errors import UnreadableImage
-from looc_ldm.training.data import ImageSet, spread
-from looc_ldm.training.transforms import read_encoded
+from looc_ldm.images import read_bytes
+from looc_ldm.training.image_set import ImageSet, spread
 
 if TYPE_CHECKING:
     from looc_ldm.training.streaming import StreamedSet
@@ -132,7 +132,7 @@ def _of_data(images: ImageSet) -> dict:
 def _stored_bytes(images: ImageSet, index: int) -> bytes:
     stored = images.source.read(index)
     try:
-        return read_encoded(stored.content, stored.name)
+        return read_bytes(stored.content, stored.name)
     except UnreadableImage:  # one that is left out of the cache, too
         return b""
 

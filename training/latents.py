@@ -1,10 +1,10 @@
-"""Training examples of stage 2, from cached latents or from images; and the command that caches the latents.
+"""Training examples of stage 2 from cached latents, and the command that caches them.
 
     looc-ldm cache-latents --config imagenet/diffusion --data /data/imagenet
     accelerate launch -m looc_ldm.training.latents --config imagenet/diffusion --data /data/imagenet
 
-Several processes encode a share each; the folder must be one that all of them see. Interrupted, the same command goes
-on, also with another number of processes.
+Each process encodes a part; the folder must be one that all of them see. Interrupted, the same command goes on, also
+with a different number of processes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from looc_ldm.arguments import CacheLatents, parse_options
 from looc_ldm.autoencoder import LooCVQModel
@@ -25,21 +24,19 @@ from looc_ldm.loading import load_autoencoder
 from looc_ldm.scaling import scale_latents
 from looc_ldm.training.config import DiffusionConfig
 from looc_ldm.training.config_parsing import load_config
-from looc_ldm.training.data import FLIP, NOISE, Report, Stream, load_image_sets, random_at
+from looc_ldm.training.data import Stream, draws_at, load_image_sets
+from looc_ldm.training.image_set import FLIP, Report, random_at
 from looc_ldm.training.latent_cache import LatentCache, check_cache_folder
 from looc_ldm.training.latent_encoding import cache_latents, check_cacheable
-from looc_ldm.training.latent_encoding import latent_side as latent_side
-from looc_ldm.training.moments import SCALING_IMAGES as SCALING_IMAGES
-from looc_ldm.training.moments import measure_latents as measure_latents
-from looc_ldm.training.moments import measure_scaling_factor as measure_scaling_factor
+from looc_ldm.training.moments import measure_scaling_factor as measure_scaling_factor  # documented to be here
 
 
 class LatentStream(Stream):
-    """Training examples of stage 2.
+    """Training examples of stage 2 from cached latents.
 
     Item p is `(latents, label, noise, time, dropout, report)`: the scaled latents `(c, h, w)`, their class, noise of
     the same shape, two uniform numbers in [0, 1) that decide the timestep and whether the label is dropped, and an
-    empty `Report`. All that is random belongs to the position p, so that no loop or process has randomness of its own.
+    empty `Report`. All random numbers belong to the position p, so that no loop or process has randomness of its own.
     """
 
     def __init__(self, cache: LatentCache, model: LooCVQModel, seed: int):
@@ -55,39 +52,6 @@ class LatentStream(Stream):
         latents, label = self.cache.read(self.index_at(position), flipped)
         latents = latents.float() * self.scale + self.shift
         return latents, label, *draws_at(self.seed, position, self.cache.shape), Report()
-
-
-class OnlineLatentStream(Dataset):
-    """Training examples of stage 2 that are encoded in the loop.
-
-    Item p is `(image, label, noise, time, dropout, report)`: the image (uint8), label and report of another stream,
-    and the numbers that `LatentStream` gives at that position.
-
-    Args:
-        stream (`Stream` or `StreamedImages`): Of items `(image, label, report)`.
-        latent_shape (`tuple[int, int, int]`): c, h, w of the latents, which the noise has.
-        seed (`int`): Of noise, time and dropout.
-    """
-
-    def __init__(self, stream: Dataset, latent_shape: tuple[int, int, int], seed: int):
-        self.stream = stream
-        self.latent_shape = tuple(latent_shape)
-        self.seed = seed
-        self.length = getattr(stream, "length", None)  # unknown where images are streamed
-
-    def __getitems__(self, positions: list[int]) -> list[tuple]:
-        """The items of one batch; what a loader's worker calls."""
-        return [
-            (image, label, *draws_at(self.seed, position, self.latent_shape), report)
-            for position, (image, label, report) in zip(positions, self.stream.__getitems__(positions), strict=True)
-        ]
-
-
-def draws_at(seed: int, position: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, np.float32, np.float32]:
-    """Noise of a shape, and two uniform numbers in [0, 1), that belong to one position of the stream."""
-    random = random_at(seed, NOISE, position)
-    time, dropout = random.random(2, dtype=np.float32)
-    return torch.from_numpy(random.standard_normal(shape, dtype=np.float32)), time, dropout
 
 
 def cache_data_set(options: CacheLatents) -> None:
@@ -114,7 +78,7 @@ def cache_data_set(options: CacheLatents) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line of `looc-ldm cache-latents`."""
     with one_line_errors():
         arguments = sys.argv[1:] if arguments is None else arguments
         cache_data_set(parse_options(CacheLatents, arguments, "looc-ldm cache-latents"))

@@ -18,7 +18,7 @@ import numpy as np
 
 from looc_ldm.errors import DataError
 from looc_ldm.files import make_folder, renamed_when_complete
-from looc_ldm.training.sources import SPLIT_NAMES, Source, Stored
+from looc_ldm.training.source import SPLIT_NAMES, Source, Stored
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +124,6 @@ def _keys(folder: Path) -> np.ndarray:
     own = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
     with renamed_when_complete(file, own) as partial, partial.open("wb") as opened:
         np.save(opened, np.concatenate(list(_key_arrays(folder))))
-        opened.flush()
-        os.fsync(opened.fileno())  # else a power cut can leave the name without all of the content
     return np.load(file, mmap_mode="r")
 
 

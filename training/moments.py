@@ -10,8 +10,9 @@ from operator import add
 import torch
 
 from looc_ldm.autoencoder import LooCVQModel
+from looc_ldm.scaling import encode_latents
 
-SCALING_IMAGES = 2_000  # that latents are measured on where not all of them are encoded
+SCALING_IMAGES = 2_000  # images whose latents are measured if not all of them are encoded
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Moments:
 
     @classmethod
     def of(cls, latents: torch.Tensor) -> Moments:
-        """Of latents `(B, c, h, w)`, in float64."""
+        """Sum up latents `(B, c, h, w)`, in float64."""
         wide = latents.cpu().double().transpose(0, 1).flatten(1)  # (c, B * h * w)
         return cls(wide.shape[1], tuple(wide.sum(1).tolist()), tuple(wide.square().sum(1).tolist()))
 
@@ -52,26 +53,25 @@ class Moments:
 
     @property
     def standard_deviation(self) -> float:
-        """Of all values about their common mean."""
+        """The standard deviation of all values about their common mean."""
         count = self.count * len(self.total)
         return math.sqrt(max(sum(self.squares) / count - (sum(self.total) / count) ** 2, 0.0))
 
 
-@torch.no_grad()
 def measure_latents(model: LooCVQModel, batches: Iterable[torch.Tensor]) -> Moments:
-    """Mean and deviation of the latents of images `(B, C, H, W)` in [-1, 1].
+    """Measure mean and deviation of the latents of images `(B, C, H, W)` in [-1, 1].
 
     To whiten each channel: `model.register_to_config(scaling_factor=1.0, latents_mean=moments.channel_mean,
     latents_std=moments.channel_std)`.
     """
     moments = Moments()
     for batch in batches:
-        moments += Moments.of(model.encode(batch.to(model.device, model.dtype)).latents)
+        moments += Moments.of(encode_latents(model, batch.to(model.device), scaled=False))
     return moments
 
 
 def measure_scaling_factor(model: LooCVQModel, batches: Iterable[torch.Tensor]) -> float:
-    """1 / standard deviation of the latents of images `(B, C, H, W)` in [-1, 1].
+    """Return 1 / standard deviation of the latents of images `(B, C, H, W)` in [-1, 1].
 
     Raises:
         ValueError: There are no images, or all latents are equal.

@@ -5,7 +5,6 @@ A run is resumed by repeating its command. It owns its output folder, which all 
     config.yaml           the resolved settings
     checkpoints/000123/   Accelerate's state after that many images; see `training/checkpoints.py`
     metrics.jsonl         one line per log interval, cut back to the checkpoint on resuming
-    unreadable.txt        names of images that could not be read, one a line; cut back likewise
     previews/000123.png   image grids
     logs/, wandb/         the tracker's files; wandb_id.txt names the run that W&B goes on with
     model/ or pipeline/   the result, written at the end; its training.json says after how many images
@@ -36,9 +35,9 @@ from looc_ldm.training.config import OptimizerConfig, RunConfig
 from looc_ldm.training.log import RunLog
 from looc_ldm.training.optimization import learning_rate_at, resolve_precision
 from looc_ldm.training.pushing import Pusher
-from looc_ldm.training.reports import Reports
 from looc_ldm.training.run_folder import RunFolder
 from looc_ldm.training.stopping import StopSignals, leave_signals_to_the_trainer, stopped_by
+from looc_ldm.training.unreadable import UnreadableImages
 
 logger = logging.getLogger(__name__)
 
@@ -87,15 +86,13 @@ class Run:
         self.checkpoints = Checkpoints(
             self.folder.checkpoints, self.accelerator, config.batch_size, config.keep_last, config.keep_every_images
         )
-        self._reports = Reports(self.folder.path / "unreadable.txt", self.accelerator, config.data.max_unreadable_share)
+        self.cursors: dict[int, tuple[int, ...]] = {}
+        self._unreadable = UnreadableImages(config.data.max_unreadable_share)
+        self._unreadable_count = 0  # of all processes, at the last log line
         self._stop = StopSignals()
         self._pusher = None
         if config.push_to_hub and self.accelerator.is_main_process:
             self._pusher = Pusher(self.folder.path / "upload.partial", config.push_to_hub, config.push_private)
-
-    @property
-    def cursors(self) -> dict[int, tuple[int, ...]]:
-        return self._reports.cursors
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -126,13 +123,11 @@ class Run:
         means = None
         if state is not None:
             self.images_seen, self.skipped_steps = state["images_seen"], state["skipped_steps"]
-            self._reports.load_state(state)
+            self.cursors = {int(lane): tuple(cursor) for lane, cursor in state["cursors"].items()}
             if len(state["means"]) == self.accelerator.num_processes:
                 means = state["means"][self.accelerator.process_index]
         self._log_start(state is not None)
         self.log.start(self.images_seen, means)
-        if self.accelerator.is_main_process:
-            self._reports.write_names()
         pending = self.accelerator.is_main_process and state is not None and self._lacks_evaluation()
         (self.evaluation_pending,) = broadcast_object_list([pending])
 
@@ -162,15 +157,17 @@ class Run:
         """Write a checkpoint, unless there is one of this moment. Collective.
 
         Raises:
-            TrainingError: The disk is full or cannot be written, on any process; or too many images are unreadable.
+            TrainingError: The disk is full or cannot be written, on any process.
         """
         if self.checkpoints.newest == self.images_seen:
             return
         with self.log.pause_timer():
-            state = self._reports.state()
             means = gather_object([self.log.means.state()])
-            self.checkpoints.save(self.images_seen, {"skipped_steps": self.skipped_steps, "means": means, **state})
-        self._stop_if_too_many_unreadable()
+            # A process knows old cursors of the others' lanes from its start; lanes only go forward.
+            known = sorted(cursor for part in gather_object([self.cursors]) for cursor in part.values())
+            cursors = {cursor[0]: cursor for cursor in known}
+            state = {"skipped_steps": self.skipped_steps, "means": means, "cursors": cursors}
+            self.checkpoints.save(self.images_seen, state)
 
     # The loop --------------------------------------------------------------------------------------------------------
 
@@ -178,13 +175,10 @@ class Run:
         """Yield the tensors of each batch, on the device; measure the time waited for data and keep the reports.
 
         Args:
-            loader (`DataLoader`): Of tuples of tensors that end with a `looc_ldm.training.data.Report`.
-
-        Raises:
-            TrainingError: Too many images were unreadable when the run was stopped, and nothing has changed since.
+            loader (`DataLoader`): Of tuples of tensors that end with a `looc_ldm.training.image_set.Report`.
         """
-        self._reports.listen(loader)
-        self._stop_if_too_many_unreadable()
+        size = getattr(loader.dataset, "length", None)
+        self._unreadable = UnreadableImages(self.config.data.max_unreadable_share, self.images_seen, size)
         loader.worker_init_fn = leave_signals_to_the_trainer
         started_at, first_step = self.images_seen, True
         batches = iter(loader)
@@ -194,7 +188,9 @@ class Run:
             if batch is None:
                 return
             *tensors, report = batch
-            self._reports.take(report)
+            self._unreadable.add(report.unreadable)
+            if report.cursor is not None:
+                self.cursors[report.cursor[0]] = tuple(report.cursor)
             yield [tensor.to(self.accelerator.device, non_blocking=True) for tensor in tensors]
             if first_step and self.images_seen > started_at:
                 first_step = False
@@ -255,9 +251,9 @@ class Run:
             KeyboardInterrupt: After SIGINT; `Terminated`, which is one, after SIGTERM.
             TrainingError: Too many images are unreadable.
         """
-        if self._reports.too_many(self.images_seen):
+        if problem := self._unreadable.too_many(self._unreadable_count, self.images_seen):
             self.save_checkpoint()
-            self._stop_if_too_many_unreadable()
+            raise TrainingError(problem)
         received = self._stop.received
         if self.accelerator.num_processes > 1:
             if self.images_seen // self.config.batch_size % STOP_CHECK_STEPS:
@@ -270,15 +266,10 @@ class Run:
             self.accelerator.end_training()
             raise stopped_by(received, f"stopped at {self.images_seen} images; the same command goes on from there")
 
-    def _stop_if_too_many_unreadable(self) -> None:
-        error = self._reports.too_many(self.images_seen)
-        if error is not None:
-            raise error
-
     def write_log(self, **extra: float) -> None:
         """Write a log line with the means since the last one, and `extra`. Collective; waits for the device."""
         self.log.write(self.images_seen, **extra, skipped_steps=self.skipped_steps)
-        self._reports.gather()
+        self._unreadable_count = sum(gather_object([self._unreadable.count]))
 
     # The hub ---------------------------------------------------------------------------------------------------------
 

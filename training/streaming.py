@@ -9,8 +9,8 @@ ahead, and a run that is resumed reads, without decoding, the head of one shard 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -19,30 +19,20 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from looc_ldm.errors import ConfigError, DataError, UnreadableImage
+from looc_ldm.errors import ConfigError, DataError, UnreadableImage, one_line
+from looc_ldm.images import read_bytes
 from looc_ldm.training.config import DataConfig
-from looc_ldm.training.data import (
-    SUBSTITUTES,
-    ImageSet,
-    Report,
-    StreamBatches,
-    augment,
-    split_name,
-    too_many_unreadable,
-)
+from looc_ldm.training.image_set import ImageReader, ImageSet, Report
 from looc_ldm.training.lanes import Cursor, Lane, starting_cursors
-from looc_ldm.training.sources import Source, Stored, check_tar_end, find_shards, folder_of
+from looc_ldm.training.open import check_tar_end, find_shards, folder_of, split_name
+from looc_ldm.training.source import Source, Stored
 from looc_ldm.training.tables import Columns, class_names, find_columns, is_text, label_error
-from looc_ldm.training.transforms import decode, mode_of, read_encoded
-
-# `datasets` itself waits for a host that does not answer. This is for shards that break off while they are read.
-RETRIES = 3
-PAUSE_SECONDS = 5.0
+from looc_ldm.training.unreadable import first_readable
 
 logger = logging.getLogger(__name__)
 
 
-class StreamedSet:
+class StreamedSet(ImageReader):
     """The shards of one split, as they lie on the disk or on the hub. Their images are not counted: there is no length.
 
     Args:
@@ -52,21 +42,17 @@ class StreamedSet:
         channels (`int`): 1 (grey) or 3.
 
     Attributes:
-        classes (`list[str]`): Names of the classes; empty where the data has none.
-        num_shards (`int`): What can be read at the same time.
-        content_size (`tuple[int, int]`, *optional*): Height and width of the images inside their padding, where `fit`
-            is `pad`.
+        classes (`list[str]`): Names of the classes; empty if the data has none.
+        num_shards (`int`): Number of shards, which can be read at the same time.
 
     Raises:
         DataError: No such column of images.
     """
 
     def __init__(self, rows: datasets.IterableDataset, shard_names: list[str], config: DataConfig, channels: int):
-        self.config = config
-        self.mode = mode_of(channels)
+        super().__init__(config, channels)
         self.num_shards = rows.num_shards
         self.shard_names = shard_names
-        self.content_size: tuple[int, int] | None = None
         self.columns = find_columns(rows.features or {}, config)
         self.classes = _class_names(self.columns, config)
         names = [self.columns.image, *(self.columns.label[:1] if self.classes else ())]
@@ -74,39 +60,25 @@ class StreamedSet:
         self.rows = rows.select_columns(names).cast_column(self.columns.image, datasets.Image(decode=False))
 
     def read(self, shard: int, start: int = 0) -> Iterator[Stored]:
-        """The examples of a shard from a place on. Where reading breaks off, it is opened again, a few times.
+        """Yield the images of a shard from a place on.
 
         Raises:
             DataError: A shard that cannot be read, or a label that is none of the classes.
         """
-        failures, rows = 0, None
-        while True:
-            try:
-                rows = rows or self._rows_from(shard, start)
-                index, row = next(rows, (None, None))
-            except Exception as error:  # those of files, archives, parquet and the network have no common base
-                rows, failures = None, failures + 1
-                reason = " ".join(str(error).split()) or type(error).__name__
-                reason = f"cannot read {self.shard_names[shard]}: {reason}"
-                if failures > RETRIES:
-                    raise DataError(reason) from error
-                logger.warning("%s; it is opened again (%d of %d)", reason, failures, RETRIES)
-                time.sleep(PAUSE_SECONDS * failures)
-                continue
-            if row is None:
-                return
-            start, failures = index + 1, 0
-            yield self._stored(row, shard, index)  # outside of `try`: what is raised here is not the shard's fault
-
-    def _rows_from(self, shard: int, start: int) -> Iterator[tuple[int, dict]]:
-        """The examples of a shard, opened anew, from a place on, as `(index, row)`."""
-        check_tar_end(Path(self.shard_names[shard]))
+        name = self.shard_names[shard]
+        check_tar_end(Path(name))
         # iter(1): a plain loop would divide the shard among the loader's workers once more, and larger batches of tars
         # fail in datasets 4.0.
-        batches = enumerate(self.rows.shard(self.num_shards, shard).iter(batch_size=1))
-        return (
-            (index, {name: values[0] for name, values in batch.items()}) for index, batch in batches if index >= start
-        )
+        rows = enumerate(self.rows.shard(self.num_shards, shard).iter(batch_size=1))
+        while True:
+            try:
+                index, row = next(rows, (None, None))
+            except Exception as error:  # errors of files, archives, parquet and the network have no common base
+                raise DataError(f"cannot read {name}: {one_line(error)}") from error
+            if row is None:
+                return
+            if index >= start:
+                yield self._stored({column: values[0] for column, values in row.items()}, shard, index)
 
     def _stored(self, row: dict, shard: int, index: int) -> Stored:
         image = row[self.columns.image] or {"bytes": None, "path": None}
@@ -137,9 +109,9 @@ class InMemory(Source):
 
 
 def open_streamed(config: DataConfig, channels: int) -> tuple[StreamedSet, ImageSet]:
-    """The training images, streamed, and the first `validation_images` of the validation split, held in memory.
+    """Open the training images, streamed, and the first `validation_images` of the validation split, held in memory.
 
-    The first, not some at even distances: of a split that is sorted by class these are of few classes.
+    The first ones are not at even distances: if the split is sorted by class, they are of few classes.
 
     Raises:
         ConfigError: No validation split is named.
@@ -164,8 +136,8 @@ def open_streamed(config: DataConfig, channels: int) -> tuple[StreamedSet, Image
         splits = builder.as_streaming_dataset()
     except DataError:
         raise
-    except Exception as error:  # those of files, archives, parquet and the network have no common base
-        raise DataError(f"cannot load data.path={config.path!r}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # errors of files, archives, parquet and the network have no common base
+        raise DataError(f"cannot load data.path={config.path!r}: {one_line(error)}") from error
     sets = {}
     for setting in ("split", "validation_split"):
         split = split_name(splits, setting, config)
@@ -185,9 +157,9 @@ def open_streamed(config: DataConfig, channels: int) -> tuple[StreamedSet, Image
 
 
 def _fetched(stored: Stored) -> Stored:
-    """With the content in memory, also where it lies elsewhere. A missing file stays an unreadable image."""
+    """Bring the content into memory, also from elsewhere. A missing file stays an unreadable image."""
     try:
-        return stored._replace(content=read_encoded(stored.content, stored.name))
+        return stored._replace(content=read_bytes(stored.content, stored.name))
     except UnreadableImage:
         return stored
 
@@ -217,9 +189,10 @@ class StreamedImages(Dataset):
 
     Args:
         images (`StreamedSet`): The shards.
-        seed (`int`): Of order, flips and crops.
-        batches (`StreamBatches`): The batches of this process.
-        num_workers (`int`): Of the loader that reads the stream.
+        seed (`int`): Seed of order, flips and crops.
+        per_forward (`int`): Images of one forward pass of one process.
+        processes (`int`): Number of processes.
+        num_workers (`int`): Workers of the loader that reads the stream.
         cursors (`dict[int, Cursor]`): Lane -> where it goes on, from a checkpoint; see `starting_cursors`.
 
     Attributes:
@@ -227,35 +200,30 @@ class StreamedImages(Dataset):
     """
 
     def __init__(
-        self, images: StreamedSet, seed: int, batches: StreamBatches, num_workers: int, cursors: dict[int, Cursor]
+        self,
+        images: StreamedSet,
+        seed: int,
+        per_forward: int,
+        processes: int,
+        num_workers: int,
+        cursors: dict[int, Cursor],
     ):
         self.images = images
         self.seed = seed
-        self.per_forward = batches.per_forward
-        processes = batches.stride // batches.per_forward
+        self.per_forward = per_forward
         self.num_lanes = processes * max(num_workers, 1)
         self.read_ahead = num_workers > 0
         self.cursors = starting_cursors(cursors, self.num_lanes)
         self._lanes: dict[int, Lane] = {}  # opened by the process that reads
 
     def __getitems__(self, positions: list[int]) -> list[tuple[torch.Tensor, int, Report]]:
-        """The items of one forward pass; what a loader's worker calls."""
+        """Return the items of one forward pass; called by a loader's worker."""
         number = positions[0] // self.per_forward % self.num_lanes
         if number not in self._lanes:
             self._lanes[number] = Lane(self.images, self.seed, self.num_lanes, self.cursors[number], self.read_ahead)
         return [self._item(self._lanes[number], position) for position in positions]
 
     def _item(self, lane: Lane, position: int) -> tuple[torch.Tensor, int, Report]:
-        unreadable: list[str] = []
-        last = None
-        while len(unreadable) < SUBSTITUTES:
-            content, name, label = next(lane)
-            try:
-                image = decode(content, self.images.mode, name)
-            except UnreadableImage as error:
-                unreadable.append(error.name)
-                last = error
-                continue
-            pixels = augment(image, self.images, self.seed, position, name)
-            return pixels, label, Report(unreadable, lane.cursor)
-        raise too_many_unreadable(self.images.config, SUBSTITUTES, last)
+        read = partial(self.images.to_item, at=(self.seed, position))
+        item, problems = first_readable(lane, read, self.images.config.path)
+        return *item, Report(problems, lane.cursor)

@@ -14,7 +14,7 @@ import pyarrow.compute
 
 from looc_ldm.errors import DataError
 from looc_ldm.training.config import DataConfig
-from looc_ldm.training.sources import Source, Stored
+from looc_ldm.training.source import Source, Stored
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,8 @@ from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.quantizer import LooCQuantizer
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, EvaluationConfig
-from looc_ldm.training.data import ImageSet, float_batches, spread
+from looc_ldm.training.data import float_batches
+from looc_ldm.training.image_set import ImageSet, spread
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from looc_ldm.devices import choose_device
 from looc_ldm.errors import UserError
 from looc_ldm.files import check_folder, check_name, make_folder
 from looc_ldm.image_codes import set_tiling
-from looc_ldm.training.data import float_batches, spread
+from looc_ldm.training.data import float_batches
+from looc_ldm.training.image_set import spread
 
 
 def analyze(options: Analyze) -> None:

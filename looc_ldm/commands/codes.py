@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import sys
 from collections.abc import Iterator
@@ -38,8 +37,8 @@ from looc_ldm.devices import choose_device
 from looc_ldm.errors import DataError, UserError
 from looc_ldm.files import make_folder, write_image
 from looc_ldm.image_codes import check_codes, decode_pixels, encode_pixels, image_of, read_pixels, set_tiling
-from looc_ldm.training.data import ImageSet
-from looc_ldm.training.sources import IMAGE_SUFFIXES, Stored
+from looc_ldm.training.image_set import ImageSet
+from looc_ldm.training.source import IMAGE_SUFFIXES, Stored
 
 
 def encode(options: Encode) -> None:
@@ -214,8 +213,7 @@ def _encode_data_set(options: Encode) -> None:
 def _at_own_size(images: ImageSet, stored: Stored) -> np.ndarray:
     if stored.content is None:
         raise DataError(f"{stored.name} is missing.")
-    file = io.BytesIO(stored.content) if isinstance(stored.content, bytes) else stored.content
-    return read_pixels(file, stored.name, 1 if images.mode == "L" else 3)
+    return read_pixels(stored.content, stored.name, 1 if images.mode == "L" else 3)
 
 
 def _name(images: ImageSet, stored: Stored, index: int) -> str:

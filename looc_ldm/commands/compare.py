@@ -35,7 +35,8 @@ from looc_ldm.fingerprint import model_fingerprint
 from looc_ldm.image_codes import set_tiling
 from looc_ldm.images import centre_crop, to_float, to_uint8
 from looc_ldm.loading import load_autoencoder
-from looc_ldm.training.data import ImageSet, float_batches, spread
+from looc_ldm.training.data import float_batches
+from looc_ldm.training.image_set import ImageSet, spread
 
 
 @dataclass

@@ -34,9 +34,9 @@ from looc_ldm.metrics.weights import weights_identity
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.loading import load_pipeline
 from looc_ldm.training.config import DataConfig
-from looc_ldm.training.data import load_image_set
+from looc_ldm.training.image_set import load_image_set
 from looc_ldm.training.latent_fingerprint import reference_fingerprint
-from looc_ldm.training.sources import split_folders_of
+from looc_ldm.training.open import split_folders_of
 
 DEFAULT_SAMPLES = 10_000
 DEFAULT_SAMPLING = SamplingOptions(batch_size=100)

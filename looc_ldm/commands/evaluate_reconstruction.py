@@ -18,7 +18,7 @@ from looc_ldm.distributed import start_processes
 from looc_ldm.image_codes import set_tiling
 from looc_ldm.images import to_float
 from looc_ldm.metrics.shares import share_of_batches
-from looc_ldm.training.data import spread
+from looc_ldm.training.image_set import spread
 
 READ_BATCH = 32  # images that are read, and reconstructed, at a time
 

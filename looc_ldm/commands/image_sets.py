@@ -20,7 +20,7 @@ from looc_ldm.errors import DataError
 from looc_ldm.metrics.samples import NpzSamples
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
-from looc_ldm.training.data import ImageSet
+from looc_ldm.training.image_set import ImageSet
 from looc_ldm.training.transforms import to_pixels
 
 

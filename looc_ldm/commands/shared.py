@@ -17,7 +17,7 @@ from looc_ldm.fingerprint import model_fingerprint
 from looc_ldm.images import MODES
 from looc_ldm.loading import load_autoencoder, model_folder
 from looc_ldm.training.config import DataConfig
-from looc_ldm.training.data import ImageSet, load_image_set
+from looc_ldm.training.image_set import ImageSet, load_image_set
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -1,6 +1,6 @@
 """The stream of training images depends on nothing but seed and position, and survives images that cannot be read."""
 
-import os
+import logging
 import pickle
 from dataclasses import replace
 
@@ -14,16 +14,15 @@ from looc_ldm.errors import ConfigError, DataError, UnreadableImage, one_line_er
 from looc_ldm.training.config import DataConfig
 from looc_ldm.training.data import (
     ImageStream,
-    Report,
     Stream,
     StreamBatches,
     float_batches,
-    load_image_set,
     load_image_sets,
     make_stream,
     stream_loader,
 )
-from looc_ldm.training.reports import write_unreadable
+from looc_ldm.training.image_set import Report, load_image_set
+from looc_ldm.training.unreadable import UnreadableImages
 
 
 def positions(total=32, start=0, batch_size=8, accumulation=1, rank=0, world_size=1) -> list[list[int]]:
@@ -64,22 +63,37 @@ def test_an_unreadable_image_met_by_a_worker_process_is_one_line(damaged, capsys
     assert "02.jpg" in lines[0]
 
 
-def test_training_replaces_and_reports_what_cannot_be_read(damaged):
+def test_in_training_the_next_readable_image_takes_the_place_and_the_reason_is_reported(damaged):
     train, _ = load_image_sets(damaged, channels=3)
     names = [train.source.read(index).name for index in range(len(train))]
-    readable = {index for index, name in enumerate(names) if not name.endswith(("02.jpg", "07.jpg"))}
+    bad = [index for index, name in enumerate(names) if name.endswith(("02.jpg", "07.jpg"))]
     stream = ImageStream(train, seed=0)
-    reported = 0
+    reported = []
     for position in range(3 * len(train)):
         image, label, report = stream[position]
         meant = stream.index_at(position)
-        assert report.unreadable[:1] == ([] if meant in readable else [names[meant]])
-        reported += len(report.unreadable)
-        originals = [train.read(index)[0] for index in readable]
-        matches = [torch.equal(image, o) or torch.equal(image, o.flip(-1)) for o in originals]
-        assert sum(matches) == 1
+        shown = train.read((meant + 1) % len(train))[0] if meant in bad else train.read(meant)[0]
+        assert torch.equal(image, shown) or torch.equal(image, shown.flip(-1))
         assert label == -1
-    assert reported >= 6  # each of the two in each of the three epochs
+        expected = [f"cannot read {names[meant]}"] if meant in bad else []
+        assert [problem.split(": ")[0] for problem in report.unreadable] == expected
+        reported += report.unreadable
+    assert len(reported) == 6  # each of the two in each of the three epochs
+    assert any(problem.endswith("07.jpg: the file is empty") for problem in reported)
+
+
+def test_each_unreadable_image_is_one_warning_with_the_reason_and_above_a_share_the_run_stops(caplog):
+    found = UnreadableImages(max_share=0.1, size=20)
+    with caplog.at_level(logging.WARNING):
+        for problems in (["cannot read a.jpg: the file is empty"], [], ["cannot read a.jpg: the file is empty"]):
+            found.add(problems)
+    assert caplog.messages == ["cannot read a.jpg: the file is empty; the next readable image takes its place"]
+    assert found.count == 2
+    assert found.too_many(2, images_seen=20) is None
+    assert found.too_many(3, images_seen=20).startswith("3 of 20 images cannot be read, more than data.max_unreadable")
+    assert found.too_many(4, images_seen=21) is None  # the second epoch meets them again
+    assert UnreadableImages(max_share=0.001, started_at=19, size=20).too_many(2, images_seen=21) is None
+    assert UnreadableImages(max_share=0.0, size=20).too_many(1, images_seen=20)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -117,19 +131,11 @@ def test_data_without_a_readable_image_ends_training_with_one_line(tmp_path, sma
         replace(small_data, path=str(tmp_path), fit="crop", validation_images=1), channels=3
     )
     with pytest.raises(
-        DataError, match=r"1000 images .* in a row cannot be read. The last: cannot read .*\.png: no im"
+        DataError, match=r"2 images .* in a row cannot be read. The last: cannot read .*\.png: not an image"
     ):
         ImageStream(train, seed=0)[0]
-    with pytest.raises(DataError, match=r"1 images .* in a row cannot be read. The last: cannot read .*\.png: no imag"):
+    with pytest.raises(DataError, match=r"1 images .* in a row cannot be read. The last: cannot read .*\.png: not an"):
         validation[0]
-
-
-def test_an_unreadable_image_whose_name_is_no_text_is_named_byte_by_byte(tmp_path):
-    file = tmp_path / "unreadable.txt"
-    write_unreadable(file, [os.fsdecode(b"/images/caf\xe9.jpg"), "/images/caf\u00e9.jpg"])
-    assert file.read_bytes() == b"/images/caf\xe9.jpg\n/images/caf\xc3\xa9.jpg\n"
-    write_unreadable(file, [])
-    assert not file.exists()
 
 
 # The stream ------------------------------------------------------------------------------------------------------

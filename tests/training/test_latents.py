@@ -18,14 +18,14 @@ from looc_ldm import LooCVQModel
 from looc_ldm.errors import ConfigError, ModelError
 from looc_ldm.images import to_float
 from looc_ldm.training.config import DataConfig
-from looc_ldm.training.data import ImageStream, Report, StreamBatches, load_image_sets, stream_loader
+from looc_ldm.training.data import ImageStream, OnlineLatentStream, StreamBatches, load_image_sets, stream_loader
+from looc_ldm.training.image_set import Report
 from looc_ldm.training.latent_cache import Shards
+from looc_ldm.training.latent_encoding import latent_side
 from looc_ldm.training.latents import (
     LatentCache,
     LatentStream,
-    OnlineLatentStream,
     cache_latents,
-    latent_side,
     measure_scaling_factor,
 )
 
@@ -303,7 +303,7 @@ def test_the_format_of_an_older_version_is_refused_with_the_way_out(model, image
     np.save(tmp_path / "latents.npy", np.zeros((64, 4, 16, 16), np.float16))
     (tmp_path / "description.json").write_text(json.dumps({"fingerprint": "12ab", "classes": []}))
     with pytest.raises(
-        ConfigError, match=r"in the format of another version of looc-ldm; delete it, and they are enco"
+        ConfigError, match=r"in the format of another version of looc-ldm: give a new folder, or delete this"
     ):
         cache_latents(model, images, tmp_path, accelerator)
     assert names(tmp_path) == ["description.json", "latents.npy"]

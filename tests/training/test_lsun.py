@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from looc_ldm.errors import DataError, UserError
 from looc_ldm.training import lsun
 from looc_ldm.training.config import DataConfig
-from looc_ldm.training.data import load_image_set, load_image_sets
+from looc_ldm.training.data import load_image_sets
+from looc_ldm.training.image_set import load_image_set
 from looc_ldm.training.lsun import LmdbSource, find_lmdbs
 
 

@@ -20,8 +20,9 @@ from PIL import Image
 
 from looc_ldm.errors import DataError, UnreadableImage
 from looc_ldm.training.config import DataConfig
-from looc_ldm.training.data import load_image_set, load_image_sets
-from looc_ldm.training.sources import open_sources
+from looc_ldm.training.data import load_image_sets
+from looc_ldm.training.image_set import load_image_set
+from looc_ldm.training.open import open_sources
 
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 

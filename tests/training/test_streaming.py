@@ -1,7 +1,6 @@
 """Data sets in shards: every image once an epoch, in an order that a stopped run takes up to the bit."""
 
 import io
-import logging
 import pickle
 import subprocess
 import sys
@@ -20,11 +19,10 @@ import torch
 from PIL import Image
 
 from looc_ldm.errors import ConfigError, DataError
-from looc_ldm.training import streaming
 from looc_ldm.training.config import DataConfig
 from looc_ldm.training.data import StreamBatches, load_image_sets, make_stream, stream_loader
 from looc_ldm.training.lanes import Lane, starting_cursors
-from looc_ldm.training.sources import Stored
+from looc_ldm.training.source import Stored
 
 SHARD_SIZES = (11, 5, 17, 9, 14)  # of the training split; blocks of 6 images end in their middle
 VALIDATION = 8
@@ -376,7 +374,9 @@ def test_an_unreadable_image_is_named_and_the_next_one_takes_its_place(stored, t
     reports = [report for *_, report in stream_loader(make_stream(images, 0, batches, 0), batches, 0, False)]
     names = [name for report in reports for name in report.unreadable]
     assert len(names) >= 2
-    assert set(names) == {f"{number:05d}.png of {tmp_path / 'train-0.tar'}" for number in (0, 1)}
+    reasons = "not an image, or in a format that Pillow does not know", "the file is empty"
+    file = tmp_path / "train-0.tar"
+    assert set(names) == {f"cannot read {number:05d}.png of {file}: {why}" for number, why in enumerate(reasons)}
     whole, _ = stream(images, 12)
     for stop in (4, 8):  # what was skipped counts in the cursor
         head, cursors = stream(images, stop)
@@ -416,16 +416,16 @@ def test_one_image_of_those_that_lie_elsewhere_may_be_missing(stored, tmp_path):
     batches = StreamBatches(0, 12, BATCH_SIZE, 1, 0, 1)
     reports = [report for *_, report in stream_loader(make_stream(images, 0, batches, 0), batches, 0, False)]
     names = {name for report in reports for name in report.unreadable}
-    assert names == {f"{paths[2]} of {tmp_path / 'train.parquet'}"}
+    assert len(names) == 1
+    assert names.pop().startswith(f"cannot read {paths[2]} of {tmp_path / 'train.parquet'}: ")
     assert torch.equal(validation[2][0], validation[3][0])  # the next one takes its place
     (tmp_path / "3.png").unlink()
     assert validation[3][0].shape == (1, 28, 28)  # is in memory
 
 
 @pytest.fixture
-def shard(stored, tmp_path, monkeypatch):
+def shard(stored, tmp_path):
     """A set with one training shard, the shard's file and its content."""
-    monkeypatch.setattr(streaming, "PAUSE_SECONDS", 0.0)
     write_tar(tmp_path / "train-0.tar", stored[:20])
     write_tar(tmp_path / "val-0.tar", stored[20:24])
     images, _ = load_image_sets(config_of(tmp_path), channels=1)
@@ -433,41 +433,20 @@ def shard(stored, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("blocks", [3, 20])  # within an image, and where the next header would begin
-def test_a_shard_that_is_cut_off_is_named(shard, caplog, blocks):
+def test_a_shard_that_is_cut_off_is_named(shard, blocks):
     images, file, whole = shard
     file.write_bytes(whole[: 512 * blocks])
     with pytest.raises(DataError, match=rf"cannot read {file}: the archive is cut off"):
         list(images.read(0))
-    assert sum("opened again" in record.message for record in caplog.records) == streaming.RETRIES
 
 
-def test_a_damaged_parquet_file_is_named(stored, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "PAUSE_SECONDS", 0.0)
+def test_a_damaged_parquet_file_is_named(stored, tmp_path):
     for split in ("train", "validation"):
         write_parquet(tmp_path / f"{split}.parquet", stored[:20])
     images, _ = load_image_sets(config_of(tmp_path), channels=1)
     (tmp_path / "train.parquet").write_bytes((tmp_path / "train.parquet").read_bytes()[:4096])
     with pytest.raises(DataError, match=rf"cannot read {tmp_path / 'train.parquet'}: "):
         list(images.read(0))
-
-
-def test_a_shard_that_breaks_off_once_is_read_on_without_loss(shard):
-    images, file, whole = shard
-
-    class Repair(logging.Handler):  # as a network that is back when the shard is opened again
-        def emit(self, record):
-            file.write_bytes(whole)
-
-    repair = Repair()
-    logging.getLogger(streaming.__name__).addHandler(repair)
-    try:
-        examples = images.read(0)
-        names = [next(examples).name for _ in range(2)]
-        file.write_bytes(whole[:4096])  # the file that is open grows shorter
-        names += [stored.name for stored in examples]
-    finally:
-        logging.getLogger(streaming.__name__).removeHandler(repair)
-    assert names == [f"{number:05d}.png of {file}" for number in range(20)]
 
 
 def test_shards_without_images_end_the_run(tmp_path, stored):

@@ -1,8 +1,4 @@
-"""Where images come from: each kind of data as a `Source`, one encoded image and its class for every index.
-
-`open_sources` finds out what `data.path` names. What comes after, sizes, order, augmentation and resuming, is the same
-for all of them (`looc_ldm.training.data`).
-"""
+"""Finding out what `data.path` names: a folder of images, tables, shards, LMDBs, or a data set on the hub."""
 
 from __future__ import annotations
 
@@ -10,140 +6,46 @@ import logging
 import os
 import re
 import tarfile
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
-import numpy as np
 import pyarrow as pa
 
 import looc_ldm
 from looc_ldm.errors import DataError
+from looc_ldm.training import lsun
 from looc_ldm.training.config import DataConfig
+from looc_ldm.training.source import IMAGE_SUFFIXES, SPLIT_NAMES, FileSource, Source
+from looc_ldm.training.tables import open_tables
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
-}
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # of datasets, by the suffix of shards
 BUNDLED = Path(looc_ldm.__file__).resolve().parent / "data"  # one folder of parquet files a data set
-
 
 logger = logging.getLogger(__name__)
 
 
-class Stored(NamedTuple):
-    """An image as it is stored.
-
-    Attributes:
-        content (`bytes` or `str`, *optional*): The encoded image, or the path or address of its file; None where it is
-            missing.
-        name (`str`): What it is called in messages.
-        label (`int`): Its class; -1 without classes.
-    """
-
-    content: bytes | str | None
-    name: str
-    label: int
-
-
-class Source(ABC):
-    """The images of one split, by index. Sent to the loader's workers, so it must be picklable.
-
-    Attributes:
-        classes (`list[str]`): Names of the classes; empty where the data has none.
-    """
-
-    classes: list[str] = []
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def read(self, index: int) -> Stored:
-        """Image `index`, in [0, len), undecoded."""
-
-    def labels(self) -> np.ndarray:
-        """All labels, int64 `(len,)`; -1 without classes."""
-        return np.full(len(self), -1)
-
-    def sizes(self) -> np.ndarray | None:
-        """Bytes of every image as it is stored, int64 `(len,)`, where that can be told without reading them."""
-        return None
-
-    def select(self, indices: np.ndarray) -> Source:
-        """The images at some indices, in their order."""
-        return Selection(self, np.asarray(indices, np.int64))
-
-
-class Selection(Source):
-    """Some of the images of another source, under the names that they have there."""
-
-    def __init__(self, source: Source, indices: np.ndarray):
-        self.source, self.indices, self.classes = source, indices, source.classes
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, index: int) -> Stored:
-        return self.source.read(int(self.indices[index]))
-
-    def labels(self) -> np.ndarray:
-        return self.source.labels()[self.indices]
-
-    def sizes(self) -> np.ndarray | None:
-        sizes = self.source.sizes()
-        return None if sizes is None else sizes[self.indices]
-
-
-class FileSource(Source):
-    """Image files.
-
-    Args:
-        files: Their absolute paths.
-        labels: Their classes; None without.
-        classes: Names of the classes.
-    """
-
-    def __init__(self, files: Sequence[str], labels: Sequence[int] | None = None, classes: Sequence[str] = ()):
-        # In one block of memory: a million Python strings are copied into every worker when they are first counted.
-        self._files = pa.array([os.fsencode(file) for file in files], pa.large_binary())
-        self._labels = np.full(len(files), -1) if labels is None else np.asarray(labels, np.int64)
-        self.classes = list(classes)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def read(self, index: int) -> Stored:
-        file = os.fsdecode(self._files[index].as_py())
-        return Stored(file, file, int(self._labels[index]))
-
-    def labels(self) -> np.ndarray:
-        return self._labels
-
-    def sizes(self) -> np.ndarray:
-        return np.array([os.path.getsize(file.as_py()) for file in self._files], np.int64)
-
-
-# Finding out what data.path names ----------------------------------------------------------------------------------
-
-
 def names_of_split(name: str | None) -> tuple[str, ...]:
-    """What a split may be called that a setting names: as it says, or by the usual name (`validation` for `val`)."""
+    """Return the names that a split may have: as a setting says, or the usual one (`validation` for `val`)."""
     return tuple(dict.fromkeys((name, SPLIT_NAMES.get(name.lower(), name)))) if name else ()
 
 
+def split_name(splits: Iterable[str], setting: str, config: DataConfig) -> str:
+    """Return the split that `data.split` or `data.validation_split` names.
+
+    Raises:
+        DataError: There is none.
+    """
+    name = getattr(config, setting)
+    for called in names_of_split(name):
+        if called in splits:
+            return called
+    raise DataError(f"data.{setting}={name!r}: {config.path} has the splits {', '.join(splits)}.")
+
+
 def open_sources(config: DataConfig, wanted: Collection[str] | None = None) -> dict[str, Source]:
-    """The splits of what `data.path` names.
+    """Return the splits of what `data.path` names.
 
     Args:
         config: Settings of the data.
@@ -171,9 +73,6 @@ def open_sources(config: DataConfig, wanted: Collection[str] | None = None) -> d
 
 
 def _open_sources(config: DataConfig, wanted: Collection[str] | None) -> dict[str, Source]:
-    from looc_ldm.training import lsun  # these need this module
-    from looc_ldm.training.tables import open_tables
-
     folder = folder_of(config)
     if folder is None:
         return open_tables(datasets.load_dataset(config.path), config, wanted)
@@ -188,10 +87,7 @@ def _open_sources(config: DataConfig, wanted: Collection[str] | None) -> dict[st
             raise DataError(f"{folder} holds images beside {shards[0]} files: give a folder of only one kind.")
         builder, files = shards
         for file in chain.from_iterable(files.values()):
-            try:
-                check_tar_end(Path(file))  # `datasets` would leave out the rest of it without a word
-            except tarfile.ReadError as error:
-                raise DataError(f"cannot read {file}: {error}") from None
+            check_tar_end(Path(file))  # `datasets` would leave out the rest of it without a word
         return open_tables(datasets.load_dataset(builder, data_files=files), config, wanted)
     lmdbs = lsun.find_lmdbs(folder)
     if lmdbs is not None:
@@ -200,7 +96,7 @@ def _open_sources(config: DataConfig, wanted: Collection[str] | None) -> dict[st
 
 
 def folder_of(config: DataConfig) -> Path | None:
-    """The folder that `data.path` names; None where it is the id of a data set on the hub.
+    """Return the folder that `data.path` names; None if it is the id of a data set on the hub.
 
     Raises:
         DataError: It is neither.
@@ -219,9 +115,9 @@ def folder_of(config: DataConfig) -> Path | None:
 def find_shards(
     folder: Path, split_folders: list[tuple[Path, str]] | None = None
 ) -> tuple[str, dict[str, list[str]]] | None:
-    """The parquet files or WebDataset shards of a folder: the builder of `datasets` for them, and the files by split.
+    """Find the parquet files or WebDataset shards of a folder: the builder of `datasets` for them, and files by split.
 
-    They lie in sub-folders that are splits, or where there are none, in the folder or in its `data` (as on the hub).
+    They lie in sub-folders that are splits, or if there are none, in the folder or in its `data` (as on the hub).
     The split is then the first word of a file's name that is one (`imagenet1k-train-0003.tar`), else it is `train`.
     """
     split_folders = split_folders_of(folder) if split_folders is None else split_folders
@@ -238,20 +134,16 @@ def find_shards(
 
 
 def check_tar_end(file: Path) -> None:
-    """Refuse a tar on this machine that is cut off, which the archive's reader may take for its end.
-
-    Raises:
-        tarfile.ReadError: It does not end in zeros, as tars do. Not for other files, nor for addresses.
-    """
+    """Raise DataError for a tar on this machine that is cut off, which the archive's reader may take for its end."""
     if file.suffix == ".tar" and file.is_file():
         with file.open("rb") as tar:
             tar.seek(max(file.stat().st_size - tarfile.BLOCKSIZE, 0))
             if any(tar.read()):
-                raise tarfile.ReadError("the archive is cut off: it does not end in zeros")
+                raise DataError(f"cannot read {file}: the archive is cut off, as it does not end in zeros.")
 
 
 def _image_folder(folder: Path, split_folders: list[tuple[Path, str]], config: DataConfig) -> dict[str, Source]:
-    """A folder of images is like a table of the columns `image` and `label`, the latter if there are classes."""
+    """Treat a folder of images like a table with the columns `image` and `label`, the latter if there are classes."""
     if config.image_column != "image":
         raise DataError(f"data.image_column={config.image_column!r}: {config.path} has image, label.")
     places = {split: place for place, split in split_folders} or {"train": folder.resolve()}
@@ -285,7 +177,7 @@ def _image_folder(folder: Path, split_folders: list[tuple[Path, str]], config: D
 
 
 def _image_files(folder: Path) -> list[str]:
-    """Paths, relative to the folder, of the images in it and below it, sorted; hidden ones are left out."""
+    """Return paths, relative to the folder, of the images in it and below it, sorted; hidden ones are left out."""
     return sorted(_walk(folder, "", ()))
 
 
@@ -305,7 +197,7 @@ def _walk(folder: Path | str, below: str, above: tuple[str, ...]) -> Iterator[st
 
 
 def split_folders_of(folder: Path) -> list[tuple[Path, str]]:
-    """Sub-folders that are splits, and the names of these."""
+    """Find the sub-folders that are splits, and the names of these."""
     with os.scandir(folder) as entries:  # a flat folder may have millions: only a handful become objects that are kept
         found = sorted(entry.name for entry in entries if entry.name.lower() in SPLIT_NAMES and entry.is_dir())
     places: dict[str, Path] = {}
