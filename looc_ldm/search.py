@@ -7,7 +7,9 @@ whose similarities differ by less than float32's rounding they may choose differ
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,8 @@ import torch.nn.functional as F
 
 from looc_ldm import search_cpu, search_triton
 from looc_ldm.anchors import Anchors, draw_by_similarity, draw_uniformly
+
+logger = logging.getLogger(__name__)
 
 DISTANCES = ("cosine", "euclidean")
 
@@ -72,8 +76,7 @@ def nearest_codevectors(
     Under `torch.compile` the same back ends run, as one operator of the graph; `torch.export` gets plain operators,
     whose matrix products are as exact as the settings that the exported program runs under.
     """
-    # torch.compiler.is_exporting() is true under torch.compile as well in torch 2.11.
-    if torch.compiler._is_exporting_flag:
+    if making_a_graph():
         if anchor != "none":
             raise RuntimeError("LooCQuantizer can be exported in eval mode only.")
         indices = _search_blocks(vectors, codebook, distance)
@@ -84,6 +87,12 @@ def nearest_codevectors(
     return SearchResult(indices, counts, anchors)
 
 
+def making_a_graph() -> bool:
+    """Whether `torch.export`, `torch.jit.trace` or an ONNX exporter records what runs: only plain operators then."""
+    # torch.compiler.is_exporting() is true under torch.compile as well in torch 2.11.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
+
+
 def _search(
     vectors: torch.Tensor, codebook: torch.Tensor, distance: str, anchor: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -92,7 +101,7 @@ def _search(
     vectors, closest = vectors.contiguous(), anchor == "closest"
     num_codevectors, dim = codebook.shape
     score, row = codebook.new_empty(0), torch.empty(0, dtype=torch.int64, device=codebook.device)
-    if search_triton.triton_usable(vectors):
+    if search_triton.triton_usable(vectors) and _triton_agrees(vectors.device):
         indices, *found = search_triton.search_triton(vectors, *query, normalize=cosine, closest=closest)
         if closest:
             score, row = found
@@ -120,6 +129,38 @@ def _search(
     elif anchor == "probrandom":
         score, row = draw_by_similarity(vectors, codebook, distance)
     return indices, _count(indices, num_codevectors), score, row
+
+
+@cache
+def _triton_agrees(device: torch.device) -> bool:
+    """Whether the Triton kernel finds what plain torch finds; asked once per process and device, on 4,096 vectors.
+
+    Warns if it does not, since the search is then slower. Up to rounding: similarities are compared, not indices.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vectors, codebook = (torch.randn(n, 4, generator=generator).to(device) for n in (4096, 256))
+    try:
+        for distance in DISTANCES:
+            query, cosine = _query(codebook, distance), distance == "cosine"
+            indices, score, _ = search_triton.search_triton(vectors, *query, normalize=cosine, closest=True)
+            similarity = _relative(vectors, query, cosine).double() @ query.keys.double().T + query.bias
+            found = similarity.gather(1, indices[:, None])[:, 0]
+            worst = max(
+                (similarity.amax(1) - found).max().item(),
+                (score - _closest_chunks(vectors, query, cosine)[0]).abs().max().item(),
+            )
+            if not worst < 1e-4:
+                raise RuntimeError(f"by {distance} distance it differs from plain torch by {worst:.2g}")
+    except Exception as error:  # whatever its compiler or driver raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        logger.warning(
+            "The Triton search on %s is switched off, and the search is slower: %s. "
+            "Please report this line with the versions of torch and triton and the name of the GPU.",
+            device,
+            reason,
+        )
+        return False
+    return True
 
 
 _operator = torch.library.custom_op(

@@ -7,9 +7,6 @@ therefore the same in every run.
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 
@@ -18,8 +15,6 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
-
-logger = logging.getLogger(__name__)
 
 MAX_DIM = 64
 
@@ -34,23 +29,8 @@ NOBODY = (~0x7F800000 << 32) | 0xFFFFFFFF
 
 
 def triton_usable(vectors: torch.Tensor) -> bool:
-    """Whether `search_triton` can take these vectors: they are on CUDA, d is at most 64, and Triton works there."""
-    return vectors.is_cuda and vectors.shape[1] <= MAX_DIM and _builds(vectors.device)
-
-
-@cache
-def _builds(device: torch.device) -> bool:
-    """Whether Triton is installed and makes a kernel for this GPU: it wants a C compiler, and not too old a GPU."""
-    if triton is None:
-        return False
-    zeros = torch.zeros(2, 1, device=device)
-    try:
-        search_triton(zeros, zeros, zeros[:, 0], zeros[0], normalize=False, closest=False)
-    except Exception as error:  # of its compiler, whatever they are
-        reason = str(error).splitlines() or [type(error).__name__]
-        logger.warning("The search on %s goes without Triton, and is slower: %s", device, reason[0])
-        return False
-    return True
+    """Whether `search_triton` takes these vectors: Triton is installed, they are on CUDA, and d is at most 64."""
+    return triton is not None and vectors.is_cuda and vectors.shape[1] <= MAX_DIM
 
 
 def jit(**options):

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from looc_ldm import search
 from looc_ldm import search_triton as triton_module
-from looc_ldm.search_triton import BLOCK_K, REPLICAS, _builds, block_rows, search_triton, triton_usable
+from looc_ldm.search_triton import BLOCK_K, REPLICAS, block_rows, search_triton, triton_usable
 
 DIMS = (1, 2, 3, 4, 5, 8, 16, 33, 64)
 CODEBOOK_SIZES = (2, 3, 16, 17, 100, 256, 1000)
@@ -261,19 +262,64 @@ def test_the_module_is_importable_without_triton():
 import sys
 sys.modules["triton"] = None  # makes `import triton` fail
 import torch
-from looc_ldm.search_triton import _builds, triton_usable
+from looc_ldm.search_triton import triton_usable
 assert not triton_usable(torch.zeros(1, 4))
-assert not _builds(torch.device("cpu"))
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@needs_triton
-@pytest.mark.skipif(DEVICE == "cuda", reason="Triton makes kernels for this device")
-def test_where_triton_makes_no_kernel_the_search_goes_without_and_says_so(caplog):
-    _builds.cache_clear()
-    assert not _builds(torch.device("cpu"))
-    assert "goes without Triton" in caplog.text
+def plain_search(vectors, keys, bias, offset, normalize, closest):
+    """Stand in for the kernel: the same search in plain torch."""
+    query = search.Query(keys, bias, offset)
+    return search._search_chunks(vectors, query, normalize), *search._closest_chunks(vectors, query, normalize)
+
+
+def wrong_code(*args, **kwargs):
+    indices, score, row = plain_search(*args, **kwargs)
+    indices[1234] += 1 if indices[1234] == 0 else -1
+    return indices, score, row
+
+
+def wrong_anchor(*args, **kwargs):
+    indices, score, row = plain_search(*args, **kwargs)
+    score[17] += 0.01
+    return indices, score, row
+
+
+def no_compiler(*args, **kwargs):
+    raise OSError("no C compiler\nlook at the manual")
+
+
+@pytest.fixture
+def first_use(monkeypatch):
+    """A process in which a kernel is used for the first time, on vectors that it takes."""
+    search._triton_agrees.cache_clear()
+    monkeypatch.setattr(triton_module, "triton_usable", lambda vectors: True)
+    yield lambda kernel: monkeypatch.setattr(triton_module, "search_triton", kernel)
+    search._triton_agrees.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", [wrong_code, wrong_anchor, no_compiler])
+def test_a_kernel_that_fails_or_differs_is_reported_once_and_not_used(kernel, first_use, caplog):
+    generator = torch.Generator().manual_seed(0)
+    vectors, codebook = torch.randn(5000, 4, generator=generator), torch.randn(256, 4, generator=generator)
+    first_use(kernel)
+    found = [search.nearest_codevectors(vectors, codebook, "euclidean", "closest") for _ in range(3)]
+    for result in found:
+        assert torch.equal(result.indices, torch.cdist(vectors, codebook).argmin(1))
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 1
+    assert "Please report this line" in messages[0]
+    assert "\n" not in messages[0]
+
+
+def test_a_kernel_that_agrees_is_used_without_a_word(first_use, caplog):
+    calls = []
+    first_use(lambda *args, **kwargs: calls.append(len(args[0])) or plain_search(*args, **kwargs))
+    for _ in range(3):
+        search.nearest_codevectors(torch.randn(5000, 4), torch.randn(256, 4), "cosine", "closest")
+    assert calls == [4096, 4096, 5000, 5000, 5000]  # a check by each distance, once
+    assert not caplog.records
 
 
 @needs_triton
