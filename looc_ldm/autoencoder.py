@@ -330,6 +330,8 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
         if force_not_quantize:
             quantized, loss, perplexity, indices = h, torch.zeros((), device=h.device), None, None
         else:
+            # Seen from here: the codebook of a moving average never requires a gradient, so it cannot tell by itself.
+            self.quantize.owner_frozen = not any(parameter.requires_grad for parameter in self.parameters())
             quantized, loss, (perplexity, _, indices) = self.quantize(h)
         sample = self._decode_quantized(quantized)
         if not return_dict:

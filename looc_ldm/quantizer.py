@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from looc_ldm.anchors import ANCHORS, Anchors, better_anchors
 from looc_ldm.gradients import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, QuantizerLoss, Rotation, sum_by_code
-from looc_ldm.search import DISTANCES, nearest_codevectors
+from looc_ldm.search import DISTANCES, is_exporting, is_recording, nearest_codevectors
 
 SEGMENT_LAYOUTS = ("channel", "patch")
 INPUT_LAYOUTS = ("BCHW", "BCL", "BLC")
@@ -185,9 +185,12 @@ class LooCQuantizer(nn.Module):
         # Else DistributedDataParallel waits for a gradient.
         self.embedding.weight.requires_grad_(codebook_update == "gradient")
         self.register_buffer("usage", torch.zeros(num_codevectors, dtype=torch.float32))
+        # The weight says whether it is frozen under "gradient" only; the owner is a model without trainable parameters.
+        self._frozen = self.owner_frozen = False
         # Plain attributes, not buffers: DDP broadcasts buffers of rank 0 at each forward and would overwrite what the
         # other ranks have collected since the last optimizer step.
         self._collected: Collected | None = None
+        self._collected_before_backward = False
         self.owner_revives = False
         self._revive_called = False
         self._codebook_version: int | None = None
@@ -218,11 +221,33 @@ class LooCQuantizer(nn.Module):
         """The codevectors, (K, d), float32."""
         return self.embedding()
 
-    def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, None, torch.Tensor]]:
+    @property
+    def learns(self) -> bool:
+        """Whether training forwards change codebook and usage: not in eval mode, nor once frozen.
+
+        `requires_grad_(False)` of the quantizer freezes it, and so does a `LooCVQModel` none of whose parameters
+        requires a gradient.
+        """
+        by_gradient = self.codebook_update == "gradient"
+        frozen = self._frozen or self.owner_frozen or (by_gradient and not self.embedding.weight.requires_grad)
+        return self.training and not frozen
+
+    def requires_grad_(self, requires_grad: bool = True) -> LooCQuantizer:
+        """Freeze codebook and usage under both rules (False), or let training forwards change them (True)."""
+        self._frozen = not requires_grad
+        self.embedding.weight.requires_grad_(requires_grad and self.codebook_update == "gradient")
+        return self
+
+    def forward(
+        self, z: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, None, torch.Tensor]]:
         """Quantize a feature map. Gradients pass the choice of codevectors as `gradient` says.
 
         Args:
             z (`torch.Tensor` of shape `(B, n_q, H, W)`): The feature map; other shapes as `input_layout` says.
+            mask (`torch.Tensor` of shape `(B, L)`, bool, *optional*): For padded sequences (`"BCL"`, `"BLC"`, s = 1):
+                True where a position counts. The others have no part in loss, perplexity, usage and revival; their
+                output is 0 and their index -1.
 
         Returns:
             `tuple`: `quantized` in the shape and dtype of `z`; `loss`, a float32 scalar,
@@ -233,17 +258,24 @@ class LooCQuantizer(nn.Module):
         Raises:
             ValueError: `z` has another shape, or holds values that are not finite. Training on an accelerator does not
                 wait for the device to learn the latter: there `check_finite` says so. Compiled or exported, evaluation
-                has NaN in `quantized` and `loss` instead, and any codes.
+                has NaN in `quantized` and `loss` instead, and any codes. Or `mask` has another shape or type, counts no
+                position, or comes with interpolation or feature maps.
         """
-        # Activation checkpointing runs a forward once more during backward: that is no further batch.
-        collecting = self.training and not _in_backward()
-        if collecting and self._collected is not None and not (self.owner_revives or self._revive_called):
-            self._apply_revival()
+        if mask is not None:
+            return self._forward_masked(z, mask)
+        # Activation checkpointing runs a forward once more during backward: that is no further batch. Its reentrant
+        # kind runs the first one without gradients, which collects nothing, and the repetition does.
+        repeated = _in_backward()
+        collecting = self.learns and torch.is_grad_enabled() and not (repeated and self._collected_before_backward)
+        if self.learns and not repeated:
+            if self._collected is not None and not (self.owner_revives or self._revive_called):
+                self._apply_revival()
+            self._collected_before_backward = collecting or self._collected_before_backward
         if not torch.compiler.is_compiling():
             version = self.embedding.weight._version
-            if collecting:
+            if not repeated:
                 self._codebook_version = version
-            elif self.training and version != self._codebook_version:
+            elif self.learns and version != self._codebook_version:
                 raise RuntimeError(
                     "The codebook has changed between a forward and its repetition under activation checkpointing: "
                     "call revive() after backward, once per optimizer step."
@@ -256,29 +288,32 @@ class LooCQuantizer(nn.Module):
             indices, counts, anchors = nearest_codevectors(flat, self.codebook.detach(), self.distance, anchor)
             codes = indices.view(rows.shape[:-1])
             difference = None
-            if collecting or torch.is_grad_enabled():
+            with_gradient = torch.is_grad_enabled() and not torch.jit.is_tracing()  # no trace holds our gradients
+            if with_gradient:
                 difference = F.embedding(indices, self.codebook.detach()).sub_(flat)  # (N, d)
             if collecting:
                 self._collect(Collected(counts, nonfinite, self._offsets(difference, indices), anchors))
-            if torch.is_grad_enabled():
+            if with_gradient:
                 quantized, loss = self._with_gradient(rows, codes, difference), self._loss(rows, difference, indices)
             else:
                 loss = self._loss_in_chunks(flat, indices)
                 del rows, flat  # as large as what is made next
                 quantized = self._lookup(codes)
-                if torch.compiler.is_compiling():
+                if is_recording():
                     quantized = torch.where(nonfinite, torch.nan, quantized)
             share = counts / indices.numel()
             perplexity = torch.exp(-torch.sum(share * torch.log(share + 1e-10)))
         return self._like(quantized, z), loss, (perplexity, None, codes)
 
-    def encode_indices(self, z: torch.Tensor) -> torch.Tensor:
-        """Codes of a feature map `(B, n_q, H, W)`, as int64 `(B, H, W, C)`.
+    def encode_indices(self, z: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the indices of a feature map `(B, n_q, H, W)`, int64 `(B, H, W, C)`.
 
-        Along C: (dy, dx, segment) in the `"channel"` layout, the rows of `pixel_unshuffle` in `"patch"`. Raises as
-        `forward` does.
+        Along C: (dy, dx, segment) in the `"channel"` layout, the rows of `pixel_unshuffle` in `"patch"`. `mask` and
+        errors are those of `forward`.
         """
-        return self.search(z)[0]
+        if mask is None:
+            return self.search(z)[0]
+        return self._unmask(self.search(self._masked(z, mask))[0][0], mask, -1)
 
     @torch.no_grad()
     def search(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -290,7 +325,9 @@ class LooCQuantizer(nn.Module):
             return nearest_codevectors(flat, self.codebook, self.distance).indices.view(rows.shape[:-1]), rows
 
     def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
-        """The float32 feature map `(B, n_q, H, W)` of integer codes `(B, H, W, C)`: what `forward` returns.
+        """Return the float32 feature map `(B, n_q, H, W)` of integer indices `(B, H, W, C)`: what `forward` returns.
+
+        In sequences the index -1 of positions that a mask left out gives 0.
 
         Raises:
             ValueError: `indices` are not integers, have another number of axes or a last axis that is not C, or are not
@@ -304,20 +341,28 @@ class LooCQuantizer(nn.Module):
                 f"indices must have the shape ({axes}, {self.codes_per_position}), got {tuple(indices.shape)}."
             )
         indices = indices.long()
-        if indices.numel() and not torch.compiler.is_compiling():
+        masked = self.spatial_axes == 1 and self.interpolation_factor == 1
+        if indices.numel() and not is_recording():
             lowest, highest = (int(extreme) for extreme in indices.aminmax())
-            if lowest < 0 or highest >= self.num_codevectors:
+            masked = masked and lowest == -1
+            if lowest < -masked or highest >= self.num_codevectors:
                 raise ValueError(
                     f"indices must be in [0, {self.num_codevectors}), got values from {lowest} to {highest}."
                 )
         with torch.autocast(indices.device.type, enabled=False):
-            quantized = self._lookup(indices)
-        return quantized if self.input_layout == "BLC" else quantized.movedim(-1, 1).contiguous()
+            quantized = self._lookup(indices.clamp_min(0) if masked else indices)
+        if masked:
+            left_out = (indices < 0).repeat_interleave(self.codevector_dim, -1)
+            quantized = quantized.masked_fill(left_out, 0)
+        return quantized if self.input_layout == "BLC" else _channels_first(quantized)
 
     @torch.no_grad()
     def code_counts(self, indices: torch.Tensor) -> list[torch.Tensor]:
-        """How often each codevector was chosen: int64 `(K,)` on the CPU, one tensor since there is one codebook."""
-        return [torch.bincount(indices.flatten(), minlength=self.num_codevectors).cpu()]
+        """Count how often each codevector was chosen: int64 `(K,)` on the CPU, one tensor since there is one codebook.
+
+        Indices of -1, of positions that a mask left out, do not count.
+        """
+        return [torch.bincount(indices[indices >= 0], minlength=self.num_codevectors).cpu()]
 
     def revive(self) -> None:
         """Apply what the forwards since the last call collected to usage and codebook. Call once per optimizer step.
@@ -342,7 +387,7 @@ class LooCQuantizer(nn.Module):
 
     def discard(self) -> None:
         """Forget what the forwards since the last `revive` collected: for a step whose gradients are not applied."""
-        self._collected = None
+        self._collected, self._collected_before_backward = None, False
 
     def check_finite(self) -> None:
         """Raise if a training forward met values that are not finite, as of the last `revive`. Waits for the device.
@@ -360,7 +405,7 @@ class LooCQuantizer(nn.Module):
     @torch.no_grad()
     def _apply_revival(self) -> None:
         counts, nonfinite, offsets, anchors = self._reduce_over_ranks(self._collected)
-        self._collected = None
+        self._collected, self._collected_before_backward = None, False
         # A clone: under CUDA graphs the next replay overwrites what a forward has left.
         self._nonfinite = nonfinite.clone() if self._nonfinite is None else self._nonfinite | nonfinite
         # Without a question to the device: a step with values that are not finite changes nothing.
@@ -421,13 +466,48 @@ class LooCQuantizer(nn.Module):
             raise ValueError(f"z must be floating point of the shape ({shape}), got {z.dtype} of {tuple(z.shape)}.")
         if z.numel() == 0:
             raise ValueError(f"z must not be empty, got the shape {tuple(z.shape)}.")
+        if is_exporting():  # ONNX knows no minimum and maximum of a whole tensor
+            return ~z.isfinite().all()
         lowest, highest = z.detach().aminmax()
         nonfinite = ~(lowest.isfinite() & highest.isfinite())
         cheap = z.device.type == "cpu" and not self.owner_revives
-        at_once = (wait or cheap or not self.training) and not torch.compiler.is_compiling()
+        at_once = (wait or cheap or not self.training) and not is_recording()
         if at_once and bool(nonfinite):
             raise ValueError(NOT_FINITE)
         return nonfinite
+
+    def _forward_masked(self, z: torch.Tensor, mask: torch.Tensor):
+        """Quantize the positions that count as one sequence: at s = 1 every position is quantized on its own."""
+        quantized, loss, (perplexity, _, indices) = self.forward(self._masked(z, mask))
+        if self.input_layout == "BCL":
+            quantized = quantized.transpose(1, 2)
+        quantized = self._unmask(quantized[0], mask, 0)
+        if self.input_layout == "BCL":
+            quantized = _channels_first(quantized)
+        return quantized, loss, (perplexity, None, self._unmask(indices[0], mask, -1))
+
+    def _masked(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The positions of z that count, as a batch of one sequence in the axes of z."""
+        if self.spatial_axes == 2 or self.interpolation_factor > 1:
+            raise ValueError(
+                'mask is for input_layout="BCL" or "BLC" with interpolation_factor=1, got '
+                f"input_layout={self.input_layout!r} with interpolation_factor={self.interpolation_factor}."
+            )
+        by_position = z if self.input_layout == "BLC" else z.movedim(1, -1)
+        if mask.dtype != torch.bool or mask.shape != by_position.shape[:-1]:
+            raise ValueError(
+                f"mask must be bool of the shape {tuple(by_position.shape[:-1])}, got {mask.dtype} of "
+                f"{tuple(mask.shape)}."
+            )
+        if not is_recording() and not mask.any():
+            raise ValueError("mask must be True at one position at least.")
+        kept = by_position[mask][None]
+        return kept if self.input_layout == "BLC" else kept.transpose(1, 2)
+
+    def _unmask(self, values: torch.Tensor, mask: torch.Tensor, fill: int) -> torch.Tensor:
+        """(positions that count, n) -> (B, L, n), with `fill` elsewhere."""
+        full = values.new_full((*mask.shape, values.shape[-1]), fill)
+        return full.masked_scatter(mask[..., None], values)
 
     def _to_segments(self, z: torch.Tensor) -> torch.Tensor:
         """Interpolate and cut: (B, n_q, H, W) -> (B, H, W, C, d)."""
@@ -481,7 +561,7 @@ class LooCQuantizer(nn.Module):
         return self._lookup(codes).detach() + (pooled - pooled.detach())  # the difference is exactly 0
 
     def _loss(self, rows: torch.Tensor, difference: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        by_gradient = self.codebook_update == "gradient"
+        by_gradient = self.codebook_update == "gradient" and self.learns
         return QuantizerLoss.apply(rows, self.codebook, difference, indices, self.commitment_weight, by_gradient)
 
     def _offsets(self, difference: torch.Tensor, indices: torch.Tensor) -> torch.Tensor | None:
@@ -494,7 +574,7 @@ class LooCQuantizer(nn.Module):
 
     def _loss_in_chunks(self, flat: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """The loss without a temporary of the size of `flat`."""
-        if torch.compiler.is_compiling():  # fused by the compiler
+        if is_recording():  # fused by the compiler
             squared = (F.embedding(indices, self.codebook) - flat).square().sum()
         else:
             rows = max(1, (CHUNK_ELEMENTS if flat.device.type == "cpu" else GPU_CHUNK_ELEMENTS) // self.codevector_dim)
@@ -507,7 +587,7 @@ class LooCQuantizer(nn.Module):
     def _like(self, quantized: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """(B, H, W, n_q) in the axes and the dtype of z."""
         if self.input_layout != "BLC":
-            quantized = quantized.movedim(-1, 1).contiguous()
+            quantized = _channels_first(quantized)
         return quantized.to(z.dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -537,6 +617,12 @@ class LooCQuantizer(nn.Module):
             f"segment_layout={self.segment_layout!r}, distance={self.distance!r}, anchor={self.anchor!r}, "
             f"codebook_update={self.codebook_update!r}, gradient={self.gradient!r}, input_layout={self.input_layout!r}"
         )
+
+
+def _channels_first(z: torch.Tensor) -> torch.Tensor:
+    """(B, H, W, n_q) -> (B, n_q, H, W), contiguous."""
+    # Not movedim(-1, 1), whose negative axis gets into ONNX files of the older exporter, which no runtime takes.
+    return z.permute(0, z.ndim - 1, *range(1, z.ndim - 1)).contiguous()
 
 
 def _in_backward() -> bool:

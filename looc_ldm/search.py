@@ -76,7 +76,7 @@ def nearest_codevectors(
     Under `torch.compile` the same back ends run, as one operator of the graph; `torch.export` gets plain operators,
     whose matrix products are as exact as the settings that the exported program runs under.
     """
-    if making_a_graph():
+    if is_exporting():
         if anchor != "none":
             raise RuntimeError("LooCQuantizer can be exported in eval mode only.")
         indices = _search_blocks(vectors, codebook, distance)
@@ -87,10 +87,15 @@ def nearest_codevectors(
     return SearchResult(indices, counts, anchors)
 
 
-def making_a_graph() -> bool:
+def is_exporting() -> bool:
     """Whether `torch.export`, `torch.jit.trace` or an ONNX exporter records what runs: only plain operators then."""
     # torch.compiler.is_exporting() is true under torch.compile as well in torch 2.11.
     return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
+
+
+def is_recording() -> bool:
+    """Whether values cannot be looked at, because `torch.compile` or an exporter makes a graph of what runs."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _search(
@@ -194,7 +199,7 @@ def _query(codebook: torch.Tensor, distance: str) -> Query:
 
 
 def _count(indices: torch.Tensor, num_codevectors: int) -> torch.Tensor:
-    if indices.device.type == "cpu" and not torch.compiler.is_compiling():
+    if indices.device.type == "cpu" and not is_recording():
         return torch.bincount(indices, minlength=num_codevectors)
     # On a GPU, bincount waits for the device to learn the largest index.
     zeros = torch.zeros(num_codevectors, dtype=torch.int64, device=indices.device)

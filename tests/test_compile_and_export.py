@@ -2,13 +2,14 @@
 
 import shutil
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn as nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from looc_ldm import LooCQuantizer
-from tiny import small_quantizer
+from tiny import small_quantizer, tiny_autoencoder
 
 
 def features_of(batch: int, step: int, height: int = 3) -> torch.Tensor:
@@ -174,3 +175,62 @@ def test_an_exported_method_comes_back_from_its_file(method, tmp_path):
     if method == "forward":
         loaded, expected = loaded[0], expected[0]
     assert torch.equal(loaded, expected)
+
+
+MODEL_METHODS = {
+    "forward": lambda model, x: model(x).sample,
+    "encode_indices": lambda model, x: model.encode_indices(x),
+    "decode": lambda model, x: model.decode(x).sample,
+    "decode_indices": lambda model, x: model.decode_indices(x).sample,
+}
+
+
+class ModelPart(nn.Module):
+    """One method of an autoencoder, tensor to tensor."""
+
+    def __init__(self, model: nn.Module, method: str):
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, x):
+        return MODEL_METHODS[self.method](self.model, x)
+
+
+def input_of(model, method: str, batch: int, height: int, width: int) -> torch.Tensor:
+    images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(batch))
+    if method == "decode":
+        return model.encode(images).latents
+    return model.encode_indices(images) if method == "decode_indices" else images
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", MODEL_METHODS)
+@pytest.mark.parametrize("layout", ["channel", "patch"])
+def test_a_traced_model_depends_on_its_input(method, layout):
+    model = tiny_autoencoder(interpolation_factor=2, segment_layout=layout)
+    traced = torch.jit.trace(ModelPart(model, method), (input_of(model, method, 2, 16, 16),))
+    for size in ((2, 16, 16), (1, 16, 16), (3, 24, 32)):
+        x = input_of(model, method, *size)
+        torch.testing.assert_close(traced(x), MODEL_METHODS[method](model, x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # of the exporters
+@pytest.mark.parametrize("method", MODEL_METHODS)
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_an_onnx_file_depends_on_its_input(method, dynamo, tmp_path):
+    # The older exporter fixes the batch and the sides of diffusers' attention.
+    model = tiny_autoencoder(interpolation_factor=2, mid_block_add_attention=dynamo)
+    if dynamo:
+        batch_and_sides = (0, 1, 2) if method == "decode_indices" else (0, 2, 3)
+        arguments = {"dynamic_shapes": (dict.fromkeys(batch_and_sides, torch.export.Dim.DYNAMIC),)}
+    else:
+        arguments = {"input_names": ["x"], "dynamic_axes": {"x": [0]}}
+    x = input_of(model, method, 2, 16, 16)
+    file = tmp_path / "model.onnx"
+    torch.onnx.export(ModelPart(model, method).eval(), (x,), file, dynamo=dynamo, **arguments)
+    session = onnxruntime.InferenceSession(file)
+    for size in ((2, 16, 16), (3, 24, 32) if dynamo else (3, 16, 16)):
+        x = input_of(model, method, *size)
+        found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+        torch.testing.assert_close(found, MODEL_METHODS[method](model, x), rtol=0, atol=1e-4)

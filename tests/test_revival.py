@@ -334,6 +334,7 @@ def test_a_codebook_that_changes_under_activation_checkpointing_is_refused(reent
     quantizer = small_quantizer()
     quantizer.revive()
     z = torch.randn(2, 8, 3, 3, requires_grad=True)
+    quantizer(z)[0].square().sum().backward()  # what a reentrant forward cannot collect before backward
     loss = checkpoint(lambda z: quantizer(z)[0].square().sum(), z, use_reentrant=reentrant)
     quantizer.revive()
     with pytest.raises(RuntimeError, match=r"call revive\(\) after backward"):
