@@ -1,9 +1,11 @@
-"""Make the bundled images from Fashion-MNIST's training files.
+"""Make the bundled images from Fashion-MNIST's files.
 
-    python benchmarks/bundle_fashion_mnist.py FOLDER_WITH_THE_IDX_FILES [OUT]
+    python benchmarks/bundle_fashion_mnist.py FOLDER_WITH_THE_IDX_FILES
+    python benchmarks/bundle_fashion_mnist.py FOLDER_WITH_THE_IDX_FILES OUT
 
-Of each class, in the order of the file, the first 800 images become `train.parquet` and the next 100
-`validation.parquet`; nothing is taken from the test set. Each row holds a 28x28 grey PNG and its class.
+The first 800 training images of each class become `train.parquet`, and the next 100 `validation.parquet`: 28x28 grey
+PNGs and their classes. With OUT, the files are written there, and the whole test set becomes `test.parquet`, a
+reference for `looc-ldm evaluate generation`. The bundled data holds nothing of the test set.
 """
 
 import gzip
@@ -41,18 +43,27 @@ def png(pixels: np.ndarray) -> dict:
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def main(source: Path, out: Path, splits: dict[str, slice] = SPLITS) -> None:
-    images = read_idx(source / "train-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
-    labels = read_idx(source / "train-labels-idx1-ubyte.gz", 8)
+def write(source: Path, part: str, splits: dict[str, slice], out: Path) -> None:
+    """Write splits of a part of the set, "train" or "t10k". A split is a slice of each class, in the file's order."""
+    images = read_idx(source / f"{part}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+    labels = read_idx(source / f"{part}-labels-idx1-ubyte.gz", 8)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
-    for split, part in splits.items():
-        chosen = np.sort(np.concatenate([np.flatnonzero(labels == label)[part] for label in range(len(CLASSES))]))
-        rows = {"image": [png(images[i]) for i in chosen], "label": labels[chosen].tolist()}
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(out / f"{split}.parquet")
+    for split, chosen in splits.items():
+        rows = np.sort(np.concatenate([np.flatnonzero(labels == label)[chosen] for label in range(len(CLASSES))]))
+        table = {"image": [png(images[i]) for i in rows], "label": labels[rows].tolist()}
+        datasets.Dataset.from_dict(table, features=features).to_parquet(out / f"{split}.parquet")
+
+
+def main() -> None:
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    source, bundled = Path(sys.argv[1]), Path(__file__).resolve().parent.parent / "looc_ldm" / "data" / "fashion_mnist"
+    if len(sys.argv) == 2:
+        write(source, "train", SPLITS, bundled)
+    else:
+        write(source, "train", SPLITS, Path(sys.argv[2]))
+        write(source, "t10k", {"test": slice(None)}, Path(sys.argv[2]))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit(__doc__)
-    default = Path(__file__).resolve().parent.parent / "looc_ldm" / "data" / "fashion_mnist"
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) == 3 else default)
+    main()

@@ -1,20 +1,22 @@
 """Time and memory of `LooCQuantizer` against other vector quantizers, on random features.
 
-python benchmarks/quantizer.py                     the whole grid, about half an hour on 2 CPU cores
-python benchmarks/quantizer.py --dims 4            a third of it
-python benchmarks/quantizer.py --gradients         training with the rotation trick against straight through, d = 4
-python benchmarks/quantizer.py --backends          the search back ends against each other, behind search.py's choices
+    python benchmarks/quantizer.py                     the whole grid, about half an hour on 2 CPU cores
+    python benchmarks/quantizer.py --device cuda       the same on a GPU
+    python benchmarks/quantizer.py --dims 4            a third of it
+    python benchmarks/quantizer.py --gradients         training with the rotation trick against straight-through, d = 4
+    python benchmarks/quantizer.py --backends          the search back ends on a CPU; only printed
 
-The contestants take turns, and each cell's figure is the fastest of its turns: read the ratios, not the milliseconds.
-Every contestant gets N vectors of d dimensions and one codebook of K codevectors, and measures by euclidean distance:
+Writes benchmarks/results/quantizer.jsonl, one line per size and mode. The contestants take turns, and each figure is
+the fastest of its turns: read the ratios, not the milliseconds. Every contestant gets N vectors of d dimensions and one
+codebook of K codevectors, and measures by euclidean distance:
 
     looc        LooCQuantizer, s = 1, anchor "closest", straight-through; in training with `revive()`
     diffusers   diffusers' VectorQuantizer, on maps of d channels
-    lucidrains  vector-quantize-pytorch with its defaults, 8 heads that share the codebook; its gradients turn
+    lucidrains  vector-quantize-pytorch with its defaults, 8 heads that share the codebook, rotation trick
     cdist       torch.cdist and argmin, straight-through, the two losses
 
-"Evaluation" is a forward without gradient in eval mode, "training" forward and backward in training mode. Extra memory
-is the growth of the process's peak over its size before the call (on CUDA, of the peak of allocated memory).
+"Evaluation" is a forward without gradient in eval mode, "training" forward and backward in training mode. Memory is the
+growth of the process's peak during the call (on CUDA, of the peak of allocated memory). Null does not fit.
 """
 
 from __future__ import annotations
@@ -23,25 +25,21 @@ import argparse
 import gc
 import json
 import multiprocessing
-import os
-import platform
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from results import RESULTS, circumstances, replace_results
 
 from looc_ldm import LooCQuantizer
 from looc_ldm.quantizer import GRADIENTS
 from looc_ldm.search import nearest_codevectors
 
-RESULTS = Path(__file__).resolve().parent / "results"
 HEADS = 8
 TURNS, SECONDS = 5, 5.0  # turns of each contestant, and when to stop earlier
 TOO_SLOW = 20.0  # seconds of a first call after which there is no second
@@ -64,7 +62,7 @@ class Cdist(nn.Module):
 def make(
     name: str, n: int, k: int, d: int, device: str, gradient: str = "straight-through"
 ) -> tuple[nn.Module, torch.Tensor]:
-    """A contestant and its input, both with N(0, 1) entries. `gradient` is that of looc."""
+    """Return a contestant and its input, both with N(0, 1) entries. `gradient` is that of looc."""
     torch.manual_seed(0)
     if name == "looc":
         module = LooCQuantizer(HEADS * d, k, d, 1, distance="euclidean", gradient=gradient)
@@ -124,7 +122,7 @@ def seconds(call: Callable[[], None], device: str) -> float:
 
 
 def resident(field: str) -> float:
-    """MiB of this process: VmRSS, or VmHWM, its peak."""
+    """Return the MiB of this process: VmRSS, or VmHWM, its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
@@ -135,7 +133,7 @@ def available() -> int:
 
 
 def measure_memory(queue, name: str, n: int, k: int, d: int, training: bool, device: str, *gradient: str) -> None:
-    """In a process of its own: MiB, or None where memory does not suffice."""
+    """Put the MiB of a call, or None if memory does not suffice, into a queue. Runs in its own process."""
     try:
         module, z = make(name, n, k, d, device, *gradient)
         warm_module, warm_z = make(name, HEADS * SIDE**2, k, d, device, *gradient)
@@ -173,7 +171,7 @@ def memory(*arguments) -> float | None:
 
 
 def cell(n: int, k: int, d: int, training: bool, device: str) -> dict[str, dict[str, float | None]]:
-    """Milliseconds and MiB of every contestant; None for both where it does not fit."""
+    """Return milliseconds and MiB of every contestant, None for both if it does not fit."""
     figures = {name: {"mib": memory(name, n, k, d, training, device), "ms": None} for name in CONTESTANTS}
     calls = {
         name: call_of(name, *make(name, n, k, d, device), training)
@@ -197,7 +195,7 @@ def cell(n: int, k: int, d: int, training: bool, device: str) -> dict[str, dict[
 
 
 def gradients(device: str) -> list[dict]:
-    """A training step for every `gradient`, at d = 4: milliseconds, the median ratio of turns, and MiB."""
+    """Measure a training step for every `gradient` at d = 4: milliseconds, the median ratio of turns, and MiB."""
     cells = []
     for k in (256, 1024):
         for n in (2**16, 2**18, 2**20):
@@ -211,13 +209,13 @@ def gradients(device: str) -> list[dict]:
             figures = {name: 1000 * min(taken) for name, taken in turns.items()}
             mib = {name: memory("looc", n, k, 4, True, device, name) for name in GRADIENTS}
             ratio = statistics.median(turned / straight for turned, straight in pairs)
-            cells.append({"n": n, "k": k, "d": 4, "ratio": ratio, "ms": figures, "mib": mib})
+            cells.append({"kind": "gradients", "n": n, "k": k, "d": 4, "ratio": ratio, "ms": figures, "mib": mib})
             print(json.dumps(cells[-1]), flush=True)
     return cells
 
 
 def backends(dims: list[int]) -> None:
-    """Milliseconds of each CPU back end at N = 262,144."""
+    """Print the milliseconds of each CPU back end at N = 262,144."""
     from looc_ldm import search, search_cpu
 
     print("|  K | d | cosine | fused loop | k-d tree | chunks | closest: fused | closest: chunks |\n|" + "---:|" * 8)
@@ -248,7 +246,7 @@ def backends(dims: list[int]) -> None:
 
 
 def bandwidth_floor(n: int, d: int) -> float:
-    """Milliseconds of one read of the vectors and one write of int64 indices, at the speed a copy of 1 GiB has."""
+    """Return the milliseconds of one read of the vectors and one write of int64 indices, at a 1 GiB copy's speed."""
     source = torch.empty(2**28, device="cuda")
     target = torch.empty_like(source)
     copy = min(seconds(lambda: target.copy_(source), "cuda") for _ in range(10))
@@ -256,17 +254,10 @@ def bandwidth_floor(n: int, d: int) -> float:
 
 
 def search_time(n: int, k: int, d: int) -> float:
-    """Milliseconds of our search alone, without the rest of the quantizer."""
+    """Return the milliseconds of our search, without the rest of the quantizer."""
     vectors, codebook = torch.randn(n, d, device="cuda"), torch.randn(k, d, device="cuda")
     nearest_codevectors(vectors, codebook, "euclidean")  # compiles
     return 1000 * min(seconds(lambda: nearest_codevectors(vectors, codebook, "euclidean"), "cuda") for _ in range(10))
-
-
-def write(output: Path, record: dict) -> None:
-    output.parent.mkdir(exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, output)
 
 
 def main() -> None:
@@ -275,49 +266,30 @@ def main() -> None:
     parser.add_argument("--codevectors", type=int, nargs="+", default=[256, 1024, 8192], help="K")
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 4, 8], help="d")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="default: results/quantizer_DEVICE.json beside this script")
+    parser.add_argument("--output", type=Path, default=RESULTS / "quantizer.jsonl")
     parser.add_argument("--backends", action="store_true", help="compare the CPU back ends instead")
-    parser.add_argument("--gradients", action="store_true", help="compare what backward does instead")
+    parser.add_argument("--gradients", action="store_true", help="compare the gradients of training instead")
     options = parser.parse_args()
     if options.backends:
         backends(options.dims)
         return
-    name = "rotation" if options.gradients else "quantizer"
-    output = options.output or RESULTS / f"{name}_{options.device}.json"
-    packages = ("torch", "diffusers", "vector-quantize-pytorch", "numba", "scipy")
-    record = {
-        "command": f"python benchmarks/quantizer.py {'--gradients ' if options.gradients else ''}"
-        f"--device {options.device}",
-        "processor": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "cpu_count": os.cpu_count(),
-        "versions": {name: version(name) for name in packages},
-        "cells": [],
-    }
+    about = circumstances(options.device, "vector-quantize-pytorch", "numba", "scipy")
+    about["command"] = "python benchmarks/quantizer.py --device " + options.device
+    keys = ["kind", "n", "k", "d", "training", "device"]
     if options.gradients:
-        write(output, record | {"cells": gradients(options.device)})
+        about["command"] += " --gradients"
+        replace_results(options.output, [line | about for line in gradients(options.device)], keys)
         return
-    if output.is_file():  # cells of other sizes stay
-        before = json.loads(output.read_text())
-        if any(before[key] != record[key] for key in record if key != "cells"):
-            sys.exit(f"{output} was measured elsewhere or with other versions: give another --output, or delete it.")
-        sizes = (options.vectors, options.codevectors, options.dims)
-        record["cells"] = [
-            cell
-            for cell in before["cells"]
-            if not (cell["n"] in sizes[0] and cell["k"] in sizes[1] and cell["d"] in sizes[2])
-        ]
     for d in options.dims:
         for k in options.codevectors:
             for n in options.vectors:
                 for training in (False, True):
-                    figures = cell(n, k, d, training, options.device)
-                    line = {"n": n, "k": k, "d": d, "training": training, "contestants": figures}
+                    size = {"kind": "quantizers", "n": n, "k": k, "d": d, "training": training}
+                    line = {**size, **cell(n, k, d, training, options.device)}
                     if options.device == "cuda":
-                        line["floor_ms"], line["search_ms"] = bandwidth_floor(n, d), search_time(n, k, d)
-                    record["cells"].append(line)
+                        line |= {"floor_ms": bandwidth_floor(n, d), "search_ms": search_time(n, k, d)}
                     print(json.dumps(line), flush=True)
-                    write(output, record)
+                    replace_results(options.output, [line | about], keys)
 
 
 if __name__ == "__main__":

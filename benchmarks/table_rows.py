@@ -1,4 +1,4 @@
-"""The rows of the paper's small-image tables, and rows at equal rates: which quantizer, with which sizes.
+"""The rows of the paper's small-image tables, and further rows at equal rates: which quantizer, with which sizes.
 
 A row is trained once for each set of images, however many tables it stands in.
 """
@@ -9,32 +9,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn as nn
+from hierarchical import HierarchicalVQModel, summed_squared_error
 
-from looc_ldm import LooCQuantizer
+from looc_ldm import LooCQuantizer, LooCSmallVQModel
 from looc_ldm.baselines import (
     FactorizedQuantizer,
     FiniteScalarQuantizer,
-    HierarchicalVQModel,
     LookupFreeQuantizer,
     ProductQuantizer,
     ResidualFiniteScalarQuantizer,
     ResidualQuantizer,
     StochasticQuantizer,
     gaussian_likelihood,
-    summed_squared_error,
 )
 
-N_Q = 128  # channels of the latents of LooC's tables
+N_Q = 128  # channels of the latents in LooC's tables
 PUBLISHED = {"codebook_update": "gradient", "gradient": "straight-through"}
 DEFAULT = {"codebook_update": "ema", "gradient": "rotation"}  # of this package, see docs/quantizer_recipes.md
-# What a LooC row differs in from it, by the end of its name, and in words.
+# Suffix of a LooC row's name: settings that differ from the published ones, and their name for readers.
 VARIANTS = {
     "": ({}, "published rule"),
     "-no-revival": ({"anchor": "none"}, "published rule without revival"),
     "-rotation": ({"gradient": "rotation"}, "published rule, rotation trick"),
     "-ema": ({"codebook_update": "ema"}, "moving average"),
     "-ema-rotation": (DEFAULT, "moving average, rotation trick (the default)"),
-    # 32 times 0.25: what PQ's encoder sees, whose published loss is a sum of 32.
+    # 32 times 0.25: the weight that PQ's encoder sees, because the published loss of PQ is a sum over 32 codebooks.
     "-commitment8": ({"commitment_weight": 8.0}, "published rule, commitment 8"),
     "-ema-rotation-commitment8": (
         {**DEFAULT, "commitment_weight": 8.0},
@@ -44,41 +43,47 @@ VARIANTS = {
 RECIPES = [variant for variant in VARIANTS if variant != "-no-revival"]
 
 
+def small_vqvae(make_quantizer: Callable[[int], nn.Module], n_q: int = N_Q) -> Callable[..., LooCSmallVQModel]:
+    """Return a function of channels, side and batches of the training that makes the published small VQ-VAE."""
+
+    def make_model(channels: int, side: int, batches: int) -> LooCSmallVQModel:
+        model = LooCSmallVQModel(channels, channels, sample_size=side, vq_embed_dim=n_q, interpolation_factor=1)
+        model.quantize = make_quantizer(batches)
+        return model
+
+    return make_model
+
+
 @dataclass(frozen=True)
 class Row:
     """One quantizer.
 
     Attributes:
-        name: Of the file of its result.
-        method: For readers.
-        make: Makes the quantizer; with `whole_model` the autoencoder, of channels, pixels a side and the batches of the
-            whole training; with `anneals` the quantizer, of these batches.
-        n_q: Channels of the latents.
-        objective: Of `small_vqvae.train`, where it is not the published one.
-        whole_model: Whether the autoencoder is another one too.
-        anneals: Whether something of the quantizer falls in the course of training.
-        clipped_cosine: Of `small_vqvae.Training`.
+        name: Name on the command line and in the results.
+        method: Name for readers.
+        make_model: Makes the autoencoder from its channels, the side of its images in pixels, and the batches of the
+            training.
+        objective: Loss of `small_vqvae.train` if it is not the published one.
+        training: Returns the settings of `small_vqvae.Training` that the row always has, given the number of values in
+            an image.
     """
 
     name: str
     method: str
-    make: Callable[..., nn.Module]
-    n_q: int = N_Q
+    make_model: Callable[[int, int, int], nn.Module]
     objective: Callable | None = None
-    whole_model: bool = False
-    anneals: bool = False
-    clipped_cosine: bool = False
+    training: Callable[[int], dict] = lambda values: {}
 
 
 def _looc(codevectors: int, dim: int, factor: int = 1, variant: str = "") -> Row:
     changes, words = VARIANTS[variant]
     name = f"looc-{codevectors}x{dim}" + (f"-s{factor}" if factor > 1 else "") + variant
 
-    def make() -> LooCQuantizer:
+    def make(batches: int) -> LooCQuantizer:
         return LooCQuantizer(N_Q, codevectors, dim, interpolation_factor=factor, **PUBLISHED | changes)
 
     size = f"{codevectors}×{dim}" + (" (m = 1)" if dim == N_Q else "")
-    return Row(name, f"LooC {size}, s={factor}, {words}", make)
+    return Row(name, f"LooC {size}, s={factor}, {words}", small_vqvae(make))
 
 
 def _rows() -> list[Row]:
@@ -91,13 +96,14 @@ def _rows() -> list[Row]:
     rows += [_looc(size, 4, variant=variant) for size in (32, 256) for variant in RECIPES[1:]]
     rows += [_looc(256, 4, factor) for factor in (2, 3, 4)]
     rows += [_looc(*size, variant="-no-revival") for size in ((256, 4), (1024, 4))]
-    # The others, each at its published kind of size, and then at equal rates.
+    # Other methods, at their published sizes.
     rows += [
         Row(
             "vq-512x64",
             "VQ-VAE 512×64 (n_q = 64)",
-            lambda: LooCQuantizer(64, 512, 64, 1, distance="euclidean", anchor="none", **PUBLISHED),
-            64,
+            small_vqvae(
+                lambda _: LooCQuantizer(64, 512, 64, 1, distance="euclidean", anchor="none", **PUBLISHED), n_q=64
+            ),
         ),
         Row(
             "hvq-512x64",
@@ -105,73 +111,86 @@ def _rows() -> list[Row]:
             lambda channels, side, batches: HierarchicalVQModel(
                 channels, channels, sample_size=side, anneal_batches=batches
             ),
-            64,
-            objective=summed_squared_error,
-            whole_model=True,
-            clipped_cosine=True,  # the gradients of its draws grow with one over the temperature, which ends at 0.001
+            summed_squared_error,
+            # As its authors train it (Williams et al. 2020). The gradients of its draws grow with one over the
+            # temperature, which ends at 0.001. The norm is 1 for a loss that is a mean over the values of an image.
+            lambda values: {"decay_from": 2 / 3, "decay_to": 0.1, "max_grad_norm": float(values)},
         ),
         Row(
             "sq-512x64",
             "SQ-VAE 512×64 (n_q = 64)",
-            lambda batches: StochasticQuantizer(64, 512, annealing=2 / batches),
-            64,
-            objective=gaussian_likelihood,
-            anneals=True,
+            small_vqvae(lambda batches: StochasticQuantizer(64, 512, annealing=2 / batches), n_q=64),
+            gaussian_likelihood,
         ),
-        Row("cvq-512x64", "CVQ-VAE 512×64 (n_q = 64)", lambda: LooCQuantizer(64, 512, 64, 1, **PUBLISHED), 64),
+        Row(
+            "cvq-512x64",
+            "CVQ-VAE 512×64 (n_q = 64)",
+            small_vqvae(lambda _: LooCQuantizer(64, 512, 64, 1, **PUBLISHED), n_q=64),
+        ),
         Row(
             "cvq-512x64-s2",
             "LooC with m = 1, s=2: 512×64 (n_q = 64), published rule",
-            lambda: LooCQuantizer(64, 512, 64, interpolation_factor=2, **PUBLISHED),
-            64,
+            small_vqvae(lambda _: LooCQuantizer(64, 512, 64, interpolation_factor=2, **PUBLISHED), n_q=64),
         ),
-        Row("pq-32x8x4", "PQ, 32 codebooks of 8×4", lambda: ProductQuantizer(N_Q, 8, 4, **PUBLISHED)),
-        # What LooC's default recipe gives the others.
+        Row(
+            "pq-32x8x4",
+            "PQ, 32 codebooks of 8×4",
+            small_vqvae(lambda _: ProductQuantizer(N_Q, 8, 4, **PUBLISHED)),
+        ),
+    ]
+    # LooC's default rule in CVQ-VAE and PQ.
+    rows += [
         Row(
             "cvq-512x64-ema-rotation",
             "CVQ-VAE 512×64 (n_q = 64), moving average, rotation trick",
-            lambda: LooCQuantizer(64, 512, 64, 1, **DEFAULT),
-            64,
+            small_vqvae(lambda _: LooCQuantizer(64, 512, 64, 1, **DEFAULT), n_q=64),
         ),
         Row(
             "pq-32x8x4-ema-rotation",
             "PQ, 32 codebooks of 8×4, moving average, rotation trick",
-            lambda: ProductQuantizer(N_Q, 8, 4, **DEFAULT),
+            small_vqvae(lambda _: ProductQuantizer(N_Q, 8, 4, **DEFAULT)),
         ),
     ]
-    rows += [  # with the weight that the loss of LooC's codebook has; 32 and 256 at the rates of LooC 32×4 and 256×4
+    # PQ with the loss weight of LooC's codebook; 32 and 256 have the rates of LooC 32×4 and 256×4.
+    rows += [
         Row(
-            f"pq-32x{words}x4-mean",
-            f"PQ, 32 codebooks of {words}×4, mean of their losses",
-            lambda words=words: ProductQuantizer(N_Q, words, 4, sum_losses=False, **PUBLISHED),
+            f"pq-32x{size}x4-mean",
+            f"PQ, 32 codebooks of {size}×4, mean of their losses",
+            small_vqvae(lambda _, size=size: ProductQuantizer(N_Q, size, 4, sum_losses=False, **PUBLISHED)),
         )
-        for words in (8, 32, 256)
+        for size in (8, 32, 256)
     ]
     rows += [
         Row(
             f"rq-256x128-depth{depth}",
             f"RQ 256×128, depth {depth}",
-            lambda depth=depth: ResidualQuantizer(N_Q, 256, depth, kmeans_init=True),
+            small_vqvae(lambda _, depth=depth: ResidualQuantizer(N_Q, 256, depth, kmeans_init=True)),
         )
         for depth in (1, 8, 32)
     ]
-    rows.append(Row("factorized-256x8", "ViT-VQGAN's codes 256×8", lambda: FactorizedQuantizer(N_Q, 256, 8)))
+    rows.append(
+        Row(
+            "factorized-256x8",
+            "ViT-VQGAN's codes 256×8",
+            small_vqvae(lambda _: FactorizedQuantizer(N_Q, 256, 8)),
+        )
+    )
     for codes in (1, 8, 32):
         rows += [
             Row(
                 f"fsq-{codes}x8-5-5",  # 200 values, 7.6 bits
-                f"FSQ (8, 5, 5), {codes} a position",
-                lambda codes=codes: FiniteScalarQuantizer(N_Q, (8, 5, 5), codes),
+                f"FSQ (8, 5, 5), {codes} per position",
+                small_vqvae(lambda _, codes=codes: FiniteScalarQuantizer(N_Q, (8, 5, 5), codes)),
             ),
             Row(
                 f"lfq-{codes}x8bits",
                 f"LFQ, {codes} codes of 8 bits",
-                lambda codes=codes: LookupFreeQuantizer(N_Q, 8, codes),
+                small_vqvae(lambda _, codes=codes: LookupFreeQuantizer(N_Q, 8, codes)),
             ),
             Row(
                 f"rfsq-8-5-5-depth{codes}",
                 f"residual FSQ (8, 5, 5), depth {codes}",
-                lambda codes=codes: ResidualFiniteScalarQuantizer(N_Q, (8, 5, 5), codes),
+                small_vqvae(lambda _, codes=codes: ResidualFiniteScalarQuantizer(N_Q, (8, 5, 5), codes)),
             ),
         ]
     return rows
@@ -187,9 +206,10 @@ TABLES: dict[str, list[str]] = {
     "7": ["looc-256x4-no-revival", "looc-1024x4-no-revival", "looc-256x4", "looc-1024x4"],
     "recipes": [f"looc-{size}{variant}" for size in ("32x4", "256x4") for variant in RECIPES],
     "rates": [name for name in ROWS if not name.endswith("-no-revival")],
+    "all": list(ROWS),
 }
 TABLES["8"] = TABLES["1"]
-# Which row of the paper's tables (paper_tables.json) a row stands beside.
+# Rows of the paper's tables (paper_tables.json) by ours.
 PAPER_ROWS: dict[str, dict[str, str]] = {
     "1": {
         "vq-512x64": "vq",

@@ -15,8 +15,8 @@ from table_rows import PAPER_ROWS, ROWS, VARIANTS
 from looc_ldm.analysis.rate_distortion import OCTAVES, Point, draw_rate_distortion
 from looc_ldm.analysis.style import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, new_figure, style
 
-HEIGHT, LINE = 3.0, 0.18  # inches, of a figure without its legend, and of a line of that
-# A colour for each method, the same in every plot; the last three are of Paul Tol's "muted" scheme (2021).
+HEIGHT, LINE = 3.0, 0.18  # inches: a figure without its legend, and a line of the legend
+# One colour per method, the same in every plot; the last three are from Paul Tol's "muted" scheme (2021).
 METHODS = {
     "looc": ("LooC", BLUE),
     "vq": ("VQ-VAE", "black"),
@@ -30,100 +30,68 @@ METHODS = {
     "lfq": ("LFQ", "#882255"),
     "rfsq": ("residual FSQ", "#44aa99"),
 }
-# A marker for each way in which the codebook learns.
+# One marker and one name per way in which the codebook learns.
 MARKERS = {
-    "": "o",
-    "-rotation": "D",
-    "-ema": "s",
-    "-ema-rotation": "^",
-    "-commitment8": "X",
-    "-ema-rotation-commitment8": "*",
-    "-mean": "d",
+    "": ("o", ""),
+    "-rotation": ("D", VARIANTS["-rotation"][1]),
+    "-ema": ("s", VARIANTS["-ema"][1]),
+    "-ema-rotation": ("^", "our default"),
+    "-commitment8": ("X", "commitment 8"),
+    "-ema-rotation-commitment8": ("*", "our default, commitment 8"),
+    "-mean": ("d", "mean of its losses"),
 }
-# Figures of JPEGs: above ours of float images, also where these have the same colour.
+# Figures of JPEGs; the white edge keeps them apart from ours of float images in the same colour.
 HOLLOW = {
     "markerfacecolor": "none",
     "markeredgewidth": 0.9,
     "path_effects": [withStroke(linewidth=2.2, foreground="white")],
 }
-SIZES = {"-ema-rotation-commitment8": 7}  # points of a marker, where it is not 4.5
-SHORT = {
-    "-ema-rotation": "our default",
-    "-commitment8": "commitment 8",
-    "-ema-rotation-commitment8": "our default, commitment 8",
-    "-mean": "mean of its losses",
-}
-POSITION_PIXELS = 16  # pixels of a latent position, f = 4
+SOLID = {"markeredgecolor": "white", "markeredgewidth": 0.4, "linestyle": "none"}
 
 
 def draw_plot(
-    images: str, results: list[dict], codecs: dict, paper: dict, title: str, longer: Sequence[dict] = ()
+    images: str, results: Sequence[dict], codecs: Sequence[dict], paper: dict, title: str, longer: Sequence[dict] = ()
 ) -> bytes:
-    """PSNR and SSIM, clean, over bits per pixel, as a PNG.
+    """Draw clean PSNR and SSIM over bits per pixel. Returns a PNG.
 
     Args:
         images: Name of the set.
-        results: Of one training.
-        codecs: The record of `tables.measure_codecs`, or nothing.
-        paper: The tables of the paper.
-        title: Above the picture.
-        longer: Results of longer or annealed trainings, shown as pentagons, hollow ones by the protocol paper.
+        results: Rows with one training.
+        codecs: Lines of benchmarks/image_codecs.py for the set.
+        paper: Tables of the paper. Its PSNR is drawn as hollow circles; its SSIM has a different window.
+        title: Title of the picture.
+        longer: Rows with longer trainings, drawn as pentagons; hollow ones show PSNR under the protocol "paper".
     """
-    curves = {name: [Point(**point) for point in points] for name, points in codecs.get("codecs", {}).items()}
     families = defaultdict(list)
     for result in results:
-        families[family_of(result["row"])].append(result["test"]["clean"])
-    stated = _of_paper(images, paper)
+        families[family_of(result["row"])].append(result["clean"])
     with style():
         figure = new_figure(HEIGHT)
         for number, name in enumerate(("psnr", "ssim")):
             axes = figure.add_subplot(1, 2, number + 1)
-            draw_rate_distortion(axes, curves, [], name)
-            if codecs:
-                lines = ((codecs["lossless"]["webp"], "lossless WebP", "right"), (codecs["raw"], "raw", "left"))
-                for rate, word, side in lines:
-                    axes.axvline(rate, color="0.75", linewidth=0.8, zorder=0)
-                    place = (rate, 1.01)
-                    axes.annotate(word, place, xycoords=("data", "axes fraction"), fontsize=7, color="0.4", ha=side)
-            for kind, points in stated.items() if name == "psnr" else ():  # its SSIM has another window
-                label = None if any(kind == family[0] for family in families) else METHODS[kind][0]
-                x, y = zip(*points, strict=True)
-                axes.plot(x, y, "o", color=METHODS[kind][1], markersize=4.5, zorder=6, label=label, **HOLLOW)
-            for (kind, variant, several), points in sorted(families.items(), key=_place):
-                # What interpolates is LooC, also with the one segment of CVQ-VAE.
-                method = "LooC with m = 1" if kind == "cvq" and several else METHODS[kind][0]
-                words = ", ".join(filter(None, [method, _rule(kind, variant), "s > 1" if several else ""]))
+            _draw_codecs(axes, codecs, name)
+            for (method, variant, interpolates), points in sorted(families.items(), key=_legend_order):
                 for point in points:
                     axes.plot(
                         point["bits_per_pixel"],
                         point[name],
-                        marker="P" if several else MARKERS[variant],
-                        color=METHODS[kind][1],
-                        linestyle="none",
-                        markersize=SIZES.get(variant, 4.5),
-                        zorder=3 + point["psnr"] / 100,  # the better above the worse, whosever they are
-                        markeredgecolor="white",
-                        markeredgewidth=0.4,
-                        label=words if point is points[0] else None,
+                        "P" if interpolates else MARKERS[variant][0],
+                        color=METHODS[method][1],
+                        markersize=7 if MARKERS[variant][0] == "*" else 4.5,
+                        zorder=3 + point["psnr"] / 100,  # the better above the worse
+                        label=_label(method, variant, interpolates) if point is points[0] else None,
+                        **SOLID,
                     )
             for result in longer:
-                rate, color = result["test"]["clean"]["bits_per_pixel"], METHODS[family_of(result["row"])[0]][1]
-                axes.plot(
-                    rate,
-                    result["test"]["clean"][name],
-                    "p",
-                    color=color,
-                    markersize=8,
-                    zorder=5,
-                    markeredgecolor="white",
-                    markeredgewidth=0.4,
-                )
-                if name == "psnr":  # where it stands by the paper's protocol
-                    psnr = result["test"]["paper"]["psnr"]
-                    axes.plot(rate, psnr, "p", color=color, zorder=6, **HOLLOW)
+                color, rate = METHODS[result["row"].split("-")[0]][1], result["clean"]["bits_per_pixel"]
+                axes.plot(rate, result["clean"][name], "p", color=color, markersize=8, zorder=5, **SOLID)
+                if name == "psnr":
+                    axes.plot(rate, result["paper"]["psnr"], "p", color=color, zorder=6, **HOLLOW)
             if name == "psnr":
+                for rate, psnr, method in _points_of_paper(images, paper):
+                    axes.plot(rate, psnr, "o", color=METHODS[method][1], markersize=4.5, zorder=6, **HOLLOW)
                 if longer:
-                    axes.plot([], [], "p", color="0.3", markersize=8, label="trained longer, or annealed")
+                    axes.plot([], [], "p", color="0.3", markersize=8, label="trained longer")
                     axes.plot([], [], "p", mfc="none", color="0.3", label="the same, of JPEGs")
                 axes.plot([], [], "o", mfc="none", color="0.3", markersize=5, label="the paper's, of JPEGs")
                 handles, labels = axes.get_legend_handles_labels()
@@ -135,46 +103,56 @@ def draw_plot(
     return content.getvalue()
 
 
-def _add_legend(figure: Figure, handles: list, labels: list[str]):
-    """Below the axes, in as many columns as the width takes; the figure grows by its lines."""
+def family_of(row: str) -> tuple[str, str, bool]:
+    """Return method, suffix for how the codebook learns, and whether the row interpolates."""
+    variant = next(name for name in sorted(MARKERS, key=len, reverse=True) if row.endswith(name))
+    return row.split("-")[0], variant, any(row.endswith(f"-s{s}") for s in (2, 3, 4))
+
+
+def rate_of_row(row: str) -> float:
+    """Return the bits per pixel of a row whose images are a whole number of latent positions."""
+    return ROWS[row].make_model(1, 32, 1).bits_per_image(32, 32) / 32**2
+
+
+def _label(method: str, variant: str, interpolates: bool) -> str:
+    # A CVQ-VAE with interpolation is LooC with one segment.
+    name = "LooC with m = 1" if method == "cvq" and interpolates else METHODS[method][0]
+    rule = "published rule" if method == "looc" and not variant else MARKERS[variant][1]
+    return ", ".join(filter(None, [name, rule, "s > 1" if interpolates else ""]))
+
+
+def _legend_order(family: tuple) -> tuple:
+    (method, variant, interpolates), _ = family
+    return list(METHODS).index(method), list(MARKERS).index(variant), interpolates
+
+
+def _draw_codecs(axes, codecs: Sequence[dict], name: str) -> None:
+    curves = defaultdict(list)
+    for line in codecs:
+        if line.get("quality") is not None:
+            curves[line["codec"]].append(Point(*(line[key] for key in ("quality", "bits_per_pixel", "psnr", "ssim"))))
+        elif line["codec"] == "lossless webp":
+            axes.axvline(line["bits_per_pixel"], color="0.75", linewidth=0.8, zorder=0)
+            place = (line["bits_per_pixel"], 1.01)
+            axes.annotate(
+                "lossless WebP", place, xycoords=("data", "axes fraction"), fontsize=7, color="0.4", ha="right"
+            )
+    draw_rate_distortion(axes, curves, [], name)
+
+
+def _points_of_paper(images: str, paper: dict) -> set[tuple[float, float, str]]:
+    """Return rate, PSNR and method of the paper's rows."""
+    rows = {row: paper[table][name].get(images, {}) for table in PAPER_ROWS for row, name in PAPER_ROWS[table].items()}
+    return {
+        (rate_of_row(row), figures["psnr"], row.split("-")[0]) for row, figures in rows.items() if "psnr" in figures
+    }
+
+
+def _add_legend(figure: Figure, handles: list, labels: list[str]) -> None:
+    """Put the legend below the axes, in as many columns as fit, and enlarge the figure by its lines."""
     for columns in (3, 2, 1):
         legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)
         if legend.get_window_extent().width <= figure.bbox.width:
             break
         legend.remove()
     figure.set_figheight(HEIGHT + LINE * math.ceil(len(labels) / columns))
-
-
-def _of_paper(images: str, paper: dict) -> dict[str, list[tuple[float, float]]]:
-    """By method, the rate and the PSNR of each row that the paper has of this set."""
-    rows = {row: paper[table][name] for table in PAPER_ROWS for row, name in PAPER_ROWS[table].items()}
-    found = defaultdict(list)
-    for row, figures in rows.items():
-        if "psnr" in figures.get(images, {}):
-            found[row.split("-")[0]].append((_rate(row), figures[images]["psnr"]))
-    return found
-
-
-def _rate(row: str) -> float:
-    """Bits per pixel of a row, where every pixel is in a latent position."""
-    if ROWS[row].whole_model:
-        return ROWS[row].make(1, 32, 1).bits_per_image(32, 32) / 32**2
-    quantizer = ROWS[row].make(1) if ROWS[row].anneals else ROWS[row].make()
-    return quantizer.bits_per_position / POSITION_PIXELS
-
-
-def family_of(row: str) -> tuple[str, str, bool]:
-    """Method, how its codebook learns (the end of the row's name), and whether it interpolates."""
-    variant = next(name for name in sorted(MARKERS, key=len, reverse=True) if row.endswith(name))
-    return row.split("-")[0], variant, any(row.endswith(f"-s{s}") for s in (2, 3, 4))
-
-
-def _rule(kind: str, variant: str) -> str:
-    if not variant:
-        return "published rule" if kind == "looc" else ""
-    return SHORT[variant] if variant in SHORT else VARIANTS[variant][1].removeprefix("published rule, ")
-
-
-def _place(family: tuple) -> tuple:
-    (kind, variant, several), _ = family
-    return list(METHODS).index(kind), list(MARKERS).index(variant), several

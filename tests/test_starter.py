@@ -110,12 +110,12 @@ def test_its_card_says_how_it_was_made():
 
 
 def test_it_is_more_than_twice_as_good_as_the_quickstarts():
-    results = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
-    starter, quickstart = (
-        json.loads((results / f"{name}.json").read_text()) for name in ("starter_fid", "fashion_mnist_fid")
-    )
-    assert starter["reference"] == quickstart["reference"]
-    assert starter["trained"]["fid@768"] < 0.5 * quickstart["trained"]["fid@768"]
+    file = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "fid.jsonl"
+    models = {line["model"]: line for line in map(json.loads, file.read_text().splitlines())}
+    starter, quickstart = models["starter"], models["quickstart"]
+    assert (starter["images_first"], starter["images_second"]) == (2000, 10000)
+    assert (quickstart["images_first"], quickstart["images_second"]) == (2000, 10000)
+    assert starter["fid@768"] < 0.5 * quickstart["fid@768"]
 
 
 @pytest.fixture
@@ -150,14 +150,16 @@ def test_what_is_missing_is_named_before_the_training(script, tmp_path, monkeypa
 def test_a_rehearsal_has_a_tenth_of_the_images(script, tmp_path, monkeypatch):
     """In a folder of its own: the whole training must not find it and take it for all of them."""
     made = {}
-    monkeypatch.setattr(script.bundle_fashion_mnist, "main", lambda images, data, splits: made.update({data: splits}))
+    monkeypatch.setattr(
+        script.bundle_fashion_mnist, "write", lambda images, part, splits, out: made.setdefault(out, {}).update(splits)
+    )
     monkeypatch.setattr(script, "call", lambda *arguments: None)
     for rehearse in (None, 100):
         script.train(Namespace(images=tmp_path, work=tmp_path, lpips_weights=None, rehearse=rehearse))
     count = lambda splits: {name: len(range(*split.indices(6000))) for name, split in splits.items()}  # noqa: E731
     whole, part = map(count, made.values())
-    assert whole == {"train": 5500, "validation": 500}
-    assert part == {"train": 500, "validation": 500}
+    assert whole == {"train": 5500, "validation": 500, "test": 6000}
+    assert part == {"train": 500, "validation": 500, "test": 6000}
 
 
 @pytest.mark.parametrize("layer", ["768", "2048"])

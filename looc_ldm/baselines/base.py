@@ -1,4 +1,4 @@
-"""What the quantizers of this package share."""
+"""The interface and the counting that all baselines share."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Quantized = tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, None, torch.Te
 
 
 class Quantizer(nn.Module):
-    """The interface of a quantizer of feature maps `(B, n_q, H, W)`: that of `LooCQuantizer`.
+    """Base class of quantizers of feature maps `(B, n_q, H, W)`, with the interface of `LooCQuantizer`.
 
     Attributes:
         vq_embed_dim (`int`): n_q, the channels of a feature vector.
         codes_per_position (`int`): C, the number of codes at each latent position.
-        code_sizes (`tuple[int, ...]` of length C): How many values each of these codes has.
-        codebooks (`tuple[int, ...]` of length C): The codebook that each of them is of; codes of one codebook are
-            counted together.
+        code_sizes (`tuple[int, ...]` of length C): Number of values of each of these codes.
+        codebooks (`tuple[int, ...]` of length C): Codebook of each of these codes; codes of one codebook are counted
+            together.
     """
 
     def __init__(self, vq_embed_dim: int, code_sizes: tuple[int, ...], codebooks: tuple[int, ...]):
@@ -36,7 +36,7 @@ class Quantizer(nn.Module):
         size_of = dict(zip(codebooks, code_sizes, strict=True))
         self._book_sizes = [size_of[book] for book in sorted(size_of)]
         starts = [sum(self._book_sizes[:book]) for book in codebooks]
-        self.register_buffer("_starts", torch.tensor(starts), persistent=False)  # of each code's codebook, all in a row
+        self.register_buffer("_starts", torch.tensor(starts), persistent=False)  # of the codebooks, concatenated
 
     @property
     def bits_per_position(self) -> float:
@@ -67,18 +67,18 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def encode_indices(self, z: torch.Tensor) -> torch.Tensor:
-        """Codes of a feature map, int64 `(B, H, W, C)`. Moves no average, whatever the mode."""
+        """Return the indices of a feature map, int64 `(B, H, W, C)`, without updating any average."""
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
             return self(z)[2][2]
         finally:
-            for module in training:  # `train()` would also wake what its owner has frozen
+            for module in training:  # `train()` would also change frozen modules
                 module.training = True
 
     @torch.no_grad()
     def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
-        """The float32 feature map `(B, n_q, H, W)` of codes `(B, H, W, C)`."""
+        """Return the float32 feature map `(B, n_q, H, W)` of indices `(B, H, W, C)`."""
         if indices.ndim != 4 or indices.shape[-1] != self.codes_per_position:
             raise ValueError(
                 f"indices must have the shape (batch, H, W, {self.codes_per_position}), got {tuple(indices.shape)}."
@@ -86,14 +86,14 @@ class Quantizer(nn.Module):
         return self._lookup(indices.long()).movedim(-1, 1).contiguous()
 
     def revive(self) -> None:
-        """Nothing, unless a quantizer says otherwise: `LooCQuantizer` moves its codebook here."""
+        """Update the codebook after an optimizer step. Does nothing unless a subclass overrides it."""
 
     def code_counts(self, indices: torch.Tensor) -> list[torch.Tensor]:
-        """How often each value of each codebook was chosen: int64 `(size,)` for every codebook, on the CPU."""
+        """Count the uses of each value: int64 `(size,)` for every codebook, on the CPU."""
         return list(self._counts(indices).cpu().split(self._book_sizes))
 
     def _counts(self, indices: torch.Tensor) -> torch.Tensor:
-        """Of all codebooks in a row, on the device of the indices; it does not wait for it, as bincount would."""
+        """Count the uses of each value of the concatenated codebooks. Unlike bincount, this does not synchronize."""
         places = (indices.long() + self._starts).flatten()
         counts = torch.zeros(sum(self._book_sizes), dtype=torch.int64, device=indices.device)
         return counts.scatter_add_(0, places, torch.ones_like(places))
@@ -104,20 +104,20 @@ class Quantizer(nn.Module):
         return torch.stack([torch.special.entr(share).sum().exp() for share in shares]).mean().float()
 
     def _quantize(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of float32 `(B, n_q, H, W)`: quantized, loss, indices `(B, H, W, C)`."""
+        """Quantize float32 `(B, n_q, H, W)`. Returns quantized, loss, and indices `(B, H, W, C)`."""
         raise NotImplementedError
 
     def _lookup(self, indices: torch.Tensor) -> torch.Tensor:
-        """Of int64 `(B, H, W, C)`: float32 `(B, H, W, n_q)`."""
+        """Return the float32 vectors `(B, H, W, n_q)` of int64 indices `(B, H, W, C)`."""
         raise NotImplementedError
 
 
 def at_least_one(name: str, number: int) -> None:
-    """Refuses a setting that is no positive whole number."""
+    """Raise ValueError for a setting that is not a positive whole number."""
     if not isinstance(number, int) or number < 1:
         raise ValueError(f"{name} must be a positive whole number, got {number!r}.")
 
 
 def squared_distances(rows: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Of features `(N, n_q)` to codevectors `(K, n_q)`: `(N, K)`, not negative, with gradient to both."""
+    """Return `(N, K)` distances of features `(N, n_q)` to codevectors `(K, n_q)`, at least 0, with gradient to both."""
     return (rows.square().sum(1, keepdim=True) - 2 * rows @ codebook.T + codebook.square().sum(1)).clamp_min(0)

@@ -9,7 +9,7 @@ from looc_ldm.baselines.base import Quantizer
 
 
 class FactorizedQuantizer(Quantizer):
-    """ViT-VQGAN's codes: found in a learned projection to few dimensions, of length 1 there.
+    """ViT-VQGAN's codes: codevectors and projected features have few dimensions and unit length.
 
     Yu et al. 2022, "Vector-quantized Image Modeling with Improved VQGAN", section 3.2: features and codevectors are
     l2-normalized, so that the nearest one is that of the highest cosine; the codebook is learned by gradient, with

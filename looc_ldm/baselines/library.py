@@ -1,6 +1,6 @@
 """Quantizers of the package vector-quantize-pytorch behind the interface of `LooCQuantizer`.
 
-It is installed with the extra `baselines`, and imported when one of these is made.
+The extra `baselines` installs it; it is imported when one of these quantizers is constructed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _library():
 
 
 class _OfLibrary(Quantizer):
-    """A quantizer of rows `(B, H * W, n_q)`, as the library's are."""
+    """A quantizer that calls one of the library's on vectors `(B, H * W, n_q)`."""
 
     inner: nn.Module
 
@@ -37,28 +37,28 @@ class _OfLibrary(Quantizer):
         return self._vectors(indices.flatten(1, 2)).reshape(batch, height, width, -1)
 
     def _rows(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of `(B, n, n_q)`: quantized, loss, indices `(B, n, C)`."""
+        """Quantize `(B, n, n_q)`. Returns quantized, loss, and indices `(B, n, C)`."""
         quantized, indices, loss = self.inner(rows)
         return quantized, loss, indices
 
     def _vectors(self, indices: torch.Tensor) -> torch.Tensor:
-        """Of `(B, n, C)`: `(B, n, n_q)`."""
+        """Return the vectors `(B, n, n_q)` of indices `(B, n, C)`."""
         return self.inner.get_output_from_indices(indices)
 
 
 class ResidualQuantizer(_OfLibrary):
-    """RQ-VAE's residual quantization: `depth` codes of one shared codebook, each of what the ones before left over.
+    """RQ-VAE's residual quantization: `depth` codes of one codebook, each for the residual of the codes before it.
 
-    Lee et al. 2022, "Autoregressive Image Generation using Residual Quantization". The codebook is a moving average;
-    codevectors that are hardly used start anew at a feature; the commitment term is the mean over all partial sums;
-    one straight-through estimate around the sum.
+    Lee et al. 2022, "Autoregressive Image Generation using Residual Quantization". The codebook is a moving average.
+    Rarely used codevectors are replaced by features. The commitment term is the mean over all partial sums. One
+    straight-through estimate goes around the sum.
 
     Args:
         vq_embed_dim (`int`): n_q, the channels of a feature vector and of a codevector.
         num_codevectors (`int`): K.
-        depth (`int`): D, codes at a position.
+        depth (`int`): D, codes per position.
         commitment_weight (`float`, defaults to 0.25): beta.
-        usage_decay (`float`, defaults to 0.99): Of the moving average.
+        usage_decay (`float`, defaults to 0.99): Decay of the moving average.
         kmeans_init (`bool`, defaults to False): Start from the k-means of the first batch's features.
     """
 
@@ -94,12 +94,12 @@ class ResidualQuantizer(_OfLibrary):
 
     def _rows(self, rows):
         quantized, indices, losses = self.inner(rows)
-        # The library's gradient is the sum of the estimates of all depths, which grows with them.
+        # The library's gradient sums the estimates of all depths, so it grows with the depth.
         return rows + (quantized - rows).detach(), losses.mean(), indices
 
 
 class _WithoutCodebook(_OfLibrary):
-    """What is rounded to is fixed."""
+    """A quantizer without learned codevectors."""
 
     @property
     def codebook_scalars(self) -> int:
@@ -107,7 +107,7 @@ class _WithoutCodebook(_OfLibrary):
 
 
 class _FiniteScalar(_WithoutCodebook):
-    """The library's have no loss."""
+    """FSQ of the library, which returns no loss."""
 
     def _rows(self, rows):
         quantized, indices = self.inner(rows)
@@ -119,8 +119,8 @@ class FiniteScalarQuantizer(_FiniteScalar):
 
     Args:
         vq_embed_dim (`int`): n_q, the channels of a feature vector.
-        levels (`tuple[int, ...]`): Of each channel of a code.
-        codes_per_position (`int`, defaults to 1): How many such codes a position has.
+        levels (`tuple[int, ...]`): Levels of each channel of a code.
+        codes_per_position (`int`, defaults to 1): Codes per position.
     """
 
     def __init__(self, vq_embed_dim: int, levels: tuple[int, ...], codes_per_position: int = 1):
@@ -142,12 +142,12 @@ class FiniteScalarQuantizer(_FiniteScalar):
 class LookupFreeQuantizer(_WithoutCodebook):
     """LFQ: the signs of a projection are the code; an entropy term keeps them in use (Yu et al. 2024, MAGVIT-v2).
 
-    The loss has the entropy of all codes with a minus, and may be negative.
+    The loss contains the negative entropy of all codes, so it can be negative.
 
     Args:
         vq_embed_dim (`int`): n_q, the channels of a feature vector.
         bits (`int`): Signs in a code: K = 2^bits.
-        codes_per_position (`int`, defaults to 1): How many such codes a position has.
+        codes_per_position (`int`, defaults to 1): Codes per position.
         commitment_weight (`float`, defaults to 0.25): beta.
     """
 
@@ -171,14 +171,14 @@ class LookupFreeQuantizer(_WithoutCodebook):
 
 
 class ResidualFiniteScalarQuantizer(_FiniteScalar):
-    """Residual FSQ: `depth` finite scalar quantizers, each of what the ones before left over.
+    """Residual FSQ: `depth` finite scalar quantizers, each for the residual of those before it.
 
-    As the library has it: the gradient is the sum of the straight-through estimates of all depths.
+    As in the library, the gradient is the sum of the straight-through estimates of all depths.
 
     Args:
         vq_embed_dim (`int`): n_q, the channels of a feature vector.
-        levels (`tuple[int, ...]`): Of each channel of a code.
-        depth (`int`): Codes at a position.
+        levels (`tuple[int, ...]`): Levels of each channel of a code.
+        depth (`int`): Codes per position.
     """
 
     def __init__(self, vq_embed_dim: int, levels: tuple[int, ...], depth: int):

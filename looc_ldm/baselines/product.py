@@ -1,4 +1,4 @@
-"""Product quantization: a codebook of its own for every segment."""
+"""Product quantization: one codebook per segment."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from looc_ldm.quantizer import LooCQuantizer
 class ProductQuantizer(Quantizer):
     """m independent codebooks, one for each segment of a feature vector (Jégou et al. 2011; the "PQ" of LooC's tables).
 
-    Every segment has a `LooCQuantizer` of one segment: what differs from LooC is that nothing is shared.
+    Every segment has its own `LooCQuantizer`, so that, unlike in LooC, no codebook is shared.
 
     Args:
         vq_embed_dim (`int`): n_q, the channels of a feature vector.
-        num_codevectors (`int`): Of *each* codebook. LooC's table gives 256 to all 32 codebooks together: 8 each.
+        num_codevectors (`int`): K of *each* codebook. LooC's table has 256 in 32 codebooks: 8 each.
         codevector_dim (`int`): d; it must divide n_q, m = n_q / d.
-        sum_losses (`bool`, defaults to True): Add the losses of the segments, as the published comparison does,
-            instead of taking their mean, which is what a shared codebook's loss is.
-        **settings: Of every `LooCQuantizer`, with its defaults (`distance`, `anchor`, `codebook_update`, `gradient`,
-            ...), but `interpolation_factor` is 1 and `input_layout` "BCHW".
+        sum_losses (`bool`, defaults to True): Add the losses of the segments, as the published comparison does. False
+            takes their mean, like the loss of a shared codebook.
+        **settings: Settings of every `LooCQuantizer` (`distance`, `anchor`, `codebook_update`, `gradient`, ...), except
+            that `interpolation_factor` is 1 and `input_layout` is "BCHW".
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ProductQuantizer(Quantizer):
         return sum(segment.embedding.weight.numel() for segment in self.segments)
 
     def revive(self) -> None:
-        """Move all codebooks; once per optimizer step."""
+        """Update all codebooks; call it once per optimizer step."""
         for segment in self.segments:
             segment.revive()
 

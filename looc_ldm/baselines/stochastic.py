@@ -1,4 +1,4 @@
-"""SQ-VAE's stochastic quantization, whose noise anneals itself away."""
+"""SQ-VAE's stochastic quantization, whose noise fades as the model improves."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from looc_ldm.baselines.base import Quantizer, squared_distances
 
 
 class StochasticQuantizer(Quantizer):
-    """Codes that are drawn in training, with a variance that is learned (Takida et al. 2022, Gaussian SQ-VAE, type I).
+    """Codes drawn in training with a learned variance (Takida et al. 2022, Gaussian SQ-VAE, type I).
 
-    A feature z has code k with probability proportional to exp(-|z - c_k|^2 / (2 s^2)). Training sees samples of the
-    Gumbel-softmax at a temperature of exp(-`annealing` * steps); s^2 shrinks as the model gets better, and the draws
-    become choices of the nearest codevector, which is what evaluation takes. No codevector has to be revived.
+    A feature z has code k with probability proportional to exp(-|z - c_k|^2 / (2 s^2)). Training draws from a
+    Gumbel-softmax with temperature exp(-`annealing` * steps). s^2 shrinks as the model improves, and the draws become
+    choices of the nearest codevector, which evaluation always takes. No codevector needs revival.
 
-    Its loss is the divergence from the uniform prior in **nats per image**, up to a constant. It belongs beside the
-    log-likelihood of a decoder whose variance is learned too: `gaussian_likelihood`.
+    The loss is the divergence from the uniform prior in **nats per image**, up to a constant. Use it with the
+    log-likelihood of a decoder with a learned variance: `gaussian_likelihood`.
 
     Args:
         vq_embed_dim (`int`): n_q, the channels of a feature vector and of a codevector.
         num_codevectors (`int`): K.
-        annealing (`float`, defaults to 1e-5): Of the temperature, a step; the authors' value, for trainings of some
-            200,000 steps. In a shorter one the temperature ends where it does there if this is 2 / steps.
+        annealing (`float`, defaults to 1e-5): Decay of the temperature per step. The default is the authors', for
+            about 200,000 steps; with 2 / steps a shorter training ends at the same temperature.
     """
 
     def __init__(self, vq_embed_dim: int, num_codevectors: int, annealing: float = 1e-5):
@@ -32,8 +32,8 @@ class StochasticQuantizer(Quantizer):
             raise ValueError(f"annealing must not be negative, got {annealing}.")
         self.annealing = annealing
         self.embedding = nn.Embedding(num_codevectors, vq_embed_dim)
-        # s^2 = 1. The authors start at 11 or 21, for features that batch norm has scaled; where s^2 is much larger than
-        # the features, all codes are drawn alike and nothing is learned from them.
+        # s^2 = 1. The authors start at 11 or 21, for features scaled by batch norm. If s^2 is much larger than the
+        # features, all codes are equally likely and nothing is learned from them.
         self.log_variance = nn.Parameter(torch.zeros(()))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
@@ -43,11 +43,11 @@ class StochasticQuantizer(Quantizer):
 
     @property
     def temperature(self) -> torch.Tensor:
-        """Of the Gumbel-softmax, a scalar, from 1 towards 0."""
+        """Temperature of the Gumbel-softmax, a scalar that falls from 1 towards 0."""
         return torch.exp(-self.annealing * self.steps).clamp_min(1e-6)
 
     def revive(self) -> None:
-        """Count a step of the optimizer; the temperature falls."""
+        """Count an optimizer step, which lowers the temperature."""
         self.steps += 1
 
     def _quantize(self, z):

@@ -1,25 +1,26 @@
 """Every quantizer of the comparison keeps to one interface, says truly what its codes cost, and can learn."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from looc_ldm import LooCSmallVQModel
 from looc_ldm.baselines import (
-    AssignedQuantizer,
     FactorizedQuantizer,
     FiniteScalarQuantizer,
-    HierarchicalVQModel,
     LookupFreeQuantizer,
     ProductQuantizer,
     ResidualFiniteScalarQuantizer,
     ResidualQuantizer,
     StochasticQuantizer,
     gaussian_likelihood,
-    summed_squared_error,
 )
+from tiny import import_file
 
+# Only the benchmark of the paper's tables has HQA.
+HQA = import_file(Path(__file__).resolve().parents[2] / "benchmarks" / "hierarchical.py")
 N_Q = 16
 MAKERS = {
     "PQ": lambda: ProductQuantizer(N_Q, 8, 4),
@@ -27,13 +28,13 @@ MAKERS = {
     "factorized": lambda: FactorizedQuantizer(N_Q, 64, 4),
     "FSQ": lambda: FiniteScalarQuantizer(N_Q, (5, 5, 5), codes_per_position=2),
     "LFQ": lambda: LookupFreeQuantizer(N_Q, 6, codes_per_position=2),
-    "HQA": lambda: AssignedQuantizer(N_Q, 32),
+    "HQA": lambda: HQA.AssignedQuantizer(N_Q, 32),
     "SQ": lambda: StochasticQuantizer(N_Q, 32),
     "residual FSQ": lambda: ResidualFiniteScalarQuantizer(N_Q, (5, 5, 5), depth=2),
 }
 
-# Of quantizers whose loss is a divergence in nats per image.
-OBJECTIVES = {StochasticQuantizer: gaussian_likelihood, AssignedQuantizer: summed_squared_error}
+# Objectives of the quantizers whose loss is a divergence in nats per image.
+OBJECTIVES = {StochasticQuantizer: gaussian_likelihood, HQA.AssignedQuantizer: HQA.summed_squared_error}
 
 
 @pytest.fixture(params=MAKERS)
@@ -190,7 +191,7 @@ def test_temperature_falls_with_steps():
 def test_the_codevector_drawn_least_moves_beside_the_one_drawn_most():
     """After 20 batches, and one at a time (Williams et al. 2020)."""
     torch.manual_seed(0)
-    quantizer = AssignedQuantizer(4, 8)
+    quantizer = HQA.AssignedQuantizer(4, 8)
     with torch.no_grad():
         quantizer.embedding.weight[4:] += 100  # far from everything
     for _ in range(20):
@@ -204,7 +205,7 @@ def test_the_codevector_drawn_least_moves_beside_the_one_drawn_most():
 
 
 def test_the_temperature_of_assignments_falls_to_nearly_nothing_by_the_end_of_training():
-    quantizer = AssignedQuantizer(2, 2, initial_temperature=0.5, anneal_batches=10)
+    quantizer = HQA.AssignedQuantizer(2, 2, initial_temperature=0.5, anneal_batches=10)
     assert quantizer.temperature.item() == pytest.approx(0.5)
     for _ in range(5):
         quantizer(torch.randn(1, 2, 2, 2))
@@ -245,9 +246,9 @@ def test_factorized_codes_are_chosen_by_cosine_in_the_projection():
     torch.testing.assert_close(quantizer(z)[0], quantizer.decode_indices(indices[..., None]))
 
 
-def hierarchy() -> HierarchicalVQModel:
+def hierarchy() -> torch.nn.Module:
     torch.manual_seed(0)
-    return HierarchicalVQModel(1, 1, hidden_channels=32, sample_size=16, num_vq_embeddings=16, vq_embed_dim=8)
+    return HQA.HierarchicalVQModel(1, 1, hidden_channels=32, sample_size=16, num_vq_embeddings=16, vq_embed_dim=8)
 
 
 def test_a_hierarchy_stores_its_upper_codes_only():
@@ -272,7 +273,7 @@ def test_no_gradient_passes_from_the_upper_level_to_the_lower():
     assert model.encoder[0].weight.grad.abs().sum() > 0
 
 
-def test_a_hierarchy_learns_and_is_stored(tmp_path):
+def test_a_hierarchy_learns():
     """Its upper codes alone carry which of four images it was."""
     model = hierarchy().train()
     images = torch.nn.functional.interpolate(torch.randn(4, 1, 4, 4).clamp(-1, 1), size=16)
@@ -281,14 +282,11 @@ def test_a_hierarchy_learns_and_is_stored(tmp_path):
         x = images[torch.randint(4, (16,))]
         output = model(x)
         optimizer.zero_grad()
-        (summed_squared_error(x, output.sample) + output.commit_loss).backward()
+        (HQA.summed_squared_error(x, output.sample) + output.commit_loss).backward()
         optimizer.step()
     with torch.no_grad():
         reconstructed = model.eval()(images).sample
     assert (reconstructed - images).square().mean() < 0.2 * images.var()
-    model.save_pretrained(tmp_path)
-    again = HierarchicalVQModel.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(again(images).sample, reconstructed)
 
 
 def test_a_model_whose_config_describes_another_quantizer_is_not_saved(tmp_path):
@@ -300,5 +298,3 @@ def test_a_model_whose_config_describes_another_quantizer_is_not_saved(tmp_path)
         with pytest.raises(ValueError, match=r"describes a LooCQuantizer, not the \w+ that was assigned"):
             model.save_pretrained(tmp_path / "other")
     assert not (tmp_path / "other").exists()
-    HierarchicalVQModel(1, 1, hidden_channels=8, vq_embed_dim=8).save_pretrained(tmp_path / "hierarchy")
-    assert (tmp_path / "hierarchy" / "config.json").is_file()

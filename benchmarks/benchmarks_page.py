@@ -1,0 +1,233 @@
+"""Write the tables between the markers of docs/benchmarks.md, from benchmarks/results and the bundled configs.
+
+python benchmarks/benchmarks_page.py                        all tables
+python benchmarks/benchmarks_page.py --quickstart FOLDER    and pictures and figures of a finished quickstart
+python benchmarks/benchmarks_page.py --starter              and the picture of the starter model
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from results import DOCS, RESULTS, ROOT, fill, markdown_table, read_results, replace_results
+from torch.utils.flop_counter import FlopCounterMode
+
+from looc_ldm import LooCVQModel, configs
+from looc_ldm.errors import UserError, one_line_errors
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
+from looc_ldm.training.config_parsing import construct, load_config
+from looc_ldm.training.diffusion import Denoiser
+
+BYTES_PER_PARAMETER = 20  # float32 weight, gradient, two moments of AdamW, average
+SUSTAINED_FLOPS = 1e14
+CLASSES = {"imagenet": 1000, "imagenette": 10, "fashion_mnist": 10, "starter": 10}
+
+
+# Costs of the bundled configs -----------------------------------------------------------------------------------------
+
+
+def autoencoder_costs() -> str:
+    rows = []
+    for name in configs.names():
+        if name.split("/")[1].startswith("autoencoder"):
+            config = load_config(AutoencoderConfig, name)
+            model, side = make_autoencoder(config), config.data.resolution
+            c, bits = model.config, model.bits_per_image(side, side)
+            row = {"config": f"`{name}`", "side": side, "f": model.downsampling_factor, "n_q": c.vq_embed_dim}
+            row |= {"K × d": f"{c.num_vq_embeddings} × {c.codevector_dim}", "s": c.interpolation_factor}
+            row |= {"bits per image": f"{bits:,.0f}", "bits per pixel": f"{bits / side**2:.3g}"}
+            image = torch.empty(1, c.in_channels, side, side, device="meta")
+            rows.append(row | training_costs(model, (image,), config.total_images))
+    return markdown_table(rows)
+
+
+def diffusion_costs() -> str:
+    rows = []
+    for name in configs.names():
+        data_set, stage = name.split("/")
+        if stage.startswith("diffusion"):
+            config = load_config(DiffusionConfig, name)
+            first = "/".join(Path(config.autoencoder).parts[1:3])  # runs/ffhq/autoencoder/model
+            vqvae = make_autoencoder(load_config(AutoencoderConfig, first))
+            classes = CLASSES[data_set] if config.class_conditional else 0
+            denoiser = Denoiser.from_config(config, vqvae, classes)
+            side = config.data.resolution // vqvae.downsampling_factor
+            latents = torch.empty(1, vqvae.config.vq_embed_dim, side, side, device="meta")
+            label = torch.zeros(1, dtype=torch.long, device="meta") if classes else None
+            inputs = latents, torch.zeros(1, device="meta"), label
+            row = {"config": f"`{name}`", "latents": " × ".join(map(str, latents.shape[1:]))}
+            rows.append(row | training_costs(denoiser, inputs, config.total_images))
+    return markdown_table(rows)
+
+
+def make_autoencoder(config: AutoencoderConfig) -> LooCVQModel:
+    with torch.device("meta"):
+        return construct(LooCVQModel, {"sample_size": config.data.resolution, **config.model}, "model")
+
+
+def training_costs(model: torch.nn.Module, inputs: tuple, images: int) -> dict:
+    """Return parameters, bytes of state, bytes kept for the backward pass of an image, arithmetic, images, and days."""
+    model = model.to("meta")
+    run = model
+    if isinstance(model, LooCVQModel):
+        model.quantize = torch.nn.Identity()  # its search has no meta kernel, and next to nothing to count
+        run = lambda x: model._decode_quantized(model.encode(x).latents)  # noqa: E731
+    kept: dict[int, int] = {}
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t), FlopCounterMode(display=False) as counter:
+        run(*inputs)
+    activations = sum(size for key, size in kept.items() if key not in parameters)
+    count = sum(p.numel() for p in model.parameters())
+    flops = 3 * counter.get_total_flops()  # the backward pass costs about twice the forward pass
+    seconds = flops * images / SUSTAINED_FLOPS
+    return {
+        "parameters": f"{count / 1e6:,.1f} M",
+        "weights and optimizer": f"{count * BYTES_PER_PARAMETER / 2**30:.2g} GiB",
+        "kept for backward, per image": f"{activations / 2**30:.2g} GiB",
+        "TFLOP per image": f"{flops / 1e12:.2g}",
+        "training": f"{images / 1e6:,.3g} M images",
+        "time": f"{seconds / 86400:.2g} days" if seconds > 3600 else None,
+    }
+
+
+# Measured -------------------------------------------------------------------------------------------------------------
+
+
+def quickstart_table() -> str:
+    (line,) = read_results(RESULTS / "quickstart.jsonl")
+    return markdown_table(
+        [
+            {
+                "PSNR": f"{line['psnr']:.2f} dB",
+                "SSIM": f"{line['ssim']:.4f}",
+                "bits per pixel": f"{line['bits_per_pixel']:.3g}",
+                "codebook use": f"{line['codebook_use']:.0%}",
+                "perplexity": f"{line['perplexity']:.0f}",
+                "minutes": f"{line['seconds'] / 60:.1f}",
+            }
+        ],
+        align_left=0,
+    )
+
+
+def fid_table() -> str:
+    rows = [
+        {
+            "model": line["model"],
+            "FID@768": f"{line['fid@768']:.3f}",
+            "bits per pixel": f"{line['bits_per_pixel']:.3g}",
+            "samples": f"{line['images_first']:,}",
+            "DDIM steps": line["num_inference_steps"],
+            "guidance scale": line["guidance_scale"],
+        }
+        for line in read_results(RESULTS / "fid.jsonl")
+    ]
+    return markdown_table(rows)
+
+
+def quantizer_table() -> str:
+    rows = []
+    for line in read_results(RESULTS / "quantizer.jsonl"):
+        if line["kind"] == "quantizers" and line["d"] == 4:
+            mode = "training" if line["training"] else "evaluation"
+            row = {"device": line["device"], "N": f"{line['n']:,}", "K": f"{line['k']:,}", "mode": mode}
+            row["ours, ms"] = f"{line['looc']['ms']:,.1f}"
+            names = {"diffusers": "diffusers", "lucidrains": "vector-quantize-pytorch", "cdist": "`cdist`"}
+            for name, title in names.items():
+                ms = line[name]["ms"]
+                row[title] = "does not fit" if ms is None else f"{ms / line['looc']['ms']:.3g}×"
+            for name, title in {"looc": "ours", **names}.items():
+                mib = line[name]["mib"]
+                row[f"{title}, MiB"] = "does not fit" if mib is None else f"{mib:,.0f}"
+            rows.append(row)
+    return markdown_table(rows, align_left=1)
+
+
+def gradients_table() -> str:
+    rows = [
+        {
+            "device": line["device"],
+            "N": f"{line['n']:,}",
+            "K": f"{line['k']:,}",
+            "straight-through, ms": f"{line['ms']['straight-through']:.1f}",
+            "rotation trick": f"{line['ratio']:.2f}×",
+            "straight-through, MiB": f"{line['mib']['straight-through']:.0f}",
+            "rotation trick, MiB": f"{line['mib']['rotation']:.0f}",
+        }
+        for line in read_results(RESULTS / "quantizer.jsonl")
+        if line["kind"] == "gradients"
+    ]
+    return markdown_table(rows, align_left=1)
+
+
+def speed_table(file: str, title: str, *columns: str) -> str:
+    """Return a table of images per second, and their ratio to the first contestant's."""
+    rows = []
+    for line in read_results(RESULTS / file):
+        row = {name.replace("_", " "): line[name] for name in (*columns, "config", "device", "batch_size")}
+        speed = {"images per second": f"{line['images_per_second']:.3g}", title: f"{line['ratio']:.2f}×"}
+        rows.append(row | {"bits per pixel": f"{line['bits_per_pixel']:.3g}"} | speed)
+    return markdown_table(rows, align_left=len(columns) + 2)
+
+
+def measured_tables() -> dict[str, str]:
+    """Return the tables of what was measured, by the names of their markers."""
+    return {
+        "quickstart": quickstart_table(),
+        "fid": fid_table(),
+        "quantizer": quantizer_table(),
+        "gradients": gradients_table(),
+        "sampling": speed_table("sampling.jsonl", "against `LDMPipeline`", "contestant"),
+        "training": speed_table("training.jsonl", "against the bare loop", "stage", "contestant"),
+    }
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+
+def take_quickstart(folder: Path) -> None:
+    """Take pictures and figures of a finished quickstart."""
+    for name in ("figures.json", "samples.png", "reconstructions.png"):
+        if not (folder / name).is_file():
+            raise UserError(f"no {name} in {str(folder)!r}: it must be the folder of a finished quickstart.")
+    for name in ("samples", "reconstructions"):
+        enlarge(folder / f"{name}.png", name)
+    figures = json.loads((folder / "figures.json").read_text())
+    names = ("protocol", "images", "psnr", "ssim", "bits_per_pixel", "codebook_use", "perplexity")
+    line = {"command": "looc-ldm quickstart"} | {name: figures["reconstruction"][name] for name in names}
+    line |= {name: figures[name] for name in ("seconds", "cpu_count")}
+    replace_results(RESULTS / "quickstart.jsonl", [line], ["command"])
+
+
+def enlarge(picture: Path, name: str) -> None:
+    """Write a picture, twice as large, to docs/NAME.png."""
+    with Image.open(picture) as image:
+        image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(DOCS / f"{name}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quickstart", type=Path, metavar="FOLDER", help="folder of a finished `looc-ldm quickstart`")
+    parser.add_argument("--starter", action="store_true", help="take the picture of the starter model's card")
+    options = parser.parse_args()
+    with one_line_errors():
+        if options.quickstart is not None:
+            take_quickstart(options.quickstart)
+        if options.starter:
+            enlarge(ROOT / "looc_ldm" / "data" / "starter" / "samples.png", "starter")
+        costs = {"autoencoder costs": autoencoder_costs(), "diffusion costs": diffusion_costs()}
+        fill(DOCS / "benchmarks.md", measured_tables() | costs)
+
+
+if __name__ == "__main__":
+    main()
