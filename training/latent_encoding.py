@@ -277,7 +277,8 @@ def _encode(
                 parts[name].append(encode_latents(model, batch, scaled=False).half().cpu())
     for _, problem in problems:
         logger.warning("%s; it has no latents", problem)
-    tensors = {name: torch.cat(part) for name, part in parts.items() if part}
+    # An encoder may return channels_last, which safetensors refuses.
+    tensors = {name: torch.cat(part).contiguous() for name, part in parts.items() if part}
     indices, labels = tensors.pop("rows").T.contiguous()
     for latents in tensors.values():
         finite = latents.isfinite().flatten(1).all(1)

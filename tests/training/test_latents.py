@@ -124,6 +124,14 @@ def test_without_flips_no_mirror_images_are_encoded(model, small_data, accelerat
     assert "flipped" not in load_file(tmp_path / "latents-00000-of-00001.safetensors")
 
 
+def test_an_encoder_whose_output_is_channels_last_is_cached_all_the_same(model, images, accelerator, tmp_path):
+    """safetensors refuses tensors that are not contiguous."""
+    encode = model._encode
+    model._encode = lambda x: encode(x).contiguous(memory_format=torch.channels_last)
+    cache = cache_latents(model, images, tmp_path, accelerator)
+    torch.testing.assert_close(cache.read(5, False)[0].float(), encoded(model, images, 5), atol=1e-2, rtol=0)
+
+
 def test_only_the_encoder_runs(model, images, accelerator, tmp_path):
     def refuse(*_):
         raise AssertionError("not needed for latents")
