@@ -1,24 +1,26 @@
-"""Work on many files: which becomes which, reading ahead of the network, batches of one size that fit into memory."""
+"""Work on many files: which becomes which, reading ahead of the network, batches that fit into memory."""
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TypeVar
 
 from accelerate.utils.memory import should_reduce_batch_size
 
+from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.errors import DataError, UserError
 from looc_ldm.files import check_folder, check_name
+from looc_ldm.image_codes import set_tiling
 
 READERS = min(8, os.cpu_count() or 1)  # threads: Pillow decodes without holding the interpreter
 # At a time, where no batch size is given. On a CPU batches are worth something for small images only.
 PIXELS_PER_BATCH = {"cpu": 2**18}
 PIXELS_PER_BATCH_ELSEWHERE = 2**21
-MOST_PIXELS_WAITING = 2**26  # for others of their size
 
 T = TypeVar("T")
 Result = TypeVar("Result")
@@ -50,34 +52,28 @@ def targets_of(inputs: list[str], suffixes: tuple[str, ...], output: Path, suffi
 
 
 def check_targets(targets: list[tuple[Path | str, Path]], overwrite: bool) -> None:
-    """Refuse, before any work, what would lose a file or cannot be written. Sources are only named."""
+    """Refuse, before any work, targets that would lose a file or cannot be written. Sources are only named."""
     sources: dict[Path, Path | str] = {}
     for source, target in targets:
         check_name(target)
         if target in sources:
             raise UserError(f"{str(sources[target])!r} and {str(source)!r} would both become {str(target)!r}.")
         sources[target] = source
-    for target, parent in parents_among(sources):
-        raise UserError(
-            f"{str(sources[parent])!r} would become the file {str(parent)!r}, and {str(sources[target])!r} "
-            f"{str(target)!r} in a folder of that name."
-        )
+    folders = {folder: target for target in sources for folder in target.parents}
+    for folder, target in folders.items():
+        if folder in sources:
+            raise UserError(
+                f"{str(sources[folder])!r} would become the file {str(folder)!r}, and {str(sources[target])!r} "
+                f"{str(target)!r} in a folder of that name."
+            )
     for folder in {target.parent for target in sources}:
         check_folder(folder)
-    for target in sources:
-        if target.is_dir():
-            raise UserError(f"cannot write {str(target)!r}: it is a folder.")
     existing = [target for target in sources if os.path.lexists(target)]
     if existing and not overwrite:
         raise UserError(
             f"{len(existing)} of {len(sources)} outputs are there already, such as {str(existing[0])!r}: "
             "--overwrite replaces them, or give another --output."
         )
-
-
-def parents_among(targets: Collection[Path]) -> Iterator[tuple[Path, Path]]:
-    """Yield each target with a different one that it would lie in, as if that were a folder."""
-    return ((target, parent) for target in targets for parent in target.parents if parent in targets)
 
 
 def read_ahead(
@@ -103,16 +99,36 @@ def batch_of_squares(device: str, side: int, most: int) -> int:
     return max(1, min(most, pixel_budget(device) // side**2))
 
 
-def largest_batch_that_fits(
-    batch: list[T], compute: Callable[[list[T]], Iterable[Result]], too_large: Callable[[T], None]
-) -> Iterator[tuple[T, Result]]:
-    """Yield each item of a batch with what `compute` makes of it; if memory runs out, in batches of one.
+def compute_in_batches(
+    items: Iterable[T],
+    size_of: Callable[[T], tuple[int, int]],
+    compute: Callable[[list[T]], Iterable[Result]],
+    model: LooCVQModel,
+    limit: int | None = None,
+) -> Iterator[tuple[T, Result | None]]:
+    """Yield each item, in order, with its result; None if memory runs out for this item alone.
+
+    Items that follow each other and are of one size are computed together.
 
     Args:
-        batch: Items of one size.
-        compute: Gives one result per item.
-        too_large: Called with an item for which memory runs out even alone; it is then left out.
+        items: Images or codes.
+        size_of: Height and width of an item in pixels.
+        compute: Returns one result per item, by the model.
+        model: Computes larger images than its kind of device takes at a time in tiles.
+        limit: Most items of a batch; None for as many as suit the kind of device.
     """
+    budget = pixel_budget(model.device.type)
+    for (height, width), neighbours in groupby(items, size_of):
+        set_tiling(model, height * width, budget)
+        most = limit or max(1, budget // (height * width))
+        while batch := list(islice(neighbours, most)):
+            yield from _compute_or_halve(batch, compute)
+
+
+def _compute_or_halve(
+    batch: list[T], compute: Callable[[list[T]], Iterable[Result]]
+) -> Iterator[tuple[T, Result | None]]:
+    """Yield each item of a batch with its result; if memory runs out, compute the halves of the batch."""
     try:
         results = compute(batch)
     except (RuntimeError, MemoryError) as error:
@@ -122,40 +138,8 @@ def largest_batch_that_fits(
     if results is not None:
         yield from zip(batch, results, strict=True)
     elif len(batch) == 1:
-        too_large(batch[0])
+        yield batch[0], None
     else:
-        for item in batch:
-            yield from largest_batch_that_fits([item], compute, too_large)
-
-
-def one_size_batches(
-    items: Iterable[T], size_of: Callable[[T], tuple[int, int]], limit: int | None, device: str, in_order: bool = False
-) -> Iterator[list[T]]:
-    """Yield items in batches of one height and width.
-
-    Args:
-        items: In any order.
-        size_of: Height and width of an item.
-        limit: Most items of a batch; None for as many as suit the kind of device.
-        device: Kind of device, for instance "cpu".
-        in_order: Keep the order of the items: then only neighbours come together.
-    """
-    pixels_per_batch = pixel_budget(device)
-    waiting: dict[tuple[int, int], list[T]] = {}
-    pixels_waiting = 0
-    for item in items:
-        size = height, width = size_of(item)
-        if in_order and waiting and size not in waiting:
-            yield waiting.popitem()[1]
-            pixels_waiting = 0
-        waiting.setdefault(size, []).append(item)
-        pixels_waiting += height * width
-        full = size
-        if len(waiting[size]) < (limit or max(1, pixels_per_batch // (height * width))):
-            if pixels_waiting <= MOST_PIXELS_WAITING:
-                continue
-            full = max(waiting, key=lambda each: each[0] * each[1] * len(waiting[each]))
-        batch = waiting.pop(full)
-        pixels_waiting -= full[0] * full[1] * len(batch)
-        yield batch
-    yield from waiting.values()
+        half = len(batch) // 2
+        yield from _compute_or_halve(batch[:half], compute)
+        yield from _compute_or_halve(batch[half:], compute)
