@@ -35,8 +35,10 @@ class DataConfig:
     Args:
         path: A bundled set (`fashion_mnist`), a folder of images (one sub-folder per class, or none), of parquet files,
             of WebDataset shards (.tar) or of LSUN's LMDBs, or the id of a data set on the hub.
+        name: Configuration of a data set on the hub that has several, as in `datasets.load_dataset`.
+        revision: Branch, tag or commit of a data set on the hub.
         split: The split to train on. Sub-folders named train, val, validation or test are splits; a folder without
-            them is all `train`.
+            them is all `train`. `all`: the images of all sub-folders, whatever their names.
         validation_split: The split to measure on; if not given, `validation_images` of the training split are held out.
         validation_images: Images measured during and after training.
         image_column: The column that holds the image.
@@ -55,9 +57,12 @@ class DataConfig:
         num_workers: Processes that load images, for each training process.
         max_unreadable_share: Share of the images that may be unreadable. A warning names each, and the next
             readable image takes its place; when there are more, the run stops.
+        max_image_pixels: Pixels of the largest image that is read; Pillow's limit, 179 million, if not given.
     """
 
     path: str = "fashion_mnist"
+    name: str | None = None
+    revision: str | None = None
     split: str = "train"
     validation_split: str | None = None
     validation_images: PositiveInt = 1000
@@ -71,6 +76,7 @@ class DataConfig:
     flip: bool = True
     num_workers: NonNegativeInt = 4
     max_unreadable_share: ClosedUnitInterval = 0.001
+    max_image_pixels: PositiveInt | None = None
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 
@@ -18,15 +19,28 @@ from looc_ldm.training.stopping import leave_signals_to_the_trainer
 from looc_ldm.training.streaming import StreamedImages, StreamedSet, open_streamed
 from looc_ldm.training.unreadable import first_readable
 
+logger = logging.getLogger(__name__)
 
-def load_image_sets(config: DataConfig, channels: int) -> tuple[ImageSet | StreamedSet, ImageSet]:
+
+def load_image_sets(
+    config: DataConfig, channels: int, needs_labels: bool = False
+) -> tuple[ImageSet | StreamedSet, ImageSet]:
     """Return the training images and the validation images. An unreadable image is replaced by the next one.
+
+    Args:
+        config: Settings of the data.
+        channels: 1 (grey) or 3.
+        needs_labels: Count images without a label as unreadable, if there are classes.
 
     Raises:
         DataError: No such data, a folder without images, an unknown split or column.
     """
-    if config.streaming:
-        return open_streamed(config, channels)
+    train, held_out = open_streamed(config, channels) if config.streaming else _open_image_sets(config, channels)
+    train.needs_labels = needs_labels and bool(train.classes)
+    return train, held_out
+
+
+def _open_image_sets(config: DataConfig, channels: int) -> tuple[ImageSet, ImageSet]:
     splits = open_sources(config, [*names_of_split(config.split), *names_of_split(config.validation_split)])
     images = splits[split_name(splits, "split", config)]
     if config.validation_split is not None:
@@ -41,6 +55,13 @@ def load_image_sets(config: DataConfig, channels: int) -> tuple[ImageSet | Strea
         chosen = spread(len(images), config.validation_images)
         held_out = images.select(chosen)
         images = images.select(np.setdiff1d(np.arange(len(images)), chosen))
+    for source, split in ((images, config.split), (held_out, config.validation_split)):
+        if not len(source):
+            raise DataError(f"{config.path} has no images in the split {split}.")
+    untrained = np.setdiff1d(held_out.labels(), [*images.labels(), -1])
+    if images.classes and len(untrained):
+        names = ", ".join(held_out.classes[label] for label in untrained)
+        logger.warning("%s: no training image is of the validation images' classes %s", config.path, names)
     return ImageSet(images, config, channels, True), ImageSet(held_out, config, channels, True)
 
 

@@ -84,7 +84,7 @@ def train(config: DiffusionConfig) -> Path:
         raise ConfigError("autoencoder: give the folder or hub id of a trained first stage.")
     vqvae = load_autoencoder(config.autoencoder or config.init_from).requires_grad_(False)
     first_stage = first_stage_figures(vqvae)
-    images, validation = load_image_sets(config.data, vqvae.config.in_channels)
+    images, validation = load_image_sets(config.data, vqvae.config.in_channels, config.class_conditional)
     classes = images.classes if config.class_conditional else []
     if config.class_conditional and not classes:
         raise ConfigError(f"class_conditional=true, but {config.data.path} has no classes.")

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from looc_ldm.errors import ConfigError, DataError
+from looc_ldm.errors import ConfigError, DataError, UnreadableImage
 from looc_ldm.images import MODES, read_image
 from looc_ldm.training.config import DataConfig
+from looc_ldm.training.folders import ALL
 from looc_ldm.training.open import names_of_split, open_sources, split_name
 from looc_ldm.training.source import Source, Stored
 from looc_ldm.training.transforms import CENTRE, to_pixels, to_square
@@ -54,6 +55,7 @@ class ImageReader:
     Attributes:
         content_size (`tuple[int, int]`, *optional*): Height and width of the images inside their padding, if `fit` is
             `pad`; metrics are measured there.
+        needs_labels (`bool`): Count images without a label as unreadable.
     """
 
     def __init__(self, config: DataConfig, channels: int):
@@ -62,9 +64,12 @@ class ImageReader:
         self.config = config
         self.mode = MODES[channels]
         self.content_size: tuple[int, int] | None = None
+        self.needs_labels = False
 
     def decode(self, stored: Stored) -> Image.Image:
         """Return an image at its own size. Raises UnreadableImage."""
+        if self.config.max_image_pixels is not None:
+            Image.MAX_IMAGE_PIXELS = self.config.max_image_pixels // 2  # Pillow refuses twice as many
         return read_image(stored.content, self.mode, stored.name)
 
     def to_item(self, stored: Stored, at: tuple[int, int] | None = None) -> tuple[torch.Tensor, int]:
@@ -79,6 +84,8 @@ class ImageReader:
             UnreadableImage: It cannot be read.
             DataError: `fit` is `pad`, and its size is not that of the others.
         """
+        if self.needs_labels and stored.label < 0:
+            raise UnreadableImage(f"{stored.name} has no label", stored.name)
         image = self.decode(stored)
         if self.content_size not in (None, image.size[::-1]):
             height, width = self.content_size
@@ -169,11 +176,14 @@ class _Pixels(Sequence):
 def load_image_set(config: DataConfig, channels: int) -> ImageSet:
     """Return the images of `config.split`; if that is empty, of the test, validation or only split there is.
 
+    `all` is that, too, for data that is not a folder of images.
+
     Raises:
         DataError: No such data, a folder without images, an unknown split or column.
     """
-    splits = open_sources(config, names_of_split(config.split) or None)
-    if not config.split:
+    whole = config.split in ("", ALL)
+    splits = open_sources(config, None if whole else names_of_split(config.split))
+    if whole and config.split not in splits:
         held_out = [name for name in ("test", "validation") if name in splits]
         config = replace(config, split=[*held_out, *splits][0])
     return ImageSet(splits[split_name(splits, "split", config)], config, channels)

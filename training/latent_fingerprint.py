@@ -139,4 +139,6 @@ def _stored_bytes(images: ImageSet, index: int) -> bytes:
 
 def _of_transform(images: ImageSet) -> dict:
     config = images.config
-    return {"resolution": config.resolution, "fit": config.fit, "flip": config.flip, "mode": images.mode}
+    transform = {"resolution": config.resolution, "fit": config.fit, "flip": config.flip, "mode": images.mode}
+    # A cache that was made without classes also holds the images without a label.
+    return transform | ({"labels": "needed"} if images.needs_labels and (images.labels() < 0).any() else {})

@@ -66,7 +66,7 @@ def cache_data_set(options: CacheLatents) -> None:
     check_cache_folder(folder)
     accelerator = make_accelerator(options.device)
     model = load_autoencoder(config.autoencoder).to(accelerator.device)
-    images, _ = load_image_sets(config.data, model.config.in_channels)
+    images, _ = load_image_sets(config.data, model.config.in_channels, config.class_conditional)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     cache = cache_latents(model, images, folder, accelerator, options.batch_size, dtype)
     if accelerator.is_main_process:

@@ -24,9 +24,17 @@ from looc_ldm.images import read_bytes
 from looc_ldm.training.config import DataConfig
 from looc_ldm.training.image_set import ImageReader, ImageSet, Report
 from looc_ldm.training.lanes import Cursor, Lane, starting_cursors
-from looc_ldm.training.open import check_tar_end, find_shards, folder_of, split_name
+from looc_ldm.training.open import check_on_hub, folder_of, split_name
+from looc_ldm.training.shards import find_shards, has_images
 from looc_ldm.training.source import Source, Stored
-from looc_ldm.training.tables import Columns, class_names, find_columns, is_text, label_error
+from looc_ldm.training.tables import (
+    Columns,
+    class_names,
+    find_columns,
+    is_text,
+    label_error,
+    stored_image,
+)
 from looc_ldm.training.unreadable import first_readable
 
 logger = logging.getLogger(__name__)
@@ -40,6 +48,7 @@ class StreamedSet(ImageReader):
         shard_names (`list[str]`): Names of its shards, for messages.
         config (`DataConfig`): Settings of the data.
         channels (`int`): 1 (grey) or 3.
+        images (`tuple[str, ...]`): Columns of which each row has its image in one; the config says if empty.
 
     Attributes:
         classes (`list[str]`): Names of the classes; empty if the data has none.
@@ -49,15 +58,23 @@ class StreamedSet(ImageReader):
         DataError: No such column of images.
     """
 
-    def __init__(self, rows: datasets.IterableDataset, shard_names: list[str], config: DataConfig, channels: int):
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        shard_names: list[str],
+        config: DataConfig,
+        channels: int,
+        images: tuple[str, ...] = (),
+    ):
         super().__init__(config, channels)
         self.num_shards = rows.num_shards
         self.shard_names = shard_names
-        self.columns = find_columns(rows.features or {}, config)
+        self.columns = find_columns(rows.features or {}, config, images)
         self.classes = _class_names(self.columns, config)
-        names = [self.columns.image, *(self.columns.label[:1] if self.classes else ())]
-        # Undecoded: images of a shard's head that are only passed over cost nothing, and a broken one can be named.
-        self.rows = rows.select_columns(names).cast_column(self.columns.image, datasets.Image(decode=False))
+        self.rows = rows.select_columns([*self.columns.images, *(self.columns.label[:1] if self.classes else ())])
+        for image in self.columns.images:
+            # Undecoded: images of a shard's head that are only passed over cost nothing, and a broken one can be named.
+            self.rows = self.rows.cast_column(image, datasets.Image(decode=False))
 
     def read(self, shard: int, start: int = 0) -> Iterator[Stored]:
         """Yield the images of a shard from a place on.
@@ -66,7 +83,7 @@ class StreamedSet(ImageReader):
             DataError: A shard that cannot be read, or a label that is none of the classes.
         """
         name = self.shard_names[shard]
-        check_tar_end(Path(name))
+        has_images(Path(name))  # raises an error if it is cut off
         # iter(1): a plain loop would divide the shard among the loader's workers once more, and larger batches of tars
         # fail in datasets 4.0.
         rows = enumerate(self.rows.shard(self.num_shards, shard).iter(batch_size=1))
@@ -81,15 +98,14 @@ class StreamedSet(ImageReader):
                 yield self._stored({column: values[0] for column, values in row.items()}, shard, index)
 
     def _stored(self, row: dict, shard: int, index: int) -> Stored:
-        image = row[self.columns.image] or {"bytes": None, "path": None}
-        name = f"{image['path'] or f'image {index}'} of {self.shard_names[shard]}"
-        content = image["path"] if image["bytes"] is None else image["bytes"]
-        if not self.classes:
-            return Stored(content, name, -1)
-        label = self.columns.label_in(row)
-        if label is None or not 0 <= label < len(self.classes):
-            raise DataError(label_error(name, label, self.classes))
-        return Stored(content, name, label)
+        label = self.columns.label_in(row) if self.classes else None
+        label = -1 if label is None else label
+        stored = stored_image([row[name] for name in self.columns.images], index, self.shard_names[shard], label)
+        if self.shard_names[shard] not in stored.name:
+            stored = stored._replace(name=f"{stored.name} of {self.shard_names[shard]}")
+        if self.classes and not -1 <= label < len(self.classes):
+            raise DataError(label_error(stored.name, label, self.classes))
+        return stored
 
 
 class InMemory(Source):
@@ -122,17 +138,20 @@ def open_streamed(config: DataConfig, channels: int) -> tuple[StreamedSet, Image
             "data.streaming needs data.validation_split: images cannot be held out of what is not counted."
         )
     folder = folder_of(config)
+    images: tuple[str, ...] = ()
     try:
         if folder is None:
-            builder = datasets.load_dataset_builder(config.path)
+            check_on_hub(config.path)
+            builder = datasets.load_dataset_builder(config.path, config.name, revision=config.revision)
         else:
-            shards = find_shards(folder)
+            shards = find_shards(folder, config)
             if shards is None:
                 raise DataError(
                     f"data.streaming=true: {folder} holds neither parquet files nor WebDataset shards (.tar); "
                     "other data is read as it lies without streaming."
                 )
-            builder = datasets.load_dataset_builder(shards[0], data_files=shards[1])
+            images = shards.images
+            builder = datasets.load_dataset_builder(shards.builder, data_files=shards.files, features=shards.features)
         splits = builder.as_streaming_dataset()
     except DataError:
         raise
@@ -142,7 +161,7 @@ def open_streamed(config: DataConfig, channels: int) -> tuple[StreamedSet, Image
     for setting in ("split", "validation_split"):
         split = split_name(splits, setting, config)
         sets[setting] = StreamedSet(
-            splits[split], _shard_names(builder, splits[split], split, config), config, channels
+            splits[split], _shard_names(builder, splits[split], split, config), config, channels, images
         )
     train, held_out = sets.values()
     every = chain.from_iterable(held_out.read(shard) for shard in range(held_out.num_shards))

@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def open_tables(
-    splits: dict[str, datasets.Dataset], config: DataConfig, wanted: Collection[str] | None = None
+    splits: dict[str, datasets.Dataset],
+    config: DataConfig,
+    wanted: Collection[str] | None = None,
+    images: tuple[str, ...] = (),
 ) -> dict[str, Source]:
     """The splits of a data set. The classes of labels that are text are those of all splits together.
 
@@ -28,11 +31,12 @@ def open_tables(
         splits: Their rows.
         config: Settings of the data.
         wanted: Names of the splits that need labels; all if not given. Others are not refused for theirs.
+        images: Columns of which each row has its image in one; the config says if empty.
 
     Raises:
         DataError: No such column of images, or a label that is none of the classes.
     """
-    columns = {split: find_columns(rows.features, config) for split, rows in splits.items()}
+    columns = {split: find_columns(rows.features, config, images) for split, rows in splits.items()}
     text = [split for split in splits if is_text(columns[split].feature)]
     named = sorted(set().union(*(columns[split].names(splits[split]) for split in text)))
     classes: dict[str, list[str]] = {}  # by the feature: that there are none is logged once, not for every split
@@ -68,17 +72,18 @@ class TableSource(Source):
             self.classes, self._labels = [], np.full(len(rows), -1)
         # Undecoded, so that an image that cannot be read can be named. As Arrow's tables, which are read without the
         # detours of rows as dictionaries.
-        images = rows.select_columns([columns.image]).cast_column(columns.image, datasets.Image(decode=False))
+        used = [image for image in columns.images if rows.data.column(image).null_count < len(rows)]
+        images = rows.select_columns(used or list(columns.images[:1]))
+        for image in images.column_names:
+            images = images.cast_column(image, datasets.Image(decode=False))
         self._images = images.with_format("arrow")
 
     def __len__(self) -> int:
         return len(self._images)
 
     def read(self, index: int) -> Stored:
-        stored = self._images[index].column(0)[0].as_py() or {"bytes": None, "path": None}
-        name = stored["path"] or f"image {index} of {self.name}"
-        content = stored["path"] if stored["bytes"] is None else stored["bytes"]
-        return Stored(content, name, int(self._labels[index]))
+        row = self._images[index]
+        return stored_image([column[0].as_py() for column in row.columns], index, self.name, int(self._labels[index]))
 
     def labels(self) -> np.ndarray:
         return self._labels
@@ -86,7 +91,8 @@ class TableSource(Source):
     def sizes(self) -> np.ndarray | None:
         sizes = []
         for rows in self._images.iter(1000):  # as Arrow keeps the lengths apart, no image is read
-            sizes.append(pa.compute.binary_length(pa.compute.struct_field(rows.column(0), "bytes")).to_numpy())
+            lengths = [pa.compute.binary_length(pa.compute.struct_field(column, "bytes")) for column in rows.columns]
+            sizes.append(pa.compute.coalesce(*lengths).to_numpy())
         sizes = np.concatenate([np.empty(0), *sizes])
         return None if np.isnan(sizes).any() else sizes.astype(np.int64)  # not of images that are only named
 
@@ -95,12 +101,12 @@ class Columns(NamedTuple):
     """Where the image and the class are in a row of a table.
 
     Attributes:
-        image (`str`): Column of the image.
+        images (`tuple[str, ...]`): Columns of which each row has its image in one.
         label (`tuple[str, ...]`): Column of the class, and where that holds fields, the field; empty without classes.
         feature: What `datasets` knows of the label; None without classes.
     """
 
-    image: str
+    images: tuple[str, ...]
     label: tuple[str, ...]
     feature: Any
 
@@ -111,7 +117,7 @@ class Columns(NamedTuple):
         return row
 
     def labels(self, rows: datasets.Dataset, classes: list[str], name: str) -> np.ndarray | None:
-        """All labels as indices of the classes, int64 `(len,)`; None where there are no classes or no labels.
+        """Return all labels as indices of the classes, int64 `(len,)`, -1 if one is missing; None if there are none.
 
         Raises:
             DataError: A label that is none of the classes.
@@ -128,7 +134,7 @@ class Columns(NamedTuple):
             unlabelled = (labels == -1).all()
         if unlabelled:  # as the hub's test splits are
             return None
-        wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+        wrong = np.flatnonzero((labels < -1) | (labels >= len(classes)))
         if len(wrong):
             raise DataError(label_error(f"image {wrong[0]} of {name}", values[int(wrong[0])].as_py(), classes))
         return labels
@@ -147,7 +153,14 @@ def label_error(image: str, label: Any, classes: list[str]) -> str:
     return f"{image} has the label {label!r}: the {len(classes)} classes are {classes[0]!r} to {classes[-1]!r}."
 
 
-def find_columns(features: datasets.Features, config: DataConfig) -> Columns:
+def stored_image(images: list[dict | None], index: int, place: str, label: int) -> Stored:
+    """Return the image of a row of the table `place`, from the columns that may hold it."""
+    image = next(filter(None, images), {"bytes": None, "path": None})
+    content = image["path"] if image["bytes"] is None else image["bytes"]
+    return Stored(content, image["path"] or f"image {index} of {place}", label)
+
+
+def find_columns(features: datasets.Features, config: DataConfig, images: tuple[str, ...] = ()) -> Columns:
     """Where a table has its images and classes: in the columns that the config names.
 
     WebDataset's files are columns named by their suffixes; there, the only image and `cls`, or a field of `json`, are
@@ -158,18 +171,22 @@ def find_columns(features: datasets.Features, config: DataConfig) -> Columns:
     """
     image, label = config.image_column, (config.label_column,)
     if "__key__" in features:  # WebDataset
-        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-        if image not in features and len(images) == 1:
-            image = images[0]
+        typed = tuple(name for name, feature in features.items() if isinstance(feature, datasets.Image))
+        if not images and len(typed) == 1:
+            images = typed
         fields = features.get("json")
         if label[0] not in features:
             label = ("json", label[0]) if isinstance(fields, dict) and label[0] in fields else ("cls",)
-    if image not in features:
+    if image in features:
+        images = (image,)
+    if not images:
         raise DataError(f"data.image_column={image!r}: {config.path} has {', '.join(features)}.")
+    if isinstance(features[images[0]], list | datasets.List | datasets.LargeList):
+        raise DataError(f"data.image_column={image!r}: {config.path} has a list there, not one image per row.")
     feature: Any = features
     for name in label:
         feature = feature.get(name) if isinstance(feature, dict) else None
-    return Columns(image, label if feature is not None else (), feature)
+    return Columns(images, label if feature is not None else (), feature)
 
 
 def is_text(feature: Any) -> bool:

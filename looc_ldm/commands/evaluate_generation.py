@@ -34,9 +34,9 @@ from looc_ldm.metrics.weights import weights_identity
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.loading import load_pipeline
 from looc_ldm.training.config import DataConfig
+from looc_ldm.training.folders import ALL
 from looc_ldm.training.image_set import load_image_set
 from looc_ldm.training.latent_fingerprint import reference_fingerprint
-from looc_ldm.training.open import split_folders_of
 
 DEFAULT_SAMPLES = 10_000
 DEFAULT_SAMPLING = SamplingOptions(batch_size=100)
@@ -156,10 +156,8 @@ def _read_samples(name: str) -> StoredImages | NpzImages:
         if not len(npz):
             raise UserError(f"{name!r} holds only statistics, no samples (arr_0).")
         return npz
-    splits = [place.name for place, _ in split_folders_of(Path(name))]
-    if len(splits) > 1:
-        raise UserError(f"{name!r} holds the splits {', '.join(splits)}: give the folder of one of them as samples.")
-    images = StoredImages(load_image_set(DataConfig(path=name, split="", fit="crop"), 3), at_own_size=True)
+    # Never by splits: a model may have a class called train or test.
+    images = StoredImages(load_image_set(DataConfig(path=name, split=ALL, fit="crop"), 3), at_own_size=True)
     images.check_sizes()
     return images
 

@@ -16,6 +16,7 @@ from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.errors import DataError, UserError
 from looc_ldm.files import check_folder, check_name
 from looc_ldm.image_codes import set_tiling
+from looc_ldm.training.folders import files_in
 
 READERS = min(8, os.cpu_count() or 1)  # threads: Pillow decodes without holding the interpreter
 # At a time, where no batch size is given. On a CPU batches are worth something for small images only.
@@ -32,13 +33,7 @@ def targets_of(inputs: list[str], suffixes: tuple[str, ...], output: Path, suffi
     for name in inputs:
         place = Path(name)
         if place.is_dir():
-            files = sorted(
-                file
-                for file in place.rglob("*")
-                if file.suffix.lower() in suffixes
-                and not any(part.startswith(".") for part in file.relative_to(place).parts)
-                and file.is_file()
-            )
+            files = [place / file for file in files_in(place, suffixes)]
             if not files:
                 raise DataError(f"nothing to read in the folder {name} (looked for {', '.join(suffixes)}).")
             targets += [(file, output / file.relative_to(place).with_suffix(suffix)) for file in files]

@@ -324,6 +324,28 @@ def test_classes_are_named_by_the_data_or_counted_by_the_config(parquet, tars):
     assert labels.tolist() == [-1] * BATCH_SIZE
 
 
+def test_any_image_field_of_a_sample_is_its_image_and_a_missing_label_counts_only_if_needed(stored, tmp_path):
+    for split, first in (("train", 0), ("val", 4)):
+        with tarfile.open(tmp_path / f"{split}-0.tar", "w") as tar:
+            for number, (content, label) in enumerate(stored[first : first + 4]):
+                image = io.BytesIO()
+                Image.open(io.BytesIO(content)).save(image, "bmp" if number % 2 else "png")
+                fields = {"bmp" if number % 2 else "png": image.getvalue()}
+                if number or split == "val":
+                    fields["cls"] = str(label).encode()
+                for suffix, data in sorted(fields.items(), reverse=True):
+                    member = tarfile.TarInfo(f"{number:05d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    config = config_of(tmp_path, num_classes=10, flip=False)
+    images, validation = load_image_sets(config, channels=1)
+    assert len(validation) == 4
+    labels = sorted(label for _, batch in stream(images, 4)[0] for label in batch.tolist())
+    assert labels == sorted([-1, *(label for _, label in stored[1:4])])
+    needed, _ = load_image_sets(config, channels=1, needs_labels=True)
+    assert -1 not in [label for _, batch in stream(needed, 12)[0] for label in batch.tolist()]
+
+
 def test_padded_images_know_their_size(parquet):
     train, validation = load_image_sets(DataConfig(**{**vars(parquet), "fit": "pad", "resolution": 32}), channels=1)
     assert train.content_size == validation.content_size == (28, 28)
