@@ -30,7 +30,7 @@ from looc_ldm.fingerprint import model_fingerprint
 from looc_ldm.metrics.collect import Features
 from looc_ldm.metrics.fidelity import SEED
 from looc_ldm.metrics.generation import METRICS, generation_figures
-from looc_ldm.metrics.weights import weights_identity
+from looc_ldm.metrics.weights import file_sha256
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.loading import load_pipeline
 from looc_ldm.training.config import DataConfig
@@ -165,7 +165,7 @@ def _read_samples(name: str) -> StoredImages | NpzImages:
 def _samples_key(samples: Samples) -> dict:
     """Return what tells stored samples from others, for the record; nothing of samples that a model draws."""
     if isinstance(samples, NpzImages):
-        return {"sha256": weights_identity([samples.file])}
+        return {"sha256": file_sha256(samples.file)}
     return reference_fingerprint(samples.images)["data"] if isinstance(samples, StoredImages) else {}
 
 
@@ -174,7 +174,7 @@ def _open_npz_reference(options: EvaluateGeneration) -> Reference:
         if getattr(options, option) is not None:
             raise UserError(f"--{option} goes with a data set; the images of {options.reference!r} are as they are.")
     images = NpzImages(Path(options.reference))
-    key = {"data": {"sha256": weights_identity([images.file])}}
+    key = {"data": {"sha256": file_sha256(images.file)}}
     return Reference(images, key, {"data": options.reference, "split": None, "fit": None})
 
 

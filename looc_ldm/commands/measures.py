@@ -18,14 +18,14 @@ from looc_ldm.metrics.fidelity import SEED
 from looc_ldm.metrics.generation import DEFAULT_METRICS, METRICS, check_metrics, networks_needed
 from looc_ldm.metrics.lpips import NETWORKS, load_lpips, lpips_identity
 from looc_ldm.metrics.protocols import CleanProtocol, get_protocol
-from looc_ldm.metrics.reconstruction import OF_FEATURES, OF_PIXELS
+from looc_ldm.metrics.reconstruction import FEATURE_METRICS, PIXEL_METRICS
 
 # The option that gives the weights of a figure's network; None if it needs none.
 LPIPS = {f"lpips_{network}": network for network in NETWORKS}
 RECONSTRUCTION: dict[str, str | None] = {
-    **dict.fromkeys(OF_PIXELS),
+    **dict.fromkeys(PIXEL_METRICS),
     **{name: f"{name}_weights" for name in LPIPS},
-    **dict.fromkeys(OF_FEATURES, "inception_weights"),
+    **dict.fromkeys(FEATURE_METRICS, "inception_weights"),
 }
 NETWORK_OPTIONS = {"inception": "inception_weights", "dinov2": "dinov2", "clip": "clip", "vgg": "vgg_weights"}
 GENERATION = {name: NETWORK_OPTIONS[metric.network] for name, metric in METRICS.items()}
@@ -116,7 +116,7 @@ def reconstruction_measures(options: ReconstructionMetricOptions) -> Reconstruct
         not_measured = []
     _refuse_unused(options, RECONSTRUCTION, metrics)
     features, lpips, weights = None, {}, {}
-    if set(metrics) & set(OF_FEATURES):
+    if set(metrics) & set(FEATURE_METRICS):
         features = inception_features(options, pil_resize=protocol.pil_resize)
         weights["inception"] = features.identity()
     for name in [name for name in LPIPS if name in metrics]:

@@ -2,7 +2,7 @@
 
 Functions take images, not pipelines, and follow the `clean` protocol by default (`looc_ldm.metrics.protocols`).
 torch-fidelity, torchvision, lpips and transformers are imported when they are first needed. Lists of names:
-`generation.METRICS`, `reconstruction.OF_PIXELS` and `OF_FEATURES`, `lpips.NETWORKS`, `protocols.PROTOCOLS`.
+`generation.METRICS`, `reconstruction.PIXEL_METRICS` and `FEATURE_METRICS`, `lpips.NETWORKS`, `protocols.PROTOCOLS`.
 """
 
 from looc_ldm.metrics.extractors import CLIPFeatures, DINOv2Features, InceptionFeatures, VGG16Features

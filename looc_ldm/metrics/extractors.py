@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,21 +26,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+from looc_ldm.images import to_pil
 from looc_ldm.metrics.float32 import in_float32
 from looc_ldm.metrics.vision_transformers import CLIPFeatures, DINOv2Features, as_rgb
-from looc_ldm.metrics.weights import downloaded_weights, weights_identity
+from looc_ldm.metrics.weights import downloaded_weights, file_sha256
 
 __all__ = ["CLIPFeatures", "DINOv2Features", "Extractor", "InceptionFeatures", "VGG16Features"]
 
 LAYERS = ("64", "192", "768", "2048")
 INCEPTION_SIZE = 299  # pixels, of the image that the network sees
-# The blocks of torch-fidelity's network that lead from one layer to the next.
-BLOCKS = {
-    "64": ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1"),
-    "192": ("Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"),
-    "768": ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
-    "2048": ("Mixed_7a", "Mixed_7b", "Mixed_7c"),
-}
 
 
 @dataclass(frozen=True)
@@ -75,16 +70,14 @@ class InceptionFeatures:
 
     @property
     def name(self) -> str:
-        """The layer: `fid@2048`."""
         return self.layer
 
     @property
     def dim(self) -> int:
-        """The number of features."""
         return int(self.layer)
 
     def check(self) -> None:
-        """Fail now rather than after hours of sampling. Downloads the network if no `weights` were given.
+        """Load the network, downloading it if no `weights` were given, and run it once.
 
         Raises:
             ValueError: The file is not a state dict of the FID Inception network, holds more than tensors, or does not
@@ -109,7 +102,7 @@ class InceptionFeatures:
             "logits": self.logits,
             "pil_resize": self.pil_resize,
             "weights": str(file),
-            "sha256": weights_identity([file]),
+            "sha256": file_sha256(file),
         }
 
     def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
@@ -131,23 +124,15 @@ class InceptionFeatures:
             images = as_rgb(images)
             with in_float32(device):
                 if self.pil_resize is None:
-                    return dict(zip(names, network(images.to(device)), strict=True))
-                return self._from_resized(network, _pil_resized(images, self.pil_resize).to(device))
+                    found = network(images.to(device))
+                else:
+                    prepared = _prepare_as_pytorch_fid(images, self.pil_resize).to(device)
+                    # The first convolution gets them instead of the images as torch-fidelity prepares them.
+                    with network.Conv2d_1a_3x3.register_forward_pre_hook(lambda *_: (prepared,)):
+                        found = network(images.to(device))
+                return dict(zip(names, found, strict=True))
 
         return features
-
-    def _from_resized(self, network: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Preprocess uint8 images as pytorch-fid does: different pixel centres, and normalized to [-1, 1]."""
-        x = F.interpolate(images.float() / 255, (INCEPTION_SIZE,) * 2, mode="bilinear", align_corners=False) * 2 - 1
-        found = {}
-        for layer, blocks in BLOCKS.items():
-            for block in blocks:
-                x = getattr(network, block)(x)
-            if layer == self.layer:
-                found["features"] = x.mean((2, 3))
-                if not self.logits:
-                    return found
-        return {**found, "logits": x.mean((2, 3)) @ network.fc.weight.T}
 
 
 @dataclass(frozen=True)
@@ -168,18 +153,11 @@ class VGG16Features:
         if self.weights is not None and not Path(self.weights).is_file():
             raise FileNotFoundError(f"No VGG16 weights at {self.weights}.")
 
-    @property
-    def name(self) -> str:
-        """The suffix of figures."""
-        return "vgg16"
-
-    @property
-    def dim(self) -> int:
-        """The number of features."""
-        return 4096
+    name: ClassVar[str] = "vgg16"
+    dim: ClassVar[int] = 4096
 
     def check(self) -> None:
-        """Fail now rather than after hours of sampling. Downloads the network if no `weights` were given.
+        """Load the network, downloading it if no `weights` were given.
 
         Raises:
             ValueError: The file is not a state dict of torchvision's VGG16, or holds more than tensors.
@@ -192,7 +170,7 @@ class VGG16Features:
         from torchvision.models import VGG16_Weights
 
         file = Path(self.weights or downloaded_weights(VGG16_Weights.IMAGENET1K_V1.url, self.check))
-        return {"network": "vgg16", "layer": "fc2_relu", "weights": str(file), "sha256": weights_identity([file])}
+        return {"network": "vgg16", "layer": "fc2_relu", "weights": str(file), "sha256": file_sha256(file)}
 
     def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
         """Return the network: uint8 `(B, 1 or 3, H, W)` to "features" `(B, 4096)`. Raises what `check` raises."""
@@ -230,10 +208,11 @@ def _torch_fidelity_network(
         raise ValueError(f"{source} is not a state dict of torch-fidelity's {title} network.") from error
 
 
-def _pil_resized(images: torch.Tensor, side: int) -> torch.Tensor:
-    """Resize uint8 `(B, 3, H, W)` to uint8 `(B, 3, side, side)` on the CPU."""
-    resized = [
-        np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
-        for image in images.permute(0, 2, 3, 1).cpu().numpy()
-    ]
-    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
+def _prepare_as_pytorch_fid(images: torch.Tensor, side: int) -> torch.Tensor:
+    """Resize uint8 `(B, 3, H, W)` by Pillow to `side`, then as pytorch-fid to float `(B, 3, 299, 299)` in [-1, 1].
+
+    Its pixel centres and its zero are different from torch-fidelity's.
+    """
+    resized = [to_pil(image).resize((side, side), Image.Resampling.BILINEAR) for image in images]
+    x = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 255
+    return F.interpolate(x, (INCEPTION_SIZE,) * 2, mode="bilinear", align_corners=False) * 2 - 1

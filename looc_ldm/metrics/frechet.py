@@ -46,12 +46,7 @@ class FeatureMoments:
     def from_mean_and_covariance(
         cls, mean: torch.Tensor, covariance: torch.Tensor, count: int | None = None
     ) -> FeatureMoments:
-        """Take over published statistics.
-
-        Args:
-            mean (`torch.Tensor`): `(D,)`.
-            covariance (`torch.Tensor`): `(D, D)`, symmetric, with divisor n - 1.
-            count (`int`, *optional*): n.
+        """Take over published statistics: mean `(D,)`, symmetric covariance `(D, D)` with divisor n - 1, and n.
 
         Raises:
             ValueError: The shapes do not match, the covariance is not symmetric, or a number is not finite.
@@ -62,10 +57,9 @@ class FeatureMoments:
                 f"mean and covariance must have shapes (D,) and (D, D), got {tuple(mean.shape)} and "
                 f"{tuple(covariance.shape)}."
             )
-        if not (mean.isfinite().all() and covariance.isfinite().all()):
-            raise ValueError("mean and covariance must be finite.")
-        if (covariance - covariance.T).abs().max() > 1e-6 * covariance.diagonal().abs().max():
-            raise ValueError("covariance must be symmetric.")
+        asymmetry = (covariance - covariance.T).abs().max()
+        if not (mean.isfinite().all() and asymmetry <= 1e-6 * covariance.diagonal().abs().max()):  # also for NaN
+            raise ValueError("mean and covariance must be finite, and covariance symmetric.")
         moments = cls(len(mean))
         moments.count = count
         moments._mean = mean
@@ -81,11 +75,9 @@ class FeatureMoments:
         return cls.from_mean_and_covariance(tensors["mean"], tensors["covariance"], count)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return everything there is to store, for instance in a safetensors file.
+        """Return everything there is to store.
 
-        Returns:
-            `dict`: float64 `rows` `(n, D)` while n <= D, otherwise `mean` `(D,)`, `covariance` `(D, D)` and, if it is
-            known, `count` as an int64 scalar.
+        Float64 `rows` `(n, D)` while n <= D, otherwise `mean` `(D,)`, `covariance` `(D, D)` and, if known, `count`.
         """
         if self.rows is not None:
             return {"rows": self.rows}

@@ -32,12 +32,13 @@ Figures = dict[str, float | int | dict]
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of generated images.
+    """A measure of generated images.
 
     Attributes:
         network: Name of the network that its features come from.
-        measure: Function of generated features, reference features, the suffix of names, and the names of the classes,
-            to figures by name.
+        figures: Names of its figures, with `{}` for the suffix of the network.
+        measure: Function of the generated and the reference features and the names of the classes, to one value per
+            figure.
         rows: Whether it needs the features themselves, not only their moments.
         labels: Whether it needs the classes of both sides.
         logits: Whether it needs the logits of the generated images, and no reference.
@@ -45,62 +46,46 @@ class Metric:
     """
 
     network: str
-    measure: Callable[[Features, Features, str, Mapping[int, str] | None], Figures]
+    figures: tuple[str, ...]
+    measure: Callable[[Features, Features | None, Mapping[int, str] | None], tuple]
     rows: bool = False
     labels: bool = False
     logits: bool = False
     least: int = 2
 
 
-def _frechet(name: str) -> Callable:
-    return lambda generated, reference, suffix, classes: {
-        f"{name}@{suffix}": frechet_distance(generated.moments, reference.moments)
-    }
+def _frechet(generated: Features, reference: Features, classes: Mapping[int, str] | None) -> tuple[float]:
+    return (frechet_distance(generated.moments, reference.moments),)
 
 
-def _kernel(name: str) -> Callable:
-    def measure(generated: Features, reference: Features, suffix: str, classes) -> Figures:
-        mean, deviation = kid(generated.rows, reference.rows)
-        return {f"{name}@{suffix}": mean, f"{name}_std@{suffix}": deviation}
-
-    return measure
-
-
-def _precision_recall(generated: Features, reference: Features, suffix: str, classes) -> Figures:
-    precision, recall = precision_recall(generated.rows, reference.rows)
-    return {f"precision@{suffix}": precision, f"recall@{suffix}": recall}
-
-
-def _inception_score(generated: Features, reference: Features | None, suffix: str, classes) -> Figures:
-    mean, deviation = inception_score(generated.logits)
-    return {"is": mean, "is_std": deviation}
-
-
-def _cmmd(generated: Features, reference: Features, suffix: str, classes) -> Figures:
-    return {f"cmmd@{suffix}": cmmd(generated.rows, reference.rows)}
-
-
-def _class_fid(generated: Features, reference: Features, suffix: str, classes: Mapping[int, str] | None) -> Figures:
+def _class_fid(
+    generated: Features, reference: Features, classes: Mapping[int, str] | None
+) -> tuple[float, int, dict[str, dict]]:
     found = class_averaged_fid(generated.rows, generated.labels, reference.rows, reference.labels, classes)
     detail = asdict(found)
-    return {
-        f"class_fid@{suffix}": detail.pop("mean"),
-        "class_fid_classes": len(found.per_class),
-        "class_fid": detail,
-    }
+    return detail.pop("mean"), len(found.per_class), detail
 
 
+def _inception_score(generated: Features, *_) -> tuple[float, float]:
+    return inception_score(generated.logits)
+
+
+def _of_rows(measure: Callable[[torch.Tensor, torch.Tensor], tuple[float, ...]]) -> Callable:
+    return lambda generated, reference, classes: measure(generated.rows, reference.rows)
+
+
+_precision_recall = {"measure": _of_rows(precision_recall), "rows": True, "least": NEIGHBORS + 1}
 METRICS = {
-    "fid": Metric("inception", _frechet("fid")),
-    "kid": Metric("inception", _kernel("kid"), rows=True),
-    "is": Metric("inception", _inception_score, logits=True, least=SPLITS),
-    "precision_recall": Metric("inception", _precision_recall, rows=True, least=NEIGHBORS + 1),
-    "class_fid": Metric("inception", _class_fid, rows=True, labels=True),
-    "fd@dinov2": Metric("dinov2", _frechet("fd")),
-    "kd@dinov2": Metric("dinov2", _kernel("kd"), rows=True),
-    "precision_recall@dinov2": Metric("dinov2", _precision_recall, rows=True, least=NEIGHBORS + 1),
-    "precision_recall@vgg": Metric("vgg", _precision_recall, rows=True, least=NEIGHBORS + 1),
-    "cmmd": Metric("clip", _cmmd, rows=True),
+    "fid": Metric("inception", ("fid@{}",), _frechet),
+    "kid": Metric("inception", ("kid@{}", "kid_std@{}"), _of_rows(kid), rows=True),
+    "is": Metric("inception", ("is", "is_std"), _inception_score, logits=True, least=SPLITS),
+    "precision_recall": Metric("inception", ("precision@{}", "recall@{}"), **_precision_recall),
+    "class_fid": Metric("inception", ("class_fid@{}", "class_fid_classes", "class_fid"), _class_fid, True, True),
+    "fd@dinov2": Metric("dinov2", ("fd@{}",), _frechet),
+    "kd@dinov2": Metric("dinov2", ("kd@{}", "kd_std@{}"), _of_rows(kid), rows=True),
+    "precision_recall@dinov2": Metric("dinov2", ("precision@{}", "recall@{}"), **_precision_recall),
+    "precision_recall@vgg": Metric("vgg", ("precision@{}", "recall@{}"), **_precision_recall),
+    "cmmd": Metric("clip", ("cmmd@{}",), _of_rows(lambda first, second: (cmmd(first, second),)), rows=True),
 }
 DEFAULT_METRICS = ("fid", "kid")
 
@@ -181,8 +166,10 @@ def generation_figures(
     """
     figures: Figures = {}
     for name in check_metrics(metrics):
-        network = METRICS[name].network
-        figures |= METRICS[name].measure(generated[network], reference.get(network), suffixes[network], classes)
+        metric = METRICS[name]
+        values = metric.measure(generated[metric.network], reference.get(metric.network), classes)
+        names = [figure.format(suffixes[metric.network]) for figure in metric.figures]
+        figures |= dict(zip(names, values, strict=True))
     return figures
 
 
@@ -211,7 +198,7 @@ def evaluate_generation(
         `dict`: `protocol` ("clean"), `images_first`, `images_second`, and for
 
         - fid, kid: `fid@2048`; `kid@2048`, `kid_std@2048` (mean and deviation over 100 subsets of min(1000, both
-          counts) images). FID is 0 for equal sets, up to rounding; KID is unbiased and may be slightly negative.
+          counts) images).
         - is: `is`, `is_std` over 10 splits.
         - precision_recall: `precision@2048`, `recall@2048`, with 3 neighbours; @vgg as torch-fidelity has it.
         - class_fid: `class_fid@2048`, the mean of `class_fid["per_class"]` over `class_fid_classes` classes;
@@ -230,14 +217,16 @@ def evaluate_generation(
             raise ValueError(f"networks must hold {name!r}, which {', '.join(metrics)} need.")
         networks[name].check()
     if "is" in metrics and not networks["inception"].logits:
-        raise ValueError("is needs the logits of the network: InceptionFeatures(..., logits=True).")
+        raise ValueError("is needs InceptionFeatures(..., logits=True).")
     loaded = {name: networks[name].load(device) for name in needed}
     keep = [name for name in needed if rows_needed(metrics, name)]
     sides = []
     for side, batches in (("first", samples), ("second", reference)):
         labels: list[torch.Tensor | None] = []
-        features = collect_features(_keep_labels(batches, labels), loaded, keep, logits=side == "first", device=device)
-        if any(METRICS[name].labels for name in metrics):
+        # Appends the labels of each batch, and passes the images on.
+        images = (labels.append(batch[1]) or batch[0] for batch in batches)
+        features = collect_features(images, loaded, keep, logits=side == "first", device=device)
+        if "class_fid" in metrics:
             if any(batch_labels is None for batch_labels in labels):
                 raise ValueError(f"class_fid needs labels with every batch of the {side} set.")
             features["inception"].labels = torch.cat(labels)
@@ -255,16 +244,12 @@ def fid_and_kid(first: Iterable[torch.Tensor], second: Iterable[torch.Tensor], f
     """Return FID and KID between two sets of images; the same images give the same figures.
 
     Args:
-        first, second: Images as uint8 tensors of shape `(C, H, W)`, C = 1 (repeated to 3) or 3, of one shape in each
-            set. They are read once and not kept.
+        first, second: uint8 images `(C, H, W)`, C = 1 (which counts as RGB) or 3, of one shape in each set. They are
+            read once and not kept.
         features (`InceptionFeatures`): The network and its layer, which every key carries.
 
-    Returns:
-        `dict`: See `evaluate_generation`.
-
-    Raises:
-        ValueError: Fewer than 2 images in a set, an image of a different type, or weights of a different network (see
-            `InceptionFeatures.check`).
+    Returns, raises:
+        As `evaluate_generation`.
     """
     return evaluate_generation(_batched(first), _batched(second), networks={"inception": features})
 
@@ -274,12 +259,3 @@ def _batched(images: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, Non
     iterator = iter(images)
     while batch := list(islice(iterator, BATCH)):
         yield torch.stack(batch), None
-
-
-def _keep_labels(
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]], labels: list[torch.Tensor | None]
-) -> Iterator[torch.Tensor]:
-    """Yield the images, and append the labels of each batch to `labels`."""
-    for images, batch_labels in batches:
-        labels.append(batch_labels)
-        yield images

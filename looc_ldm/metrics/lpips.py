@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from diffusers.models.model_loading_utils import load_state_dict
 
-from looc_ldm.metrics.weights import downloaded_weights, read_weights, weights_identity
+from looc_ldm.errors import one_line
+from looc_ldm.metrics.weights import downloaded_weights, file_sha256
 
 NETWORKS = ("vgg", "alex")
 SMALLEST = {"vgg": 16, "alex": 31}  # pixels; smaller images vanish before the last layers
@@ -57,12 +59,12 @@ def load_lpips(network: str, weights: Path | None = None) -> LPIPS:
         try:
             model = _lpips(network)
         except (OSError, RuntimeError) as error:  # RuntimeError: a download that does not have its checksum
-            reason = " ".join(str(error).split())
-            raise ConnectionError(f"The weights of LPIPS' {network} could not be downloaded ({reason}).") from error
+            raise ConnectionError(
+                f"The weights of LPIPS' {network} could not be downloaded ({one_line(error)})."
+            ) from error
     else:
-        stored = read_weights(Path(weights))
         model = _lpips(network, pnet_rand=True)
-        _fill_convolutions(model.net, stored, weights)
+        _fill_convolutions(model.net, weights)
     return LPIPS(model, SMALLEST[network]).eval()
 
 
@@ -73,7 +75,7 @@ def lpips_identity(network: str, weights: Path | None = None) -> dict[str, str]:
 
         url = {"vgg": VGG16_Weights, "alex": AlexNet_Weights}[network].IMAGENET1K_V1.url
         weights = downloaded_weights(url, lambda: load_lpips(network))
-    return {"network": f"lpips-{network}", "weights": str(weights), "sha256": weights_identity([Path(weights)])}
+    return {"network": f"lpips-{network}", "weights": str(weights), "sha256": file_sha256(weights)}
 
 
 def _lpips(network: str, **settings) -> nn.Module:
@@ -84,8 +86,14 @@ def _lpips(network: str, **settings) -> nn.Module:
         return lpips.LPIPS(net=network, verbose=False, **settings)
 
 
-def _fill_convolutions(network: nn.Module, stored: dict[str, torch.Tensor], file: Path) -> None:
+def _fill_convolutions(network: nn.Module, file: Path) -> None:
     """Copy torchvision's `features.N.weight` into lpips' slices, whose layers keep the number N as their name."""
+    try:
+        stored = dict(load_state_dict(file))  # safetensors, or a pickle of nothing but tensors
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a pickle of something else, or no pickle at all, leads to
+        raise ValueError(f"{str(file)!r} is not a file of weights: {one_line(error)}") from error
     layers = {
         name: layer
         for slice_ in network.children()

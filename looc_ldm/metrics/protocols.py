@@ -30,10 +30,6 @@ class CleanProtocol:
         """Return what is measured: float `(B, C, H, W)` in [-1, 1], clamped, as float32 in [0, 1]."""
         return (images.float().clamp(-1, 1) + 1) / 2
 
-    def views(self, originals: torch.Tensor, reconstructions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `view` of both."""
-        return self.view(originals), self.view(reconstructions)
-
     def as_uint8(self, viewed: torch.Tensor) -> torch.Tensor:
         """Return the input of feature networks: float `(B, C, H, W)` in [0, 1] rounded to uint8 in 0..255."""
         return (viewed * 255).round().byte()
@@ -65,11 +61,15 @@ class PaperProtocol(CleanProtocol):
             raise ValueError("images and reconstructions must be finite, got nan or infinite values.")
         eight_bits = (super().view(images) * 255).byte()  # truncated, not rounded
         rows = eight_bits.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-        decoded = np.stack([_through_jpeg(image) for image in rows])
-        return torch.from_numpy(decoded).permute(0, 3, 1, 2).to(images.device).float() / 255
+        decoded = []
+        for row in rows:
+            file = io.BytesIO()
+            Image.fromarray(row).save(file, format="JPEG")
+            decoded.append(np.asarray(Image.open(file)))
+        return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).to(images.device).float() / 255
 
 
-_BY_NAME = {protocol.name: protocol for protocol in (CleanProtocol(), PaperProtocol())}
+_BY_NAME = {"clean": CleanProtocol(), "paper": PaperProtocol()}
 PROTOCOLS = tuple(_BY_NAME)
 
 
@@ -78,10 +78,3 @@ def get_protocol(name: str) -> CleanProtocol:
     if name not in _BY_NAME:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}.")
     return _BY_NAME[name]
-
-
-def _through_jpeg(image: np.ndarray) -> np.ndarray:
-    """Store uint8 RGB `(H, W, 3)` as JPEG and read it back."""
-    stored = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(stored, format="JPEG")
-    return np.asarray(Image.open(stored).convert("RGB"))

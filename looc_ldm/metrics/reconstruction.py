@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
     from looc_ldm.autoencoder import LooCVQModel
 
-OF_PIXELS = ("psnr", "ssim", "l1")
-OF_FEATURES = ("rfid", "kid")
+PIXEL_METRICS = ("psnr", "ssim", "l1")
+FEATURE_METRICS = ("rfid", "kid")
 PSNR_CEILING = 100.0  # dB: one wrong bit in one 8-bit value of a 256x256 RGB image is 101 dB
 
 
@@ -93,12 +94,17 @@ def evaluate_reconstruction(
     """
     rules = get_protocol(protocol)
     chosen = _chosen(metrics, features)
+    measures = {
+        "psnr": lambda x, y: psnr(x, y).clamp(max=PSNR_CEILING),
+        "ssim": lambda x, y: ssim(x, y, rules.ssim_window),
+        "l1": l1,
+    }
     collectors = []
     if features is not None:
         features.check()
         network = features.load(model.device)
         collectors = [FeatureCollector(keep_rows="kid" in chosen) for _ in ("originals", "reconstructions")]
-    totals = _Totals([*(name for name in OF_PIXELS if name in chosen), *(lpips or {})])
+    totals = _Totals()
 
     with eval_mode(model):
         for number, batch in enumerate(batches):
@@ -108,11 +114,11 @@ def evaluate_reconstruction(
             if not output.sample.isfinite().all():
                 raise ValueError("reconstructions must be finite, got nan or infinite values.")
             whole = [x.to(model.device, torch.float32) for x in (batch, output.sample)]
-            measured = rules.views(*(centre_crop(x, measured_size) for x in whole))
+            measured = [rules.view(centre_crop(x, measured_size)) for x in whole]
             totals.add_codes(model.quantize.code_counts(output.indices), len(batch))
-            figures = _pixel_figures(*measured, rules.ssim_window, chosen)
+            figures = {name: measure(*measured) for name, measure in measures.items() if name in chosen}
             if lpips:
-                pair = [x.expand(-1, 3, -1, -1) * 2 - 1 for x in rules.views(*whole)]  # grey ones as RGB
+                pair = [rules.view(x).expand(-1, 3, -1, -1) * 2 - 1 for x in whole]  # grey ones as RGB
                 figures |= {name: distance(*pair) for name, distance in lpips.items()}
             for name, values in figures.items():
                 totals.sums[name] += values.cpu().double().sum().item()
@@ -135,14 +141,10 @@ def evaluate_reconstruction(
 class _Totals:
     """Sums over images, and how often each code was used, on one process or on all."""
 
-    names: list[str]
+    sums: Counter[str, float] = field(default_factory=Counter)
     images: int = 0
     size: tuple[int, int] | None = None  # of the images that the network sees
-    sums: dict[str, float] = field(init=False)
     code_counts: list[torch.Tensor] = field(default_factory=list)  # (K,) int64 of each codebook; none before images
-
-    def __post_init__(self):
-        self.sums = dict.fromkeys(self.names, 0.0)
 
     def add_codes(self, counts: list[torch.Tensor], images: int) -> None:
         self.images += images
@@ -154,48 +156,36 @@ class _Totals:
         """Return the totals of all processes. Collective."""
         if accelerator is None or accelerator.num_processes == 1:
             return self
-        together = _Totals(self.names)
+        together = _Totals()
         for totals in gather_object([self]):
             if together.size is not None and totals.size not in (None, together.size):
                 raise ValueError(f"all images must have one size, got {together.size} and {totals.size}.")
             together.size = totals.size or together.size
             together.add_codes(totals.code_counts, totals.images)
-            together.sums = {name: value + totals.sums[name] for name, value in together.sums.items()}
+            together.sums.update(totals.sums)
         return together
 
 
 def _chosen(metrics: Collection[str] | None, features: InceptionFeatures | None) -> list[str]:
     if metrics is None:
-        return [*OF_PIXELS, *(["rfid"] if features is not None else [])]
+        return [*PIXEL_METRICS, *(["rfid"] if features is not None else [])]
     for name in metrics:
-        if name not in (*OF_PIXELS, *OF_FEATURES):
-            raise ValueError(f"metrics must be of {', '.join((*OF_PIXELS, *OF_FEATURES))}, got {name!r}.")
-        if name in OF_FEATURES and features is None:
+        if name not in (*PIXEL_METRICS, *FEATURE_METRICS):
+            raise ValueError(f"metrics must be of {', '.join((*PIXEL_METRICS, *FEATURE_METRICS))}, got {name!r}.")
+        if name in FEATURE_METRICS and features is None:
             raise ValueError(f"{name} needs features.")
     return list(metrics)
-
-
-def _pixel_figures(
-    original: torch.Tensor, reconstruction: torch.Tensor, ssim_window: str, names: Collection[str]
-) -> dict:
-    """Return these figures of every image, `(B,)` each."""
-    measures = {
-        "psnr": lambda: psnr(original, reconstruction).clamp(max=PSNR_CEILING),
-        "ssim": lambda: ssim(original, reconstruction, ssim_window),
-        "l1": lambda: l1(original, reconstruction),
-    }
-    return {name: measure() for name, measure in measures.items() if name in names}
 
 
 def _report(model: LooCVQModel, totals: _Totals, measured_size: tuple[int, int] | None, protocol: str) -> dict:
     height, width = measured_size if measured_size is not None else totals.size
     bits = model.bits_per_image(*totals.size)
     codes = sum(int(counts.sum()) for counts in totals.code_counts)
-    nats = sum(_entropy(counts) * int(counts.sum()) for counts in totals.code_counts)
+    shares = ((counts.double() / counts.sum(), counts.sum()) for counts in totals.code_counts)
+    nats = sum((torch.special.entr(share).sum() * count).item() for share, count in shares)
     entropy, codes_per_image = nats / codes, codes / totals.images
     num_codevectors = sum(len(counts) for counts in totals.code_counts)
     used = sum(int((counts > 0).sum()) for counts in totals.code_counts)
-    dim = {"codevector_dim": model.quantize.codevector_dim} if hasattr(model.quantize, "codevector_dim") else {}
     return {
         "protocol": protocol,
         "images": totals.images,
@@ -212,13 +202,8 @@ def _report(model: LooCVQModel, totals: _Totals, measured_size: tuple[int, int] 
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "codebook_scalars": model.quantize.codebook_scalars,
         "num_codevectors": num_codevectors,
-        **dim,
+        **({"codevector_dim": model.quantize.codevector_dim} if hasattr(model.quantize, "codevector_dim") else {}),
     }
-
-
-def _entropy(counts: torch.Tensor) -> float:
-    """Return the entropy of a code in nats."""
-    return torch.special.entr(counts.double() / counts.sum().clamp_min(1)).sum().item()
 
 
 def _distances(originals: Features, reconstructions: Features, names: Collection[str], suffix: str) -> dict[str, float]:

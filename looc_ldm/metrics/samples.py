@@ -24,9 +24,6 @@ from looc_ldm.metrics.frechet import FeatureMoments
 class NpzSamples:
     """The images of an .npz, which are never all in memory.
 
-    Args:
-        file (`Path`): The file.
-
     Attributes:
         shape (`tuple[int, int, int]` or `None`): C, H, W of every image; None if there are only statistics.
         labels (`torch.Tensor` or `None`): int64 `(N,)`.
@@ -105,7 +102,7 @@ def _read_image_header(member: BinaryIO) -> tuple[int, int, int, int]:
 
 
 class NpzWriter:
-    """Takes images batch by batch; see `npz_writer`."""
+    """Writes images batch by batch; see `npz_writer`."""
 
     def __init__(self, member: BinaryIO, count: int):
         self._member, self._count = member, count

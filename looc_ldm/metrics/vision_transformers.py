@@ -41,11 +41,10 @@ class _TransformersFeatures:
 
     @property
     def dim(self) -> int:
-        """The number of features; reads the config."""
         return _read_config(str(self.model), self.kind)[self.dim_setting]
 
     def check(self) -> None:
-        """Fail now rather than after hours of sampling. Downloads the model if need be.
+        """Load the model, downloading it if need be.
 
         Raises:
             ValueError: There is no such folder or hub id, it cannot be downloaded, it is a different kind of model, or

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from urllib.error import URLError
 
@@ -15,7 +14,6 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from looc_ldm.metrics import InceptionFeatures
 from looc_ldm.metrics.extractors import VGG16Features
-from looc_ldm.metrics.weights import weights_identity
 
 LAYERS = ("64", "192", "768", "2048")
 
@@ -76,14 +74,6 @@ def test_with_the_papers_resize_features_are_those_of_pytorch_fid(untrained_ince
     assert set(found["768"]) == {"features"}
 
 
-def test_the_papers_resize_is_not_torch_fidelitys(untrained_inception):
-    clean, paper = (
-        InceptionFeatures("64", untrained_inception, pil_resize=side).load("cpu")(noise())["features"]
-        for side in (None, 229)
-    )
-    assert (clean - paper).abs().max() > 1e-3 * clean.std()
-
-
 @pytest.mark.parametrize("pil_resize", [None, 229])
 def test_grey_images_count_as_rgb_and_autocast_changes_nothing(pil_resize, untrained_inception):
     features = InceptionFeatures("192", untrained_inception, pil_resize=pil_resize).load("cpu")
@@ -96,7 +86,9 @@ def test_grey_images_count_as_rgb_and_autocast_changes_nothing(pil_resize, untra
     assert not found.requires_grad
 
 
-def test_images_of_another_kind_are_refused(untrained_inception):
+def test_images_and_layers_of_another_kind_are_refused(untrained_inception):
+    with pytest.raises(ValueError, match="'64', '192', '768', '2048', got '512'"):
+        InceptionFeatures("512")
     features = InceptionFeatures("64", untrained_inception).load("cpu")
     for images in (noise().float(), noise()[0], noise(channels=4)):
         with pytest.raises(ValueError, match=r"uint8 tensors of shape \(batch, 1 or 3, height, width\), got torch"):
@@ -125,19 +117,6 @@ def test_the_identity_tells_apart_whatever_gives_other_features(untrained_incept
     assert len(set(identities)) == 4
 
 
-def test_a_file_is_hashed_once_and_again_when_it_has_changed(tmp_path):
-    file = tmp_path / "weights.pth"
-    file.write_bytes(b"one")
-    stamp = file.stat()
-    first = weights_identity([file])
-    assert first == hashlib.sha256(b"one").hexdigest()
-    file.write_bytes(b"two")
-    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # as if nothing had happened: it is not read again
-    assert weights_identity([file]) == first
-    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
-    assert weights_identity([file]) == hashlib.sha256(b"two").hexdigest()
-
-
 class Payload:
     """Unpickling one of these touches the file."""
 
@@ -162,11 +141,6 @@ def test_files_of_other_networks_are_refused_and_not_executed(extractor, title, 
     assert not (tmp_path / "touched").exists()
     with pytest.raises(FileNotFoundError, match=rf"No {title} weights at .*nowhere\.pth"):
         extractor(tmp_path / "nowhere.pth")
-
-
-def test_unknown_layers_are_named():
-    with pytest.raises(ValueError, match="'64', '192', '768', '2048', got '512'"):
-        InceptionFeatures("512")
 
 
 def test_a_download_that_fails_is_one_line_that_says_to_give_a_path(monkeypatch, tmp_path):
