@@ -9,7 +9,7 @@ import torch
 
 from looc_ldm.analysis.collect import Findings
 from looc_ldm.analysis.embedding import in_the_plane
-from looc_ldm.analysis.style import BLUE, RED, SKY, Drawing, counted, new_figure, style
+from looc_ldm.analysis.style import BLUE, RED, SKY, Drawing, new_figure, style
 
 MOST_CODES = 1024  # codevectors in the embedding
 MOST_BARS = 64  # bars of a histogram, and segments that are drawn as bars
@@ -44,13 +44,13 @@ def draw_use(findings: Findings) -> Drawing:
         )
         _whole_numbers(axes.xaxis)
         axes.grid(axis="y")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        figure.legend(loc="outside lower center", ncols=2)
         axes.set_title(
             f"{statistics.use:.1%} of K = {codebook_size:,} used · perplexity {statistics.perplexity:,.1f} · "
             f"{dead:,} dead"
         )
     caption = (
-        f"Share of {int(counts.sum()):,} codes of {counted(findings.images, 'image')} that each codevector has; dead "
+        f"Share of {int(counts.sum()):,} codes of {findings.images:,} images that each codevector has; dead "
         "codevectors were never chosen. Perplexity: exp of the entropy of these shares, at most K."
     )
     return Drawing("codebook_use", "Use of the codebook", caption, figure)
@@ -67,14 +67,9 @@ def draw_segment_use(findings: Findings) -> Drawing:
         axes = figure.subplots()
         number = np.arange(segments)
         used = f"used at least once, % of K = {codebook_size:,}"
-        if segments <= MOST_BARS:
-            bars = axes.bar(number, use, width=0.8 * min(1, (1 + segments) / 10), color=SKY, label=used)
-        else:
-            bars = axes.stairs(use, np.arange(segments + 1) - 0.5, fill=True, color=SKY, label=used)
+        axes.bar(number, use, width=0.8 * min(1, (1 + segments) / 10), color=SKY, label=used)
         size = 5 if segments <= MOST_BARS else 2
-        (dots,) = axes.plot(
-            number, perplexity, "o", color=RED, markersize=size, label="perplexity, % of K", clip_on=False
-        )
+        axes.plot(number, perplexity, "o", color=RED, markersize=size, label="perplexity, % of K", clip_on=False)
         axes.set(
             xlim=(-0.6, segments - 0.4),
             ylim=(0, 100 if use.max() > 60 else 1.2 * use.max()),
@@ -83,7 +78,7 @@ def draw_segment_use(findings: Findings) -> Drawing:
         )
         _whole_numbers(axes.xaxis, range(segments))
         axes.grid(axis="y")
-        figure.legend(handles=[bars, dots], loc="outside lower center", ncols=2)
+        figure.legend(loc="outside lower center", ncols=2)
         axes.set_title(f"{segments:,} segments, using {use.min():.3g} to {use.max():.3g} % of the codebook")
     d = findings.codebook.shape[1]
     what = {
@@ -158,38 +153,39 @@ def draw_embedding(findings: Findings, seed: int) -> Drawing:
     live = (counts > 0).numpy()[shown]
     few = len(shown) <= 300
     with style():
-        from matplotlib.lines import Line2D
-
-        figure = new_figure(4.6 if how != "one component" else 2.4, width=5.2)
+        figure = new_figure(4.6, width=5.2)
         axes = figure.subplots()
-        if how == "one component":
-            axes.hist(features[:, 0], 60, color=SKY)
-            axes.plot(codes[live, 0], np.zeros(live.sum()), "|", color=RED, markersize=16, clip_on=False)
-            axes.plot(codes[~live, 0], np.zeros((~live).sum()), "x", color="black", markersize=5, clip_on=False)
-            axes.set(xlabel="value", ylabel="features")
+        axes.plot(
+            *features.T,
+            ".",
+            color=SKY,
+            alpha=0.6,
+            markersize=3,
+            markeredgewidth=0,
+            rasterized=True,
+            label=f"{len(features):,} features",
+        )
+        dots = {"markersize": 5 if few else 2.8, "rasterized": not few}
+        axes.plot(
+            *codes[live].T,
+            "o",
+            color=RED,
+            markeredgecolor="white",
+            markeredgewidth=0.4,
+            **dots,
+            label=f"{live.sum():,} codevectors in use",
+        )
+        if not live.all():
+            label = f"{(~live).sum():,} dead codevectors"
+            axes.plot(*codes[~live].T, "x", color="black", markeredgewidth=0.9, **dots, label=label)
+        if how == "t-SNE":
+            axes.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
         else:
-            axes.plot(*features.T, ".", color=SKY, alpha=0.6, markersize=3, markeredgewidth=0, rasterized=True)
-            size = 5 if few else 2.8
-            dots = {"markeredgecolor": "white", "markeredgewidth": 0.4, "rasterized": not few}
-            axes.plot(*codes[live].T, "o", color=RED, markersize=size, **dots)
-            axes.plot(*codes[~live].T, "x", color="black", markersize=size, markeredgewidth=0.9, rasterized=not few)
-            if how == "t-SNE":
-                axes.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
-            else:
-                axes.set(xlabel="component 1", ylabel="component 2")
-            axes.set_aspect("equal", adjustable="datalim")
-            axes.spines[:].set_visible(True)
-            axes.spines[:].set_color("0.7")
-        legend = [
-            Line2D([], [], color=color, marker=marker, linestyle="none", markersize=size, label=f"{count:,} {name}")
-            for color, marker, size, count, name in (
-                (SKY, "o", 4, len(features), "features"),
-                (RED, "o", 5, int(live.sum()), "codevectors in use"),
-                ("black", "x", 5, int((~live).sum()), "dead codevectors"),
-            )
-            if count
-        ]
-        figure.legend(handles=legend, loc="outside lower center", ncols=3, handletextpad=0.2)
+            axes.set(xlabel="component 1", ylabel="component 2")
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.spines[:].set_visible(True)
+        axes.spines[:].set_color("0.7")
+        figure.legend(loc="outside lower center", ncols=3, handletextpad=0.2, markerscale=1.5)
         what = "directions" if findings.distance == "cosine" else "vectors"
         axes.set_title(f"{how} of {what}, d = {d}" if how == "t-SNE" else f"{what.capitalize()}, d = {d}")
     caption = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,8 +51,6 @@ class Findings:
         psnr, l1 (`float`): Means over images; in dB, and mean absolute error in [0, 1].
         error_map (`torch.Tensor` of shape `(height, width)`, float64): Mean absolute error at each pixel, in [0, 1],
             over images and channels.
-        first_seen (`torch.Tensor` of shape `(K,)`, int64): First place of each codevector: the image's number
-            times h * w, plus the position; the largest int64 for a codevector that was never chosen.
         content_size (`tuple[int, int]`): Height and width of the images without padding.
         latent_size (`tuple[int, int]`): h and w.
         bits_per_pixel (`float`): log2 K for every code, per pixel without padding.
@@ -68,7 +66,6 @@ class Findings:
     psnr: float
     l1: float
     error_map: torch.Tensor
-    first_seen: torch.Tensor
     content_size: tuple[int, int]
     latent_size: tuple[int, int]
     bits_per_pixel: float
@@ -77,12 +74,6 @@ class Findings:
     @property
     def codes_per_image(self) -> int:
         return math.prod(self.sample.codes.shape[1:])
-
-    @property
-    def code_lengths(self) -> torch.Tensor:
-        """Bits per codevector `(K,)` under an ideal entropy coder: -log2 of its share of all codes."""
-        counts = self.statistics.counts.sum(0).double()
-        return -torch.log2(counts / counts.sum())
 
     @property
     def entropy(self) -> float:
@@ -103,7 +94,8 @@ class Findings:
 
     def bits_of(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the bits per pixel `(S,)` of each image of codes `(S, h, w, C)` under that coder."""
-        lengths = self.code_lengths
+        counts = self.statistics.counts.sum(0).double()
+        lengths = -torch.log2(counts / counts.sum())  # bits of each codevector
         bits = torch.stack([lengths[image.long()].sum() for image in codes])
         return bits / math.prod(self.content_size)
 
@@ -141,7 +133,7 @@ def collect(
     """
     if images < 1:
         raise ValueError("There are no images to analyze.")
-    counter, first_seen = CodeCounter(model.quantize), None
+    counter = CodeCounter(model.quantize)
     sampled: set[int] = set()
     kept: list[tuple[torch.Tensor, ...]] = []
     error_sum, psnr_sum, seen, size = 0.0, 0.0, 0, None
@@ -155,9 +147,7 @@ def collect(
             if size is None:
                 size = tuple(batch.shape[-2:])
                 sampled, vectors_each = _draw(images, batch[0].numel(), codes[0].numel(), random)
-                first_seen = torch.full((counter.quantizer.num_codevectors,), torch.iinfo(torch.int64).max)
             counter.update(codes, rows)
-            _see(first_seen, codes.cpu(), seen)
             original, reconstruction = (
                 (centre_crop(x.to(model.device), content_size).clamp(-1, 1) + 1) / 2 for x in (batch, decoded)
             )
@@ -185,7 +175,6 @@ def collect(
         psnr=psnr_sum / images,
         l1=error_map.mean().item(),
         error_map=error_map,
-        first_seen=first_seen,
         content_size=content_size or size,
         latent_size=tuple(codes.shape[1:3]),
         bits_per_pixel=model.bits_per_image(*size) / math.prod(content_size or size),
@@ -193,20 +182,16 @@ def collect(
     )
 
 
-def occurrences(
-    findings: Findings, code: int, count: int, read: Callable[[int], torch.Tensor]
-) -> list[tuple[torch.Tensor, int, int, float]]:
-    """Find positions where a codevector is chosen, most codes first, in as many different images as possible.
+def occurrences(findings: Findings, code: int, count: int) -> list[tuple[torch.Tensor, int, int]]:
+    """Find positions in the sample where a codevector is chosen, most codes first, in different images if possible.
 
     Args:
         findings: Results of `collect`.
         code: The codevector's index.
         count: Number of positions, at most.
-        read: Returns image i of the data as uint8 `(C, H, W)`; called if no image of the sample has the codevector.
 
     Returns:
-        For each position: the image, the latent position (y, x) in it, and the share of the position's codes that are
-        the codevector, in [0, 1], or NaN if unknown. An empty list for a codevector that was never chosen.
+        For each position: the image, and the latent position (y, x) in it.
     """
     height, width = findings.latent_size
     share = torch.stack([(codes == code).double().mean(-1).flatten() for codes in findings.sample.codes])  # (S, h * w)
@@ -217,26 +202,14 @@ def occurrences(
     best, place = (share + central).topk(each, dim=1)
     order = best.flatten().argsort(descending=True, stable=True)[:count].tolist()
     places = [(i // each, int(place.flatten()[i])) for i in order]
-    found = [
-        (findings.sample.originals[image], *divmod(position, width), share[image, position].item())
+    return [
+        (findings.sample.originals[image], *divmod(position, width))
         for image, position in places
         if share[image, position] > 0
     ]
-    first = int(findings.first_seen[code])
-    if not found and first < torch.iinfo(torch.int64).max:
-        image, position = divmod(first, math.prod(findings.latent_size))
-        found = [(read(image), *divmod(position, width), math.nan)]
-    return found
 
 
 def _draw(images: int, values: int, codes: int, random: np.random.Generator) -> tuple[set[int], int]:
     """Draw which images are sampled, and return them with the number of vectors to take from each."""
     count = max(1, min(images, MOST_SAMPLED, MOST_SAMPLED_VALUES // values, MOST_SAMPLED_VALUES // codes))
     return set(random.choice(images, count, replace=False).tolist()), -(-MOST_VECTORS // count)
-
-
-def _see(first_seen: torch.Tensor, codes: torch.Tensor, images_before: int) -> None:
-    """Update `first_seen` with the codes `(B, h, w, C)` of a batch."""
-    flat = codes.flatten()
-    place = images_before * math.prod(codes.shape[1:3]) + torch.arange(len(flat)) // codes.shape[-1]
-    first_seen.scatter_reduce_(0, flat, place, "amin")

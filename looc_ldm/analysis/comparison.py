@@ -12,7 +12,7 @@ from statistics import median_low
 import torch
 
 from looc_ldm.analysis.rate_distortion import AXIS_NAMES, ModelPoint, Point, draw_rate_distortion
-from looc_ldm.analysis.style import PNG_DPI, WIDTH, Drawing, counted, new_figure, picture, style
+from looc_ldm.analysis.style import PNG_DPI, WIDTH, Drawing, new_figure, picture, style
 
 GENERIC_NAMES = ("model", "pipeline", "vqvae")  # of the folders that trainings end in
 CELL = 144, 256  # height of an image in pixels: smaller ones are magnified by a whole factor, larger ones reduced
@@ -195,7 +195,7 @@ def rate_distortion_figure(
             draw_rate_distortion(axes, codecs, points, name)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
     images = models[0].figures["images"]
-    caption = f"Means over {counted(images, 'image')}"
+    caption = f"Means over {images:,} images"
     caption += f"; codecs over {codec_images:,} of the images. " if codec_images < images else ". "
     caption += "JPEG and WebP: qualities 1 to 95, one file per image, headers included."
     return Drawing("rate_distortion", "Rate and distortion", caption, figure)

@@ -25,7 +25,7 @@ def in_the_plane(
         seed (`int`): Seed of t-SNE; on one machine, the same seed gives the same picture.
 
     Returns:
-        `(K, 2)`, `(V, 2)`, and the method: "t-SNE", "components", or "one component", whose second coordinate is 0.
+        `(K, 2)`, `(V, 2)`, and the method: "t-SNE" or "components", the second of which is 0 if there is only one.
     """
     points = torch.cat([codevectors, vectors]).float()
     if distance == "cosine":
@@ -34,9 +34,7 @@ def in_the_plane(
     distinct, place = np.unique(points, axis=0, return_inverse=True)
     place = place.reshape(-1)
     if points.shape[1] < 3 or len(distinct) < FEWEST:
-        flat, how = points[:, :2], "components" if points.shape[1] > 1 else "one component"
-        if points.shape[1] == 1:
-            flat = np.concatenate([flat, np.zeros_like(flat)], axis=1)
+        flat, how = np.pad(points, ((0, 0), (0, 1)))[:, :2], "components"
     else:
         flat, how = _tsne(distinct, seed)[place], "t-SNE"  # equal points are one
     return flat[: len(codevectors)], flat[len(codevectors) :], how

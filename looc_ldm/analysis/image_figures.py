@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from looc_ldm.analysis.collect import Findings, occurrences
 from looc_ldm.analysis.rate_distortion import ModelPoint, codec_curve, draw_rate_distortion
-from looc_ldm.analysis.style import BLUE, HEAT, SKY, Drawing, counted, new_figure, picture, style
+from looc_ldm.analysis.style import BLUE, HEAT, SKY, Drawing, new_figure, picture, style
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.images import to_uint8
 from looc_ldm.metrics.quality import SSIM_WINDOW
@@ -66,7 +67,7 @@ def draw_rate(findings: Findings, compared: dict) -> Drawing:
             f"{compared['bits_per_pixel_entropy']:.3g} entropy-coded"
         )
     caption = (
-        f"Means over {counted(compared['images'], 'image')} drawn at random. Entropy-coded: with an ideal coder that "
+        f"Means over {compared['images']:,} images drawn at random. Entropy-coded: with an ideal coder that "
         "knows how often each code is chosen in the data; small dots are single images under it."
     )
     if compared["codecs"]:
@@ -86,9 +87,9 @@ def draw_error_map(findings: Findings) -> Drawing:
         drawn = axes.imshow(findings.error_map.numpy(), cmap=HEAT, vmin=0, vmax=highest, extent=(0, width, height, 0))
         axes.set(xlabel="x (pixels)", ylabel="y (pixels)")
         figure.colorbar(drawn, ax=axes, label="mean absolute error (0 to 1)", pad=0.02, extend=extend)
-        axes.set_title(f"mean over {counted(findings.images, 'image')}: {findings.l1:.4f}")
+        axes.set_title(f"mean over {findings.images:,} images: {findings.l1:.4f}")
     caption = (
-        f"Mean over {counted(findings.images, 'image')} and all channels; black and white are 1 apart. The brightest "
+        f"Mean over {findings.images:,} images and all channels; black and white are 1 apart. The brightest "
         "colour stands for the highest 0.5 %. A grid shows the latent positions; a frame, the network's padding."
     )
     return Drawing("error_map", "Where the errors are", caption, figure)
@@ -148,7 +149,7 @@ def swatches(model: LooCVQModel, codes: Sequence[int], findings: Findings) -> to
     return images[..., top : top + side, left : left + side]
 
 
-def draw_codes(findings: Findings, model: LooCVQModel, read: Callable[[int], torch.Tensor]) -> Drawing:
+def draw_codes(findings: Findings, model: LooCVQModel) -> Drawing:
     """Draw the most and the least used codevectors: the decoded constant map of each, and where they are chosen."""
     most, least = shown_codes(findings)
     groups = [("most used", most)] + ([("least used", least)] if least else [])
@@ -156,12 +157,12 @@ def draw_codes(findings: Findings, model: LooCVQModel, read: Callable[[int], tor
         rows = max(len(codes) for _, codes in groups)
         figure = new_figure(0.55 + 0.36 * rows, width=4.0 * len(groups))
         for axes, (name, codes) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-            _draw_group(axes, name, codes, rows, findings, model, read)
+            _draw_group(axes, name, codes, rows, findings, model)
     f = findings.downsampling_factor
     caption = (
         "Codevectors by number, with their share of all codes, or their count below 0.1 %. Map: what the decoder makes "
         f"of this codevector at every place. In images: the {f}x{f} pixels (framed) of positions where most codes are "
-        "this one, with their neighbours; grey is outside the image."
+        "this one, in the sample of images, with their neighbours; grey is outside the image."
     )
     return Drawing("codes", "What codevectors stand for", caption, figure)
 
@@ -170,7 +171,7 @@ def _patch_side(findings: Findings) -> int:
     return findings.downsampling_factor * (1 + 2 * CONTEXT)
 
 
-def _draw_group(axes, name: str, codes: list[int], rows: int, findings: Findings, model: LooCVQModel, read) -> None:
+def _draw_group(axes, name: str, codes: list[int], rows: int, findings: Findings, model: LooCVQModel) -> None:
     """Draw one row of squares per codevector: what it decodes to, and where it is chosen."""
     from matplotlib.patches import Rectangle
 
@@ -180,9 +181,9 @@ def _draw_group(axes, name: str, codes: list[int], rows: int, findings: Findings
     sheet = torch.full((3, rows * step - gap, first + (OCCURRENCES + 1) * step - gap), 255, dtype=torch.uint8)
     frames, most = [], 0  # upper left corners of the positions; patches in a row
     for row, (code, swatch) in enumerate(zip(codes, swatches(model, codes, findings), strict=True)):
-        squares, found = [(0, swatch)], occurrences(findings, code, OCCURRENCES, read)
+        squares, found = [(0, swatch)], occurrences(findings, code, OCCURRENCES)
         most = max(most, len(found))
-        for column, (image, y, x, _) in enumerate(found):
+        for column, (image, y, x) in enumerate(found):
             left = first + (column + 1) * step
             squares.append((left, _patch(image, y, x, findings)))
             frames.append((left + CONTEXT * f, row * step + CONTEXT * f))
@@ -218,6 +219,4 @@ def _spread(length: int, most: int) -> torch.Tensor:
 
 def _ceiling(errors: torch.Tensor) -> float:
     """Return the 99.5th percentile, at least one level of 255: a few extreme pixels must not set the scale."""
-    flat = errors.flatten()
-    flat = flat[:: -(-len(flat) // 2**22)]  # torch.quantile takes no more than 2**24
-    return max(torch.quantile(flat, 0.995).item(), 1 / 255)
+    return max(np.quantile(errors, 0.995).item(), 1 / 255)

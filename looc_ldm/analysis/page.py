@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -27,7 +26,7 @@ from looc_ldm.analysis.image_figures import (
     draw_rate,
     shown_codes,
 )
-from looc_ldm.analysis.style import Drawing, counted
+from looc_ldm.analysis.style import Drawing
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.files import replace_bytes, replace_text
 from looc_ldm.report import Report
@@ -36,15 +35,12 @@ NUMBERS, PAGE = "analysis.json", "analysis.html"
 OF_SEVERAL_SEGMENTS = [f"{name}.{kind}" for name in ("segment_use", "code_sharing") for kind in ("png", "svg")]
 
 
-def analyze(
-    findings: Findings, model: LooCVQModel, read: Callable[[int], torch.Tensor], seed: int = 0
-) -> tuple[list[Drawing], dict]:
+def analyze(findings: Findings, model: LooCVQModel, seed: int = 0) -> tuple[list[Drawing], dict]:
     """Draw all figures.
 
     Args:
         findings: What `collect` found in the images.
         model: The model that was analyzed.
-        read: Returns image i of the data as uint8 `(C, H, W)`.
         seed: Seed of t-SNE.
 
     Returns:
@@ -60,7 +56,7 @@ def analyze(
         draw_rate(findings, compared),
         draw_error_map(findings),
         draw_examples(findings),
-        draw_codes(findings, model, read),
+        draw_codes(findings, model),
     ]
     return drawings, numbers(findings, compared)
 
@@ -108,7 +104,7 @@ def numbers(findings: Findings, compared: dict) -> dict:
 def page(drawings: list[Drawing], figures: dict, name: str, data: str, command: str) -> str:
     """Return the self-contained HTML page about model `name` on the images `data`."""
     report = Report(f"Inside {name}")
-    report.text(f"{counted(figures['images'], 'image')} of {escape(data)}. <code>{escape(command)}</code>")
+    report.text(f"{figures['images']:,} images of {escape(data)}. <code>{escape(command)}</code>")
     k, d = figures["num_codevectors"], figures["codevector_dim"]
     entropy, ceiling, coded = figures["code_entropy"], math.log2(k), figures["bits_per_pixel_entropy"]
     report.table(
@@ -117,7 +113,7 @@ def page(drawings: list[Drawing], figures: dict, name: str, data: str, command: 
             ("L1", f"{figures['l1']:.4f}", "mean absolute error in [0, 1]"),
             ("Rate", f"{figures['bits_per_pixel']:.4g} bits per pixel", f"log2 K = {ceiling:.4g} bits per code"),
             ("Entropy-coded", f"{coded:.4g} bits per pixel", f"{entropy:.4g} bits per code"),
-            ("Codebook", f"{k:,} x {d}", f"{k * d:,} numbers, {counted(figures['segments'], 'segment')}"),
+            ("Codebook", f"{k:,} x {d}", f"{k * d:,} numbers, {figures['segments']:,} segments"),
             ("Codebook use", f"{figures['codebook_use']:.1%}", f"{figures['dead_codes']:,} dead"),
             ("Perplexity", f"{figures['perplexity']:,.1f}", f"of {k:,}"),
         ]

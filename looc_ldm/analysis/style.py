@@ -105,8 +105,3 @@ def picture(axes: Axes, pixels, **kwargs) -> object:
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     return drawn
-
-
-def counted(count: int, thing: str) -> str:
-    """Return for instance "1 image" or "2,000 images"."""
-    return f"{count:,} {thing}{'s' * (count != 1)}"

@@ -12,7 +12,6 @@ from looc_ldm import __version__
 from looc_ldm.analysis.collect import collect
 from looc_ldm.analysis.page import NUMBERS, PAGE, page, write_analysis
 from looc_ldm.analysis.page import analyze as draw_figures
-from looc_ldm.analysis.style import counted
 from looc_ldm.commands.many_files import batch_of_squares, pixel_budget
 from looc_ldm.commands.options import Analyze
 from looc_ldm.commands.record import versions
@@ -37,7 +36,7 @@ def analyze(options: Analyze) -> None:
     batches = float_batches(Subset(images, chosen), batch_of_squares(device.type, side, 64))
     with tqdm(batches, desc="analyzing", unit="batch", delay=1) as bar:
         findings = collect(model, bar, len(chosen), images.content_size, options.seed)
-    drawings, figures = draw_figures(findings, model, lambda i: images[chosen[i]][0], options.seed)
+    drawings, figures = draw_figures(findings, model, options.seed)
 
     data = f"{options.data}, {images.config.split}" if images.config.split else options.data
     html = page(drawings, figures, options.model, data, options.command_line)
@@ -48,8 +47,7 @@ def analyze(options: Analyze) -> None:
     make_folder(options.output)
     write_analysis(options.output, drawings, record, html)
     rates = f"{findings.bits_per_pixel:.4g} bits per pixel ({findings.bits_per_pixel_entropy:.4g} entropy-coded)"
-    images_seen = counted(findings.images, "image")
-    print(f"{images_seen}, {findings.psnr:.2f} dB at {rates}; {findings.statistics.use:.1%} of the codebook used")
+    print(f"{findings.images:,} images, {findings.psnr:.2f} dB at {rates}; {findings.statistics.use:.1%} codebook use")
     print(f"{options.output / PAGE}, {len(drawings)} figures as PNG and SVG, {NUMBERS}")
 
 

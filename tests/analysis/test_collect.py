@@ -1,6 +1,5 @@
 """One pass over the images finds what can be counted by hand, in memory that does not grow with their number."""
 
-import math
 from functools import partial
 
 import pytest
@@ -124,7 +123,6 @@ def test_batches_do_not_matter():
     model, images = model_with(), noise(7)
     one, other = found_in(model, images, batch_size=1), found_in(model, images, batch_size=7)
     assert torch.equal(one.statistics.counts, other.statistics.counts)
-    assert torch.equal(one.first_seen, other.first_seen)
     assert torch.equal(one.sample.codes, other.sample.codes)
     torch.testing.assert_close(one.error_map, other.error_map, rtol=1e-5, atol=1e-6)
 
@@ -166,41 +164,16 @@ def test_images_that_are_missing_or_of_several_sizes_are_refused():
 # Where codevectors are chosen -----------------------------------------------------------------------------------------
 
 
-def unread(index: int) -> torch.Tensor:
-    raise AssertionError(f"image {index} was read")
-
-
 def test_a_codevector_is_shown_where_it_was_chosen_first_where_it_was_chosen_most():
-    model, images = model_with(), noise(6)
-    findings = found_in(model, images)
-    codes = model.encode_indices(to_float(images))
-    code = int(findings.statistics.counts.sum(0).argmax())
-    places = occurrences(findings, code, 4, unread)
-    assert len(places) == 4
-    shares = [share for *_, share in places]
-    assert shares == sorted(shares, reverse=True)
-    assert shares[0] == (codes == code).double().mean(-1).max()
-    for image, y, x, share in places:
-        number = next(i for i in range(6) if torch.equal(images[i], image))
-        assert (codes[number, y, x] == code).double().mean() == share > 0
-
-
-def test_a_codevector_that_no_sampled_image_has_is_shown_in_the_first_image_that_has_it(monkeypatch):
-    monkeypatch.setattr(module, "MOST_SAMPLED", 1)
     model, images = model_with(num_vq_embeddings=512), noise(6)
     findings = found_in(model, images)
     codes = model.encode_indices(to_float(images))
-    used, sampled = set(codes.flatten().tolist()), set(findings.sample.codes.flatten().tolist())
-    for code in used - sampled:
-        ((image, y, x, share),) = occurrences(findings, code, 4, lambda index: images[index])
-        first = next(i for i in range(6) if (codes[i] == code).any())
-        assert torch.equal(image, images[first])
-        assert (codes[first, y, x] == code).any()
-        assert math.isnan(share)
-    assert used - sampled
-
-
-def test_a_dead_codevector_is_nowhere():
-    findings = found_in(model_with(num_vq_embeddings=512), noise(1))
-    assert len(findings.statistics.dead)
-    assert occurrences(findings, int(findings.statistics.dead[0]), 4, unread) == []
+    code = int(findings.statistics.counts.sum(0).argmax())
+    shares = []
+    for image, y, x in occurrences(findings, code, 4):
+        number = next(i for i in range(6) if torch.equal(images[i], image))
+        shares.append((codes[number, y, x] == code).double().mean().item())
+    assert shares == sorted(shares, reverse=True)
+    assert (len(shares), shares[0]) == (4, (codes == code).double().mean(-1).max())
+    assert shares[-1] > 0
+    assert occurrences(findings, int(findings.statistics.dead[0]), 4) == []

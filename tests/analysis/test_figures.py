@@ -58,7 +58,7 @@ def words(svg: bytes) -> list[str]:
 def test_every_figure_is_drawn(count, channels, settings):
     images = noise(count, channels)
     model = model_with(channels=channels, **settings)
-    drawings, figures = analyze(found_in(model, images), model, lambda index: images[index])
+    drawings, figures = analyze(found_in(model, images), model)
     assert len({drawing.name for drawing in drawings}) == (8 if figures["segments"] > 1 else 6)
     for drawing in drawings:
         assert np.asarray(Image.open(io.BytesIO(drawing.png())).convert("L")).std() > 0
@@ -70,7 +70,7 @@ def test_every_figure_is_drawn(count, channels, settings):
 def test_a_dead_codebook_and_images_of_one_grey_are_drawn_as_what_they_are():
     model, images = model_with(), torch.full((2, 1, 8, 8), 99, dtype=torch.uint8)  # smaller than the window of SSIM
     nn.init.zeros_(model.quantize.embedding.weight)
-    drawings, figures = analyze(found_in(model, images), model, lambda index: images[index])
+    drawings, figures = analyze(found_in(model, images), model)
     assert len(drawings) == 8
     assert all(drawing.png() for drawing in drawings)
     assert figures["codebook_use"] == 1 / 16
@@ -85,7 +85,7 @@ def test_the_codes_that_are_said_to_be_dead_are_dead():
     model, images = model_with(num_vq_embeddings=200), noise(2)
     findings = found_in(model, images)
     used = set(model.encode_indices(to_float(images)).flatten().tolist())
-    drawings, figures = analyze(findings, model, lambda index: images[index])
+    drawings, figures = analyze(findings, model)
     assert set(figures["dead"]) == set(range(200)) - used
     assert figures["dead_codes"] == 200 - len(used) > 0
     use = next(drawing for drawing in drawings if drawing.name == "codebook_use")
@@ -129,7 +129,7 @@ def test_the_map_of_errors_is_drawn_over_its_pixels():
 def test_the_model_stands_at_its_two_rates_beside_codecs_on_the_same_images():
     images, model = noise(2), model_with()
     findings = found_in(model, images)
-    _, figures = analyze(findings, model, lambda index: images[index])
+    _, figures = analyze(findings, model)
     compared = figures["rate_distortion"]
     assert compared["images"] == 2
     assert compared["psnr"] == pytest.approx(findings.psnr)
@@ -227,7 +227,7 @@ class Tags(HTMLParser):
 
 def test_the_page_holds_everything_and_asks_for_nothing():
     images, model = noise(2), model_with()
-    drawings, figures = analyze(found_in(model, images), model, lambda index: images[index])
+    drawings, figures = analyze(found_in(model, images), model)
     html = page(drawings, figures, "mine & <yours>", "folder", "looc-ldm analyze MODEL --data 'a <b>'")
     tags = Tags()
     tags.feed(html)

@@ -84,11 +84,6 @@ def test_a_grey_image_is_a_grey_jpeg_and_is_compared_in_grey(textures):
     assert jpeg.bits_per_pixel < coloured.bits_per_pixel
 
 
-def test_images_are_read_once_for_all_qualities(textures):
-    together = codec_curve(iter(textures), "jpeg", [10, 50])
-    assert together == [codec_curve(textures, "jpeg", [quality])[0] for quality in (10, 50)]
-
-
 def test_an_exact_reconstruction_leaves_the_mean_finite(textures):
     flat = torch.full((1, 16, 16), 128, dtype=torch.uint8)
     (point,) = codec_curve([flat], "jpeg", [95])
@@ -105,21 +100,11 @@ def test_the_protocol_of_the_paper_measures_codecs_through_its_jpeg_as_it_does_m
     assert point.psnr != pytest.approx(codec_curve([image], "webp", [80])[0].psnr, abs=0.5)
 
 
-@pytest.mark.parametrize(
-    ("images", "codec", "qualities", "named"),
-    [
-        ([], "jpeg", [50], "no images"),
-        ([torch.zeros(3, 16, 16)], "jpeg", [50], "uint8"),
-        ([torch.zeros(2, 16, 16, dtype=torch.uint8)], "jpeg", [50], "1 or 3"),
-        ([torch.zeros(3, 16, 16, dtype=torch.uint8)], "png", [50], "jpeg, webp"),
-        ([torch.zeros(3, 16, 16, dtype=torch.uint8)], "jpeg", [0], "1 to 100"),
-        ([torch.zeros(3, 16, 16, dtype=torch.uint8)], "jpeg", [], "1 to 100"),
-        ([torch.zeros(3, 8, 8, dtype=torch.uint8)], "jpeg", [50], "at least 11x11"),
-    ],
-)
-def test_what_cannot_be_compressed_is_refused_by_name(images, codec, qualities, named):
-    with pytest.raises(ValueError, match=named):
-        codec_curve(images, codec, qualities)
+def test_no_images_and_too_small_ones_are_refused():
+    with pytest.raises(ValueError, match="no images"):
+        codec_curve([], "jpeg")
+    with pytest.raises(ValueError, match="at least 11x11"):
+        codec_curve([torch.zeros(3, 8, 8, dtype=torch.uint8)], "jpeg")
 
 
 def test_the_drawing_has_every_codec_and_every_model_that_was_measured_by_its_own_name():
