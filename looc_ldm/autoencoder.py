@@ -169,6 +169,8 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
             raise ValueError(
                 f'norm_type="spatial" needs vq_embed_dim={vq_embed_dim} to equal latent_channels={latent_channels}.'
             )
+        if not isinstance(num_vq_embeddings, int) or num_vq_embeddings < 2:  # by 0, VQModel would divide
+            raise ValueError(f"num_vq_embeddings must be a whole number of at least 2, got {num_vq_embeddings!r}.")
         for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
             if values is not None:
                 check_channel_values(name, values, vq_embed_dim)

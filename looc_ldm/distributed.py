@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_
 from safetensors import SafetensorError
 
 from looc_ldm.devices import choose_device
-from looc_ldm.errors import ConfigError, TrainingError, UserError
+from looc_ldm.errors import TrainingError, UserError
 
 T = TypeVar("T")
 
@@ -184,14 +184,9 @@ def prepare_fsdp(accelerator: Accelerator) -> bool:
     Accelerate's own mixed precision for FSDP rounds everything that enters a module, and with it the timesteps of flow
     matching (999.4 and 1000 are one number in bfloat16), and sums gradients in bfloat16. Without it the weights stay
     float32 and the loop's autocast holds.
-
-    Raises:
-        ConfigError: The first version of FSDP, whose flat parameters the average of the weights cannot follow.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return False
-    if not accelerator.is_fsdp2:
-        raise ConfigError("fsdp_version must be 2 in Accelerate's config, got 1.")
     accelerator.state.fsdp_plugin.mixed_precision_policy = None
     return True
 

@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.errors import ConfigError, one_line_errors, print_once
-from looc_ldm.files import check_folder
 from looc_ldm.images import to_float
 from looc_ldm.metrics.reconstruction import evaluate_reconstruction
+from looc_ldm.training.checks import check_config, check_evaluation
 from looc_ldm.training.config import AutoencoderConfig
 from looc_ldm.training.config_parsing import construct, parse_command_line
 from looc_ldm.training.data import StreamBatches, float_batches, load_image_sets, make_stream, stream_loader
@@ -47,12 +47,7 @@ from looc_ldm.training.moments import SCALING_IMAGES, measure_scaling_factor
 from looc_ldm.training.optimization import adamw, clip_gradients, set_learning_rate
 from looc_ldm.training.result import validation_data, write_description
 from looc_ldm.training.run import Run
-from looc_ldm.training.validation import (
-    check_evaluation,
-    codebook_use,
-    reconstruction_figures,
-    reconstruction_grid,
-)
+from looc_ldm.training.validation import codebook_use, reconstruction_figures, reconstruction_grid
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +58,18 @@ PREVIEW_IMAGES = 8
 def train(config: AutoencoderConfig) -> Path:
     """Train the autoencoder of a config, or go on with it; return the folder of the finished model."""
     # 1. Data and models, before anything is written
-    check_folder(Path(config.output_dir))
+    check_config(config)
     check_evaluation(config)
     set_seed(config.seed)
     if config.init_from:
         model = autoencoder_from(config)
     else:
         model = construct(LooCVQModel, {"sample_size": config.data.resolution, **config.model}, "model")
+    if model.config.in_channels != model.config.out_channels:
+        raise ConfigError(
+            f"model.in_channels={model.config.in_channels} and model.out_channels={model.config.out_channels} must be "
+            "equal, both 1 (grey) or both 3."
+        )
     latent_side(model, config.data)  # refuses a resolution that does not divide
     images, validation = load_image_sets(config.data, model.config.in_channels)
     terms = config.loss
@@ -86,8 +86,6 @@ def train(config: AutoencoderConfig) -> Path:
         logger.info("%s is finished", run.folder.path)
         return run.folder.result
     accelerator = run.accelerator
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise ConfigError("stage 1 trains two networks of moderate size: use DDP, FSDP is for stage 2.")
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.channels_last:

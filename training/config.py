@@ -24,6 +24,7 @@ from looc_ldm.arguments import Seed
 
 AtLeastTwo = restricted_number_type("AtLeastTwo", int, (">=", 2))
 HalfOpenUnitInterval = restricted_number_type("HalfOpenUnitInterval", float, [(">=", 0), ("<", 1)])
+LearningRate = restricted_number_type("LearningRate", float, [(">", 0), ("<=", 1)])
 RepositoryId = restricted_string_type("RepositoryId", r"^[\w.-]+/[\w.-]+$")
 Fit = Literal["crop", "random_crop", "adm", "pad"]
 
@@ -92,7 +93,7 @@ class OptimizerConfig:
         max_grad_norm: Norm that gradients are clipped to; 0 does not clip.
     """
 
-    learning_rate: PositiveFloat = 1e-4
+    learning_rate: LearningRate = 1e-4
     betas: tuple[HalfOpenUnitInterval, HalfOpenUnitInterval] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
@@ -193,12 +194,12 @@ class LossConfig:
     """
 
     reconstruction: Literal["l1", "l2"] = "l1"
-    reconstruction_weight: float = 1.0
-    quantizer_weight: float = 1.0
-    lpips_weight: float = 0.0
+    reconstruction_weight: NonNegativeFloat = 1.0
+    quantizer_weight: NonNegativeFloat = 1.0
+    lpips_weight: NonNegativeFloat = 0.0
     lpips_network: Literal["vgg", "alex"] = "vgg"
     lpips_weights: str | None = None
-    adversarial_weight: float = 0.0
+    adversarial_weight: NonNegativeFloat = 0.0
     adversarial_start_images: NonNegativeInt = 0
     adaptive_weight: bool = True
     discriminator_channels: PositiveInt = 64
@@ -267,7 +268,7 @@ class DiffusionConfig(RunConfig):
     class_conditional: bool = False
     class_dropout: HalfOpenUnitInterval = 0.1
     unet: dict[str, Any] = field(default_factory=dict)
-    class_embedding_dim: int | None = None
+    class_embedding_dim: PositiveInt | None = None
     scheduler: dict[str, Any] = field(default_factory=dict)
     loss: Literal["l1", "l2"] = "l2"
     loss_weighting: Literal["uniform", "min_snr"] = "uniform"

@@ -6,7 +6,6 @@ import argparse
 import difflib
 import inspect
 from dataclasses import asdict, fields, is_dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from looc_ldm import configs
-from looc_ldm.errors import ConfigError
-from looc_ldm.training.config import DiffusionConfig
+from looc_ldm.errors import ConfigError, one_line
 
 T = TypeVar("T")
 
@@ -76,7 +74,7 @@ def parse_config(config_class: type[T], arguments: list[str], prog: str) -> T:
     except argparse.ArgumentError as error:
         raise ConfigError(_one_line(error)) from None
     values = {f.name: _unrestricted(getattr(config, f.name)) for f in fields(config_class)}
-    return check_config(config_class(**values))
+    return config_class(**values)
 
 
 def parse_command_line(config_class: type[T], arguments: list[str], prog: str) -> T:
@@ -94,31 +92,6 @@ def load_config(config_class: type[T], name: str, **overrides) -> T:
     """
     flags = [f"--{key.replace('__', '.')}={value}" for key, value in overrides.items()]
     return parse_config(config_class, ["--config", name, *flags], prog="looc-ldm")
-
-
-def check_config(config: T) -> T:
-    """Refuse settings that do not go together. Returns the config."""
-    if config.keep_every_images is not None and config.keep_every_images % config.checkpoint_every_images:
-        raise ConfigError(
-            f"keep_every_images must be a multiple of checkpoint_every_images={config.checkpoint_every_images}, "
-            f"got {config.keep_every_images}."
-        )
-    if config.evaluation.fid and config.evaluation.images < 2:
-        raise ConfigError(f"evaluation.images must be at least 2 for FID, got {config.evaluation.images}.")
-    if config.batch_size % config.gradient_accumulation_steps:
-        raise ConfigError(
-            f"batch_size={config.batch_size} must be a multiple of "
-            f"gradient_accumulation_steps={config.gradient_accumulation_steps}."
-        )
-    if isinstance(config, DiffusionConfig):
-        if config.cache_latents and (config.data.streaming or config.data.fit == "random_crop"):
-            raise ConfigError("cache_latents must be false for data that is streamed or cropped at random.")
-        num_timesteps = config.scheduler.get("num_train_timesteps", 1000)
-        if config.preview_steps > num_timesteps:
-            raise ConfigError(f"preview_steps must be in [1, {num_timesteps}], got {config.preview_steps}.")
-    if config.tracker == "wandb" and find_spec("wandb") is None:
-        raise ConfigError("tracker=wandb needs the package wandb: pip install wandb.")
-    return config
 
 
 def to_dict(config) -> dict:
@@ -151,7 +124,8 @@ def construct(cls, arguments: dict[str, Any], what: str):
     """Return `cls(**arguments)` after a check of the names. Lists become tuples, as in diffusers' configs.
 
     Raises:
-        ConfigError: An argument that the constructor does not have, with the nearest one that it has.
+        ConfigError: An argument that the constructor does not have, with the nearest one that it has; or one that it
+            refuses.
     """
     known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs")]
     for name in arguments:
@@ -160,8 +134,8 @@ def construct(cls, arguments: dict[str, Any], what: str):
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
     try:
         return cls(**values)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{what}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # whatever a constructor raises, its arguments are the reason
+        raise ConfigError(f"{what}: {one_line(error)}") from error
 
 
 def read_settings(file: Path) -> dict:
@@ -171,9 +145,9 @@ def read_settings(file: Path) -> dict:
         ConfigError: It is not a YAML mapping, or a withdrawn setting has another value than the one that remains.
     """
     try:
-        settings = yaml.safe_load(file.read_text())
+        settings = yaml.safe_load(file.read_bytes())  # UTF-8 or UTF-16, with or without a mark
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the config {str(file)!r}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"cannot read the config {str(file)!r}, YAML in UTF-8: {one_line(error)}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"the config {str(file)!r} is not a YAML mapping of settings.")
     for name, only in WITHDRAWN.items():
@@ -216,9 +190,17 @@ def _prepare(config_class: type, arguments: list[str]) -> list[str]:
 
 def _read_config(config_class: type, name: str) -> str:
     """Return the YAML of a bundled config or a file, without withdrawn settings, with known names only."""
-    settings = read_settings(find_config_file(name))
-    for name in _flatten(settings):
+    file = find_config_file(name)
+    settings = read_settings(file)
+    defaults = to_dict(config_class())
+    for group, default in defaults.items():
+        if isinstance(default, dict) and not isinstance(settings.get(group, {}), dict):
+            raise ConfigError(f"{group} must be a mapping of settings in {str(file)!r}, got {settings[group]!r}.")
+    defaults = _flatten(defaults)
+    for name, value in _flatten(settings).items():
         _refuse_unknown(config_class, name)
+        if value is None and defaults.get(name) is not None:
+            raise ConfigError(f"{name} has no value in {str(file)!r}.")
     return yaml.safe_dump(settings)
 
 
@@ -256,7 +238,7 @@ def _setting_names(config_class: type) -> list[str]:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}."
 
 

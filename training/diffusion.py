@@ -32,12 +32,13 @@ from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.class_embedding import ClassEmbedding
 from looc_ldm.distributed import gather_full_model, on_main, prepare_fsdp
 from looc_ldm.errors import ConfigError, one_line_errors, print_once
-from looc_ldm.files import check_folder, replace_text
+from looc_ldm.files import replace_text
 from looc_ldm.images import to_float, to_pil
 from looc_ldm.loading import load_autoencoder
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.scaling import encode_latents
+from looc_ldm.training.checks import check_config, check_evaluation
 from looc_ldm.training.config import DiffusionConfig
 from looc_ldm.training.config_parsing import construct, parse_command_line
 from looc_ldm.training.data import (
@@ -60,7 +61,7 @@ from looc_ldm.training.objectives import Objective
 from looc_ldm.training.optimization import adamw, clip_gradients, set_learning_rate
 from looc_ldm.training.result import first_stage_figures, write_description
 from looc_ldm.training.run import Run
-from looc_ldm.training.validation import check_evaluation, generation_figures
+from looc_ldm.training.validation import generation_figures
 from looc_ldm.unet import FixedHeadsUNet2DModel
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ PREVIEW_IMAGES = 40
 def train(config: DiffusionConfig) -> Path:
     """Train the diffusion model of a config, or go on with it; return the folder of the finished pipeline."""
     # 1. Data and models, before anything is written
-    check_folder(Path(config.output_dir))
+    check_config(config)
     check_evaluation(config)
     set_seed(config.seed)
     if not config.autoencoder and not config.init_from:
@@ -93,6 +94,9 @@ def train(config: DiffusionConfig) -> Path:
     else:
         denoiser = Denoiser.from_config(config, vqvae, len(classes))
     scheduler = make_scheduler(config.scheduler)
+    if config.preview_steps > scheduler.config.num_train_timesteps:
+        timesteps = scheduler.config.num_train_timesteps
+        raise ConfigError(f"preview_steps must be in [1, {timesteps}], got {config.preview_steps}.")
     objective = Objective.from_config(config, scheduler)
 
     # 2. Devices, processes, precision; latents; the newest checkpoint
@@ -306,8 +310,8 @@ def make_scheduler(settings: dict):
     """Return the scheduler of a config. Latents are not images: nothing is clipped unless the config says so."""
     arguments = dict(settings)
     kind = arguments.pop("type", "DDIMScheduler")
-    scheduler_class = getattr(diffusers, kind, None)
-    if not kind.endswith("Scheduler") or scheduler_class is None:
+    scheduler_class = getattr(diffusers, str(kind), None)
+    if scheduler_class is None or not kind.endswith("Scheduler"):
         raise ConfigError(f"scheduler.type must be the name of a diffusers scheduler, got {kind!r}.")
     if kind in ("DDIMScheduler", "DDPMScheduler"):
         arguments = {"clip_sample": False, **arguments}

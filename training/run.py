@@ -24,16 +24,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch.utils.data import DataLoader
 
-from looc_ldm.distributed import WAIT, on_main, wait_for_gloo
+from looc_ldm.distributed import on_main, wait_for_gloo
 from looc_ldm.errors import TrainingError
 from looc_ldm.training.checkpoints import Checkpoints, passes
 from looc_ldm.training.config import OptimizerConfig, RunConfig
+from looc_ldm.training.engine import make_training_accelerator
 from looc_ldm.training.log import RunLog
-from looc_ldm.training.optimization import learning_rate_at, resolve_precision
+from looc_ldm.training.optimization import learning_rate_at
 from looc_ldm.training.pushing import Pusher
 from looc_ldm.training.run_folder import RunFolder
 from looc_ldm.training.stopping import StopSignals, leave_signals_to_the_trainer, stopped_by
@@ -64,23 +64,18 @@ class Run:
             was due there. Known after `resume`, and the same on all processes.
 
     Raises:
-        ConfigError: The folder holds another run's checkpoints, or cannot be written.
+        ConfigError: The folder holds another run's checkpoints, or cannot be written; or training does not support
+            Accelerate's engine.
     """
 
     def __init__(self, config: RunConfig, result: str):
         self.config = config
+        self.accelerator = make_training_accelerator(config)
         self.folder = RunFolder(config, result)
         self.images_seen = 0
         self.skipped_steps = 0
         self.evaluation_pending = False
         self._skipped_in_a_row = 0
-        self.accelerator = Accelerator(
-            mixed_precision=resolve_precision(config.mixed_precision),
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=None if config.tracker == "none" else config.tracker,
-            project_dir=str(self.folder.path),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
-        )
         self.log = RunLog(config, self.folder.path, self.accelerator)
         self.record = self.log.means.record
         self.checkpoints = Checkpoints(

@@ -22,10 +22,9 @@ from torch.utils.data import Subset
 
 from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.distributed import on_main, write_or_stop_all
-from looc_ldm.errors import ConfigError, DataError
+from looc_ldm.errors import DataError
 from looc_ldm.images import to_float, to_pil, to_uint8
 from looc_ldm.metrics.collect import Features
-from looc_ldm.metrics.extractors import InceptionFeatures
 from looc_ldm.metrics.generation import Network, collect_features
 from looc_ldm.metrics.generation import generation_figures as generation_figures_of
 from looc_ldm.metrics.reconstruction import eval_mode, evaluate_reconstruction
@@ -34,7 +33,8 @@ from looc_ldm.metrics.shares import share_of_batches
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.quantizer import LooCQuantizer
-from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, EvaluationConfig
+from looc_ldm.training.checks import features_of_config
+from looc_ldm.training.config import DiffusionConfig, EvaluationConfig
 from looc_ldm.training.data import float_batches
 from looc_ldm.training.image_set import ImageSet, spread
 
@@ -43,30 +43,6 @@ logger = logging.getLogger(__name__)
 FEATURE_BATCH = 32  # images that a loader's worker reads, or the Inception network sees, at a time
 SAMPLE_BATCH = 64  # images drawn at a time, if the training batch is not smaller; the same for any number of processes
 LOGGED = ("images", "psnr", "ssim", "l1", "lpips", "codebook_use", "perplexity", "bits_per_pixel")
-
-
-def check_evaluation(config: AutoencoderConfig | DiffusionConfig) -> None:
-    """Refuse, before training, an evaluation that could not be made later. Downloads the Inception network if asked.
-
-    Raises:
-        ConfigError: There is nothing to measure, too little to measure it on, or no Inception network.
-    """
-    evaluation = config.evaluation
-    if evaluation.every_images is None:
-        return
-    if not evaluation.fid:
-        if isinstance(config, DiffusionConfig):
-            raise ConfigError("evaluation.every_images: stage 2 measures nothing without evaluation.fid=true.")
-        return
-    if isinstance(config, AutoencoderConfig) and config.data.validation_images < 2:
-        raise ConfigError("evaluation.fid=true needs data.validation_images of at least 2, got 1.")
-    try:
-        features_of_config(evaluation).check()
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
-        message = " ".join(str(error).split())
-        raise ConfigError(
-            f"evaluation.inception_weights: {message} (evaluation.feature_layer={evaluation.feature_layer})"
-        ) from None
 
 
 # The codebook ---------------------------------------------------------------------------------------------------------
@@ -223,12 +199,6 @@ def _reference_features(
     save = partial(cache.save, key, features)
     write_or_stop_all(accelerator, "the reference of FID", cache.folder, save, main_only=True)
     return features
-
-
-def features_of_config(evaluation: EvaluationConfig) -> InceptionFeatures:
-    """Return the features that a config measures with. Raises FileNotFoundError if the weights are not there."""
-    weights = evaluation.inception_weights
-    return InceptionFeatures(str(evaluation.feature_layer), None if weights is None else Path(weights))
 
 
 def features_of_share(

@@ -14,8 +14,8 @@ from looc_ldm import LooCLDMPipeline, LooCVQModel
 from looc_ldm.errors import ConfigError, ModelError
 from looc_ldm.loading import load_autoencoder
 from looc_ldm.training import diffusion
+from looc_ldm.training.checks import check_config
 from looc_ldm.training.config import DataConfig, EvaluationConfig
-from looc_ldm.training.config_parsing import check_config
 from looc_ldm.training.diffusion import Denoiser, make_scheduler
 from looc_ldm.training.latents import LatentCache, LatentStream
 from looc_ldm.training.run import Run
