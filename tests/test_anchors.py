@@ -2,18 +2,10 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from looc_ldm.anchors import better_anchors
 from looc_ldm.search import DISTANCES, nearest_codevectors
-
-
-def similarity_float64(vectors: torch.Tensor, codebook: torch.Tensor, distance: str) -> torch.Tensor:
-    """(N, K), by definition: the cosine, or minus the squared distance."""
-    vectors, codebook = vectors.double(), codebook.double()
-    if distance == "cosine":
-        return F.cosine_similarity(vectors[:, None], codebook[None], dim=-1)
-    return -(vectors[:, None] - codebook[None]).square().sum(-1)
+from tiny import similarity_float64
 
 
 @pytest.mark.parametrize("distance", DISTANCES)

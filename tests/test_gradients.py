@@ -117,17 +117,6 @@ def test_only_the_gradient_differs_from_the_straight_through_estimate(training):
     assert torch.equal(outputs[0][2][2], outputs[1][2][2])
 
 
-def test_revival_between_forward_and_backward_leaves_the_gradient_alone():
-    gradients = []
-    for revive_first in (False, True):
-        quantizer, z = small_quantizer(), torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(1))
-        quantized = quantizer(z.requires_grad_())[0]
-        if revive_first:
-            quantizer.revive()
-        gradients.append(torch.autograd.grad(quantized.square().sum(), z)[0])
-    assert torch.equal(*gradients)
-
-
 def test_a_second_derivative_is_refused():
     z = torch.randn(2, 8, 4, 4, requires_grad=True)
     loss = small_quantizer()(z)[1].square()

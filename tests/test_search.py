@@ -9,27 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from looc_ldm import search, search_cpu
 from looc_ldm.search import DISTANCES, nearest_codevectors
-
-
-def similarity_float64(vectors: torch.Tensor, codebook: torch.Tensor, distance: str) -> torch.Tensor:
-    """(N, K), by definition: the cosine, or minus the squared distance."""
-    vectors, codebook = vectors.double(), codebook.double()
-    if distance == "cosine":
-        return F.cosine_similarity(vectors[:, None], codebook[None], dim=-1)
-    return -(vectors[:, None] - codebook[None]).square().sum(-1)
-
-
-@pytest.mark.parametrize("anchor", ["none", "closest"])
-@pytest.mark.parametrize("distance", DISTANCES)
-def test_indices_are_those_of_brute_force_in_float64(distance, anchor):
-    torch.manual_seed(0)
-    vectors, codebook = torch.randn(3000, 4), torch.randn(37, 4)
-    similarity = similarity_float64(vectors, codebook, distance)
-    best, second = similarity.topk(2, dim=1).values.unbind(1)
-    decided = best - second > 1e-5  # float32 cannot tell closer ones apart
-    assert decided.float().mean() > 0.99
-    indices = nearest_codevectors(vectors, codebook, distance, anchor).indices
-    assert torch.equal(indices[decided], similarity.argmax(1)[decided])
+from tiny import similarity_float64
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -177,7 +157,7 @@ def test_every_back_end_alone_finds_the_indices_of_brute_force(name, distance):
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("name", ["fused", "tree", "chunks", "blocks"])
+@pytest.mark.parametrize("name", SEARCHES)
 def test_exact_ties_go_to_the_lowest_index_on_every_back_end(name, distance):
     torch.manual_seed(0)
     for k in (2, 6, 30, 87, 150, 778):
@@ -193,7 +173,7 @@ def test_exact_ties_go_to_the_lowest_index_on_every_back_end(name, distance):
         assert run_search(name, torch.randn(600, 4), codebook, distance).max() < k
 
 
-@pytest.mark.parametrize("name", ["fused", "tree", "chunks", "blocks"])
+@pytest.mark.parametrize("name", SEARCHES)
 def test_by_cosine_a_vector_of_zeros_is_equally_similar_to_all_and_a_codevector_of_zeros_at_right_angles(name):
     torch.manual_seed(0)
     codebook, vectors = torch.randn(200, 4), torch.randn(500, 4)
@@ -209,28 +189,20 @@ def test_by_cosine_a_vector_of_zeros_is_equally_similar_to_all_and_a_codevector_
 @pytest.mark.parametrize("d", [2, 4])
 def test_the_number_of_threads_changes_nothing(distance, d, monkeypatch):
     monkeypatch.setattr(search_cpu, "PARALLEL_PAIRS", 1)
-    monkeypatch.setattr(search_cpu.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(search_cpu.os, "cpu_count", lambda: 64)
     torch.manual_seed(0)
     codebook = torch.randint(-9, 10, (60, d)).float()
-    for n in (1, 255, 256, 257, 700, 2049):
+    for n in (1, 255, 256, 257, 486, 712, 2049):
         vectors = torch.randint(-9, 10, (n, d)).float()  # full of ties
         for name in ("fused", "tree"):
             alone = run_search(name, vectors, codebook, distance)
-            for threads in (2, 3, 8):
+            for threads in (2, 3, 8, 25):
                 assert torch.equal(run_search(name, vectors, codebook, distance, threads), alone)
         score, row = run_closest("fused", vectors, codebook, distance)
         for threads in (2, 3, 8):
             several = run_closest("fused", vectors, codebook, distance, threads)
             assert torch.equal(several[0], score)
             assert torch.equal(several[1], row)
-
-
-def test_parts_for_threads_are_all_vectors_once_and_no_others(monkeypatch):
-    monkeypatch.setattr(search_cpu.os, "cpu_count", lambda: 64)
-    for n in (1, 250, 255, 256, 257, 486, 712, 2000, 70_000):
-        for threads in (1, 2, 3, 4, 8, 16, 25):
-            parts = search_cpu._in_threads(lambda start, stop: (start, stop), n, 2**22, threads)
-            assert [i for start, stop in parts for i in range(start, stop)] == list(range(n))
 
 
 @pytest.mark.parametrize("name", ["fused", "chunks"])

@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
 from looc_ldm import ClassEmbedding, LooCLDMPipeline, LooCQuantizer, LooCVQModel
@@ -108,6 +111,14 @@ def tiny_pipeline(
     return pipe
 
 
+def similarity_float64(vectors: torch.Tensor, codebook: torch.Tensor, distance: str) -> torch.Tensor:
+    """Return the cosine, or minus the squared distance, of each vector and codevector by definition: `(N, K)`."""
+    vectors, codebook = vectors.double(), codebook.double()
+    if distance == "cosine":
+        return F.cosine_similarity(vectors[:, None], codebook[None], dim=-1)
+    return -(vectors[:, None] - codebook[None]).square().sum(-1)
+
+
 def noise(count: int, channels: int = 1, height: int = 16, width: int | None = None, seed: int = 1) -> torch.Tensor:
     """Return uint8 images of noise `(count, channels, height, width)`."""
     generator = torch.Generator().manual_seed(seed)
@@ -118,6 +129,17 @@ def log_lines(run: Path, without: Iterable[str] = ()) -> list[dict]:
     """Return the lines of a run's `metrics.jsonl`, without the keys named."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in without} for line in lines]
+
+
+def launch(*command: str | Path, processes: int = 2) -> str:
+    """Run a Python file, or a module after "-m", on CPU processes that talk through gloo. Return what they print."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
+    command = [*launcher, *map(str, command)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout
 
 
 def import_file(file: Path) -> ModuleType:

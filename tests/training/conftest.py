@@ -6,7 +6,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from accelerate import Accelerator
 
+from looc_ldm import LooCVQModel
 from looc_ldm.training import autoencoder
 from looc_ldm.training.config import AutoencoderConfig, DataConfig, DiffusionConfig, LossConfig, OptimizerConfig
 from looc_ldm.training.data import load_image_sets
@@ -107,6 +109,23 @@ def autoencoder_run(autoencoder_config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "autoencoder"
     autoencoder.train(autoencoder_config(folder, tracker="tensorboard"))
     return folder
+
+
+@pytest.fixture
+def model(autoencoder_run) -> LooCVQModel:
+    """The autoencoder of that run."""
+    return LooCVQModel.from_pretrained(autoencoder_run / "model").eval()
+
+
+@pytest.fixture(scope="module")
+def images(small_data):
+    """The images that it was trained on."""
+    return load_image_sets(small_data, channels=1)[0]
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True, mixed_precision="no")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -27,23 +26,9 @@ from looc_ldm.training.config import DataConfig
 from looc_ldm.training.config_parsing import to_dict
 from looc_ldm.training.data import load_image_sets
 from looc_ldm.training.latents import LatentCache, LatentStream, cache_latents
+from tiny import launch
 
 IMAGE_BYTES = 2 * 2 * 4 * 16 * 16  # of the latents of an image and of its mirror image
-
-
-@pytest.fixture
-def model(autoencoder_run) -> LooCVQModel:
-    return LooCVQModel.from_pretrained(autoencoder_run / "model").eval()
-
-
-@pytest.fixture(scope="module")
-def images(small_data):
-    return load_image_sets(small_data, channels=1)[0]
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    return Accelerator(cpu=True, mixed_precision="no")
 
 
 @pytest.fixture
@@ -292,18 +277,12 @@ def test_any_number_of_processes_writes_the_same_bytes_also_going_on_from_anothe
         (begun / name).unlink()
     first = (begun / "latents-00000-of-00007.safetensors").stat().st_mtime_ns
 
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [__file__, str(tmp_path), str(autoencoder_run / "model"), str(config_file)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run([*launcher, *script], env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-
+    printed = launch(__file__, tmp_path, autoencoder_run / "model", config_file)
     assert contents(tmp_path / "two") == contents(alone)
     assert contents(begun) == contents(alone)
     assert (begun / "latents-00000-of-00007.safetensors").stat().st_mtime_ns == first
     assert contents(tmp_path / "two_command") == contents(command)
-    printed = [line for line in ended.stdout.splitlines() if "standard deviation" in line]
-    assert len(printed) == 1
+    assert printed.count("standard deviation") == 1
     for name in ("description.json", "latents-00003-of-00007.safetensors"):  # begun by two, and finished by one
         (tmp_path / "two" / name).unlink()
     cache_latents(model, images, tmp_path / "two", accelerator, shard_bytes=10 * IMAGE_BYTES)

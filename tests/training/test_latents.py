@@ -11,7 +11,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from looc_ldm import LooCVQModel
@@ -32,21 +31,6 @@ from looc_ldm.training.latents import (
 CLASS_DROPOUT = 0.1
 HALF = 2e-3  # latents of up to 4 in size are stored in half precision
 SHARD_BYTES = 10 * 2 * 2 * 4 * 16 * 16  # of ten images and their mirror images
-
-
-@pytest.fixture
-def model(autoencoder_run) -> LooCVQModel:
-    return LooCVQModel.from_pretrained(autoencoder_run / "model").eval()
-
-
-@pytest.fixture(scope="module")
-def images(small_data):
-    return load_image_sets(small_data, channels=1)[0]
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    return Accelerator(cpu=True, mixed_precision="no")
 
 
 @pytest.fixture

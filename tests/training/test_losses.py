@@ -3,9 +3,6 @@
 This file is also the script that each of two processes runs.
 """
 
-import importlib.util
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,6 +20,7 @@ from looc_ldm.training.losses import (
     hinge_discriminator_loss,
     load_lpips,
 )
+from tiny import import_file, launch
 
 WEIGHTS = {"vgg": "vgg16_features_fp16.safetensors", "alex": "alexnet_features_fp32.safetensors"}
 
@@ -112,10 +110,7 @@ def divided(process: int, processes: int, accelerator: Accelerator) -> torch.Ten
 
 
 def test_two_processes_have_the_weight_of_one(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    ended = subprocess.run([*launcher, __file__, str(tmp_path)], env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    launch(__file__, tmp_path)
     alone = Accelerator(cpu=True)
     expected = divided(0, 1, alone)
     for process in range(2):
@@ -130,10 +125,7 @@ def test_two_processes_have_the_weight_of_one(tmp_path):
 
 @pytest.mark.parametrize("network", WEIGHTS)
 def test_lpips_with_local_weights_is_the_reference(network, test_data):
-    spec = importlib.util.spec_from_file_location("metric_weights", test_data / "metrics" / "metric_weights.py")
-    metric_weights = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(metric_weights)
-    reference = metric_weights.lpips_network(network)
+    reference = import_file(test_data / "metrics" / "metric_weights.py").lpips_network(network)
     ours = load_lpips(network, str(test_data / "metrics" / WEIGHTS[network]))
     images = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():

@@ -16,11 +16,12 @@ from diffusers import (
     UNet2DModel,
 )
 
-from looc_ldm import LooCLDMPipeline, LooCVQModel
+from looc_ldm import LooCLDMPipeline
 from looc_ldm.errors import ConfigError
 from looc_ldm.pipelines.schedulers import PREDICTION_TYPES
 from looc_ldm.training.config import DiffusionConfig
 from looc_ldm.training.objectives import Objective, min_snr_weight
+from tiny import tiny_autoencoder, tiny_unet
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -309,9 +310,16 @@ class ExactField(UNet2DModel):
         return (two_point_velocity(sample, timestep / 1000),)
 
 
+def exact_pipeline(**scheduler) -> LooCLDMPipeline:
+    unet = ExactField.from_config(tiny_unet().config)
+    pipe = LooCLDMPipeline(tiny_autoencoder(), unet.eval(), FlowMatchEulerDiscreteScheduler(**scheduler))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_our_pipeline_takes_the_exact_velocity_of_two_points_to_them(make_tiny_pipeline, shift):
-    pipe = make_tiny_pipeline(FlowMatchEulerDiscreteScheduler(shift=shift))
+def test_our_pipeline_takes_the_exact_velocity_of_two_points_to_them(shift):
+    pipe = exact_pipeline(shift=shift)
     assert pipe.config.prediction_type == "flow_prediction"
     latents = pipe(batch_size=16, num_inference_steps=50, generator=torch.manual_seed(0), output_type="latent").images
     assert (latents.abs() - MEAN).abs().max() < 0.05
@@ -319,39 +327,8 @@ def test_our_pipeline_takes_the_exact_velocity_of_two_points_to_them(make_tiny_p
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_a_flow_model_is_not_sampled_by_a_scheduler_of_another_kind(make_tiny_pipeline, prediction_type):
-    pipe = make_tiny_pipeline(FlowMatchEulerDiscreteScheduler())
+def test_a_flow_model_is_not_sampled_by_a_scheduler_of_another_kind(prediction_type):
+    pipe = exact_pipeline()
     pipe.scheduler = diffusion(prediction_type)
     with pytest.raises(ValueError, match="flow_prediction"):
         pipe(num_inference_steps=2)
-
-
-@pytest.fixture
-def make_tiny_pipeline():
-    def make(scheduler) -> LooCLDMPipeline:
-        vqvae = LooCVQModel(
-            block_out_channels=(8,),
-            norm_num_groups=4,
-            latent_channels=4,
-            vq_embed_dim=4,
-            num_vq_embeddings=16,
-            codevector_dim=2,
-            sample_size=8,
-            scaling_factor=1.0,
-            mid_block_add_attention=False,
-        )
-        unet = ExactField(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(8,),
-            down_block_types=("DownBlock2D",),
-            up_block_types=("UpBlock2D",),
-            norm_num_groups=4,
-            layers_per_block=1,
-        )
-        pipe = LooCLDMPipeline(vqvae.eval(), unet.eval(), scheduler)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return make

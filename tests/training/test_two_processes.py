@@ -1,13 +1,12 @@
 """What the README launches on several processes: the trainers as modules, with all terms and accumulation."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tiny import launch
 
 FEW = ["--total_images", "64", "--batch_size", "16", "--gradient_accumulation_steps", "2", "--tracker", "none"]
 GAN = ["--loss.adversarial_weight", "0.5", "--loss.adversarial_start_images", "16", "--model.anchor", "probrandom"]
@@ -15,20 +14,16 @@ GAN = ["--loss.adversarial_weight", "0.5", "--loss.adversarial_start_images", "1
 pytestmark = pytest.mark.slow
 
 
-def launch(stage: str, processes: int, *arguments: str) -> None:
-    """Run a trainer as `accelerate launch` does on GPUs, on CPU processes that talk through gloo."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-    command = [*launcher, f"looc_ldm.training.{stage}", "--config", f"fashion_mnist/{stage}", *FEW, *arguments]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert ended.returncode == 0, ended.stderr[-2000:]
+def train(stage: str, processes: int, *arguments: str | Path) -> None:
+    command = ["-m", f"looc_ldm.training.{stage}", "--config", f"fashion_mnist/{stage}", *FEW, *arguments]
+    launch(*command, processes=processes)
 
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory) -> Path:
     """A first stage, trained by two processes with the PatchGAN."""
     folder = tmp_path_factory.mktemp("two") / "autoencoder"
-    launch("autoencoder", 2, *GAN, "--output_dir", str(folder))
+    train("autoencoder", 2, *GAN, "--output_dir", folder)
     return folder / "model"
 
 
@@ -43,7 +38,7 @@ def test_two_processes_train_the_second_stage_of_one(autoencoder, tmp_path):
     runs = {}
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        launch("diffusion", processes, "--autoencoder", str(autoencoder), "--output_dir", str(folder))
+        train("diffusion", processes, "--autoencoder", autoencoder, "--output_dir", folder)
         runs[processes] = load_file(folder / name)
     for key, tensor in runs[1].items():
         torch.testing.assert_close(tensor, runs[2][key], rtol=0, atol=1e-4)

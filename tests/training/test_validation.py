@@ -4,8 +4,6 @@ This file is also the script that each of two processes runs.
 """
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,6 @@ import pytest
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, UNet2DModel
 
 from looc_ldm import LooCLDMPipeline, LooCQuantizer, LooCVQModel
 from looc_ldm.errors import ConfigError, DataError
@@ -32,45 +29,16 @@ from looc_ldm.training.validation import (
     reconstruction_figures,
     reconstruction_grid,
 )
-
-CLASSES, NULL_LABEL = 10, 10
+from tiny import launch, tiny_autoencoder, tiny_pipeline
 
 
 def small_autoencoder(seed: int = 0) -> LooCVQModel:
-    torch.manual_seed(seed)
-    return LooCVQModel(
-        in_channels=1,
-        out_channels=1,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        vq_embed_dim=4,
-        num_vq_embeddings=16,
-        codevector_dim=2,
-        distance="euclidean",
-        sample_size=32,
-        scaling_factor=1.0,
-        mid_block_add_attention=False,
-    ).eval()
+    return tiny_autoencoder(1, seed=seed, distance="euclidean", mid_block_add_attention=False)
 
 
-def small_pipeline(classes: int = CLASSES) -> LooCLDMPipeline:
-    vqvae = small_autoencoder()
-    unet = UNet2DModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        layers_per_block=1,
-        num_class_embeds=classes + 1 if classes else None,
-    ).eval()
-    null = {"null_class_label": NULL_LABEL} if classes else {}
-    return LooCLDMPipeline(vqvae, unet, DDIMScheduler(clip_sample=False), **null)
+def small_pipeline(classes: int = 10) -> LooCLDMPipeline:
+    kind = "num_class_embeds" if classes else "unconditional"
+    return tiny_pipeline(kind, map(str, range(classes)), small_autoencoder())
 
 
 def small_config(folder: Path, weights: Path, data: DataConfig, **evaluation) -> DiffusionConfig:
@@ -230,7 +198,7 @@ def test_processes_that_draw_their_shares_draw_the_set_of_one():
             assert (image.int() - whole[i].int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize("classes", [0, CLASSES])
+@pytest.mark.parametrize("classes", [0, 10])
 def test_generation_figures_are_those_of_the_metrics_for_samples_of_each_class(
     sets, small_data, inception_weights, alone, tmp_path, classes
 ):
@@ -267,11 +235,7 @@ def test_the_reference_is_read_once_and_anew_where_something_else_is_asked(
 @pytest.mark.slow
 def test_two_processes_have_the_figures_of_one(sets, small_data, inception_weights, alone, tmp_path):
     train, _ = sets
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    arguments = [str(tmp_path / "two"), str(inception_weights), small_data.path]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    ended = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    launch(__file__, tmp_path / "two", inception_weights, small_data.path)
     expected = generation_figures(
         small_pipeline(), train, small_config(tmp_path / "one", inception_weights, small_data), alone
     )
