@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from looc_ldm.autoencoder import LooCDecoderOutput
 from looc_ldm.baselines.base import Quantizer, squared_distances
-from looc_ldm.small import LooCSmallVQModel
+from looc_ldm.models.autoencoder import LooCDecoderOutput
+from looc_ldm.models.small import LooCSmallVQModel
 
 _RESET_EVERY = 20  # batches
 _LAST_TEMPERATURE = 1e-3

@@ -19,8 +19,8 @@ from results import RESULTS, replace_results
 from small_images import SETS, load_images
 
 from looc_ldm.analysis.rate_distortion import CODECS, codec_curve
-from looc_ldm.errors import one_line_errors
-from looc_ldm.images import to_pil
+from looc_ldm.images.pixels import to_pil
+from looc_ldm.utils.errors import one_line_errors
 
 
 def measure(images: str, data: Path) -> list[dict]:

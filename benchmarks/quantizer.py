@@ -37,8 +37,8 @@ import torch.nn.functional as F
 from results import RESULTS, circumstances, replace_results
 
 from looc_ldm import LooCQuantizer
-from looc_ldm.quantizer import GRADIENTS
-from looc_ldm.search import nearest_codevectors
+from looc_ldm.quantizer.loocq import GRADIENTS
+from looc_ldm.quantizer.search import nearest_codevectors
 
 HEADS = 8
 TURNS, SECONDS = 5, 5.0  # turns of each contestant, and when to stop earlier
@@ -160,7 +160,9 @@ def measure_memory(queue, name: str, n: int, k: int, d: int, training: bool, dev
 
 def memory(*arguments) -> float | None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["looc_ldm.quantizer", "diffusers", "vector_quantize_pytorch", "numba", "scipy"])
+    context.set_forkserver_preload(
+        ["looc_ldm.quantizer.loocq", "diffusers", "vector_quantize_pytorch", "numba", "scipy"]
+    )
     queue = context.Queue()
     process = context.Process(target=measure_memory, args=(queue, *arguments))
     process.start()
@@ -216,7 +218,7 @@ def gradients(device: str) -> list[dict]:
 
 def backends(dims: list[int]) -> None:
     """Print the milliseconds of each CPU back end at N = 262,144."""
-    from looc_ldm import search, search_cpu
+    from looc_ldm.quantizer import search, search_cpu
 
     print("|  K | d | cosine | fused loop | k-d tree | chunks | closest: fused | closest: chunks |\n|" + "---:|" * 8)
     threads = torch.get_num_threads()

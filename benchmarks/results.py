@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from looc_ldm.errors import UserError
-from looc_ldm.files import replace_text
+from looc_ldm.utils.errors import UserError
+from looc_ldm.utils.files import replace_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from looc_ldm.errors import DataError
+from looc_ldm.utils.errors import DataError
 
 COUNTS = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000}  # training images
 SETS = tuple(COUNTS)

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from looc_ldm.errors import UserError
-from looc_ldm.files import renamed_when_complete
-from looc_ldm.images import to_float
+from looc_ldm.images.pixels import to_float
 from looc_ldm.training.ema import EMA
+from looc_ldm.utils.errors import UserError
+from looc_ldm.utils.files import renamed_when_complete
 
 EPOCHS = 500  # of the published training, of all training images
 HELD_OUT = 5000  # the last training images: checkpoints are chosen on them

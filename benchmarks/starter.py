@@ -26,15 +26,15 @@ import torch
 from results import RESULTS, ROOT, replace_results, revision
 
 from looc_ldm import LooCLDMPipeline
-from looc_ldm.card import MARK, write_card
-from looc_ldm.errors import UserError, one_line_errors
-from looc_ldm.files import replace_text, write_image
+from looc_ldm.hub.card import MARK, write_card
+from looc_ldm.hub.facts import shareable
 from looc_ldm.metrics import InceptionFeatures
 from looc_ldm.metrics.extractors import LAYERS
 from looc_ldm.metrics.lpips import load_lpips
-from looc_ldm.model_facts import shareable
 from looc_ldm.pipelines.sampling import sample_images
-from looc_ldm.report import side_by_side
+from looc_ldm.utils.errors import UserError, one_line_errors
+from looc_ldm.utils.files import replace_text, write_image
+from looc_ldm.utils.report import side_by_side
 
 STARTER = ROOT / "looc_ldm" / "data" / "starter"
 MOST_BYTES = 12 * 2**20
@@ -47,7 +47,7 @@ REHEARSED = {"train": slice(0, 500), "validation": slice(5500, 6000)}
 
 def call(*arguments) -> None:
     print("looc-ldm", *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "looc_ldm.cli", *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, "-m", "looc_ldm.commands.main", *map(str, arguments)], check=True)
 
 
 def data_folder(options: argparse.Namespace) -> Path:

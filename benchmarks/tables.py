@@ -32,10 +32,10 @@ from small_images import COUNTS, SETS, check_files, load_images
 from small_vqvae import EPOCHS, Training, train
 from table_rows import PAPER_ROWS, ROWS, TABLES, Row
 
-from looc_ldm.errors import UserError, one_line_errors
-from looc_ldm.images import to_float
+from looc_ldm.images.pixels import to_float
 from looc_ldm.metrics import InceptionFeatures, evaluate_reconstruction
 from looc_ldm.metrics.lpips import load_lpips
+from looc_ldm.utils.errors import UserError, one_line_errors
 
 BATCH = 250  # test images at a time
 COMMAND_SETTINGS = [field.name for field in fields(Training) if field.name != "images"]

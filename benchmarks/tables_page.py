@@ -16,7 +16,7 @@ from table_rows import PAPER_ROWS, ROWS, TABLES
 from tables import load_paper
 from tables_plot import draw_plot
 
-from looc_ldm.files import replace_bytes
+from looc_ldm.utils.files import replace_bytes
 
 SETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 COMPARED = "60,000 images, batch size 16"  # the training that most rows have, in the words of `words`

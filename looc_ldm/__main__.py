@@ -1,6 +1,6 @@
 """`python -m looc_ldm` is `looc-ldm`."""
 
-from looc_ldm.cli import main
+from looc_ldm.commands.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,82 +1,13 @@
-"""Errors that the command line shows as one line: what was wrong, and what is allowed."""
+"""The documented path of `looc_ldm.utils.errors`."""
 
-from __future__ import annotations
-
-import os
-import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TextIO
-
-
-class UserError(ValueError):
-    """Bad input. The message is one line that names the value and what is allowed."""
-
-
-class ConfigError(UserError):
-    """A setting that is unknown, of the wrong type or out of range."""
-
-
-class DataError(UserError):
-    """Images that are missing or cannot be read."""
-
-
-class UnreadableImage(DataError):
-    """One image that cannot be decoded. `name` is what it is called."""
-
-    def __init__(self, message: str, name: str = ""):  # a loader raises errors of its workers anew from the message
-        super().__init__(message)
-        self.name = name
-
-
-class ModelError(UserError):
-    """A folder or id that is not a model of the kind that is needed."""
-
-
-class TrainingError(UserError):
-    """A run that cannot go on. Its checkpoints are as they were."""
-
-
-class Terminated(KeyboardInterrupt):
-    """A run that SIGTERM ended, after it was saved."""
-
-
-def one_line(error: BaseException) -> str:
-    """Return what an error says, on one line."""
-    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
-
-
-def is_first_process() -> bool:
-    """Whether this is the first, or the only one, of the processes that a launcher has started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def print_once(text, file: TextIO | None = None) -> None:
-    """Print what all processes have to say, in the first one."""
-    if is_first_process():
-        print(text, file=file)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Command lines run in this: bad input ends in one line and exit status 2, Ctrl-C in one line and status 130.
-
-    Bad input is a UserError, and what the system, a library or YAML say of files and values: OSError, ValueError (of
-    which UnicodeError is one) and YAMLError. SIGTERM during training ends in one line and status 143.
-    """
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        print_once(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
-        sys.exit(143 if isinstance(interrupt, Terminated) else 130)
-    except Exception as error:
-        yaml = sys.modules.get("yaml")  # which need not have been imported
-        if not isinstance(error, (OSError, ValueError) + ((yaml.YAMLError,) if yaml else ())):
-            raise
-        message = str(error).strip() or type(error).__name__
-        # From a loader's worker process the message comes with the worker's traceback in front.
-        if message.startswith("Caught "):
-            message = re.sub(r"^[\w.]+: ", "", message.splitlines()[-1])
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
+from looc_ldm.utils.errors import ConfigError as ConfigError
+from looc_ldm.utils.errors import DataError as DataError
+from looc_ldm.utils.errors import ModelError as ModelError
+from looc_ldm.utils.errors import Terminated as Terminated
+from looc_ldm.utils.errors import TrainingError as TrainingError
+from looc_ldm.utils.errors import UnreadableImage as UnreadableImage
+from looc_ldm.utils.errors import UserError as UserError
+from looc_ldm.utils.errors import is_first_process as is_first_process
+from looc_ldm.utils.errors import one_line as one_line
+from looc_ldm.utils.errors import one_line_errors as one_line_errors
+from looc_ldm.utils.errors import print_once as print_once

@@ -5,6 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,21 @@ import pytest
 import looc_ldm
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = {"looc_ldm": "looc_ldm", "pipelines": "looc_ldm.pipelines", "training": "looc_ldm.training"}
-LAYERS = ("looc_ldm", "looc_ldm.pipelines", "looc_ldm.training", "command line")
-COMMAND_LINE = ("looc_ldm.__main__", "looc_ldm.cli", "looc_ldm.quickstart", "looc_ldm.commands")
+# Imports go from right to left only; parts of one tuple do not know each other. See CONTRIBUTING.md.
+LAYERS = (
+    ("configs",),
+    ("utils",),
+    ("quantizer",),
+    ("models",),
+    ("images",),
+    ("codes", "metrics", "baselines"),
+    ("hub",),
+    ("pipelines",),
+    ("analysis", "convert"),
+    ("training",),
+    ("commands",),
+)
+LEVELS = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 
 def python(*arguments: str, cwd: Path, path: str | None = None) -> subprocess.CompletedProcess:
@@ -26,40 +39,34 @@ def python(*arguments: str, cwd: Path, path: str | None = None) -> subprocess.Co
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the checkout, by the name under which it is imported."""
-    found = {}
-    for folder, package in PARTS.items():
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            if file.relative_to(ROOT / folder).parts[0] == "data":
-                continue  # code of bundled models, for diffusers to run
-            parts = [package, *file.relative_to(ROOT / folder).with_suffix("").parts]
-            found[".".join(part for part in parts if part != "__init__")] = file
-    return found
+    """Return every module of the package by its name; not the code of bundled models, which is for diffusers to run."""
+    files = [file for file in sorted((ROOT / "looc_ldm").rglob("*.py")) if "data" not in file.parts[:-1]]
+    dotted = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    return {name.removesuffix(".__init__"): file for name, file in dotted.items()}
 
 
-def layer(name: str) -> int:
-    """Of a module, or of a name in it."""
-    if f"{name}.".startswith(tuple(f"{module}." for module in COMMAND_LINE)):
-        return LAYERS.index("command line")
-    return next(i for i in (2, 1, 0) if f"{name}.".startswith(f"{LAYERS[i]}."))
-
-
-def imports(file: Path) -> set[str]:
-    """What a file imports of the project, anywhere in it but for type checkers."""
-    tree = ast.parse(file.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
+def imports(name: str) -> set[str]:
+    """Return the modules of the project that a module imports, anywhere in it; a package stands for its `__init__`."""
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(modules()[name].read_text())):
         if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: a relative import"
-            for name in node.names:
-                public = looc_ldm._HOME_OF.get(name.name) if node.module == "looc_ldm" else None
-                found.add(public or f"{node.module}.{name.name}")
-    return {name for name in found if name.split(".")[0] in (*PARTS, "configs", "benchmarks", "tests")}
+            assert node.level == 0, f"{name}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {_module_of(imported) for imported in found if imported.split(".")[0] == "looc_ldm"} - {name}
+
+
+def _module_of(imported: str) -> str:
+    while imported not in modules():
+        imported = imported.rpartition(".")[0]
+    return imported
+
+
+def part(module: str) -> str | None:
+    """Return the part that a module belongs to; None for the root package and the old paths in it."""
+    name = f"{module}.".split(".")[1]
+    return name if name in LEVELS else None
 
 
 # Importing ------------------------------------------------------------------------------------------------------------
@@ -124,14 +131,51 @@ def test_a_trainer_starts_as_a_module(place, tmp_path):
 # Layers ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", modules())
+def test_every_folder_is_a_part():
+    folders = {file.parent.name for file in (ROOT / "looc_ldm").glob("*/__init__.py")}
+    assert folders == set(LEVELS)
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if part(name)])
 def test_imports_go_one_way(module):
-    for imported in imports(modules()[module]):
-        assert imported.split(".")[0] == "looc_ldm", f"{module} imports {imported}"
-        assert layer(imported) <= layer(module), f"{module} imports {imported}"
+    for imported in imports(module):
+        other = part(imported)
+        assert imported == "looc_ldm" or other is not None, f"{module} imports {imported}, an old path"
+        if other is not None and other != part(module):
+            assert LEVELS[other] < LEVELS[part(module)], f"{module} imports {imported}"
 
 
-def test_the_layers_are_seen_where_they_are():
-    assert {layer(module) for module in modules()} == {0, 1, 2, 3}
-    assert "looc_ldm.pipelines.sampling.sample_images" in imports(ROOT / "looc_ldm" / "commands" / "sample.py")
-    assert "looc_ldm.quantizer.LooCQuantizer" in imports(ROOT / "looc_ldm" / "autoencoder.py")
+def test_no_module_imports_itself_by_a_detour():
+    sorter = TopologicalSorter({name: imports(name) - {"looc_ldm"} for name in modules() if name != "looc_ldm"})
+    sorter.prepare()  # raises CycleError, which names the modules
+
+
+OLD_PATHS = {
+    "looc_ldm.cli": "main",
+    "looc_ldm.card": "write_card",
+    "looc_ldm.codes": "read_codes",
+    "looc_ldm.image_codes": "encode_image",
+    "looc_ldm.hub": "push",
+    "looc_ldm.metrics": "psnr",
+    "looc_ldm.baselines": "ResidualQuantizer",
+    "looc_ldm.convert": "convert_unet",
+    "looc_ldm.configs": "names",
+    "looc_ldm.pipelines": "LooCLDMPipeline",
+    "looc_ldm.quantizer": "LooCQuantizer",
+    "looc_ldm.errors": "UserError",
+    "looc_ldm.training.autoencoder": "train",
+    "looc_ldm.training.diffusion": "train",
+    "looc_ldm.training.latents": "cache_data_set",
+}
+
+
+@pytest.mark.parametrize(("module", "name"), OLD_PATHS.items())
+def test_documented_module_paths_stay(module, name):
+    assert getattr(importlib.import_module(module), name).__name__ == name
+
+
+@pytest.mark.parametrize("folder", ["pipelines", "training", "configs"])
+def test_the_top_level_shows_the_parts_as_links(folder):
+    if not (ROOT / folder).is_symlink():
+        pytest.skip("this file system has no links")
+    assert (ROOT / folder).readlink() == Path("looc_ldm", folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from looc_ldm.cli import parse_command
+from looc_ldm.commands.main import parse_command
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import parse_config
 

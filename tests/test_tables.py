@@ -13,7 +13,7 @@ import torch
 from looc_ldm import LooCQuantizer
 from looc_ldm.analysis.style import new_figure
 from looc_ldm.baselines import FiniteScalarQuantizer, ResidualQuantizer
-from looc_ldm.errors import UserError
+from looc_ldm.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

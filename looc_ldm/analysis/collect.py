@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from looc_ldm.autoencoder import LooCVQModel
-from looc_ldm.images import centre_crop, to_uint8
+from looc_ldm.images.pixels import centre_crop, to_uint8
 from looc_ldm.metrics import psnr
 from looc_ldm.metrics.reconstruction import PSNR_CEILING, eval_mode
-from looc_ldm.statistics import CodebookStatistics, CodeCounter
+from looc_ldm.models.autoencoder import LooCVQModel
+from looc_ldm.quantizer.statistics import CodebookStatistics, CodeCounter
 
 MOST_SAMPLED = 500  # images in the sample
 MOST_SAMPLED_VALUES = 2**26  # their pixel values, and their codes

@@ -10,10 +10,10 @@ import torch
 from looc_ldm.analysis.collect import Findings, occurrences
 from looc_ldm.analysis.rate_distortion import ModelPoint, codec_curve, draw_rate_distortion
 from looc_ldm.analysis.style import BLUE, HEAT, SKY, Drawing, new_figure, picture, style
-from looc_ldm.autoencoder import LooCVQModel
-from looc_ldm.images import to_uint8
+from looc_ldm.images.pixels import to_uint8
 from looc_ldm.metrics.quality import SSIM_WINDOW
 from looc_ldm.metrics.reconstruction import eval_mode
+from looc_ldm.models.autoencoder import LooCVQModel
 
 MOST_CODED = 64  # images that JPEG and WebP compress
 EXAMPLES = 8  # images shown with their errors

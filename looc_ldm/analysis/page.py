@@ -27,9 +27,9 @@ from looc_ldm.analysis.image_figures import (
     shown_codes,
 )
 from looc_ldm.analysis.style import Drawing
-from looc_ldm.autoencoder import LooCVQModel
-from looc_ldm.files import replace_bytes, replace_text
-from looc_ldm.report import Report
+from looc_ldm.models.autoencoder import LooCVQModel
+from looc_ldm.utils.files import replace_bytes, replace_text
+from looc_ldm.utils.report import Report
 
 NUMBERS, PAGE = "analysis.json", "analysis.html"
 OF_SEVERAL_SEGMENTS = [f"{name}.{kind}" for name in ("segment_use", "code_sharing") for kind in ("png", "svg")]

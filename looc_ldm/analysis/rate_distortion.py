@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from looc_ldm.images import to_float, to_pil
+from looc_ldm.images.pixels import to_float, to_pil
 from looc_ldm.metrics.protocols import get_protocol
 from looc_ldm.metrics.quality import psnr, ssim
 from looc_ldm.metrics.reconstruction import PSNR_CEILING

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from looc_ldm.baselines.base import Quantizer
-from looc_ldm.quantizer import LooCQuantizer
+from looc_ldm.quantizer.loocq import LooCQuantizer
 
 
 class ProductQuantizer(Quantizer):

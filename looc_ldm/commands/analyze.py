@@ -12,16 +12,16 @@ from looc_ldm import __version__
 from looc_ldm.analysis.collect import collect
 from looc_ldm.analysis.page import NUMBERS, PAGE, page, write_analysis
 from looc_ldm.analysis.page import analyze as draw_figures
+from looc_ldm.codes.images import set_tiling
 from looc_ldm.commands.many_files import batch_of_squares, pixel_budget
 from looc_ldm.commands.options import Analyze
 from looc_ldm.commands.record import versions
 from looc_ldm.commands.shared import data_of, load_images, load_model
-from looc_ldm.devices import choose_device
-from looc_ldm.errors import UserError
-from looc_ldm.files import check_folder, check_name, make_folder
-from looc_ldm.image_codes import set_tiling
+from looc_ldm.images.image_set import spread
 from looc_ldm.training.data import float_batches
-from looc_ldm.training.image_set import spread
+from looc_ldm.utils.devices import choose_device
+from looc_ldm.utils.errors import UserError
+from looc_ldm.utils.files import check_folder, check_name, make_folder
 
 
 def analyze(options: Analyze) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from looc_ldm.errors import UserError
+from looc_ldm.utils.errors import UserError
 
 
 @dataclass

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from looc_ldm.autoencoder import LooCVQModel
-from looc_ldm.code_table import TableRow, file_names, image_names, read_code_table, write_code_table
-from looc_ldm.codes import (
+from looc_ldm.codes.images import check_codes, decode_pixels, encode_pixels, image_of, read_pixels
+from looc_ldm.codes.looc_file import (
     FINGERPRINT_BYTES,
     HEADER_BYTES,
     CodesError,
@@ -23,15 +22,16 @@ from looc_ldm.codes import (
     read_codes,
     write_codes,
 )
+from looc_ldm.codes.table import TableRow, file_names, image_names, read_code_table, write_code_table
 from looc_ldm.commands.many_files import check_targets, compute_in_batches, read_ahead, targets_of
 from looc_ldm.commands.options import Decode, Encode
 from looc_ldm.commands.shared import load_images, load_model
-from looc_ldm.devices import choose_device
-from looc_ldm.errors import DataError, UserError
-from looc_ldm.files import make_folder, write_image
-from looc_ldm.image_codes import check_codes, decode_pixels, encode_pixels, image_of, read_pixels
-from looc_ldm.training.image_set import ImageSet
-from looc_ldm.training.source import IMAGE_SUFFIXES, Stored
+from looc_ldm.images.image_set import ImageSet
+from looc_ldm.images.source import IMAGE_SUFFIXES, Stored
+from looc_ldm.models.autoencoder import LooCVQModel
+from looc_ldm.utils.devices import choose_device
+from looc_ldm.utils.errors import DataError, UserError
+from looc_ldm.utils.files import make_folder, write_image
 
 
 class _Image(NamedTuple):

@@ -22,21 +22,21 @@ from looc_ldm.analysis.comparison import (
     rate_distortion_figure,
 )
 from looc_ldm.analysis.rate_distortion import CODECS, codec_curve
-from looc_ldm.autoencoder import LooCVQModel
+from looc_ldm.codes.images import set_tiling
 from looc_ldm.commands.many_files import batch_of_squares, pixel_budget
 from looc_ldm.commands.measures import ReconstructionMeasures, reconstruction_measures
 from looc_ldm.commands.options import Compare
 from looc_ldm.commands.record import bias_note, versions
 from looc_ldm.commands.shared import DTYPES, data_of, fit_in_training, square_images
-from looc_ldm.devices import choose_device
-from looc_ldm.errors import ModelError, UserError
-from looc_ldm.files import check_folder, check_name, make_folder, replace_bytes
-from looc_ldm.fingerprint import model_fingerprint
-from looc_ldm.image_codes import set_tiling
-from looc_ldm.images import centre_crop, to_float, to_uint8
-from looc_ldm.loading import load_autoencoder
+from looc_ldm.images.image_set import ImageSet, spread
+from looc_ldm.images.pixels import centre_crop, to_float, to_uint8
+from looc_ldm.models.autoencoder import LooCVQModel
+from looc_ldm.models.fingerprint import model_fingerprint
+from looc_ldm.models.loading import load_autoencoder
 from looc_ldm.training.data import float_batches
-from looc_ldm.training.image_set import ImageSet, spread
+from looc_ldm.utils.devices import choose_device
+from looc_ldm.utils.errors import ModelError, UserError
+from looc_ldm.utils.files import check_folder, check_name, make_folder, replace_bytes
 
 
 @dataclass

@@ -21,10 +21,10 @@ from looc_ldm.convert import (
     read_original_config,
     settings_of,
 )
-from looc_ldm.errors import UserError
-from looc_ldm.files import check_folder, check_name, partial_of
+from looc_ldm.models.scaling import check_scaling
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
-from looc_ldm.scaling import check_scaling
+from looc_ldm.utils.errors import UserError
+from looc_ldm.utils.files import check_folder, check_name, partial_of
 
 # Flags that not every kind uses.
 KINDS_OF_FLAGS = {

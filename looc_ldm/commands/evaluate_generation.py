@@ -24,19 +24,19 @@ from looc_ldm.commands.measures import GenerationMeasures, generation_measures
 from looc_ldm.commands.options import EvaluateGeneration, SamplingOptions
 from looc_ldm.commands.record import bias_note, machine, make_record, print_record, write_record
 from looc_ldm.commands.shared import cast, check_file, data_of, load_images, rate_of, square_images
-from looc_ldm.distributed import start_processes
-from looc_ldm.errors import ModelError, UserError
-from looc_ldm.fingerprint import model_fingerprint
+from looc_ldm.images.config import DataConfig
+from looc_ldm.images.folders import ALL
+from looc_ldm.images.image_set import load_image_set
 from looc_ldm.metrics.collect import Features
 from looc_ldm.metrics.fidelity import SEED
 from looc_ldm.metrics.generation import METRICS, generation_figures
 from looc_ldm.metrics.weights import file_sha256
+from looc_ldm.models.fingerprint import model_fingerprint
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.loading import load_pipeline
-from looc_ldm.training.config import DataConfig
-from looc_ldm.training.folders import ALL
-from looc_ldm.training.image_set import load_image_set
 from looc_ldm.training.latent_fingerprint import reference_fingerprint
+from looc_ldm.utils.distributed import start_processes
+from looc_ldm.utils.errors import ModelError, UserError
 
 DEFAULT_SAMPLES = 10_000
 DEFAULT_SAMPLING = SamplingOptions(batch_size=100)

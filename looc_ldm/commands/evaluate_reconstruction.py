@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from tqdm.auto import tqdm
 
+from looc_ldm.codes.images import set_tiling
 from looc_ldm.commands.image_sets import StoredImages
 from looc_ldm.commands.many_files import batch_of_squares, pixel_budget
 from looc_ldm.commands.measures import reconstruction_measures
 from looc_ldm.commands.options import EvaluateReconstruction
 from looc_ldm.commands.record import bias_note, machine, make_record, print_record, write_record
 from looc_ldm.commands.shared import check_file, data_of, load_images, load_model
-from looc_ldm.distributed import start_processes
-from looc_ldm.image_codes import set_tiling
-from looc_ldm.images import to_float
+from looc_ldm.images.image_set import spread
+from looc_ldm.images.pixels import to_float
 from looc_ldm.metrics.shares import share_of_batches
-from looc_ldm.training.image_set import spread
+from looc_ldm.utils.distributed import start_processes
 
 READ_BATCH = 32  # images that are read, and reconstructed, at a time
 

@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from looc_ldm.commands.image_sets import DrawnImages, NpzImages, StoredImages
 from looc_ldm.commands.measures import GenerationMeasures
 from looc_ldm.commands.options import EvaluateGeneration
-from looc_ldm.files import check_folder, make_folder
 from looc_ldm.metrics.collect import Features
 from looc_ldm.metrics.generation import METRICS, collect_features, rows_needed
 from looc_ldm.metrics.reference import ReferenceCache, default_cache_folder
 from looc_ldm.metrics.samples import NpzWriter, npz_writer
 from looc_ldm.metrics.shares import share_of_batches
+from looc_ldm.utils.files import check_folder, make_folder
 
 READ_BATCH = 50  # images that are read at a time
 # Of published statistics: torch-fidelity's network is theirs.

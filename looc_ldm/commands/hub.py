@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 
-from looc_ldm import hub, hub_download
 from looc_ldm.commands.options import Pull, Push
+from looc_ldm.hub import upload as hub
+from looc_ldm.utils import hub_download
 
 
 def push(options: Push) -> None:

@@ -16,12 +16,12 @@ import torch
 
 from looc_ldm.commands.many_files import READERS, read_ahead
 from looc_ldm.commands.options import SamplingOptions
-from looc_ldm.errors import DataError
+from looc_ldm.images.image_set import ImageSet
+from looc_ldm.images.transforms import to_pixels
 from looc_ldm.metrics.samples import NpzSamples
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
-from looc_ldm.training.image_set import ImageSet
-from looc_ldm.training.transforms import to_pixels
+from looc_ldm.utils.errors import DataError
 
 
 class StoredImages:

@@ -12,11 +12,11 @@ from typing import TypeVar
 
 from accelerate.utils.memory import should_reduce_batch_size
 
-from looc_ldm.autoencoder import LooCVQModel
-from looc_ldm.errors import DataError, UserError
-from looc_ldm.files import check_folder, check_name
-from looc_ldm.image_codes import set_tiling
-from looc_ldm.training.folders import files_in
+from looc_ldm.codes.images import set_tiling
+from looc_ldm.images.folders import files_in
+from looc_ldm.models.autoencoder import LooCVQModel
+from looc_ldm.utils.errors import DataError, UserError
+from looc_ldm.utils.files import check_folder, check_name
 
 READERS = min(8, os.cpu_count() or 1)  # threads: Pillow decodes without holding the interpreter
 # At a time, where no batch size is given. On a CPU batches are worth something for small images only.

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 import torch.nn as nn
 from accelerate import Accelerator
 
-from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.commands.options import GenerationMetricOptions, InceptionOptions, ReconstructionMetricOptions
-from looc_ldm.errors import UserError
 from looc_ldm.metrics import CLIPFeatures, DINOv2Features, InceptionFeatures, VGG16Features, evaluate_reconstruction
 from looc_ldm.metrics.extractors import Extractor
 from looc_ldm.metrics.fidelity import SEED
@@ -19,6 +17,8 @@ from looc_ldm.metrics.generation import DEFAULT_METRICS, METRICS, check_metrics,
 from looc_ldm.metrics.lpips import NETWORKS, load_lpips, lpips_identity
 from looc_ldm.metrics.protocols import CleanProtocol, get_protocol
 from looc_ldm.metrics.reconstruction import FEATURE_METRICS, PIXEL_METRICS
+from looc_ldm.models.autoencoder import LooCVQModel
+from looc_ldm.utils.errors import UserError
 
 # The option that gives the weights of a figure's network; None if it needs none.
 LPIPS = {f"lpips_{network}": network for network in NETWORKS}

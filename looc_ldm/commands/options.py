@@ -1,6 +1,6 @@
 """Options of every command: what can be typed, with units and defaults. Imports nothing heavy.
 
-`looc_ldm.cli` names the class and the function of each command; `looc_ldm.training.config` has those of the trainers.
+`looc_ldm.commands.main` names class and function of each command; `looc_ldm.training.config` has those of the trainers.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
 
-from looc_ldm.arguments import DeviceOptions, Dtype, Options, Seed, positional
-from looc_ldm.errors import UserError
-from looc_ldm.training.config import Fit
+from looc_ldm.images.config import Fit
+from looc_ldm.utils.arguments import DeviceOptions, Dtype, Options, Seed, positional
+from looc_ldm.utils.errors import UserError
 
 Factor = restricted_number_type("Factor", float, [(">", 0.0), ("<", float("inf"))])
 

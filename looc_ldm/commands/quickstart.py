@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from looc_ldm import quickstart
 from looc_ldm.commands.measures import inception_features
 from looc_ldm.commands.options import Quickstart
+from looc_ldm.training import quickstart
 
 
 def run(options: Quickstart) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from looc_ldm.commands.options import Reconstruct
 from looc_ldm.commands.shared import check_file, load_images, rate_of
-from looc_ldm.devices import choose_device
-from looc_ldm.errors import UserError
-from looc_ldm.files import make_folder, write_image
-from looc_ldm.loading import load_autoencoder
+from looc_ldm.models.loading import load_autoencoder
 from looc_ldm.training.validation import reconstruction_grid
+from looc_ldm.utils.devices import choose_device
+from looc_ldm.utils.errors import UserError
+from looc_ldm.utils.files import make_folder, write_image
 
 
 def reconstruct(options: Reconstruct) -> None:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from looc_ldm import __version__
 from looc_ldm.commands.options import ComputeOptions
-from looc_ldm.files import make_folder, replace_text
+from looc_ldm.utils.files import make_folder, replace_text
 
 PACKAGES = (
     *("torch", "torchvision", "diffusers", "accelerate", "transformers", "datasets", "torch-fidelity", "lpips"),

@@ -7,13 +7,13 @@ from diffusers.utils import make_image_grid
 from looc_ldm.commands.class_labels import class_folder
 from looc_ldm.commands.options import Sample
 from looc_ldm.commands.shared import DTYPES, check_file
-from looc_ldm.devices import choose_device
-from looc_ldm.errors import UserError
-from looc_ldm.files import check_folder, write_image
-from looc_ldm.images import to_pil
+from looc_ldm.images.pixels import to_pil
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.loading import load_pipeline
 from looc_ldm.pipelines.sampling import sample_images
+from looc_ldm.utils.devices import choose_device
+from looc_ldm.utils.errors import UserError
+from looc_ldm.utils.files import check_folder, write_image
 
 GRID_COLUMNS, GRID_ROWS = 16, 100  # of the grid, at most
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.commands.options import DataOptions, Encode
-from looc_ldm.errors import DataError, ModelError, UserError
-from looc_ldm.files import check_folder
-from looc_ldm.fingerprint import model_fingerprint
-from looc_ldm.images import MODES
-from looc_ldm.loading import load_autoencoder, model_folder
-from looc_ldm.training.config import DataConfig
-from looc_ldm.training.image_set import ImageSet, load_image_set
+from looc_ldm.images.config import DataConfig
+from looc_ldm.images.image_set import ImageSet, load_image_set
+from looc_ldm.images.pixels import MODES
+from looc_ldm.models.autoencoder import LooCVQModel
+from looc_ldm.models.fingerprint import model_fingerprint
+from looc_ldm.models.loading import load_autoencoder, model_folder
+from looc_ldm.utils.errors import DataError, ModelError, UserError
+from looc_ldm.utils.files import check_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

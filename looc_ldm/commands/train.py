@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from looc_ldm.errors import print_once
 from looc_ldm.training import autoencoder, diffusion
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.log import show_log_lines
+from looc_ldm.utils.errors import print_once
 
 
 def train(config: AutoencoderConfig | DiffusionConfig) -> None:

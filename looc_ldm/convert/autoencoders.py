@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import torch
 
-from looc_ldm.autoencoder import LooCVQModel
 from looc_ldm.convert.checkpoint import Sources, Tensors, load_renamed, need, numbered
 from looc_ldm.convert.settings import Settings, require
-from looc_ldm.errors import ModelError
-from looc_ldm.small import LooCSmallVQModel
+from looc_ldm.models.autoencoder import LooCVQModel
+from looc_ldm.models.small import LooCSmallVQModel
+from looc_ldm.utils.errors import ModelError
 
 # The discriminator and LPIPS, their averages, and the average's own state (LDM's VQModel with use_ema).
 IGNORED = ("loss.", "model_ema.loss", "model_ema.decay", "model_ema.num_updates")

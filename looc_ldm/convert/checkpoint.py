@@ -15,7 +15,7 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from looc_ldm.errors import ModelError
+from looc_ldm.utils.errors import ModelError
 
 Tensors = dict[str, torch.Tensor]
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
-from looc_ldm.autoencoder import LooCVQModel
-from looc_ldm.class_embedding import ClassEmbedding
 from looc_ldm.convert.autoencoders import check_vqgan, convert_vqgan, has_revival, vqgan_levels
 from looc_ldm.convert.checkpoint import Tensors, load_renamed, need, scalar, under, with_ema
 from looc_ldm.convert.settings import Settings, require
 from looc_ldm.convert.unet import architecture_of, convert_unet
-from looc_ldm.errors import ModelError
+from looc_ldm.models.autoencoder import LooCVQModel
+from looc_ldm.models.class_embedding import ClassEmbedding
+from looc_ldm.utils.errors import ModelError
 
 UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 

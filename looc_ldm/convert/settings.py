@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from looc_ldm.errors import ConfigError, ModelError
+from looc_ldm.utils.errors import ConfigError, ModelError
 
 DISTANCES = {"cos": "cosine", "l2": "euclidean"}  # LooC and CVQ-VAE, quantise.py
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}  # LDM's `parameterization`

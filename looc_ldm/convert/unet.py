@@ -16,8 +16,8 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 
 from looc_ldm.convert.checkpoint import Fused, Sources, Tensors, load_renamed, need, numbered
 from looc_ldm.convert.settings import Settings, require
-from looc_ldm.errors import ModelError
-from looc_ldm.unet import FixedHeadsUNet2DModel
+from looc_ldm.models.unet import FixedHeadsUNet2DModel
+from looc_ldm.utils.errors import ModelError
 
 
 @dataclass(frozen=True)

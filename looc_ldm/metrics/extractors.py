@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from looc_ldm.images import to_pil
+from looc_ldm.images.pixels import to_pil
 from looc_ldm.metrics.float32 import in_float32
 from looc_ldm.metrics.vision_transformers import CLIPFeatures, DINOv2Features, as_rgb
 from looc_ldm.metrics.weights import downloaded_weights, file_sha256

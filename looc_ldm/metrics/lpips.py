@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 from diffusers.models.model_loading_utils import load_state_dict
 
-from looc_ldm.errors import one_line
 from looc_ldm.metrics.weights import downloaded_weights, file_sha256
+from looc_ldm.utils.errors import one_line
 
 NETWORKS = ("vgg", "alex")
 SMALLEST = {"vgg": 16, "alex": 31}  # pixels; smaller images vanish before the last layers

@@ -13,8 +13,7 @@ import torch
 import torch.nn as nn
 from accelerate.utils import gather_object
 
-from looc_ldm.distributed import on_main
-from looc_ldm.images import centre_crop
+from looc_ldm.images.pixels import centre_crop
 from looc_ldm.metrics.collect import FeatureCollector, Features
 from looc_ldm.metrics.extractors import InceptionFeatures
 from looc_ldm.metrics.fidelity import kid
@@ -22,11 +21,12 @@ from looc_ldm.metrics.frechet import frechet_distance
 from looc_ldm.metrics.protocols import get_protocol
 from looc_ldm.metrics.quality import l1, psnr, ssim
 from looc_ldm.metrics.shares import at_a_time, places
+from looc_ldm.utils.distributed import on_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from looc_ldm.autoencoder import LooCVQModel
+    from looc_ldm.models.autoencoder import LooCVQModel
 
 PIXEL_METRICS = ("psnr", "ssim", "l1")
 FEATURE_METRICS = ("rfid", "kid")

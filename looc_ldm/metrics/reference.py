@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from looc_ldm.errors import UserError, one_line
-from looc_ldm.files import make_folder, renamed_when_complete
 from looc_ldm.metrics.collect import Features
 from looc_ldm.metrics.frechet import FeatureMoments
+from looc_ldm.utils.errors import UserError, one_line
+from looc_ldm.utils.files import make_folder, renamed_when_complete
 
 PREFIX = "moments."  # of the names of tensors that belong to moments
 

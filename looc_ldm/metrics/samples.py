@@ -17,8 +17,8 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from looc_ldm.files import renamed_when_complete
 from looc_ldm.metrics.frechet import FeatureMoments
+from looc_ldm.utils.files import renamed_when_complete
 
 
 class NpzSamples:

@@ -9,9 +9,9 @@ from PIL import Image
 
 from looc_ldm import LooCVQModel
 from looc_ldm.analysis import collect as module
-from looc_ldm.cli import main
-from looc_ldm.fingerprint import model_fingerprint
-from looc_ldm.images import to_float, to_pil
+from looc_ldm.commands.main import main
+from looc_ldm.images.pixels import to_float, to_pil
+from looc_ldm.models.fingerprint import model_fingerprint
 from tiny import noise, tiny_autoencoder, tiny_pipeline
 
 FIGURES = ["codebook_use", "segment_use", "code_sharing", "embedding"]

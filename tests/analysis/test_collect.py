@@ -9,9 +9,9 @@ import torch.nn as nn
 from looc_ldm import LooCSmallVQModel, LooCVQModel
 from looc_ldm.analysis import collect as module
 from looc_ldm.analysis.collect import Findings, collect, occurrences
-from looc_ldm.images import to_float, to_uint8
+from looc_ldm.images.pixels import to_float, to_uint8
 from looc_ldm.metrics import psnr
-from looc_ldm.quantizer import SEGMENT_LAYOUTS
+from looc_ldm.quantizer.loocq import SEGMENT_LAYOUTS
 from tiny import noise, tiny_autoencoder
 
 # f = 2, grey, four segments of two channels.

@@ -19,9 +19,9 @@ from looc_ldm.analysis.comparison import (
     distinguishing_names,
     markdown_table,
 )
-from looc_ldm.cli import main
-from looc_ldm.fingerprint import model_fingerprint
-from looc_ldm.loading import load_autoencoder
+from looc_ldm.commands.main import main
+from looc_ldm.models.fingerprint import model_fingerprint
+from looc_ldm.models.loading import load_autoencoder
 from tiny import noise, tiny_autoencoder
 
 FILES = ["comparison.json", "comparison.md", "comparison.png", "comparison.svg"]

@@ -20,7 +20,7 @@ from looc_ldm.analysis.embedding import in_the_plane
 from looc_ldm.analysis.image_figures import draw_error_map, draw_rate, shown_codes, swatches
 from looc_ldm.analysis.page import analyze, page
 from looc_ldm.analysis.rate_distortion import QUALITIES
-from looc_ldm.images import to_float, to_uint8
+from looc_ldm.images.pixels import to_float, to_uint8
 from tiny import noise, tiny_autoencoder
 
 

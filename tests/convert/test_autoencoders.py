@@ -7,8 +7,8 @@ from torch import nn
 import originals
 from looc_ldm import LooCVQModel
 from looc_ldm.convert import Settings, convert_autoencoder, kind_of, settings_of
-from looc_ldm.errors import ModelError, UserError
-from looc_ldm.small import LooCSmallVQModel
+from looc_ldm.models.small import LooCSmallVQModel
+from looc_ldm.utils.errors import ModelError, UserError
 
 LOOC = Settings(resolution=32, distance="cosine", interpolation_factor=2)
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 import originals
 from looc_ldm import LooCLDMPipeline
-from looc_ldm.cli import main
-from looc_ldm.loading import load_autoencoder
+from looc_ldm.commands.main import main
+from looc_ldm.models.loading import load_autoencoder
 
 FLAGS = "--resolution 32 --distance cosine --interpolation-factor 1"
 LDM_FLAGS = "--resolution 16 --num-head-channels 16 --prediction-type epsilon --scaling-factor 1"

@@ -9,7 +9,7 @@ from torch import nn
 import originals
 from looc_ldm import FixedHeadsUNet2DModel
 from looc_ldm.convert import Settings, convert_ldm, convert_unet, kind_of, settings_of
-from looc_ldm.errors import ModelError, UserError
+from looc_ldm.utils.errors import ModelError, UserError
 
 SETTINGS = Settings(resolution=16, num_head_channels=16, prediction_type="epsilon", scaling_factor=1.0)
 

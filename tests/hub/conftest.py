@@ -148,7 +148,7 @@ def pipeline_folder(tmp_path) -> Path:
 @pytest.fixture
 def say(capsys, monkeypatch, tmp_path):
     """Runs `looc-ldm`; returns exit status, stdout, and stderr without progress bars."""
-    from looc_ldm.cli import main
+    from looc_ldm.commands.main import main
 
     monkeypatch.chdir(tmp_path)
 

@@ -11,11 +11,11 @@ from PIL import Image
 
 import looc_ldm
 from looc_ldm import LooCSmallVQModel, LooCVQModel
-from looc_ldm.card import MARK, title, write_card
-from looc_ldm.errors import ModelError, UserError
-from looc_ldm.fingerprint import model_fingerprint
-from looc_ldm.registration import AUTOENCODERS
-from looc_ldm.stored_fingerprints import stored_fingerprints
+from looc_ldm.hub.card import MARK, title, write_card
+from looc_ldm.models.fingerprint import model_fingerprint
+from looc_ldm.models.registration import AUTOENCODERS
+from looc_ldm.models.stored_fingerprints import stored_fingerprints
+from looc_ldm.utils.errors import ModelError, UserError
 
 RECONSTRUCTION = {
     "protocol": "clean",

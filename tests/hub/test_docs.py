@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from diffusers.utils import logging as diffusers_logging
 
-from looc_ldm.arguments import make_parser
-from looc_ldm.cli import parse_command
+from looc_ldm.commands.main import parse_command
 from looc_ldm.commands.options import Push
+from looc_ldm.utils.arguments import make_parser
 
 TEXT = (Path(__file__).resolve().parent.parent.parent / "docs" / "hub.md").read_text()
 

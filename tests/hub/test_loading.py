@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoModel, DDIMScheduler, DiffusionPipeline
 from huggingface_hub import constants
 
-import looc_ldm.hub
+import looc_ldm.hub.upload
 from looc_ldm import (
     FixedHeadsUNet2DModel,
     LooCLDMImg2ImgPipeline,
@@ -18,9 +18,9 @@ from looc_ldm import (
     LooCVQModel,
     starter_model,
 )
-from looc_ldm.errors import ModelError
-from looc_ldm.hub import push
-from looc_ldm.loading import load_autoencoder
+from looc_ldm.hub.upload import push
+from looc_ldm.models.loading import load_autoencoder
+from looc_ldm.utils.errors import ModelError
 from tiny import tiny_autoencoder, tiny_pipeline
 
 ID = "ada/pets"
@@ -261,7 +261,7 @@ def test_what_a_repository_runs_with_trust_is_nothing_but_imports_of_what_is_ins
         statements = [line for line in text.splitlines() if line and not line.startswith(('"""', "__all__"))]
         assert [line.split()[:3:2] for line in statements] == [["from", "import"]]
         assert statements[0].split()[1] == "looc_ldm"
-    assert looc_ldm.hub.remote_code(json.loads(files["model_index.json"])) == code
+    assert looc_ldm.hub.upload.remote_code(json.loads(files["model_index.json"])) == code
 
 
 @pytest.mark.parametrize("loader", [LooCLDMPipeline.from_pretrained, load_autoencoder])

@@ -7,10 +7,10 @@ import torch
 from huggingface_hub import constants
 
 from looc_ldm import LooCLDMPipeline
-from looc_ldm.errors import ModelError
-from looc_ldm.hub import push
-from looc_ldm.hub_download import download, wanted_files
-from looc_ldm.loading import load_autoencoder
+from looc_ldm.hub.upload import push
+from looc_ldm.models.loading import load_autoencoder
+from looc_ldm.utils.errors import ModelError
+from looc_ldm.utils.hub_download import download, wanted_files
 
 ID = "ada/pets"
 UNET = "unet/diffusion_pytorch_model.safetensors"

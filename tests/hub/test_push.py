@@ -8,9 +8,9 @@ import torch
 import yaml
 
 from looc_ldm import LooCLDMPipeline
-from looc_ldm.errors import ModelError, UserError
-from looc_ldm.hub import push
-from looc_ldm.loading import load_autoencoder
+from looc_ldm.hub.upload import push
+from looc_ldm.models.loading import load_autoencoder
+from looc_ldm.utils.errors import ModelError, UserError
 
 ID = "ada/pets"
 WEIGHTS = {
@@ -273,7 +273,7 @@ def test_files_of_another_kind_are_left_out_and_named(hub, say, pipeline_folder,
     assert say("push", pipeline_folder, ID)[0] == 0
     assert "LICENSE" in files(hub)
     assert "notes.docx" not in files(hub)
-    assert [record.getMessage() for record in caplog.records if record.name == "looc_ldm.hub"] == [
+    assert [record.getMessage() for record in caplog.records if record.name == "looc_ldm.hub.upload"] == [
         f"not pushed: {pipeline_folder / 'notes.docx'}"
     ]
 

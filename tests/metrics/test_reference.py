@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from looc_ldm.errors import UserError
 from looc_ldm.metrics.collect import Features
 from looc_ldm.metrics.frechet import FeatureMoments, frechet_distance
 from looc_ldm.metrics.reference import ReferenceCache, default_cache_folder
+from looc_ldm.utils.errors import UserError
 
 KEY = {"data": "0f", "transform": {"resolution": 32, "fit": "crop"}, "network": {"layer": "64", "sha256": "ab"}}
 

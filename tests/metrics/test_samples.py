@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from looc_ldm.errors import UserError
 from looc_ldm.metrics.samples import NpzSamples, npz_writer
+from looc_ldm.utils.errors import UserError
 
 
 def pixels(count: int = 7, size: tuple[int, int] = (5, 6), seed: int = 0) -> np.ndarray:

@@ -11,7 +11,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
 from looc_ldm import LooCLDMImg2ImgPipeline, LooCLDMPipeline, LooCVQModel
-from looc_ldm.scaling import scale_latents, unscale_latents
+from looc_ldm.models.scaling import scale_latents, unscale_latents
 
 
 def draw(pipe, steps: int = 3, seed: int = 0, **arguments) -> torch.Tensor:

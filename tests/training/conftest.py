@@ -3,17 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
-import numpy as np
 import pytest
 from accelerate import Accelerator
 
 from looc_ldm import LooCVQModel
 from looc_ldm.training import autoencoder
-from looc_ldm.training.config import AutoencoderConfig, DataConfig, DiffusionConfig, LossConfig, OptimizerConfig
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, LossConfig, OptimizerConfig
 from looc_ldm.training.data import load_image_sets
 
-IMAGES_PER_CLASS = 8
 MODEL = {
     "in_channels": 1,
     "out_channels": 1,
@@ -38,44 +35,6 @@ UNET = {
     "norm_num_groups": 4,
     "add_attention": False,
 }
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _datasets_cache(tmp_path_factory):
-    """Prepared data sets go to a temporary folder, in this process and in those it starts."""
-    folder = tmp_path_factory.mktemp("datasets")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-        patch.setenv("HF_DATASETS_CACHE", str(folder))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        datasets.disable_progress_bars()
-        yield
-
-
-@pytest.fixture(scope="session")
-def bundled():
-    """Training and validation images of the bundled set, padded to 32x32."""
-    config = DataConfig(path="fashion_mnist", validation_split="validation", resolution=32, fit="pad", flip=False)
-    return load_image_sets(config, channels=1)
-
-
-@pytest.fixture(scope="session")
-def garments(bundled, tmp_path_factory) -> Path:
-    """A folder of 28x28 grey PNGs, one sub-folder a class."""
-    train, _ = bundled
-    folder = tmp_path_factory.mktemp("images") / "garments"
-    for label, name in enumerate(train.classes):
-        (folder / name.replace("/", "-")).mkdir(parents=True)
-        for index in np.flatnonzero(train.labels() == label)[:IMAGES_PER_CLASS].tolist():
-            stored = train.source.read(index).content
-            (folder / name.replace("/", "-") / f"{index:04d}.png").write_bytes(stored)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def small_data(garments) -> DataConfig:
-    """64 of the garments to train on, flipped, and 16 to measure on."""
-    return DataConfig(path=str(garments), validation_images=16, resolution=32, fit="pad", num_workers=0)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from looc_ldm import LooCVQModel
-from looc_ldm.errors import ConfigError, UserError
 from looc_ldm.training import autoencoder
 from looc_ldm.training.config import AutoencoderConfig, EvaluationConfig
 from looc_ldm.training.config_parsing import config_text, load_config
@@ -29,6 +28,7 @@ from looc_ldm.training.log import VOLATILE_KEYS
 from looc_ldm.training.losses import PatchDiscriminator
 from looc_ldm.training.run import Run
 from looc_ldm.training.run_folder import RunFolder
+from looc_ldm.utils.errors import ConfigError, UserError
 
 # A PatchGAN with few layers, whose start falls into the run.
 ADVERSARIAL = {

@@ -14,12 +14,12 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from looc_ldm.errors import ConfigError, TrainingError
 from looc_ldm.training.checkpoints import checkpoints_in
 from looc_ldm.training.config import EvaluationConfig
 from looc_ldm.training.log import VOLATILE_KEYS
 from looc_ldm.training.optimization import resolve_precision
 from looc_ldm.training.run import Run
+from looc_ldm.utils.errors import ConfigError, TrainingError
 
 spec = importlib.util.spec_from_file_location("tiny_trainer", Path(__file__).with_name("tiny_trainer.py"))
 tiny_trainer = importlib.util.module_from_spec(spec)

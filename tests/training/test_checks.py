@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from looc_ldm.errors import ConfigError
+from looc_ldm.images.config import DataConfig
 from looc_ldm.training import autoencoder, diffusion
 from looc_ldm.training.checks import check_config
-from looc_ldm.training.config import AutoencoderConfig, DataConfig, LossConfig
+from looc_ldm.training.config import AutoencoderConfig, LossConfig
 from looc_ldm.training.losses import PatchDiscriminator
+from looc_ldm.utils.errors import ConfigError
 
 
 def test_a_batch_must_divide_into_its_accumulation_steps():

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from looc_ldm import LooCVQModel
-from looc_ldm.errors import ConfigError
-from looc_ldm.training.config import AutoencoderConfig, DataConfig, DiffusionConfig, OptimizerConfig
+from looc_ldm.images.config import DataConfig
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, OptimizerConfig
 from looc_ldm.training.config_parsing import (
     config_text,
     construct,
@@ -17,6 +17,7 @@ from looc_ldm.training.config_parsing import (
     parse_config,
     to_dict,
 )
+from looc_ldm.utils.errors import ConfigError
 
 
 def parse(*arguments: str, config_class=AutoencoderConfig):

@@ -11,14 +11,15 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from looc_ldm import LooCLDMPipeline, LooCVQModel
-from looc_ldm.errors import ConfigError, ModelError
-from looc_ldm.loading import load_autoencoder
+from looc_ldm.images.config import DataConfig
+from looc_ldm.models.loading import load_autoencoder
 from looc_ldm.training import diffusion
 from looc_ldm.training.checks import check_config
-from looc_ldm.training.config import DataConfig, EvaluationConfig
+from looc_ldm.training.config import EvaluationConfig
 from looc_ldm.training.diffusion import Denoiser, make_scheduler
 from looc_ldm.training.latents import LatentCache, LatentStream
 from looc_ldm.training.run import Run
+from looc_ldm.utils.errors import ConfigError, ModelError
 
 UNET = {
     "type": "UNet2DModel",

@@ -6,9 +6,9 @@ import accelerate
 import pytest
 from accelerate.utils import DistributedType
 
-from looc_ldm.errors import ConfigError
 from looc_ldm.training.config import DiffusionConfig
 from looc_ldm.training.run import Run
+from looc_ldm.utils.errors import ConfigError
 from tiny import import_file
 
 tiny_trainer = import_file(Path(__file__).with_name("tiny_trainer.py"))

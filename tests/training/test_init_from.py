@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from looc_ldm import LooCLDMPipeline, LooCVQModel
-from looc_ldm.errors import ConfigError, ModelError
 from looc_ldm.training import autoencoder, diffusion
 from looc_ldm.training.config import AutoencoderConfig
 from looc_ldm.training.config_parsing import parse_config
 from looc_ldm.training.diffusion import Denoiser
 from looc_ldm.training.init_from import autoencoder_from, denoiser_from
+from looc_ldm.utils.errors import ConfigError, ModelError
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
-from looc_ldm import cli
+from looc_ldm.commands import main as cli
 from looc_ldm.training import autoencoder, diffusion
 from looc_ldm.training.config_parsing import config_text
 from looc_ldm.training.data import float_batches

@@ -18,14 +18,14 @@ import yaml
 from accelerate import Accelerator
 
 from looc_ldm import LooCVQModel
-from looc_ldm.cli import main as looc_ldm
-from looc_ldm.errors import ConfigError, DataError, UserError
-from looc_ldm.images import to_float
+from looc_ldm.commands.main import main as looc_ldm
+from looc_ldm.images.config import DataConfig
+from looc_ldm.images.pixels import to_float
 from looc_ldm.training import latent_fingerprint, latents
-from looc_ldm.training.config import DataConfig
 from looc_ldm.training.config_parsing import to_dict
 from looc_ldm.training.data import load_image_sets
 from looc_ldm.training.latents import LatentCache, LatentStream, cache_latents
+from looc_ldm.utils.errors import ConfigError, DataError, UserError
 from tiny import launch
 
 IMAGE_BYTES = 2 * 2 * 4 * 16 * 16  # of the latents of an image and of its mirror image

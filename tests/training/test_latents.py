@@ -14,11 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from looc_ldm import LooCVQModel
-from looc_ldm.errors import ConfigError, ModelError
-from looc_ldm.images import to_float
-from looc_ldm.training.config import DataConfig
+from looc_ldm.images.config import DataConfig
+from looc_ldm.images.image_set import Report
+from looc_ldm.images.pixels import to_float
 from looc_ldm.training.data import ImageStream, OnlineLatentStream, StreamBatches, load_image_sets, stream_loader
-from looc_ldm.training.image_set import Report
 from looc_ldm.training.latent_cache import Shards
 from looc_ldm.training.latent_encoding import latent_side
 from looc_ldm.training.latents import (
@@ -27,6 +26,7 @@ from looc_ldm.training.latents import (
     cache_latents,
     measure_scaling_factor,
 )
+from looc_ldm.utils.errors import ConfigError, ModelError
 
 CLASS_DROPOUT = 0.1
 HALF = 2e-3  # latents of up to 4 in size are stored in half precision

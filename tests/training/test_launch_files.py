@@ -17,11 +17,11 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.run import get_args_parser
 
-from looc_ldm.arguments import CacheLatents, parse_options
-from looc_ldm.cli import parse_command
+from looc_ldm.commands.main import parse_command
 from looc_ldm.training.checkpoints import checkpoints_in, read_state
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import config_text, parse_config
+from looc_ldm.utils.arguments import CacheLatents, parse_options
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLUSTER = ROOT / "docs" / "cluster"

@@ -13,13 +13,13 @@ import torch.nn as nn
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from looc_ldm.errors import ConfigError
 from looc_ldm.training.losses import (
     PatchDiscriminator,
     adaptive_adversarial_weight,
     hinge_discriminator_loss,
     load_lpips,
 )
+from looc_ldm.utils.errors import ConfigError
 from tiny import import_file, launch
 
 WEIGHTS = {"vgg": "vgg16_features_fp16.safetensors", "alex": "alexnet_features_fp32.safetensors"}

@@ -17,10 +17,10 @@ from diffusers import (
 )
 
 from looc_ldm import LooCLDMPipeline
-from looc_ldm.errors import ConfigError
 from looc_ldm.pipelines.schedulers import PREDICTION_TYPES
 from looc_ldm.training.config import DiffusionConfig
 from looc_ldm.training.objectives import Objective, min_snr_weight
+from looc_ldm.utils.errors import ConfigError
 from tiny import tiny_autoencoder, tiny_unet
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}

@@ -14,11 +14,11 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from looc_ldm.errors import ConfigError, TrainingError
 from looc_ldm.training.config import DiffusionConfig
 from looc_ldm.training.config_parsing import differences, moves, to_dict
 from looc_ldm.training.optimization import clip_gradients
 from looc_ldm.training.run import Run
+from looc_ldm.utils.errors import ConfigError, TrainingError
 
 spec = importlib.util.spec_from_file_location("tiny_trainer", Path(__file__).with_name("tiny_trainer.py"))
 tiny_trainer = importlib.util.module_from_spec(spec)

@@ -15,20 +15,21 @@ import torch.nn as nn
 from accelerate import Accelerator
 
 from looc_ldm import LooCLDMPipeline, LooCQuantizer, LooCVQModel
-from looc_ldm.errors import ConfigError, DataError
-from looc_ldm.images import to_float, to_uint8
+from looc_ldm.images.config import DataConfig
+from looc_ldm.images.image_set import spread
+from looc_ldm.images.pixels import to_float, to_uint8
 from looc_ldm.metrics import InceptionFeatures, evaluate_reconstruction, fid_and_kid
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.training.checks import check_evaluation
-from looc_ldm.training.config import AutoencoderConfig, DataConfig, DiffusionConfig, EvaluationConfig
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, EvaluationConfig
 from looc_ldm.training.data import load_image_sets
-from looc_ldm.training.image_set import spread
 from looc_ldm.training.validation import (
     codebook_use,
     generation_figures,
     reconstruction_figures,
     reconstruction_grid,
 )
+from looc_ldm.utils.errors import ConfigError, DataError
 from tiny import launch, tiny_autoencoder, tiny_pipeline
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from looc_ldm.training.config import AutoencoderConfig, DataConfig, OptimizerConfig
+from looc_ldm.images.config import DataConfig
+from looc_ldm.images.image_set import Report
+from looc_ldm.training.config import AutoencoderConfig, OptimizerConfig
 from looc_ldm.training.data import Stream, StreamBatches, stream_loader
-from looc_ldm.training.image_set import Report
 from looc_ldm.training.optimization import adamw, clip_gradients, set_learning_rate
 from looc_ldm.training.run import Run
 
@@ -110,8 +111,8 @@ def _process(settings: dict) -> None:
     import resource
     import time
 
-    from looc_ldm.errors import one_line_errors
     from looc_ldm.training.log import show_log_lines
+    from looc_ldm.utils.errors import one_line_errors
 
     multiprocessing.set_start_method("fork", force=True)  # of its workers; that of the test would import all anew
     os.setsid()  # so that its workers can be sent what a terminal or a batch system sends to all of them

@@ -1,0 +1,171 @@
+"""`.looc` files: the codes of one image, packed at ceil(log2 K) bits behind a header of 49 bytes.
+
+`docs/looc_format.md` describes every byte. `looc_ldm.codes.images` makes codes of images and images of codes.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from looc_ldm.utils.errors import UserError
+from looc_ldm.utils.files import replace_bytes
+
+MAGIC = b"LOOC"
+VERSION = 1
+MAX_CODEVECTORS = 2**24
+FINGERPRINT_BYTES = 16  # of the model's 32; 16 are enough to tell models apart
+# Magic, version, image height and width, h, w, C, K, fingerprint; then the CRC-32 of all this and of the payload.
+_FIELDS = struct.Struct("<4sB6I16s")
+_CHECKSUM = struct.Struct("<I")
+HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
+_CODES_AT_ONCE = 2**16  # packed at a time: a multiple of 8, so that their bits fill whole bytes
+
+
+class CodesError(UserError):
+    """Codes that are damaged, or of another model. The message is one line."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageCodes:
+    """The codes of one image.
+
+    Args:
+        indices (`np.ndarray` of shape `(h, w, C)`, of integers): The codes, in [0, K).
+        height: Of the image, in pixels; the network saw it padded to a multiple of its downsampling factor.
+        width: Of the image, in pixels.
+        num_codevectors: K, at least 2 and at most 2**24.
+        fingerprint: Of the model that made them: 32 hexadecimal digits, the first half of `model_fingerprint`.
+
+    Raises:
+        ValueError: A size or a code out of range, or a fingerprint of another length.
+    """
+
+    indices: np.ndarray
+    height: int
+    width: int
+    num_codevectors: int
+    fingerprint: str
+
+    def __post_init__(self):
+        indices = self.indices
+        if indices.ndim != 3 or indices.dtype.kind not in "iu" or indices.size == 0:
+            raise ValueError(f"codes must be integers (h, w, C), got {indices.dtype} of {indices.shape}.")
+        if not 2 <= self.num_codevectors <= MAX_CODEVECTORS:
+            raise ValueError(f"num_codevectors must be in [2, {MAX_CODEVECTORS}], got {self.num_codevectors}.")
+        for name, size in (("height", self.height), ("width", self.width)):
+            if not 1 <= size < 2**32:
+                raise ValueError(f"{name} must be in [1, 2**32), got {size}.")
+        lowest, highest = int(indices.min()), int(indices.max())
+        if lowest < 0 or highest >= self.num_codevectors:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"codes must be in [0, {self.num_codevectors}), got {wrong}.")
+        if len(bytes.fromhex(self.fingerprint)) != FINGERPRINT_BYTES:
+            raise ValueError(f"fingerprint must have {2 * FINGERPRINT_BYTES} digits, got {self.fingerprint!r}.")
+
+    def to_bytes(self) -> bytes:
+        """The content of a `.looc` file. Equal codes give equal bytes."""
+        fields = _FIELDS.pack(
+            MAGIC,
+            VERSION,
+            self.height,
+            self.width,
+            *self.indices.shape,
+            self.num_codevectors,
+            bytes.fromhex(self.fingerprint),
+        )
+        payload = pack(self.indices, bits_per_code(self.num_codevectors))
+        return fields + _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(fields))) + payload
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ImageCodes:
+        """The codes in the content of a `.looc` file.
+
+        Raises:
+            CodesError: Another kind of file, another version of the format, or content that is damaged.
+        """
+        if data[: len(MAGIC)] != MAGIC[: len(data)]:
+            raise CodesError("not a .looc file: it does not start with LOOC.")
+        if len(data) < HEADER_BYTES:
+            raise CodesError(f"cut off: {len(data)} bytes, and the header alone has {HEADER_BYTES}.")
+        _, version, height, width, h, w, c, num_codevectors, fingerprint = _FIELDS.unpack_from(data)
+        if version != VERSION:
+            raise CodesError(f"version {version} of the format, and this program reads version {VERSION} only.")
+        bits = bits_per_code(num_codevectors)
+        expected = HEADER_BYTES + packed_bytes(h * w * c, bits)
+        if len(data) != expected:
+            reason = "cut off" if len(data) < expected else "followed by something else"
+            raise CodesError(f"{reason}: {len(data)} bytes, and its header promises {expected}.")
+        payload = memoryview(data)[HEADER_BYTES:]
+        if _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(data[: _FIELDS.size]))) != data[_FIELDS.size : HEADER_BYTES]:
+            raise CodesError("damaged: its checksum does not fit.")
+        # What is still wrong, its writer has written so.
+        if not 2 <= num_codevectors <= MAX_CODEVECTORS or h * w * c == 0:
+            raise CodesError(f"impossible: {h}x{w}x{c} codes of {num_codevectors} codevectors.")
+        try:
+            return cls(
+                unpack(payload, h * w * c, bits).reshape(h, w, c), height, width, num_codevectors, fingerprint.hex()
+            )
+        except ValueError as error:
+            raise CodesError(f"impossible: {error}") from None
+
+
+def read_codes(file: Path) -> ImageCodes:
+    """Read a `.looc` file. Raises CodesError, naming the file, where its content is not what was written."""
+    try:
+        return ImageCodes.from_bytes(file.read_bytes())
+    except OSError as error:
+        raise CodesError(f"cannot read {str(file)!r}: {error.strerror}.") from None
+    except CodesError as error:
+        raise CodesError(f"cannot read {str(file)!r}: {error}") from None
+
+
+def write_codes(codes: ImageCodes, file: Path) -> int:
+    """Write a `.looc` file, beside its place and then renamed. Returns its size in bytes."""
+    content = codes.to_bytes()
+    replace_bytes(file, content)
+    return len(content)
+
+
+def bits_per_code(num_codevectors: int) -> int:
+    """ceil(log2 K)."""
+    return (num_codevectors - 1).bit_length()
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` bits take, rounded up."""
+    return -(-count * bits // 8)
+
+
+def index_dtype(num_codevectors: int) -> np.dtype:
+    """The smallest unsigned integers that hold all codes."""
+    return np.min_scalar_type(num_codevectors - 1)
+
+
+def pack(indices: np.ndarray, bits: int) -> bytes:
+    """Codes in [0, 2**bits), of any shape, in row-major order at `bits` bits each, the highest bit first."""
+    flat = np.ascontiguousarray(indices, dtype=">u4").reshape(-1)
+    parts = []
+    for start in range(0, flat.size, _CODES_AT_ONCE):
+        part = flat[start : start + _CODES_AT_ONCE]
+        as_bits = np.unpackbits(part.view(np.uint8).reshape(-1, 4), axis=1)  # (codes, 32)
+        parts.append(np.packbits(as_bits[:, 32 - bits :]).tobytes())
+    return b"".join(parts)
+
+
+def unpack(data: bytes | memoryview, count: int, bits: int) -> np.ndarray:
+    """The inverse of `pack`: `(count,)`, of the smallest unsigned integers that hold `bits` bits."""
+    flat = np.empty(count, index_dtype(2**bits))
+    packed = np.frombuffer(data, np.uint8)
+    for start in range(0, count, _CODES_AT_ONCE):
+        size = min(_CODES_AT_ONCE, count - start)
+        first = start * bits // 8
+        as_bits = np.unpackbits(packed[first : first + packed_bytes(size, bits)], count=size * bits)
+        padded = np.zeros((size, 32), np.uint8)
+        padded[:, 32 - bits :] = as_bits.reshape(size, bits)
+        flat[start : start + size] = np.packbits(padded, axis=1).view(">u4")[:, 0]
+    return flat

@@ -1,0 +1,123 @@
+"""`looc-ldm`: the command line. A command's options and code are imported once its name is known."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import platform
+import sys
+from importlib import import_module
+
+from looc_ldm import __version__
+from looc_ldm.utils.errors import UserError, one_line_errors
+
+# The class of the options and the function that takes them, both below `looc_ldm`, and one line of help.
+COMMANDS = {
+    "quickstart": ("commands.options:Quickstart", "commands.quickstart:run", "run the whole chain in miniature"),
+    "train autoencoder": ("training.config:AutoencoderConfig", "commands.train:train", "train the first stage"),
+    "train diffusion": ("training.config:DiffusionConfig", "commands.train:train", "train the second stage"),
+    "cache-latents": (
+        "utils.arguments:CacheLatents",
+        "training.latents:cache_data_set",
+        "encode a data set once, for stage 2",
+    ),
+    "sample": ("commands.options:Sample", "commands.sample:sample", "draw images from a trained model"),
+    "reconstruct": (
+        "commands.options:Reconstruct",
+        "commands.reconstruct:reconstruct",
+        "show originals beside reconstructions",
+    ),
+    "encode": ("commands.options:Encode", "commands.codes:encode", "encode images as packed codes or a table of codes"),
+    "decode": ("commands.options:Decode", "commands.codes:decode", "decode packed codes to images"),
+    "evaluate reconstruction": (
+        "commands.options:EvaluateReconstruction",
+        "commands.evaluate_reconstruction:evaluate_reconstruction",
+        "measure reconstructions and their rate",
+    ),
+    "evaluate generation": (
+        "commands.options:EvaluateGeneration",
+        "commands.evaluate_generation:evaluate_generation",
+        "measure samples against real images",
+    ),
+    "analyze": ("commands.options:Analyze", "commands.analyze:analyze", "draw the paper's figures for a model"),
+    "compare": ("commands.options:Compare", "commands.compare:compare", "measure several models on the same images"),
+    "convert": ("commands.options:Convert", "commands.convert:convert", "convert weights of other projects"),
+    "push": ("commands.options:Push", "commands.hub:push", "upload a model with its card to the hub"),
+    "pull": ("commands.options:Pull", "commands.hub:pull", "download a model from the hub, and verify it"),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with one_line_errors():
+        shown = _help_or_version(arguments)
+        if shown is not None:
+            print(shown)
+            sys.exit(0)
+        name, options = parse_command(arguments)
+        run = _imported(COMMANDS[name][1])
+        if not name.startswith("train"):  # which logs more
+            logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        run(options)
+
+
+def parse_command(arguments: list[str]):
+    """Return the name of a command and its options.
+
+    Raises:
+        UserError: There is no such command, or its options are wrong.
+        SystemExit: After `--help`.
+    """
+    words = 2 if arguments and arguments[0] in _groups() else 1
+    name = " ".join(arguments[:words])
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        known = f"did you mean {close[0]!r}?" if close else f"give a COMMAND: {', '.join(COMMANDS)}."
+        raise UserError(f"no command {name!r}; {known}")
+    options_class = _imported(COMMANDS[name][0])
+    prog = f"looc-ldm {name}"
+    if words == 2 and arguments[0] == "train":
+        from looc_ldm.training.config_parsing import parse_command_line
+
+        return name, parse_command_line(options_class, arguments[words:], prog)
+    from looc_ldm.utils.arguments import parse_options
+
+    return name, parse_options(options_class, arguments[words:], prog)
+
+
+def _imported(place: str):
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"looc_ldm.{module}"), name)
+
+
+def _groups() -> set[str]:
+    return {name.split()[0] for name in COMMANDS if " " in name}
+
+
+def _help_or_version(arguments: list[str]) -> str | None:
+    """Return what `--version`, or `--help` before a whole command, prints."""
+    if arguments[:1] == ["--version"]:
+        return _versions()
+    group = arguments[0] if arguments and arguments[0] in _groups() else ""
+    if arguments[1 if group else 0 :][:1] not in (["-h"], ["--help"]):
+        return None
+    lines = [f"  {name:25}{entry[2]}" for name, entry in COMMANDS.items() if name.startswith(group)]
+    usage = f"usage: looc-ldm [--help] [--version] {group or 'COMMAND'} ..."
+    note = "looc-ldm COMMAND --help lists the options of a command."
+    return "\n".join([usage, "", "Latent diffusion for diffusers on a LooC first stage.", "", *lines, "", note])
+
+
+def _versions() -> str:
+    """Versions and devices, for bug reports."""
+    import torch
+
+    from looc_ldm.commands.record import versions
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    packages = [f"{name} {number}" for name, number in versions().items()]
+    return "\n".join([f"looc-ldm {__version__}", platform.platform(), *packages, gpu])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Image sources and transforms: what training and commands both need."""

@@ -1,0 +1,185 @@
+"""Folders of image files, with or without classes, as sources."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.csv
+import pyarrow.json
+
+from looc_ldm.images.config import DataConfig
+from looc_ldm.images.source import IMAGE_SUFFIXES, SPLIT_NAMES, FileSource, Source
+from looc_ldm.images.tables import label_error
+from looc_ldm.utils.errors import DataError
+
+ALL = "all"  # the split of all images of a folder, however its sub-folders are called
+
+logger = logging.getLogger(__name__)
+
+
+def files_in(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
+    """Return paths, relative to the folder, of the files with some suffixes in it and below it, sorted.
+
+    Links are followed. Hidden files and `__MACOSX` are left out. A warning names links that lead nowhere, another one
+    counts files with other suffixes.
+    """
+    found, dangling, others = [], [], Counter()
+    for name, exists in _walk(folder):
+        suffix = os.path.splitext(name)[1].lower()
+        if not exists:
+            dangling.append(name)
+        elif suffix in suffixes:
+            found.append(name)
+        else:
+            others[suffix or "none"] += 1
+    if dangling:
+        logger.warning("%s: %d links lead nowhere, the first is %s", folder, len(dangling), min(dangling))
+    if found and others:
+        counts = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common())
+        logger.warning("%s: %d files with other suffixes are not read (%s)", folder, others.total(), counts)
+    return sorted(found)
+
+
+def first_image(folder: Path, leave_out: Collection[str] = ()) -> str | None:
+    """Return the path of any image in or below a folder; `leave_out` are names in it, in small letters."""
+    found = (name for name, exists in _walk(folder, leave_out) if exists and name.lower().endswith(IMAGE_SUFFIXES))
+    return next(found, None)
+
+
+def _walk(
+    folder: Path | str, leave_out: Collection[str] = (), below: str = "", above: tuple[str, ...] = ()
+) -> Iterator[tuple[str, bool]]:
+    """Yield the relative path of each file, and whether it exists: a link may lead nowhere."""
+    place = os.path.realpath(folder)
+    if place in above:  # a link that leads back
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX" or entry.name.lower() in leave_out:
+                continue
+            name = os.path.join(below, entry.name)
+            if entry.is_dir():
+                yield from _walk(entry.path, (), name, (*above, place))
+            else:
+                yield name, not entry.is_symlink() or os.path.exists(entry.path)
+
+
+def split_folders_of(folder: Path) -> list[tuple[Path, str]]:
+    """Find the sub-folders that are splits, and the names of these."""
+    with os.scandir(folder) as entries:  # a flat folder may have millions: only a handful become objects that are kept
+        found = sorted(entry.name for entry in entries if entry.name.lower() in SPLIT_NAMES and entry.is_dir())
+    places: dict[str, Path] = {}
+    for name in found:
+        split = SPLIT_NAMES[name.lower()]
+        if split in places:
+            raise DataError(f"{folder} has two folders of the split {split}: {places[split].name} and {name}.")
+        places[split] = (folder / name).resolve()
+    return [(place, split) for split, place in places.items()]
+
+
+def image_folder(folder: Path, split_folders: list[tuple[Path, str]], config: DataConfig) -> dict[str, Source]:
+    """Open a folder of images: its sub-folders are splits if they are named so, else classes.
+
+    Labels in `dataset.json` (EDM, StyleGAN), `metadata.csv` or `metadata.jsonl` (imagefolder of `datasets`) come first.
+
+    Raises:
+        DataError: No images, or a folder that may be a split or a class.
+    """
+    if config.image_column != "image":
+        raise DataError(f"data.image_column={config.image_column!r}: {config.path} has image, label.")
+    if split_folders:
+        _check_beside(folder, [place.name for place, _ in split_folders])
+    whole = ALL if config.split == ALL else "train"
+    places = {split: place for place, split in split_folders} or {whole: folder.resolve()}
+    files = {split: found for split, place in places.items() if (found := files_in(place))}
+    if not files:
+        raise DataError(
+            f"no images in the folder {folder} (looked for {', '.join(IMAGE_SUFFIXES)}). Shards (.tar, .parquet) may "
+            "lie in it, in its sub-folder data, or in sub-folders that are splits, and not compressed."
+        )
+    labels = {split: _labels(places[split], names, config) for split, names in files.items()}
+    known = {label for of_split in labels.values() for label in of_split if label is not None}
+    numbered = bool(known) and all(isinstance(label, int) for label in known)
+    if numbered:
+        classes = [str(number) for number in range(config.num_classes or max(known) + 1)]
+    else:
+        classes = sorted(map(str, known))
+    index = {name: number for number, name in enumerate(classes)}
+    sources: dict[str, Source] = {}
+    for split, names in files.items():
+        paths = [os.path.join(places[split], name) for name in names]
+        if len(classes) < 2 or all(label is None for label in labels[split]):
+            sources[split] = FileSource(paths)
+            continue
+        for path, label in zip(paths, labels[split], strict=True):
+            if label is not None and str(label) not in index:
+                raise DataError(label_error(path, label, classes))
+        own = [-1 if label is None else index[str(label)] for label in labels[split]]
+        sources[split] = FileSource(paths, own, classes)
+    return sources
+
+
+def _check_beside(folder: Path, splits: list[str]) -> None:
+    beside = first_image(folder, leave_out=SPLIT_NAMES)
+    if beside is None:
+        return
+    if len(splits) == 1:
+        raise DataError(
+            f"{folder} has a folder {splits[0]}, named like a split, beside other images, such as {beside}: "
+            f"data.split=all takes every sub-folder as a class; data.path={folder / splits[0]} takes that one alone."
+        )
+    logger.warning(
+        "%s: images beside the splits (%s) are left out, such as %s; data.split=all takes every sub-folder as a class",
+        folder,
+        ", ".join(splits),
+        beside,
+    )
+
+
+def _labels(place: Path, names: list[str], config: DataConfig) -> list[int | str | None]:
+    """Return the label of each image of a split: stated in a file, or its first sub-folder if all images have one."""
+    if not config.label_column:
+        return [None] * len(names)
+    stated = _stated_labels(place, config)
+    if stated:
+        labels = [stated.get(name.replace(os.sep, "/")) for name in names]
+        return [None if label == "" else label for label in labels]
+    beside = [name for name in names if os.sep not in name]
+    if config.label_column != "label" or len(beside) == len(names):
+        return [None] * len(names)
+    if beside:
+        logger.warning(
+            "%s: %d images lie in sub-folders and %d beside them, the first of which is %s, so there are no classes; "
+            "data.label_column='' says that there are none",
+            place,
+            len(names) - len(beside),
+            len(beside),
+            beside[0],
+        )
+        return [None] * len(names)
+    return [name.split(os.sep)[0] for name in names]
+
+
+def _stated_labels(place: Path, config: DataConfig) -> dict[str, Any]:
+    file = place / "dataset.json"
+    if file.is_file() and config.label_column == "label":
+        content = json.loads(file.read_text())
+        stated = dict((content.get("labels") if isinstance(content, dict) else None) or [])
+        if any(type(label) not in (int, str) for label in stated.values()):
+            raise DataError(f"{file}: labels must be numbers or names; data.label_column='' reads without labels.")
+        return stated
+    for name, read in (("metadata.csv", pyarrow.csv.read_csv), ("metadata.jsonl", pyarrow.json.read_json)):
+        file = place / name
+        if file.is_file():
+            table = read(file)
+            if {"file_name", config.label_column} <= set(table.column_names):
+                columns = (table["file_name"], table[config.label_column])
+                return dict(zip(*(column.to_pylist() for column in columns), strict=True))
+            logger.warning("%s is not used: it has no columns file_name and %s", file, config.label_column)
+    return {}

@@ -1,0 +1,194 @@
+"""Sets of images, each brought to one size when it is read, and the random numbers of training.
+
+Order, crops and flips of training are functions of (seed, position in the stream of images) alone. A run that resumes
+at position p, or that is divided over a different number of processes, sees the same images with the same flips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from looc_ldm.images.config import DataConfig
+from looc_ldm.images.folders import ALL
+from looc_ldm.images.open import names_of_split, open_sources, split_name
+from looc_ldm.images.pixels import MODES, read_image
+from looc_ldm.images.source import Source, Stored
+from looc_ldm.images.transforms import CENTRE, to_pixels, to_square
+from looc_ldm.images.unreadable import first_readable, warn_of
+from looc_ldm.utils.errors import ConfigError, DataError, UnreadableImage
+
+# Random numbers of one seed must not overlap: each use has its own number.
+ORDER, FLIP, NOISE, CROP, SHARDS, BLOCKS = 0, 1, 2, 3, 5, 6
+
+
+def random_at(seed: int, use: int, position: int) -> np.random.Generator:
+    """Return the random numbers that belong to one position of the stream, for one use of them."""
+    return np.random.Generator(np.random.Philox(key=[(seed << 8) + use, position]))
+
+
+@dataclass
+class Report:
+    """What an item of a stream, or a batch of them, says besides its tensors.
+
+    Attributes:
+        unreadable (`list[str]`): One line for each image that could not be read; see `first_readable`.
+        cursor (`tuple[int, ...]`, *optional*): Where the lane of a streamed data set goes on after this batch.
+    """
+
+    unreadable: list[str] = field(default_factory=list)
+    cursor: tuple[int, ...] | None = None
+
+
+class ImageReader:
+    """Turns encoded images into tensors of one size.
+
+    Args:
+        config (`DataConfig`): Their settings.
+        channels (`int`): 1 (grey) or 3.
+
+    Attributes:
+        content_size (`tuple[int, int]`, *optional*): Height and width of the images inside their padding, if `fit` is
+            `pad`; metrics are measured there.
+        needs_labels (`bool`): Count images without a label as unreadable.
+    """
+
+    def __init__(self, config: DataConfig, channels: int):
+        if channels not in MODES:
+            raise ConfigError(f"images have 1 (grey) or 3 channels, the model asks for {channels}.")
+        self.config = config
+        self.mode = MODES[channels]
+        self.content_size: tuple[int, int] | None = None
+        self.needs_labels = False
+
+    def decode(self, stored: Stored) -> Image.Image:
+        """Return an image at its own size. Raises UnreadableImage."""
+        if self.config.max_image_pixels is not None:
+            Image.MAX_IMAGE_PIXELS = self.config.max_image_pixels // 2  # Pillow refuses twice as many
+        return read_image(stored.content, self.mode, stored.name)
+
+    def to_item(self, stored: Stored, at: tuple[int, int] | None = None) -> tuple[torch.Tensor, int]:
+        """Return an image as uint8 `(C, resolution, resolution)`, and its label, -1 without classes.
+
+        Args:
+            stored: The image.
+            at: (seed, position in the stream), which decide how training crops and mirrors it. None: cropped at the
+                centre, not mirrored.
+
+        Raises:
+            UnreadableImage: It cannot be read.
+            DataError: `fit` is `pad`, and its size is not that of the others.
+        """
+        if self.needs_labels and stored.label < 0:
+            raise UnreadableImage(f"{stored.name} has no label", stored.name)
+        image = self.decode(stored)
+        if self.content_size not in (None, image.size[::-1]):
+            height, width = self.content_size
+            raise DataError(
+                f"{stored.name} is {image.width}x{image.height}: fit=pad needs images of one size, and the first is "
+                f"{width}x{height}."
+            )
+        place, mirrored = CENTRE, False
+        if at is not None:
+            seed, position = at
+            if self.config.fit == "random_crop":
+                place = tuple(random_at(seed, CROP, position).random(2))
+            mirrored = self.config.flip and random_at(seed, FLIP, position).random() < 0.5
+        pixels = to_pixels(to_square(image, self.config.fit, self.config.resolution, stored.name, place))
+        return pixels.flip(-1) if mirrored else pixels, stored.label
+
+
+class ImageSet(ImageReader, Dataset):
+    """The images of one split. Item i is what `read(i)` returns.
+
+    Args:
+        source (`Source`): The images, encoded.
+        config (`DataConfig`): Their settings.
+        channels (`int`): 1 (grey) or 3.
+        skip_unreadable (`bool`, default False): If an item cannot be read, return the next readable one and log a
+            warning. Otherwise reading it raises `UnreadableImage`.
+
+    Attributes:
+        classes (`list[str]`): Names of the classes; empty if the data has none.
+    """
+
+    def __init__(self, source: Source, config: DataConfig, channels: int, skip_unreadable: bool = False):
+        super().__init__(config, channels)
+        self.source = source
+        self.skip_unreadable = skip_unreadable
+        self.classes = source.classes
+        self._warned: set[str] = set()
+        if config.fit == "pad" and len(source):
+            width, height = self._readable(self.open, 0)[0].size
+            self.content_size = (height, width)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self._readable(self.read, range(len(self))[int(index)])  # IndexError ends a loop over the images
+
+    def read(self, index: int, at: tuple[int, int] | None = None) -> tuple[torch.Tensor, int]:
+        """Return image `index` and its label; see `to_item`."""
+        return self.to_item(self.source.read(index), at)
+
+    def open(self, index: int) -> tuple[Image.Image, Stored]:
+        """Return image `index` at its own size, and how it is stored. Raises UnreadableImage."""
+        stored = self.source.read(index)
+        return self.decode(stored), stored
+
+    def indices_from(self, index: int) -> Iterator[int]:
+        """All indices, beginning with `index`: itself and those that may take its place."""
+        return ((index + offset) % len(self) for offset in range(len(self)))
+
+    def labels(self) -> np.ndarray:
+        """Return all labels, int64 `(len,)`; -1 without classes."""
+        return self.source.labels()
+
+    def pixels(self) -> Sequence[torch.Tensor]:
+        """Return the images alone, without labels, read when they are asked for."""
+        return _Pixels(self)
+
+    def _readable(self, read: Callable, index: int):
+        if not self.skip_unreadable:
+            return read(index)
+        item, problems = first_readable(self.indices_from(index), read, self.config.path)
+        warn_of(problems, self._warned)
+        return item
+
+
+class _Pixels(Sequence):
+    def __init__(self, images: ImageSet):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images[index][0]
+
+
+def load_image_set(config: DataConfig, channels: int) -> ImageSet:
+    """Return the images of `config.split`; if that is empty, of the test, validation or only split there is.
+
+    `all` is that, too, for data that is not a folder of images.
+
+    Raises:
+        DataError: No such data, a folder without images, an unknown split or column.
+    """
+    whole = config.split in ("", ALL)
+    splits = open_sources(config, None if whole else names_of_split(config.split))
+    if whole and config.split not in splits:
+        held_out = [name for name in ("test", "validation") if name in splits]
+        config = replace(config, split=[*held_out, *splits][0])
+    return ImageSet(splits[split_name(splits, "split", config)], config, channels)
+
+
+def spread(length: int, count: int) -> np.ndarray:
+    """Return up to `count` of `length` positions at even distances: of a set sorted by class, as many of each."""
+    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(np.int64))

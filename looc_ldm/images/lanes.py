@@ -1,0 +1,142 @@
+"""How the shards of a data set are divided, shuffled and entered anywhere.
+
+What is read is divided by *lanes*, one for each worker of each process's loader. The batches of one forward pass are
+dealt out to them in turn, so that a worker meets one lane only. Shards are numbered through all epochs: number `g` of a
+set of `n` shards stands at place `g mod n` of epoch `g div n`, whose order belongs to the seed and the epoch. Lane `l`
+of `L` reads the numbers `l`, `l + L`, `l + 2 L`, ..., so that lanes stay near each other, however many shards there
+are. A shard is read in blocks of `data.shuffle_images` images, each permuted by (seed, number, block). A *cursor* says
+exactly where a lane goes on: `(lane, number of a shard, images of it already given)`, and, after the number of lanes
+has changed, further pairs of number and images. The lane goes on in steps of `L` from the last one.
+
+The division of `datasets` itself (`split_dataset_by_node`, and by worker within a loader) is not used: where it goes on
+depends on the state of each process's iterator, and its shuffle buffer is filled anew after an interruption, which
+loses what was in it.
+
+Resuming opens each lane's shard and reads it up to the end of the block that was left: at most one shard a worker.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from itertools import islice
+
+from looc_ldm.images.image_set import BLOCKS, SHARDS, random_at
+from looc_ldm.images.source import Stored
+from looc_ldm.utils.errors import DataError
+
+Cursor = tuple[int, ...]
+
+
+def starting_cursors(cursors: dict[int, Cursor], lanes: int) -> dict[int, Cursor]:
+    """Return where each lane starts: at the beginning, or where a checkpoint's cursors say, one for each of its lanes.
+
+    With another number of lanes than the checkpoint's, what these had not given yet is dealt out anew, shards that were
+    being read first: no image is left out, and none comes twice.
+    """
+    if len(cursors) == lanes:
+        return {lane: tuple(cursors[lane]) for lane in range(lanes)}
+    left = {number: given for cursor in cursors.values() for number, given in _pairs(cursor)}
+    start = max(left, default=-1) + 1  # no lane has begun a shard from here on
+    for cursor in cursors.values():
+        left |= dict.fromkeys(range(cursor[-2] + len(cursors), start, len(cursors)), 0)
+    unfinished = sorted(left.items())
+    starts = {}
+    for lane in range(lanes):
+        mine = unfinished[lane::lanes]
+        mine.append((start + lane + len(mine) * lanes - len(unfinished), 0))
+        starts[lane] = (lane, *(value for pair in mine for value in pair))
+    return starts
+
+
+def _pairs(cursor: Cursor) -> list[tuple[int, int]]:
+    """Return numbers of shards, and how many images of each were given."""
+    return list(zip(cursor[1::2], cursor[2::2], strict=True))
+
+
+class Lane(Iterator[Stored]):
+    """The examples of one lane from a cursor on, without end.
+
+    Args:
+        images: The shards, with `num_shards`, `config` and `read(shard, start)` as `StreamedSet` has them.
+        seed (`int`): Seed of the order.
+        lanes (`int`): Number of all lanes.
+        cursor (`Cursor`): Where it starts.
+        read_ahead (`bool`): Read the next block in a thread while one is given. For loaders' workers, which end without
+            waiting for it and without tidying up.
+
+    Attributes:
+        cursor (`Cursor`): Behind the last example that was given.
+    """
+
+    def __init__(self, images, seed: int, lanes: int, cursor: Cursor, read_ahead: bool = False):
+        self.cursor = cursor
+        self._examples: list[Stored] = []  # of the present block, the next one last
+        self._blocks = _blocks(images, seed, lanes, cursor)
+        self._ahead = _Ahead(self._blocks) if read_ahead else None
+        if not read_ahead:  # before Python takes its modules apart, which readers that are open then would fail at
+            weakref.finalize(self, self._blocks.close)
+
+    def __next__(self) -> Stored:
+        while not self._examples:
+            if self._ahead is None:
+                self.cursor, self._examples = next(self._blocks)
+            else:
+                self.cursor, self._examples = self._ahead.result()
+                self._ahead = _Ahead(self._blocks)
+            self._examples.reverse()
+        lane, number, given, *later = self.cursor
+        self.cursor = (lane, number, given + 1, *later)
+        return self._examples.pop()
+
+
+class _Ahead(threading.Thread):
+    """The next item of an iterator, on its way. Executors are not used: Python waits for their threads at its end."""
+
+    def __init__(self, items: Iterator):
+        super().__init__(name="shards", daemon=True)
+        self._items = items
+        self._outcome: list = []
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._outcome = [next(self._items), None]
+        except BaseException as error:  # raised by `result`
+            self._outcome = [None, error]
+
+    def result(self):
+        """Wait for the item and return it, or raise what was raised instead."""
+        self.join()
+        item, error = self._outcome
+        if error is not None:
+            raise error
+        self._outcome = []  # or the block would be held as long as this thread's object
+        return item
+
+
+def _blocks(images, seed: int, lanes: int, cursor: Cursor) -> Iterator[tuple[Cursor, list[Stored]]]:
+    """Yield a lane's blocks in the order in which their examples are given, each with the cursor in front of it."""
+    lane, shards = cursor[0], _pairs(cursor)
+    size = images.config.shuffle_images
+    empty: set[int] = set()
+    while len(empty) < images.num_shards:
+        (number, given), *later = shards
+        epoch, place = divmod(number, images.num_shards)
+        shard = int(random_at(seed, SHARDS, epoch).permutation(images.num_shards)[place])
+        first = given - given % size
+        examples = images.read(shard, first)
+        found = first > 0
+        while block := list(islice(examples, size)):
+            found = True
+            order = random_at(seed, BLOCKS, (number << 20) + first // size).permutation(len(block))
+            order = order[max(given - first, 0) :]
+            rest = (value for pair in later for value in pair)
+            yield (lane, number, max(given, first), *rest), [block[index] for index in order]
+            first += len(block)
+            del block  # or it would be held while the next one is read
+        if not found:
+            empty.add(shard)
+        shards = later or [(number + lanes, 0)]
+    raise DataError(f"there are no images in the shards of {images.config.path}.")

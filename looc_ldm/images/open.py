@@ -1,0 +1,129 @@
+"""Finding out what `data.path` names: a folder of images, tables, shards, LMDBs, or a data set on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import RepositoryNotFoundError
+
+import looc_ldm
+from looc_ldm.images import lsun
+from looc_ldm.images.config import DataConfig
+from looc_ldm.images.folders import ALL, first_image, image_folder, split_folders_of
+from looc_ldm.images.shards import find_shards
+from looc_ldm.images.source import SPLIT_NAMES, Source
+from looc_ldm.images.tables import open_tables
+from looc_ldm.utils.errors import DataError, one_line
+
+BUNDLED = Path(looc_ldm.__file__).resolve().parent / "data"  # one folder of parquet files a data set
+
+
+def names_of_split(name: str | None) -> tuple[str, ...]:
+    """Return the names that a split may have: as a setting says, or the usual one (`validation` for `val`)."""
+    return tuple(dict.fromkeys((name, SPLIT_NAMES.get(name.lower(), name)))) if name else ()
+
+
+def split_name(splits: Iterable[str], setting: str, config: DataConfig) -> str:
+    """Return the split that `data.split` or `data.validation_split` names.
+
+    Raises:
+        DataError: There is none.
+    """
+    name = getattr(config, setting)
+    for called in names_of_split(name):
+        if called in splits:
+            return called
+    raise DataError(f"data.{setting}={name!r}: {config.path} has the splits {', '.join(splits)}.")
+
+
+def open_sources(config: DataConfig, wanted: Collection[str] | None = None) -> dict[str, Source]:
+    """Return the splits of what `data.path` names.
+
+    Args:
+        config: Settings of the data.
+        wanted: Names of splits; those of a table that are not among them get no labels, which may be wrong there. All
+            if not given.
+
+    Raises:
+        DataError: There is no such data, or it is not what it should be.
+    """
+    try:
+        splits = _open_sources(config, wanted)
+    except DataError:
+        raise
+    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"cannot load data.path={config.path!r}: {_reason(error)}") from error
+    for name, source in splits.items():
+        if source.classes and config.num_classes not in (None, len(source.classes)):
+            raise DataError(
+                f"data.num_classes={config.num_classes}: the split {name} of {config.path} has "
+                f"{len(source.classes)} classes."
+            )
+    if config.num_classes is not None and not any(source.classes for source in splits.values()):
+        raise DataError(f"data.num_classes={config.num_classes}: {config.path} has no labels.")
+    return splits
+
+
+def _open_sources(config: DataConfig, wanted: Collection[str] | None) -> dict[str, Source]:
+    folder = folder_of(config)
+    if folder is None:
+        check_on_hub(config.path)
+        rows = datasets.load_dataset(config.path, config.name, revision=config.revision)
+        return open_tables(rows, config, wanted)
+    if (folder / "dataset_dict.json").is_file():
+        return open_tables(datasets.load_from_disk(folder), config, wanted)
+    if (folder / "dataset_info.json").is_file():
+        return open_tables({"train": datasets.load_from_disk(folder)}, config, wanted)
+    shards = find_shards(folder, config) if config.split != ALL else None
+    if shards is not None:
+        if first_image(folder) is not None:
+            raise DataError(f"{folder} holds images beside {shards.builder} files: give a folder of only one kind.")
+        rows = datasets.load_dataset(shards.builder, data_files=shards.files, features=shards.features)
+        return open_tables(rows, config, wanted, shards.images)
+    lmdbs = lsun.find_lmdbs(folder)
+    if lmdbs is not None:
+        return {split: lsun.LmdbSource(lmdb) for split, lmdb in lmdbs.items()}
+    return image_folder(folder, [] if config.split == ALL else split_folders_of(folder), config)
+
+
+def folder_of(config: DataConfig) -> Path | None:
+    """Return the folder that `data.path` names; None if it is the id of a data set on the hub.
+
+    Raises:
+        DataError: It is neither.
+    """
+    bundled = sorted({file.parent.name for file in BUNDLED.glob("*/*.parquet")})  # a model lies beside them
+    folder = BUNDLED / config.path if config.path in bundled else Path(config.path).expanduser()
+    if config.path and folder.is_dir():
+        return folder
+    if folder.exists() or folder.is_absolute() or config.path.count("/") != 1:
+        raise DataError(
+            f"data.path={config.path!r} is neither bundled ({', '.join(bundled)}), a folder, nor a hub id (user/name)."
+        )
+    return None
+
+
+def check_on_hub(path: str) -> None:
+    """Raise DataError if the hub has no data set of that name, at once: loading it would try again for a long time."""
+    try:
+        HfApi().dataset_info(path, timeout=10)
+    except RepositoryNotFoundError:
+        raise DataError(f"data.path={path!r}: there is no folder of that name, nor a data set on the hub.") from None
+    except Exception as error:  # errors of networks have no common base
+        user, name = path.split("/")
+        prepared = Path(datasets.config.HF_DATASETS_CACHE) / f"{user}___{datasets.naming.camelcase_to_snakecase(name)}"
+        if not constants.HF_HUB_OFFLINE and not prepared.is_dir():
+            raise DataError(
+                f"data.path={path!r}: there is no folder of that name, and the hub cannot be asked for a data set: "
+                f"{one_line(error)}"
+            ) from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__  # what happened; the error itself only says that something did
+    return " ".join(str(error).strip().split("\n")[:2]) or type(error).__name__

@@ -1,0 +1,248 @@
+"""Data sets in shards (parquet files, WebDataset's tars, the hub), read as they come, without a copy on the disk.
+
+Which images a process reads, and how it goes on after an interruption: `looc_ldm.images.lanes`. What it costs: each
+worker holds up to two blocks of `data.shuffle_images` encoded images, the one that is given and the one that is read
+ahead, and a run that is resumed reads, without decoding, the head of one shard for each worker (1 to 2 seconds for
+10,000 JPEGs of 256 pixels on a local disk).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from looc_ldm.images.config import DataConfig
+from looc_ldm.images.image_set import ImageReader, ImageSet, Report
+from looc_ldm.images.lanes import Cursor, Lane, starting_cursors
+from looc_ldm.images.open import check_on_hub, folder_of, split_name
+from looc_ldm.images.pixels import read_bytes
+from looc_ldm.images.shards import find_shards, has_images
+from looc_ldm.images.source import Source, Stored
+from looc_ldm.images.tables import (
+    Columns,
+    class_names,
+    find_columns,
+    is_text,
+    label_error,
+    stored_image,
+)
+from looc_ldm.images.unreadable import first_readable
+from looc_ldm.utils.errors import ConfigError, DataError, UnreadableImage, one_line
+
+logger = logging.getLogger(__name__)
+
+
+class StreamedSet(ImageReader):
+    """The shards of one split, as they lie on the disk or on the hub. Their images are not counted: there is no length.
+
+    Args:
+        rows (`datasets.IterableDataset`): The split.
+        shard_names (`list[str]`): Names of its shards, for messages.
+        config (`DataConfig`): Settings of the data.
+        channels (`int`): 1 (grey) or 3.
+        images (`tuple[str, ...]`): Columns of which each row has its image in one; the config says if empty.
+
+    Attributes:
+        classes (`list[str]`): Names of the classes; empty if the data has none.
+        num_shards (`int`): Number of shards, which can be read at the same time.
+
+    Raises:
+        DataError: No such column of images.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        shard_names: list[str],
+        config: DataConfig,
+        channels: int,
+        images: tuple[str, ...] = (),
+    ):
+        super().__init__(config, channels)
+        self.num_shards = rows.num_shards
+        self.shard_names = shard_names
+        self.columns = find_columns(rows.features or {}, config, images)
+        self.classes = _class_names(self.columns, config)
+        self.rows = rows.select_columns([*self.columns.images, *(self.columns.label[:1] if self.classes else ())])
+        for image in self.columns.images:
+            # Undecoded: images of a shard's head that are only passed over cost nothing, and a broken one can be named.
+            self.rows = self.rows.cast_column(image, datasets.Image(decode=False))
+
+    def read(self, shard: int, start: int = 0) -> Iterator[Stored]:
+        """Yield the images of a shard from a place on.
+
+        Raises:
+            DataError: A shard that cannot be read, or a label that is none of the classes.
+        """
+        name = self.shard_names[shard]
+        has_images(Path(name))  # raises an error if it is cut off
+        # iter(1): a plain loop would divide the shard among the loader's workers once more, and larger batches of tars
+        # fail in datasets 4.0.
+        rows = enumerate(self.rows.shard(self.num_shards, shard).iter(batch_size=1))
+        while True:
+            try:
+                index, row = next(rows, (None, None))
+            except Exception as error:  # errors of files, archives, parquet and the network have no common base
+                raise DataError(f"cannot read {name}: {one_line(error)}") from error
+            if row is None:
+                return
+            if index >= start:
+                yield self._stored({column: values[0] for column, values in row.items()}, shard, index)
+
+    def _stored(self, row: dict, shard: int, index: int) -> Stored:
+        label = self.columns.label_in(row) if self.classes else None
+        label = -1 if label is None else label
+        stored = stored_image([row[name] for name in self.columns.images], index, self.shard_names[shard], label)
+        if self.shard_names[shard] not in stored.name:
+            stored = stored._replace(name=f"{stored.name} of {self.shard_names[shard]}")
+        if self.classes and not -1 <= label < len(self.classes):
+            raise DataError(label_error(stored.name, label, self.classes))
+        return stored
+
+
+class InMemory(Source):
+    """Encoded images that are held in memory."""
+
+    def __init__(self, images: list[Stored], classes: list[str]):
+        self.images, self.classes = images, classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> Stored:
+        return self.images[index]
+
+    def labels(self) -> np.ndarray:
+        return np.array([image.label for image in self.images], np.int64)
+
+
+def open_streamed(config: DataConfig, channels: int) -> tuple[StreamedSet, ImageSet]:
+    """Open the training images, streamed, and the first `validation_images` of the validation split, held in memory.
+
+    The first ones are not at even distances: if the split is sorted by class, they are of few classes.
+
+    Raises:
+        ConfigError: No validation split is named.
+        DataError: There is no such data, split or column, or it is neither on the hub nor in shards.
+    """
+    if config.validation_split is None:
+        raise ConfigError(
+            "data.streaming needs data.validation_split: images cannot be held out of what is not counted."
+        )
+    folder = folder_of(config)
+    images: tuple[str, ...] = ()
+    try:
+        if folder is None:
+            check_on_hub(config.path)
+            builder = datasets.load_dataset_builder(config.path, config.name, revision=config.revision)
+        else:
+            shards = find_shards(folder, config)
+            if shards is None:
+                raise DataError(
+                    f"data.streaming=true: {folder} holds neither parquet files nor WebDataset shards (.tar); "
+                    "other data is read as it lies without streaming."
+                )
+            images = shards.images
+            builder = datasets.load_dataset_builder(shards.builder, data_files=shards.files, features=shards.features)
+        splits = builder.as_streaming_dataset()
+    except DataError:
+        raise
+    except Exception as error:  # errors of files, archives, parquet and the network have no common base
+        raise DataError(f"cannot load data.path={config.path!r}: {one_line(error)}") from error
+    sets = {}
+    for setting in ("split", "validation_split"):
+        split = split_name(splits, setting, config)
+        sets[setting] = StreamedSet(
+            splits[split], _shard_names(builder, splits[split], split, config), config, channels, images
+        )
+    train, held_out = sets.values()
+    every = chain.from_iterable(held_out.read(shard) for shard in range(held_out.num_shards))
+    validation = ImageSet(
+        InMemory([_fetched(stored) for stored in islice(every, config.validation_images)], held_out.classes),
+        config,
+        channels,
+        skip_unreadable=True,
+    )
+    train.content_size = validation.content_size
+    return train, validation
+
+
+def _fetched(stored: Stored) -> Stored:
+    """Bring the content into memory, also from elsewhere. A missing file stays an unreadable image."""
+    try:
+        return stored._replace(content=read_bytes(stored.content, stored.name))
+    except UnreadableImage:
+        return stored
+
+
+def _shard_names(builder, rows: datasets.IterableDataset, split: str, config: DataConfig) -> list[str]:
+    files = list((builder.config.data_files or {}).get(split, []))
+    if len(files) == rows.num_shards:
+        return [str(file) for file in files]
+    return [f"shard {shard} of {config.path} ({split})" for shard in range(rows.num_shards)]
+
+
+def _class_names(columns: Columns, config: DataConfig) -> list[str]:
+    if is_text(columns.feature):
+        logger.warning(
+            "%s: labels that are text make no classes when streaming, which does not know them all.", config.path
+        )
+        return []
+    return class_names(columns.feature, config)
+
+
+class StreamedImages(Dataset):
+    """Training images of a `StreamedSet`: item p is `(image, label, report)`, the image a uint8 tensor `(C, H, W)`,
+    the report with the cursor behind it.
+
+    It is read a batch at a time (`__getitems__`), each lane in the order of its positions. Which images come depends on
+    the seed, the number of lanes and the cursors; flips and crops on the seed and the position.
+
+    Args:
+        images (`StreamedSet`): The shards.
+        seed (`int`): Seed of order, flips and crops.
+        per_forward (`int`): Images of one forward pass of one process.
+        processes (`int`): Number of processes.
+        num_workers (`int`): Workers of the loader that reads the stream.
+        cursors (`dict[int, Cursor]`): Lane -> where it goes on, from a checkpoint; see `starting_cursors`.
+
+    Attributes:
+        cursors (`dict[int, Cursor]`): Where every lane of this run starts, also those of other processes.
+    """
+
+    def __init__(
+        self,
+        images: StreamedSet,
+        seed: int,
+        per_forward: int,
+        processes: int,
+        num_workers: int,
+        cursors: dict[int, Cursor],
+    ):
+        self.images = images
+        self.seed = seed
+        self.per_forward = per_forward
+        self.num_lanes = processes * max(num_workers, 1)
+        self.read_ahead = num_workers > 0
+        self.cursors = starting_cursors(cursors, self.num_lanes)
+        self._lanes: dict[int, Lane] = {}  # opened by the process that reads
+
+    def __getitems__(self, positions: list[int]) -> list[tuple[torch.Tensor, int, Report]]:
+        """Return the items of one forward pass; called by a loader's worker."""
+        number = positions[0] // self.per_forward % self.num_lanes
+        if number not in self._lanes:
+            self._lanes[number] = Lane(self.images, self.seed, self.num_lanes, self.cursors[number], self.read_ahead)
+        return [self._item(self._lanes[number], position) for position in positions]
+
+    def _item(self, lane: Lane, position: int) -> tuple[torch.Tensor, int, Report]:
+        read = partial(self.images.to_item, at=(self.seed, position))
+        item, problems = first_readable(lane, read, self.images.config.path)
+        return *item, Report(problems, lane.cursor)

@@ -1,0 +1,79 @@
+"""Images that cannot be read: the next readable one takes the place, a warning names the file and the reason, and
+above a share the run stops.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import TypeVar
+
+from looc_ldm.utils.errors import DataError, UnreadableImage
+
+MOST_IN_A_ROW = 1000  # unreadable images, one after the other, before reading stops
+FEW = 10  # unreadable images of streamed data, whose size is not known, that say nothing about their share yet
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+
+def first_readable(candidates: Iterable, read: Callable[..., Item], path: str) -> tuple[Item, list[str]]:
+    """Return the first candidate that `read` can read, and one line for each before it: its name and the reason.
+
+    Raises DataError, with the `path` of the data, if none of the first `MOST_IN_A_ROW` can be read.
+    """
+    problems: list[str] = []
+    for candidate in islice(candidates, MOST_IN_A_ROW):
+        try:
+            return read(candidate), problems
+        except UnreadableImage as error:
+            problems.append(str(error))
+    raise DataError(f"{len(problems)} images of {path} in a row cannot be read. The last: {problems[-1]}")
+
+
+def warn_of(problems: list[str], warned: set[str]) -> None:
+    """Log a warning for each problem that is not among `warned`, and add it there."""
+    for problem in problems:
+        if problem not in warned:
+            logger.warning("%s; the next readable image takes its place", problem)
+            warned.add(problem)
+
+
+def too_many(bad: int, images: int, max_share: float, least: int = 1) -> str | None:
+    """Return the error message if `bad` of `images` are more than `data.max_unreadable_share` allows, else None.
+
+    `least` unreadable images are allowed however few images there are, unless the share is 0.
+    """
+    if bad <= (max(least, max_share * images) if max_share else 0):
+        return None
+    return (
+        f"{bad} of {images} images cannot be read, more than data.max_unreadable_share={max_share} allows; "
+        "the warnings in the log name them."
+    )
+
+
+class UnreadableImages:
+    """Warns of each unreadable image that one process meets in training, and counts how often it meets any.
+
+    `started_at` is the position in the stream of images where the process started, `size` the number of images of the
+    data set, None if it is streamed.
+    """
+
+    def __init__(self, max_share: float, started_at: int = 0, size: int | None = None):
+        self.max_share, self.started_at, self.size = max_share, started_at, size
+        self.count = 0
+        self._warned: set[str] = set()
+
+    def add(self, problems: list[str]) -> None:
+        """Take in what `first_readable` says of one batch."""
+        self.count += len(problems)
+        warn_of(problems, self._warned)
+
+    def too_many(self, count: int, images_seen: int) -> str | None:
+        """Return the error message if `count`, the sum over all processes, is more than allowed."""
+        if self.size is None:
+            return too_many(count, images_seen - self.started_at, self.max_share, FEW)
+        epochs = (images_seen - 1) // self.size - self.started_at // self.size + 1  # each meets an image at most once
+        return too_many(count, epochs * self.size, self.max_share, epochs)

@@ -1,0 +1,1 @@
+"""Networks: the autoencoder with its quantizer, UNets, and what loads and scales them."""

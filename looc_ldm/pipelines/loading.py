@@ -1,0 +1,35 @@
+"""Load a pipeline, with errors that say what is wrong with the folder or repository."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+
+from looc_ldm.models.loading import model_folder
+from looc_ldm.pipelines.ldm import LooCLDMPipeline
+from looc_ldm.utils.errors import ModelError
+
+
+def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> LooCLDMPipeline:
+    """Return the pipeline in a folder or hub repository, from safetensors only.
+
+    Raises:
+        ModelError: Nothing is there, it is another kind of model, or what the hub objects to.
+    """
+    folder = model_folder(name, kind="pipeline")
+    if not (folder / "model_index.json").is_file():
+        hint = ""
+        if (folder / "pipeline" / "model_index.json").is_file():
+            hint = f" Give {str(folder / 'pipeline')!r}."
+        elif (folder / "config.json").is_file():
+            hint = " It is a model by itself, not a pipeline."
+        raise ModelError(f"no pipeline in {name!r}: it holds no model_index.json.{hint}")
+    shown = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()  # of loading a handful of files
+    try:
+        return LooCLDMPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, AttributeError, TypeError, KeyError) as error:
+        raise ModelError(f"cannot load {name!r}: {' '.join(str(error).split())[:400]}") from error
+    finally:
+        if shown:
+            diffusers_logging.enable_progress_bar()

@@ -1,0 +1,629 @@
+"""`LooCQuantizer`: one small codebook, shared by all segments of every feature vector (LooC, WACV 2026)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from looc_ldm.quantizer.anchors import ANCHORS, Anchors, better_anchors
+from looc_ldm.quantizer.gradients import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, QuantizerLoss, Rotation, sum_by_code
+from looc_ldm.quantizer.search import DISTANCES, is_exporting, is_recording, nearest_codevectors
+
+SEGMENT_LAYOUTS = ("channel", "patch")
+INPUT_LAYOUTS = ("BCHW", "BCL", "BLC")
+CODEBOOK_UPDATES = ("ema", "gradient")
+GRADIENTS = ("straight-through", "rotation")
+
+NOT_FINITE = "z holds NaN or infinite values: no codevector is nearest to them."
+
+
+class Collected(NamedTuple):
+    """What training forwards leave behind for `LooCQuantizer.revive`."""
+
+    counts: torch.Tensor  # (K,) int64: how often each codevector was chosen
+    nonfinite: torch.Tensor  # () bool: whether a feature map held values that are not finite
+    offsets: torch.Tensor | None  # (K, d) float64: sum of z - c over the segments that chose c
+    anchors: Anchors | None
+
+
+class Codebook(nn.Embedding):
+    """An embedding that, called without indices, gives all its vectors, (K, d).
+
+    Called, not read: what keeps weights on another device or on disk until they are needed waits for a call.
+    """
+
+    def forward(self, indices: torch.Tensor | None = None) -> torch.Tensor:
+        # A view holds on to the vectors when the weight is sent back where it came from, after this call.
+        return self.weight.view_as(self.weight) if indices is None else super().forward(indices)
+
+
+class LooCQuantizer(nn.Module):
+    """Interpolate, quantize, pool: the paper's vector quantizer, a drop-in for diffusers' `VectorQuantizer`.
+
+    Each `vq_embed_dim`-channel vector of a feature map is cut into segments of `codevector_dim` channels, and every
+    segment is replaced by its nearest codevector of *one* codebook of `num_codevectors` vectors (paper section
+    3.2, "LDC"). Before that the map is enlarged bilinearly by `interpolation_factor` and afterwards pooled back
+    (section 3.3). Codevectors that are hardly used are pulled towards features of the batch (the CVQ update).
+
+    Unlike there, indices keep the shape of the map, perplexity is a number, `decode_indices` is what
+    `get_codebook_entry` is there, and by default gradients turn with the segments.
+
+    Codebook, search and loss are float32 whatever the dtype of the module around it: a bfloat16 search picks a wrong
+    code for 2 to 8 % of vectors at 2 to 4 dimensions. The output has the dtype of the input.
+
+    Args:
+        vq_embed_dim (`int`): n_q, the channels of a feature vector.
+        num_codevectors (`int`): K, the size of the codebook.
+        codevector_dim (`int`): d, the channels of a codevector.
+        interpolation_factor (`int`, defaults to 2): s; 1 switches interpolation off.
+        segment_layout (`str`, defaults to `"channel"`): What a segment is when s > 1. `"channel"`, the paper's text: d
+            neighbouring channels at one interpolated position; d must divide n_q. `"patch"`, the authors' code: d
+            consecutive rows of `pixel_unshuffle`, so that at s=2, d=4 a segment is the 2x2 patch of one channel; d
+            must divide n_q * s**2. Equal at s=1.
+        distance (`str`, defaults to `"cosine"`): `"cosine"` or `"euclidean"`; only the choice of the code depends on
+            it, the output is always the codevector itself.
+        commitment_weight (`float`, defaults to 0.25): beta, on the commitment term. With the published rule,
+            `codebook_update="gradient"` and `gradient="straight-through"`, 8 learns much faster; with the defaults of
+            both it adds half a decibel at most (docs/tables.md).
+        anchor (`str`, defaults to `"closest"`): The feature a codevector is revived with: `"closest"`, `"random"`,
+            `"probrandom"`, or `"none"` for no revival.
+        usage_decay (`float`, defaults to 0.99): gamma, the decay of the average of `usage`, and of the codebook's.
+        codebook_update (`str`, defaults to `"ema"`): How a codevector follows the segments that choose it. `"ema"`, as
+            their moving average (VQ-VAE, appendix A.1): `revive` moves it, and it has no gradient. `"gradient"`, by
+            the codebook term of the loss, as published; the optimizer then needs the quantizer's parameters. Where
+            gradients pass straight through too, the loss climbs on some data to many times its start in the first 50
+            steps, since the codevectors, which start in [-1/K, 1/K], lag behind the encoder
+            (docs/quantizer_recipes.md).
+        gradient (`str`, defaults to `"rotation"`): What the choice of a codevector c for a segment z does to the
+            gradient. `"rotation"`: what the rotation and scaling of z onto c would do, taken for constant
+            ("Restructuring vector quantization with the rotation trick", ICLR 2025). Segments whose codevector is more
+            than 32 times longer pass it straight through, and all do at d = 1, where only a sign could turn.
+            `"straight-through"`: nothing, as published; slower to learn on the three sets of small images that were
+            tried (docs/quantizer_recipes.md, docs/tables.md).
+        input_layout (`str`, defaults to `"BCHW"`): The axes of `z`: `"BCHW"` for feature maps, `"BCL"` or `"BLC"` for
+            sequences, as convolutions or transformers have them. Interpolation is along H and W, or along L, and s**2
+            and (H, W) in shapes become s and (L).
+
+    Attributes:
+        embedding (`nn.Embedding`): `weight` is the codebook, (K, d), float32.
+        usage (`torch.Tensor` of shape `(K,)`): Moving average of the share of segments each codevector received. A
+            buffer: saved and loaded with the module.
+        owner_revives (`bool`): Whether the owner calls `revive` or `discard` once per optimizer step and watches losses
+            or gradients; False unless the owner sets it. A training forward then neither revives by itself nor raises
+            for values that are not finite (which otherwise it does on CPUs).
+
+    Raises:
+        ValueError: A size that is not positive, a `codevector_dim` that does not divide as said, an unknown name, or
+            `codevector_dim=1` with `"cosine"` (only the sign would be left to compare).
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from looc_ldm import LooCQuantizer
+    >>> quantizer = LooCQuantizer(vq_embed_dim=8, num_codevectors=256, codevector_dim=4)
+    >>> z = torch.randn(2, 8, 16, 16)
+    >>> z_q, loss, (perplexity, _, indices) = quantizer(z)
+    >>> indices.shape  # 2 segments at each of 2 x 2 interpolated positions
+    torch.Size([2, 16, 16, 8])
+    >>> quantizer.revive()  # once per optimizer step
+    ```
+    """
+
+    def __init__(
+        self,
+        vq_embed_dim: int,
+        num_codevectors: int,
+        codevector_dim: int,
+        interpolation_factor: int = 2,
+        segment_layout: str = "channel",
+        distance: str = "cosine",
+        commitment_weight: float = 0.25,
+        anchor: str = "closest",
+        usage_decay: float = 0.99,
+        codebook_update: str = "ema",
+        gradient: str = "rotation",
+        input_layout: str = "BCHW",
+    ):
+        super().__init__()
+        sizes = {
+            "vq_embed_dim": vq_embed_dim,
+            "num_codevectors": num_codevectors,
+            "codevector_dim": codevector_dim,
+            "interpolation_factor": interpolation_factor,
+        }
+        for name, value in sizes.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, got {value!r}.")
+        if num_codevectors < 2:
+            raise ValueError(f"num_codevectors must be at least 2, got {num_codevectors}.")
+        for name, value, allowed in (
+            ("segment_layout", segment_layout, SEGMENT_LAYOUTS),
+            ("distance", distance, DISTANCES),
+            ("anchor", anchor, ANCHORS),
+            ("codebook_update", codebook_update, CODEBOOK_UPDATES),
+            ("gradient", gradient, GRADIENTS),
+            ("input_layout", input_layout, INPUT_LAYOUTS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+        if not 0 <= usage_decay < 1:
+            raise ValueError(f"usage_decay must be in [0, 1), got {usage_decay!r}.")
+        if not commitment_weight >= 0:
+            raise ValueError(f"commitment_weight must not be negative, got {commitment_weight!r}.")
+        if codevector_dim == 1 and distance == "cosine":
+            raise ValueError('codevector_dim=1 needs distance="euclidean": by cosine only the sign would count.')
+        axes = len(input_layout) - 2
+        divided = vq_embed_dim * (interpolation_factor**axes if segment_layout == "patch" else 1)
+        if divided % codevector_dim:
+            formula = f"vq_embed_dim * interpolation_factor**{axes}" if segment_layout == "patch" else "vq_embed_dim"
+            raise ValueError(
+                f"codevector_dim={codevector_dim} does not divide {formula} = {divided} "
+                f'(segment_layout="{segment_layout}").'
+            )
+
+        self.vq_embed_dim = vq_embed_dim
+        self.num_codevectors = num_codevectors
+        self.codevector_dim = codevector_dim
+        self.interpolation_factor = interpolation_factor
+        self.segment_layout = segment_layout
+        self.distance = distance
+        self.commitment_weight = commitment_weight
+        self.anchor = anchor
+        self.usage_decay = usage_decay
+        self.codebook_update = codebook_update
+        self.gradient = gradient
+        self.input_layout = input_layout
+
+        self.embedding = Codebook(num_codevectors, codevector_dim, dtype=torch.float32)
+        nn.init.uniform_(self.embedding.weight, -1 / num_codevectors, 1 / num_codevectors)
+        # Else DistributedDataParallel waits for a gradient.
+        self.embedding.weight.requires_grad_(codebook_update == "gradient")
+        self.register_buffer("usage", torch.zeros(num_codevectors, dtype=torch.float32))
+        # The weight says whether it is frozen under "gradient" only; the owner is a model without trainable parameters.
+        self._frozen = self.owner_frozen = False
+        # Plain attributes, not buffers: DDP broadcasts buffers of rank 0 at each forward and would overwrite what the
+        # other ranks have collected since the last optimizer step.
+        self._collected: Collected | None = None
+        self._collected_before_backward = False
+        self.owner_revives = False
+        self._revive_called = False
+        self._codebook_version: int | None = None
+        self._nonfinite: torch.Tensor | None = None
+
+    @property
+    def codes_per_position(self) -> int:
+        """C, the number of codes at each latent position: n_q * s**2 / d, or n_q * s / d with one spatial axis."""
+        return self.vq_embed_dim * self.interpolation_factor**self.spatial_axes // self.codevector_dim
+
+    @property
+    def bits_per_position(self) -> float:
+        """The rate of a latent position in bits, C * log2(K)."""
+        return self.codes_per_position * math.log2(self.num_codevectors)
+
+    @property
+    def codebook_scalars(self) -> int:
+        """Numbers in the codebook, K * d."""
+        return self.num_codevectors * self.codevector_dim
+
+    @property
+    def spatial_axes(self) -> int:
+        """2 for `"BCHW"`, 1 for `"BCL"` and `"BLC"`."""
+        return len(self.input_layout) - 2
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """The codevectors, (K, d), float32."""
+        return self.embedding()
+
+    @property
+    def learns(self) -> bool:
+        """Whether training forwards change codebook and usage: not in eval mode, nor once frozen.
+
+        `requires_grad_(False)` of the quantizer freezes it, and so does a `LooCVQModel` none of whose parameters
+        requires a gradient.
+        """
+        by_gradient = self.codebook_update == "gradient"
+        frozen = self._frozen or self.owner_frozen or (by_gradient and not self.embedding.weight.requires_grad)
+        return self.training and not frozen
+
+    def requires_grad_(self, requires_grad: bool = True) -> LooCQuantizer:
+        """Freeze codebook and usage under both rules (False), or let training forwards change them (True)."""
+        self._frozen = not requires_grad
+        self.embedding.weight.requires_grad_(requires_grad and self.codebook_update == "gradient")
+        return self
+
+    def forward(
+        self, z: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, None, torch.Tensor]]:
+        """Quantize a feature map. Gradients pass the choice of codevectors as `gradient` says.
+
+        Args:
+            z (`torch.Tensor` of shape `(B, n_q, H, W)`): The feature map; other shapes as `input_layout` says.
+            mask (`torch.Tensor` of shape `(B, L)`, bool, *optional*): For padded sequences (`"BCL"`, `"BLC"`, s = 1):
+                True where a position counts. The others have no part in loss, perplexity, usage and revival; their
+                output is 0 and their index -1.
+
+        Returns:
+            `tuple`: `quantized` in the shape and dtype of `z`; `loss`, a float32 scalar,
+            mean((z_q - sg z)^2) + beta * mean((sg z_q - z)^2) over the interpolated map (paper, equation 3); and
+            `(perplexity, None, indices)`, where perplexity is exp of the entropy of this batch's codes, between 1 and
+            K, and indices are int64 `(B, H, W, C)`.
+
+        Raises:
+            ValueError: `z` has another shape, or holds values that are not finite. Training on an accelerator does not
+                wait for the device to learn the latter: there `check_finite` says so. Compiled or exported, evaluation
+                has NaN in `quantized` and `loss` instead, and any codes. Or `mask` has another shape or type, counts no
+                position, or comes with interpolation or feature maps.
+        """
+        if mask is not None:
+            return self._forward_masked(z, mask)
+        # Activation checkpointing runs a forward once more during backward: that is no further batch. Its reentrant
+        # kind runs the first one without gradients, which collects nothing, and the repetition does.
+        repeated = _in_backward()
+        collecting = self.learns and torch.is_grad_enabled() and not (repeated and self._collected_before_backward)
+        if self.learns and not repeated:
+            if self._collected is not None and not (self.owner_revives or self._revive_called):
+                self._apply_revival()
+            self._collected_before_backward = collecting or self._collected_before_backward
+        if not torch.compiler.is_compiling():
+            version = self.embedding.weight._version
+            if not repeated:
+                self._codebook_version = version
+            elif self.learns and version != self._codebook_version:
+                raise RuntimeError(
+                    "The codebook has changed between a forward and its repetition under activation checkpointing: "
+                    "call revive() after backward, once per optimizer step."
+                )
+        nonfinite = self._check_input(z)
+        with torch.autocast(z.device.type, enabled=False):
+            rows = self._to_segments(z.float())  # (B, H, W, C, d)
+            flat = rows.detach().reshape(-1, self.codevector_dim)
+            anchor = self.anchor if collecting else "none"
+            indices, counts, anchors = nearest_codevectors(flat, self.codebook.detach(), self.distance, anchor)
+            codes = indices.view(rows.shape[:-1])
+            difference = None
+            with_gradient = torch.is_grad_enabled() and not torch.jit.is_tracing()  # no trace holds our gradients
+            if with_gradient:
+                difference = F.embedding(indices, self.codebook.detach()).sub_(flat)  # (N, d)
+            if collecting:
+                self._collect(Collected(counts, nonfinite, self._offsets(difference, indices), anchors))
+            if with_gradient:
+                quantized, loss = self._with_gradient(rows, codes, difference), self._loss(rows, difference, indices)
+            else:
+                loss = self._loss_in_chunks(flat, indices)
+                del rows, flat  # as large as what is made next
+                quantized = self._lookup(codes)
+                if is_recording():
+                    quantized = torch.where(nonfinite, torch.nan, quantized)
+            share = counts / indices.numel()
+            perplexity = torch.exp(-torch.sum(share * torch.log(share + 1e-10)))
+        return self._like(quantized, z), loss, (perplexity, None, codes)
+
+    def encode_indices(self, z: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the indices of a feature map `(B, n_q, H, W)`, int64 `(B, H, W, C)`.
+
+        Along C: (dy, dx, segment) in the `"channel"` layout, the rows of `pixel_unshuffle` in `"patch"`. `mask` and
+        errors are those of `forward`.
+        """
+        if mask is None:
+            return self.search(z)[0]
+        return self._unmask(self.search(self._masked(z, mask))[0][0], mask, -1)
+
+    @torch.no_grad()
+    def search(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes `(B, H, W, C)` of a feature map, and the vectors they were chosen for, float32 `(B, H, W, C, d)`."""
+        self._check_input(z, wait=True)
+        with torch.autocast(z.device.type, enabled=False):
+            rows = self._to_segments(z.float())
+            flat = rows.reshape(-1, self.codevector_dim)
+            return nearest_codevectors(flat, self.codebook, self.distance).indices.view(rows.shape[:-1]), rows
+
+    def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return the float32 feature map `(B, n_q, H, W)` of integer indices `(B, H, W, C)`: what `forward` returns.
+
+        In sequences the index -1 of positions that a mask left out gives 0.
+
+        Raises:
+            ValueError: `indices` are not integers, have another number of axes or a last axis that is not C, or are not
+                all in [0, K) (compiled, that is not looked at).
+        """
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            raise ValueError(f"indices must be integers, got {indices.dtype}.")
+        if indices.ndim != self.spatial_axes + 2 or indices.shape[-1] != self.codes_per_position:
+            axes = "batch, height, width" if self.spatial_axes == 2 else "batch, length"
+            raise ValueError(
+                f"indices must have the shape ({axes}, {self.codes_per_position}), got {tuple(indices.shape)}."
+            )
+        indices = indices.long()
+        masked = self.spatial_axes == 1 and self.interpolation_factor == 1
+        if indices.numel() and not is_recording():
+            lowest, highest = (int(extreme) for extreme in indices.aminmax())
+            masked = masked and lowest == -1
+            if lowest < -masked or highest >= self.num_codevectors:
+                raise ValueError(
+                    f"indices must be in [0, {self.num_codevectors}), got values from {lowest} to {highest}."
+                )
+        with torch.autocast(indices.device.type, enabled=False):
+            quantized = self._lookup(indices.clamp_min(0) if masked else indices)
+        if masked:
+            left_out = (indices < 0).repeat_interleave(self.codevector_dim, -1)
+            quantized = quantized.masked_fill(left_out, 0)
+        return quantized if self.input_layout == "BLC" else _channels_first(quantized)
+
+    @torch.no_grad()
+    def code_counts(self, indices: torch.Tensor) -> list[torch.Tensor]:
+        """Count how often each codevector was chosen: int64 `(K,)` on the CPU, one tensor since there is one codebook.
+
+        Indices of -1, of positions that a mask left out, do not count.
+        """
+        return [torch.bincount(indices[indices >= 0], minlength=self.num_codevectors).cpu()]
+
+    def revive(self) -> None:
+        """Apply what the forwards since the last call collected to usage and codebook. Call once per optimizer step.
+
+        With p_k the share of segments that chose codevector k: N_k <- gamma N_k + (1 - gamma) p_k. With
+        `codebook_update="ema"`, c_k moves to the average of its segments, (gamma N_k c_k + (1 - gamma) p_k mean_k) over
+        the new N_k. Then the CVQ-VAE revival: c_k <- (1 - alpha_k) c_k + alpha_k a_k with
+        alpha_k = exp(-10 K N_k / (1 - gamma) - 0.001) and a_k the anchor.
+
+        Right after each forward, with `codebook_update="gradient"`, this is the published rule; once per optimizer step
+        it also holds under gradient accumulation. Where `torch.distributed` runs, this is a collective: every rank must
+        have run a training forward and call it, and all ranks end with the codebook that one process would have got
+        from all their features. (Drawn anchors agree in distribution.)
+
+        A module whose `revive` was never called revives by itself at its next training forward, which then is the
+        collective. A training that accumulates gradients sets `owner_revives` before its first step. With CUDA graphs
+        (`torch.compile(mode="reduce-overhead")`) it must follow each forward.
+        """
+        self._revive_called = True
+        if self._collected is not None:
+            self._apply_revival()
+
+    def discard(self) -> None:
+        """Forget what the forwards since the last `revive` collected: for a step whose gradients are not applied."""
+        self._collected, self._collected_before_backward = None, False
+
+    def check_finite(self) -> None:
+        """Raise if a training forward met values that are not finite, as of the last `revive`. Waits for the device.
+
+        Training on an accelerator leaves codebook and usage alone in a step with such values, and goes on: call this
+        where you wait for the device anyway, when logging. All ranks raise together.
+
+        Raises:
+            ValueError: There were such values.
+        """
+        if self._nonfinite is not None and bool(self._nonfinite):
+            self._nonfinite = None
+            raise ValueError(NOT_FINITE)
+
+    @torch.no_grad()
+    def _apply_revival(self) -> None:
+        counts, nonfinite, offsets, anchors = self._reduce_over_ranks(self._collected)
+        self._collected, self._collected_before_backward = None, False
+        # A clone: under CUDA graphs the next replay overwrites what a forward has left.
+        self._nonfinite = nonfinite.clone() if self._nonfinite is None else self._nonfinite | nonfinite
+        # Without a question to the device: a step with values that are not finite changes nothing.
+        rate = torch.where(nonfinite, 0.0, 1 - self.usage_decay)
+        share = (counts / counts.sum()).to(self.usage.dtype)
+        self.usage.lerp_(share, rate)
+        codebook = self.embedding.weight
+        if offsets is not None:
+            # The average of all features that ever chose c, which weighs N_k so far, meets those of this step.
+            of_step = rate / counts.sum() / self.usage.clamp_min(torch.finfo(self.usage.dtype).tiny)
+            codebook = (codebook + of_step[:, None] * offsets).to(codebook.dtype)
+        if anchors is not None:
+            weight = torch.exp(-10 * self.num_codevectors * self.usage / (1 - self.usage_decay) - 1e-3)
+            codebook = codebook.lerp(anchors.vector, weight[:, None])
+        self.embedding.weight.copy_(torch.where(nonfinite, self.embedding.weight, codebook))
+
+    def _collect(self, collected: Collected) -> None:
+        if self._collected is not None:
+            before = self._collected
+            offsets, anchors = collected.offsets, collected.anchors
+            collected = Collected(
+                before.counts + collected.counts,
+                before.nonfinite | collected.nonfinite,
+                None if offsets is None else before.offsets + offsets,
+                None if anchors is None else better_anchors(before.anchors, anchors),
+            )
+        self._collected = collected
+
+    def _reduce_over_ranks(self, collected: Collected) -> Collected:
+        """Sum counts and offsets and keep the best anchors of all ranks: O(K d) traffic. A collective."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return collected
+        counts, nonfinite, offsets, anchors = collected
+        counts = torch.cat([counts, nonfinite.long()[None]])
+        dist.all_reduce(counts)
+        counts, nonfinite = counts[:-1], counts[-1] > 0
+        if offsets is not None:
+            offsets = offsets.clone()
+            dist.all_reduce(offsets)
+        if anchors is not None:
+            mine = torch.cat([anchors.score[:, None], anchors.vector], dim=1)  # (K, 1 + d)
+            gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(gathered, mine)
+            anchors = None
+            for candidates in gathered:  # in the order of ranks, so that ties go to the lowest
+                anchors = better_anchors(anchors, Anchors(candidates[:, 0], candidates[:, 1:]))
+        return Collected(counts, nonfinite, offsets, anchors)
+
+    def _check_input(self, z: torch.Tensor, wait: bool = False) -> torch.Tensor:
+        """Refuse other shapes and, where that costs no wait for a busy device, values that are not finite.
+
+        Returns whether there are such values, as a tensor.
+        """
+        channel_axis = self.input_layout.index("C")
+        if z.ndim != len(self.input_layout) or z.shape[channel_axis] != self.vq_embed_dim or not z.is_floating_point():
+            names = {"B": "batch", "C": str(self.vq_embed_dim), "H": "height", "W": "width", "L": "length"}
+            shape = ", ".join(names[axis] for axis in self.input_layout)
+            raise ValueError(f"z must be floating point of the shape ({shape}), got {z.dtype} of {tuple(z.shape)}.")
+        if z.numel() == 0:
+            raise ValueError(f"z must not be empty, got the shape {tuple(z.shape)}.")
+        if is_exporting():  # ONNX knows no minimum and maximum of a whole tensor
+            return ~z.isfinite().all()
+        lowest, highest = z.detach().aminmax()
+        nonfinite = ~(lowest.isfinite() & highest.isfinite())
+        cheap = z.device.type == "cpu" and not self.owner_revives
+        at_once = (wait or cheap or not self.training) and not is_recording()
+        if at_once and bool(nonfinite):
+            raise ValueError(NOT_FINITE)
+        return nonfinite
+
+    def _forward_masked(self, z: torch.Tensor, mask: torch.Tensor):
+        """Quantize the positions that count as one sequence: at s = 1 every position is quantized on its own."""
+        quantized, loss, (perplexity, _, indices) = self.forward(self._masked(z, mask))
+        if self.input_layout == "BCL":
+            quantized = quantized.transpose(1, 2)
+        quantized = self._unmask(quantized[0], mask, 0)
+        if self.input_layout == "BCL":
+            quantized = _channels_first(quantized)
+        return quantized, loss, (perplexity, None, self._unmask(indices[0], mask, -1))
+
+    def _masked(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The positions of z that count, as a batch of one sequence in the axes of z."""
+        if self.spatial_axes == 2 or self.interpolation_factor > 1:
+            raise ValueError(
+                'mask is for input_layout="BCL" or "BLC" with interpolation_factor=1, got '
+                f"input_layout={self.input_layout!r} with interpolation_factor={self.interpolation_factor}."
+            )
+        by_position = z if self.input_layout == "BLC" else z.movedim(1, -1)
+        if mask.dtype != torch.bool or mask.shape != by_position.shape[:-1]:
+            raise ValueError(
+                f"mask must be bool of the shape {tuple(by_position.shape[:-1])}, got {mask.dtype} of "
+                f"{tuple(mask.shape)}."
+            )
+        if not is_recording() and not mask.any():
+            raise ValueError("mask must be True at one position at least.")
+        kept = by_position[mask][None]
+        return kept if self.input_layout == "BLC" else kept.transpose(1, 2)
+
+    def _unmask(self, values: torch.Tensor, mask: torch.Tensor, fill: int) -> torch.Tensor:
+        """(positions that count, n) -> (B, L, n), with `fill` elsewhere."""
+        full = values.new_full((*mask.shape, values.shape[-1]), fill)
+        return full.masked_scatter(mask[..., None], values)
+
+    def _to_segments(self, z: torch.Tensor) -> torch.Tensor:
+        """Interpolate and cut: (B, n_q, H, W) -> (B, H, W, C, d)."""
+        if self.input_layout == "BLC":
+            z = z.transpose(1, 2)
+        s, axes = self.interpolation_factor, self.spatial_axes
+        batch, channels, *size = z.shape
+        if s > 1:
+            mode = "bilinear" if axes == 2 else "linear"
+            z = F.interpolate(z, scale_factor=float(s), mode=mode, align_corners=False)
+        # (B, n_q, H, dy, W, dx), or (B, n_q, L, dx)
+        z = z.reshape(batch, channels, *(part for length in size for part in (length, s)))
+        positions, offsets = range(2, 2 + 2 * axes, 2), range(3, 2 + 2 * axes, 2)
+        if self.segment_layout == "channel":
+            z = z.permute(0, *positions, *offsets, 1)
+        else:  # the channels of pixel_unshuffle
+            z = z.permute(0, *positions, 1, *offsets)
+        return z.reshape(batch, *size, self.codes_per_position, self.codevector_dim)
+
+    def _pool(self, rows: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, C, d) -> (B, H, W, n_q): the mean over a position's interpolated samples."""
+        samples = self.interpolation_factor**self.spatial_axes
+        rows = rows.flatten(-2)
+        if self.segment_layout == "channel":
+            return rows.unflatten(-1, (samples, self.vq_embed_dim)).mean(-2)
+        return rows.unflatten(-1, (self.vq_embed_dim, samples)).mean(-1)
+
+    def _lookup(self, indices: torch.Tensor) -> torch.Tensor:
+        """Codevectors of (B, H, W, C) indices, pooled: (B, H, W, n_q). Nothing of interpolated size where avoidable."""
+        samples, d = self.interpolation_factor**self.spatial_axes, self.codevector_dim
+        if samples == 1:
+            return F.embedding(indices, self.codebook).flatten(-2)
+        if self.segment_layout == "channel":
+            parts = indices.unflatten(-1, (samples, -1)).unbind(-2)  # each (B, H, W, m)
+            total = F.embedding(parts[0], self.codebook)
+            for part in parts[1:]:
+                total = total + F.embedding(part, self.codebook)
+            return (total / samples).flatten(-2)
+        if d % samples == 0:  # whole channels in a codevector: pool the codebook instead
+            return F.embedding(indices, self.codebook.unflatten(-1, (-1, samples)).mean(-1)).flatten(-2)
+        if samples % d == 0:  # whole codevectors in a channel
+            means = F.embedding(indices, self.codebook.mean(-1, keepdim=True)).flatten(-2)
+            return means.unflatten(-1, (self.vq_embed_dim, -1)).mean(-1)
+        return self._pool(F.embedding(indices, self.codebook))
+
+    def _with_gradient(self, rows: torch.Tensor, codes: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
+        """The pooled codevectors, (B, H, W, n_q), with a gradient for the segments."""
+        if self.gradient == "rotation" and self.codevector_dim > 1:
+            rows = Rotation.apply(rows, self.codebook.detach(), difference, codes)
+        pooled = self._pool(rows)
+        return self._lookup(codes).detach() + (pooled - pooled.detach())  # the difference is exactly 0
+
+    def _loss(self, rows: torch.Tensor, difference: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        by_gradient = self.codebook_update == "gradient" and self.learns
+        return QuantizerLoss.apply(rows, self.codebook, difference, indices, self.commitment_weight, by_gradient)
+
+    def _offsets(self, difference: torch.Tensor, indices: torch.Tensor) -> torch.Tensor | None:
+        if self.codebook_update != "ema":
+            return None
+        # In float64, so that the codebook does not depend on how features are spread over steps and ranks: near ties
+        # between codevectors would part what differs by float32's rounding.
+        wide = torch.float64 if difference.device.type in ("cpu", "cuda") else torch.float32
+        return sum_by_code(difference, indices, self.num_codevectors, wide).neg_()
+
+    def _loss_in_chunks(self, flat: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """The loss without a temporary of the size of `flat`."""
+        if is_recording():  # fused by the compiler
+            squared = (F.embedding(indices, self.codebook) - flat).square().sum()
+        else:
+            rows = max(1, (CHUNK_ELEMENTS if flat.device.type == "cpu" else GPU_CHUNK_ELEMENTS) // self.codevector_dim)
+            squared = sum(
+                (F.embedding(chosen, self.codebook) - part).square_().sum()
+                for chosen, part in zip(indices.split(rows), flat.split(rows), strict=True)
+            )
+        return (1 + self.commitment_weight) * squared / flat.numel()
+
+    def _like(self, quantized: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, n_q) in the axes and the dtype of z."""
+        if self.input_layout != "BLC":
+            quantized = _channels_first(quantized)
+        return quantized.to(z.dtype)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        codebook = state_dict.get(f"{prefix}embedding.weight")
+        if codebook is not None and f"{prefix}usage" not in state_dict:
+            # Of another vector quantizer: its codevectors must not count as unused.
+            state_dict[f"{prefix}usage"] = torch.full_like(codebook[:, 0], 1 / len(codebook))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._collected = None
+
+    def _apply(self, fn, recurse: bool = True):
+        """Follow `.to(device)`, but not `.half()` or `.to(dtype)`: codebook and usage stay float32."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        if self._collected is not None and self._collected.counts.device != self.usage.device:
+            self._collected = self._nonfinite = None  # of a forward on another device
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"vq_embed_dim={self.vq_embed_dim}, num_codevectors={self.num_codevectors}, "
+            f"codevector_dim={self.codevector_dim}, interpolation_factor={self.interpolation_factor}, "
+            f"segment_layout={self.segment_layout!r}, distance={self.distance!r}, anchor={self.anchor!r}, "
+            f"codebook_update={self.codebook_update!r}, gradient={self.gradient!r}, input_layout={self.input_layout!r}"
+        )
+
+
+def _channels_first(z: torch.Tensor) -> torch.Tensor:
+    """(B, H, W, n_q) -> (B, n_q, H, W), contiguous."""
+    # Not movedim(-1, 1), whose negative axis gets into ONNX files of the older exporter, which no runtime takes.
+    return z.permute(0, z.ndim - 1, *range(1, z.ndim - 1)).contiguous()
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,0 +1,259 @@
+"""Settings from the command line and YAML, and whether a run may go on with them."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from looc_ldm import configs
+from looc_ldm.utils.errors import ConfigError, one_line
+
+T = TypeVar("T")
+
+# Settings that may differ when a run is resumed: the length of the run, and how it is reported.
+RESUMABLE = {
+    "mixed_precision",  # `auto` may become the value that it stood for; checkpoints are compared by that
+    "total_images",
+    "log_every_images",
+    "preview_every_images",
+    "checkpoint_every_images",
+    "keep_last",
+    "keep_every_images",
+    "max_skipped_steps",
+    "push_to_hub",
+    "push_private",
+    "tracker",
+    "data.num_workers",
+    "data.max_unreadable_share",
+    "evaluation.every_images",
+    "evaluation.images",
+    "evaluation.fid",
+    "evaluation.inception_weights",
+    "evaluation.feature_layer",
+    "preview_steps",
+    "preview_guidance_scale",
+    "output_dir",
+    "latents",  # which are compared with the autoencoder and the data
+}
+# Settings that say where something lies, which may have moved since.
+MOVABLE = {"data.path", "autoencoder", "loss.lpips_weights"}
+# Settings of earlier versions that stored configs still hold, with the only value that is left.
+WITHDRAWN = {
+    "data.validation_labels": None,
+    "loss.adversarial_ramp_images": 0,
+    "loss.lecam_weight": 0.0,
+    "model.contrastive_weight": 0.0,
+    "model.revive_first_batch_only": False,
+}
+
+
+def parse_config(config_class: type[T], arguments: list[str], prog: str) -> T:
+    """Return the config that command-line arguments describe: `--config NAME_OR_FILE` and dotted flags, in their order.
+
+    Raises:
+        ConfigError: One line that names the wrong setting and what is allowed, or the nearest known name.
+        SystemExit: After `--help`.
+    """
+    parser = ArgumentParser(
+        prog=prog,
+        description=inspect.getdoc(config_class).splitlines()[0],
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="Name of a bundled config, or a YAML file.")
+    parser.add_class_arguments(config_class)
+    try:
+        config = parser.instantiate(parser.parse_args(_prepare(config_class, arguments)))
+    except argparse.ArgumentError as error:
+        raise ConfigError(_one_line(error)) from None
+    values = {f.name: _unrestricted(getattr(config, f.name)) for f in fields(config_class)}
+    return config_class(**values)
+
+
+def parse_command_line(config_class: type[T], arguments: list[str], prog: str) -> T:
+    """Parse as `parse_config`, but require `--config`: the defaults alone describe no run that anybody wants."""
+    config = parse_config(config_class, arguments, prog)
+    if not any(argument.split("=")[0] == "--config" for argument in arguments):
+        raise ConfigError(f"--config is required: a YAML file, or one of {', '.join(configs.names())}.")
+    return config
+
+
+def load_config(config_class: type[T], name: str, **overrides) -> T:
+    """Return the bundled config `name` (such as `fashion_mnist/autoencoder`) or the YAML file `name`.
+
+    Overrides are dotted names with `.` written as `__`: `load_config(C, "x.yaml", data__path="images")`.
+    """
+    flags = [f"--{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+    return parse_config(config_class, ["--config", name, *flags], prog="looc-ldm")
+
+
+def to_dict(config) -> dict:
+    """Return the config as plain values, as YAML and JSON hold them."""
+    return _plain(asdict(config))
+
+
+def config_text(config) -> str:
+    """Return the resolved config as YAML, which `--config` reads."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Return the settings that may not differ when a run is resumed, and do, each as `name: old -> new`."""
+    return [change for name, change in _changes(old, new).items() if name not in RESUMABLE | MOVABLE]
+
+
+def moves(old: dict, new: dict) -> list[str]:
+    """Return the settings of places that have changed, each as `name: old -> new`."""
+    return [change for name, change in _changes(old, new).items() if name in MOVABLE]
+
+
+def _changes(old: dict, new: dict) -> dict[str, str]:
+    old, new = _flatten(old), _flatten(new)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return {name: f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names}
+
+
+def construct(cls, arguments: dict[str, Any], what: str):
+    """Return `cls(**arguments)` after a check of the names. Lists become tuples, as in diffusers' configs.
+
+    Raises:
+        ConfigError: An argument that the constructor does not have, with the nearest one that it has; or one that it
+            refuses.
+    """
+    known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs")]
+    for name in arguments:
+        if name not in known:
+            raise ConfigError(f"{what} has no argument {name!r}{_nearest(name, known)}")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    try:
+        return cls(**values)
+    except Exception as error:  # whatever a constructor raises, its arguments are the reason
+        raise ConfigError(f"{what}: {one_line(error)}") from error
+
+
+def read_settings(file: Path) -> dict:
+    """Read a config file, without withdrawn settings.
+
+    Raises:
+        ConfigError: It is not a YAML mapping, or a withdrawn setting has another value than the one that remains.
+    """
+    try:
+        settings = yaml.safe_load(file.read_bytes())  # UTF-8 or UTF-16, with or without a mark
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the config {str(file)!r}, YAML in UTF-8: {one_line(error)}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"the config {str(file)!r} is not a YAML mapping of settings.")
+    for name, only in WITHDRAWN.items():
+        section, key = name.split(".")
+        if isinstance(settings.get(section), dict) and key in settings[section]:
+            value = settings[section].pop(key)
+            if value != only:
+                raise ConfigError(f"{str(file)!r}: {name}={value!r} was withdrawn, only {only!r} is left.")
+    return settings
+
+
+def find_config_file(name: str) -> Path:
+    """Return the file of a bundled config or of a path. Raises ConfigError if there is none."""
+    if Path(name).is_file():
+        return Path(name)
+    bundled = configs.names()
+    if name in bundled:
+        return configs.path(name)
+    raise ConfigError(f"no config {name!r}: not a file, and not one of {', '.join(bundled)}.")
+
+
+def _prepare(config_class: type, arguments: list[str]) -> list[str]:
+    """Check the names of settings, in flags and files. Hyphens become underscores, files become what is in them."""
+    prepared, after_config = [], False
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if after_config:
+            argument = _read_config(config_class, argument)
+        elif argument.startswith("--"):
+            flag = "--" + flag[2:].replace("-", "_")
+            if flag == "--config":
+                value = _read_config(config_class, value) if equals else value
+            elif flag not in ("--help", "--print_config"):
+                _refuse_unknown(config_class, flag[2:])
+            argument = flag + equals + value
+        after_config = argument == "--config"
+        prepared.append(argument)
+    return prepared
+
+
+def _read_config(config_class: type, name: str) -> str:
+    """Return the YAML of a bundled config or a file, without withdrawn settings, with known names only."""
+    file = find_config_file(name)
+    settings = read_settings(file)
+    defaults = to_dict(config_class())
+    for group, default in defaults.items():
+        if isinstance(default, dict) and not isinstance(settings.get(group, {}), dict):
+            raise ConfigError(f"{group} must be a mapping of settings in {str(file)!r}, got {settings[group]!r}.")
+    defaults = _flatten(defaults)
+    for name, value in _flatten(settings).items():
+        _refuse_unknown(config_class, name)
+        if value is None and defaults.get(name) is not None:
+            raise ConfigError(f"{name} has no value in {str(file)!r}.")
+    return yaml.safe_dump(settings)
+
+
+def _refuse_unknown(config_class: type, name: str) -> None:
+    known = _setting_names(config_class)
+    section = name.split(".")[0]
+    free = section in known and isinstance(getattr(config_class(), section), dict)  # a constructor's arguments
+    if name not in known and not free:
+        raise ConfigError(f"unknown setting {name!r}{_nearest(name, known)}")
+
+
+def _one_line(error: Exception) -> str:
+    """Return a parser's message on one line, without what it says of the other types of a setting."""
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value type:")
+    lines = [line.strip(" -") for line in str(error).splitlines()]
+    message = " ".join(line for line in lines if not line.startswith(noise))
+    return message.replace("typing.", "").replace("<class 'bool'>", "bool")
+
+
+def _unrestricted(value):
+    """Return numbers and strings as what Python, YAML and pickle know, instead of the parser's restricted types."""
+    if is_dataclass(value):
+        return replace(value, **{f.name: _unrestricted(getattr(value, f.name)) for f in fields(value)})
+    if isinstance(value, tuple):
+        return tuple(map(_unrestricted, value))
+    return next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), value)
+
+
+def _setting_names(config_class: type) -> list[str]:
+    names = []
+    for name, value in vars(config_class()).items():
+        nested = _setting_names(type(value)) if is_dataclass(value) else []
+        names += [name, *(f"{name}.{inner}" for inner in nested)]
+    return names
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}."
+
+
+def _flatten(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _plain(value):
+    """Tuples, at any depth, as lists."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,67 @@
+"""training.json: what both trainers say about a finished model, beside its weights.
+
+`looc_ldm.hub.card` prints what it finds under "facts", "preview", "validation" and "first_stage", and knows no setting.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from looc_ldm.images.config import DataConfig
+from looc_ldm.images.transforms import describe_transform
+from looc_ldm.models.autoencoder import LooCVQModel
+from looc_ldm.training.config import RunConfig
+from looc_ldm.training.config_parsing import to_dict
+from looc_ldm.training.run import Run
+from looc_ldm.utils.files import read_json
+
+
+def write_description(folder: Path, config: RunConfig, run: Run, preview: str, **figures) -> None:
+    """Write `training.json`: settings, the exact transform of the data (FID depends on it), progress and figures.
+
+    Args:
+        preview: Caption of the newest preview.
+        figures: What was measured, by "validation" or "first_stage".
+    """
+    transform, precision = describe_transform(config.data), run.accelerator.mixed_precision
+    facts = {
+        "data set": config.data.path,
+        "split": config.data.split,
+        "transform": transform,
+        "images seen": f"{run.images_seen:,}",
+        "batch size": config.batch_size,
+        "learning rate": config.optimizer.learning_rate,
+        "learning rate schedule": config.optimizer.schedule,
+        "mixed precision": precision,
+        "half-life of the averaged weights (images)": config.ema_halflife_images,
+        "seed": config.seed,
+    }
+    description = {
+        **figures,
+        "facts": facts,
+        "preview": preview,
+        "settings": to_dict(config),
+        "data": asdict(config.data),
+        "transform": transform,
+        "images_seen": run.images_seen,
+        "mixed_precision": precision,
+        "skipped_steps": run.skipped_steps,
+    }
+    (folder / "training.json").write_text(json.dumps(description, indent=2))
+
+
+def validation_data(data: DataConfig) -> dict[str, str]:
+    """Return the data set and split of the validation set, as the records of `looc-ldm evaluate` name them."""
+    return {"data": data.path, "split": data.validation_split or f"{data.split}, held out"}
+
+
+def first_stage_figures(vqvae: LooCVQModel) -> dict:
+    """Return the figures in the training.json of a loaded first stage; nothing if there are none."""
+    folder = Path(vqvae.config["_name_or_path"])
+    for file in (folder / "training.json", folder.parent / "training.json"):  # of an autoencoder, of a pipeline
+        if file.is_file():
+            training = read_json(file)
+            return training.get("validation") or training.get("first_stage") or {}
+    return {}

@@ -1,0 +1,1 @@
+"""Errors, files, devices, processes, downloads and reports: knows nothing of the method."""

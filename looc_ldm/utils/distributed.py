@@ -1,0 +1,202 @@
+"""Several processes: start them, let one act for all, and stop together, so that none waits for one that has ended.
+
+Functions marked *collective* must be called by every process.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from safetensors import SafetensorError
+
+from looc_ldm.utils.devices import choose_device
+from looc_ldm.utils.errors import TrainingError, UserError
+
+T = TypeVar("T")
+
+WAIT = timedelta(hours=2)  # for a process that evaluates or writes while the others have nothing to do
+# torch.save reports what the disk refuses as a RuntimeError with one of these in it.
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream")
+
+
+def start_processes(name: str | None) -> tuple[torch.device, Accelerator | None]:
+    """Return the device of this process, and the `Accelerator` that knows the others; None if there are no others.
+
+    Args:
+        name: As for `choose_device`; of several processes each takes a GPU of its own, unless it is "cpu".
+
+    Raises:
+        UserError: There is no such device, or one was given to several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return choose_device(name), None
+    accelerator = make_accelerator(name)
+    return accelerator.device, accelerator
+
+
+def make_accelerator(name: str | None) -> Accelerator:
+    """Return the `Accelerator` of one process or several, on the device of that name; see `start_processes`."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if name not in (None, "cpu"):
+            raise UserError(f"--device {name}: of several processes each takes its own; only cpu can be given.")
+        on_cpu = name == "cpu"
+    else:
+        device = choose_device(name)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)
+        on_cpu = device.type == "cpu"
+    return Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
+
+
+def wait_for_gloo(accelerator: Accelerator) -> None:
+    """Give Gloo's threads the interpreter's lock for a moment, before the group of processes is freed.
+
+    They need it to let go of the tensors of the last collectives. Freeing the group waits for these threads without
+    giving up the lock, for ever (PyTorch 2.11).
+    """
+    if accelerator.num_processes > 1:
+        time.sleep(0.1)
+
+
+def on_main(accelerator: Accelerator | None, make: Callable[[], T]) -> T:
+    """Call `make` on the main process only; return on all what it returns, raise on all its ValueErrors. Collective."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return make()
+    outcome: list = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [make(), None]
+        except ValueError as error:
+            outcome = [None, error]
+    result, error = broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    return result
+
+
+def any_problem(
+    accelerator: Accelerator, find: Callable[[], str | None], folder: Path, main_only: bool = False
+) -> str | None:
+    """Return, on all processes, the first problem that `find` returns on any of them. Collective.
+
+    Args:
+        accelerator: Knows the processes.
+        find: Reads files in `folder`, and returns what is wrong with them.
+        folder: For the message.
+        main_only: Call it on the main process only.
+
+    Raises:
+        TrainingError: A process cannot read a file. The file itself may be good, so this is not a problem of its own.
+    """
+    problem = unread = None
+    if accelerator.is_main_process or not main_only:
+        try:
+            problem = find()
+        except OSError as error:
+            unread = f"{error.filename or folder}: {error.strerror or error}"
+    everyone = gather_object([(problem, unread)])
+    for process, (_, reason) in enumerate(everyone):
+        if reason is not None:
+            raise TrainingError(f"process {process} cannot read {reason}. All machines must share output_dir.")
+    return next((problem for problem, _ in everyone if problem is not None), None)
+
+
+def write_or_stop_all(
+    accelerator: Accelerator,
+    what: str,
+    folder: Path,
+    write: Callable[[], object],
+    undo: Callable[[], object] = lambda: None,
+    main_only: bool = False,
+) -> None:
+    """Call `write` on every process, or on the main one; if it fails on any, raise on all. Collective.
+
+    Under FSDP the writing can itself be a collective. A process that fails then ends at once, and the launcher ends
+    the others, which wait for it.
+
+    Args:
+        accelerator: Knows the processes.
+        what: What is written, for the message.
+        folder: Where to, for the message.
+        write: Writes it.
+        undo: Called on the main process when all have ended writing, and it failed on one.
+        main_only: Write on the main process only.
+
+    Raises:
+        TrainingError: The disk is full or refuses something else, here or on another process.
+    """
+    error = None
+    if accelerator.is_main_process or not main_only:
+        try:
+            write()
+        except Exception as caught:
+            error = caught
+    problem = None if error is None else disk_problem(error, folder)  # before `undo` makes space again
+    alone = error is not None and accelerator.distributed_type == DistributedType.FSDP
+    failed = [True] if alone else gather_object([error is not None])
+    if not any(failed):
+        return
+    if accelerator.is_main_process:
+        undo()
+    if error is None:
+        raise TrainingError(f"stopped, because process {failed.index(True)} cannot write {what}.")
+    if problem is None:
+        raise error
+    raise TrainingError(f"cannot write {what} in {str(folder)!r}: {problem}.") from error
+
+
+def disk_problem(error: BaseException, folder: Path) -> str | None:
+    """Return one line for an error of writing to `folder`; None for any other error.
+
+    Writers hide the system's error in errors of their own: safetensors in a SafetensorError, torch.save in a
+    RuntimeError that does not say what happened.
+    """
+    cause = error.__cause__ or error.__context__
+    if isinstance(error, OSError):
+        return error.strerror or " ".join(str(error).split())
+    if isinstance(error, SafetensorError):
+        return " ".join(str(error).split())
+    if isinstance(cause, OSError) and isinstance(error, RuntimeError | UserError):
+        return disk_problem(cause, folder)
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in _TORCH_WRITER):
+        free = shutil.disk_usage(folder).free / 2**20
+        return f"a file could not be written to its end ({free:,.0f} MiB are free)"
+    return None
+
+
+# Weights divided over processes (FSDP 2), for UNets that are too large for DDP ---------------------------------------
+
+
+def prepare_fsdp(accelerator: Accelerator) -> bool:
+    """Make FSDP compute the numbers of DDP; return whether FSDP is used.
+
+    Accelerate's own mixed precision for FSDP rounds everything that enters a module, and with it the timesteps of flow
+    matching (999.4 and 1000 are one number in bfloat16), and sums gradients in bfloat16. Without it the weights stay
+    float32 and the loop's autocast holds.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return False
+    accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    return True
+
+
+def gather_full_model(model: nn.Module, template: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Return the unsharded model. Under FSDP: a CPU copy of `template`, complete on rank 0 only. Collective."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return accelerator.unwrap_model(model)
+    weights = accelerator.get_state_dict(model)
+    copied = copy.deepcopy(template).cpu()
+    if accelerator.is_main_process:
+        copied.load_state_dict(weights)
+    return copied

@@ -1,0 +1,361 @@
+"""`looc-ldm` as somebody types it: what it makes, and the one line with which it refuses what it cannot do."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import tqdm.auto
+from diffusers import UNet2DModel
+
+import looc_ldm
+from looc_ldm import LooCLDMPipeline
+from looc_ldm.commands.main import COMMANDS, main, parse_command
+from looc_ldm.training.latents import LatentCache
+from looc_ldm.utils.errors import UserError
+from looc_ldm.utils.files import write_image
+
+HELP = {
+    "": [*COMMANDS, "--version"],
+    "train": ["train autoencoder", "train diffusion"],
+    "evaluate": ["evaluate reconstruction", "evaluate generation"],
+    "quickstart": ["--output", "--inception-weights", "--feature-layer"],
+    "train autoencoder": ["--config", "--data.path", "--model", "images per optimizer step"],
+    "train diffusion": ["--config", "--data.path", "--unet", "images per optimizer step"],
+    "cache-latents": ["--config", "--autoencoder", "--batch-size", "--dtype", "--device", "accelerate launch"],
+    "sample": ["MODEL", "--labels", "--images", "--steps", "--seed", "--device", "--dtype"],
+    "reconstruct": ["MODEL", "IMAGES", "--images", "side of the images in pixels", "--device"],
+    "encode": ["MODEL", "IMAGES", "--output", "--format", "--fit", "--overwrite", "--batch-size", "--dtype"],
+    "decode": ["MODEL", "CODES", "--output", "--overwrite", "--batch-size", "--device"],
+    "evaluate reconstruction": ["MODEL", "--data", "side of the images in pixels", "--device", "--dtype"],
+    "evaluate generation": ["SAMPLES", "--reference", "--data", "denoising steps", "--seed", "--device", "--dtype"],
+    "analyze": ["MODEL", "--data", "--images", "--output", "--seed", "--device", "--dtype"],
+    "compare": ["MODEL", "--data", "--names", "--show", "--codec-images", "--metrics", "--protocol", "--dtype"],
+    "convert": ["CHECKPOINT", "--output", "--kind", "--original-config", "--scaling-factor"],
+    "push": ["FOLDER", "USER/NAME", "--private", "--metrics", "--samples", "--token"],
+    "pull": ["USER/NAME", "--output", "--revision", "--variant", "--token"],
+}
+
+
+@pytest.fixture
+def pipeline(tiny_pipeline_folder) -> str:
+    """The folder of a tiny class-conditional pipeline."""
+    return tiny_pipeline_folder
+
+
+@pytest.fixture
+def image_folder(tiny_image_folder) -> str:
+    """Twelve images in the sub-folders of its classes."""
+    return tiny_image_folder
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path_factory, monkeypatch) -> Path:
+    folder = tmp_path_factory.mktemp("here")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def run(capsys, *arguments) -> str:
+    """What a command prints."""
+    main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def refusal(capsys, *arguments) -> str:
+    """The one line with which a command refuses its arguments; nothing is written."""
+    before = sorted(Path.cwd().rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert sorted(Path.cwd().rglob("*")) == before
+    return lines[0]
+
+
+def in_a_process(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "looc_ldm", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+# Help and versions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_every_command_has_a_help_that_names_its_options(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), "--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split()).lower()
+    assert [word for word in HELP[command] if word.lower() not in shown] == []
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if not name.startswith("train")])
+def test_every_option_is_explained_and_says_its_default_or_that_it_is_required(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    _, _, described = capsys.readouterr().out.partition("options:")
+    options = [" ".join(option.split()) for option in described.split("\n  --")[1:]]
+    assert options
+    for option in options:
+        assert "default: " in option or "required" in option
+        assert len(option.partition("(")[0].split()) > 3, option
+
+
+def test_versions_are_printed_for_a_bug_report():
+    result = in_a_process("--version")
+    assert result.returncode == 0
+    assert f"looc-ldm {looc_ldm.__version__}\n" in result.stdout
+    assert f"torch {torch.__version__.split('+')[0]}" in result.stdout
+    for package in ("python", "torchvision", "diffusers", "accelerate", "transformers", "datasets", "torch-fidelity"):
+        assert f"\n{package} " in result.stdout
+
+
+def test_hyphens_and_underscores_are_equal_and_the_options_cannot_be_changed():
+    hyphens = parse_command(["sample", "starter", "--guidance-scale", "2", "--batch-size=3", "--labels", "1", "a_b"])
+    underscores = parse_command(
+        ["sample", "starter", "--guidance_scale", "2", "--batch_size=3", "--labels", "1", "a_b"]
+    )
+    assert replace(hyphens[1], command_line="") == replace(underscores[1], command_line="")
+    assert (hyphens[1].guidance_scale, hyphens[1].batch_size, hyphens[1].labels) == (2, 3, ["1", "a_b"])
+    assert hyphens[1].command_line.startswith("looc-ldm sample starter --guidance-scale 2")
+    with pytest.raises(FrozenInstanceError):
+        hyphens[1].seed = 1
+
+
+def test_help_and_wrong_options_are_answered_without_waiting_for_torch():
+    code = """
+import sys
+from looc_ldm.commands.main import COMMANDS, main
+for command in ("--help", "draw", *(f"{name} --bogus 1" for name in COMMANDS)):
+    try:
+        main(command.split())
+    except SystemExit as stopped:
+        assert stopped.code == (0 if command == "--help" else 2), command
+    assert "--bogus" in command or "jsonargparse" not in sys.modules
+assert not {"torch", "diffusers", "numpy"} & set(sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stderr.splitlines()) == 1 + len(COMMANDS)
+
+
+# What the commands make -----------------------------------------------------------------------------------------------
+
+
+def test_sample_writes_each_image_and_a_grid_with_a_row_a_class(pipeline, capsys):
+    printed = run(capsys, "sample", pipeline, "--steps", 2, "--images", 2, "--output", "new/samples")
+    assert "6 images" in printed
+    files = sorted(str(path.relative_to("new")) for path in Path("new").rglob("*.png"))
+    classes = [(2, "7"), (0, "circle"), (1, "square")]
+    drawn = [f"samples/{name}/{2 * label + i:05d}.png" for label, name in classes for i in (0, 1)]
+    assert files == ["samples.png", *drawn]
+    assert PIL.Image.open("new/samples/circle/00000.png").size == (16, 16)
+    grid = PIL.Image.open("new/samples.png")
+    assert grid.size == (32, 48)
+    assert "warning" not in printed
+    fewer = run(capsys, "sample", pipeline, "--steps", 2, "--images", 1, "--output", "new/samples")
+    # Numbers count over all classes: of the six, those of the last two classes have others now.
+    assert "warning: new/samples held images before: 1 replaced, 5 still there" in fewer
+    second_of_class_1 = grid.crop((16, 16, 32, 32)).convert("L")
+    assert second_of_class_1.tobytes() == PIL.Image.open("new/samples/square/00003.png").tobytes()
+
+
+def test_labels_are_names_or_indices_and_a_name_comes_before_an_index(pipeline, capsys):
+    def samples(folder, *labels):
+        run(capsys, "sample", pipeline, "--steps", 2, "--images", 1, "--output", folder, "--labels", *labels)
+        return PIL.Image.open(f"{folder}.png").tobytes()
+
+    assert samples("a", "Circle", "1", "7") == samples("b", "0", "square", "2")
+    assert samples("a", "Circle", "1", "7") != samples("b", "1", "square", "2")
+
+
+def test_the_seed_decides_the_samples_and_the_batch_size_does_not(pipeline, capsys):
+    def samples(*options):
+        run(capsys, "sample", pipeline, "--steps", 2, "--images", 2, *options)
+        return np.asarray(PIL.Image.open("samples.png")).astype(int)
+
+    assert np.array_equal(samples("--seed", 0), samples())
+    assert not np.array_equal(samples("--seed", 1), samples())
+    assert np.abs(samples("--batch-size", 1) - samples()).mean() < 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sample_and_evaluate_run_in_the_dtype_and_on_the_device_that_are_named(dtype, pipeline, image_folder, capsys):
+    options = ["--dtype", dtype, "--device", "cpu"]
+    run(capsys, "sample", pipeline, "--steps", 1, *options)
+    run(capsys, "evaluate", "reconstruction", pipeline, "--data", image_folder, "--output", "figures.json", *options)
+    assert json.loads(Path("figures.json").read_text())["dtype"] == dtype
+
+
+def test_reconstruct_writes_originals_above_reconstructions_and_names_the_rate(pipeline, image_folder, capsys):
+    printed = run(capsys, "reconstruct", pipeline, image_folder, "--images", 3, "--output", "new/grid.png")
+    assert PIL.Image.open("new/grid.png").size == (3 * 16, 2 * 16)
+    assert "512 bits an image, 2 bits per pixel" in printed  # 8x8 positions, 2 codes each, 4 bits a code; 16x16 pixels
+
+
+def test_padding_is_not_counted_as_pixels(pipeline, image_folder, capsys):
+    printed = run(capsys, "reconstruct", pipeline, image_folder, "--fit", "pad")
+    assert f"{512 / 14**2:.4g} bits per pixel" in printed
+
+
+def test_images_become_square_as_in_training_unless_told_otherwise(pipeline, image_folder, capsys):
+    folder = Path(pipeline).parent / "trained"
+    shutil.copytree(pipeline, folder)
+    (folder / "training.json").write_text(json.dumps({"data": {"fit": "pad"}}))
+    padded, cropped = f"{512 / 14**2:.4g} bits per pixel", "2 bits per pixel"
+    assert padded in run(capsys, "reconstruct", folder, image_folder)
+    assert cropped in run(capsys, "reconstruct", folder, image_folder, "--fit", "crop")
+    assert cropped in run(capsys, "reconstruct", pipeline, image_folder)
+
+
+def test_cache_latents_encodes_the_data_of_a_config(pipeline, image_folder, capsys):
+    Path("diffusion.yaml").write_text(
+        "data: {validation_split: null, validation_images: 3, resolution: 16, flip: false, num_workers: 0}\n"
+    )
+    command = ["cache-latents", "--config", "diffusion.yaml", "--autoencoder", pipeline, "--data", image_folder]
+    printed = run(capsys, *command, "--output", "new/latents", "--device", "cpu")
+    cache = LatentCache(Path("new/latents"))
+    assert (len(cache), cache.shape) == (9, (4, 8, 8))
+    latents = torch.stack([cache.read(index)[0] for index in range(9)]).double()
+    assert cache.standard_deviation == pytest.approx(latents.std(correction=0).item(), rel=1e-6)
+    assert f"9 images, standard deviation {cache.standard_deviation:.4g}" in printed
+
+
+# What the commands refuse ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["draw"], "'draw'"),
+        (["train", "unet"], "'train unet'"),
+        (["train", "autoencoder", "--batchsize", "8"], "did you mean 'batch_size'"),
+        (["sample"], "required: model"),
+        (
+            ["sample", "MODEL", "--images", "0"],
+            "--images: must be >0, got 0",
+        ),
+        (["sample", "MODEL", "--seed", "-1"], "--seed"),
+        (["sample", "MODEL", "--seed", "4294967296"], "--seed: must be >=0 and <4294967296, got 4294967296"),
+        (["sample", "MODEL", "--dtype", "int8"], "Literal['float32', 'bfloat16', 'float16']. Got value: int8"),
+        (["sample", "MODEL", "--device", "gpu"], "--device gpu"),
+        (["sample", "MODEL", "--device", "cuda:99"], "--device cuda:99"),
+        (["sample", "MODEL", "--labels", "sqare"], "unknown class name 'sqare'; did you mean square"),
+        (["sample", "MODEL", "--labels", "4"], "class label must be in [0, 4)"),
+        (["sample", "MODEL", "--labels", "3"], "3 stands for no class"),
+        (["sample", "MODEL", "--steps", "1001"], "1001"),
+        (["sample", "/no/such/folder"], "'/no/such/folder'"),
+        (["sample", "MODEL/vqvae"], "no model_index.json"),
+        (["sample", "MODEL", "--output", "file/folder"], "'file' is not a folder"),
+        (["sample", "MODEL", "--output", "file"], "'file' is not a folder"),
+        (["reconstruct", "/no/such/folder", "DATA"], "'/no/such/folder'"),
+        (["reconstruct", "MODEL/unet", "DATA"], "holds a UNet2DModel, not a LooCVQModel"),
+        (["reconstruct", "MODEL", "/no/such/folder"], "'/no/such/folder'"),
+        (["reconstruct", "MODEL", "empty"], "no images in the folder empty"),
+        (["reconstruct", "MODEL", "DATA", "--resolution", "15"], "divisible by 2, got 15x15"),
+        (["reconstruct", "MODEL", "DATA", "--resolution", "8", "--fit", "pad"], "fit=pad"),
+        (["reconstruct", "MODEL", "DATA", "--split", "tain"], "'tain'"),
+        (["reconstruct", "MODEL", "DATA", "--output", "file/grid.png"], "'file' is not a folder"),
+        (["reconstruct", "MODEL", "DATA", "--output", "empty"], "is a folder"),
+        (["reconstruct", "MODEL", "DATA", "--output", "grids"], "must be a .png file, got 'grids'"),
+        (["evaluate", "reconstruction", "MODEL"], "required: data"),
+        (["evaluate", "reconstruction", "MODEL", "--data", "DATA", "--resolution", "10"], "at least 11x11"),
+        (
+            ["evaluate", "reconstruction", "MODEL", "--data", "DATA", "--output", "file/x.json"],
+            "'file' is not a folder",
+        ),
+        (["evaluate", "reconstruction", "MODEL", "--data", "DATA", "--inception-weights", "no.pth"], "no.pth"),
+        (["evaluate", "generation", "MODEL", "--data", "DATA", "--inception-weights", "no.pth"], "no.pth"),
+        (["evaluate", "generation", "MODEL", "--data", "DATA", "--inception-weights", "file"], "file"),
+        (["quickstart", "--inception-weights", "no.pth"], "no.pth"),
+        (["quickstart", "--output", "file"], "'file"),
+        (["cache-latents", "--config", "no/such"], "no config 'no/such'"),
+        (["cache-latents", "--config", "fashion_mnist/diffusion", "--autoencoder", "MODEL/unet"], "not a LooCVQModel"),
+        (["cache-latents", "--config", "fashion_mnist/diffusion", "--output", "file"], "'file' is not a folder"),
+        (["cache-latents", "--config", "fashion_mnist/diffusion", "--output", "full"], "else than cached latents"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_ends_in_one_line_and_status_2_with_nothing_written(
+    arguments, message, pipeline, image_folder, capsys
+):
+    Path("file").write_text("not a folder")
+    Path("empty").mkdir()
+    Path("full").mkdir()
+    Path("full/photo.png").write_text("somebody's")
+    arguments = [argument.replace("MODEL", pipeline).replace("DATA", image_folder) for argument in arguments]
+    assert message in refusal(capsys, *arguments)
+
+
+def test_an_error_behind_a_progress_bar_has_a_line_of_its_own(pipeline, image_folder, capsys, monkeypatch):
+    class Shown(tqdm.auto.tqdm):  # at once, as it is on a terminal after a second
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings | {"delay": 0})
+
+    monkeypatch.setattr("looc_ldm.commands.evaluate_reconstruction.tqdm", Shown)
+    with pytest.raises(SystemExit):
+        main(["evaluate", "reconstruction", pipeline, "--data", image_folder, "--resolution", "10"])
+    said = capsys.readouterr().err
+    assert "reconstructing" in said
+    assert said.splitlines()[-1].startswith("error: ")
+    assert "\nerror: " in said
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("vqvae/config.json", "{"), ("vqvae/diffusion_pytorch_model.safetensors", "cut off")]
+)
+@pytest.mark.parametrize("command", [["sample"], ["evaluate", "reconstruction", "--data", "DATA"]], ids=" ".join)
+def test_a_damaged_model_is_refused(command, file, content, pipeline, image_folder, capsys, in_an_empty_folder):
+    shutil.copytree(pipeline, "damaged")
+    Path("damaged", file).write_text(content)
+    command = [argument.replace("DATA", image_folder) for argument in command]
+    assert "damaged" in refusal(capsys, *command, "damaged")
+
+
+def test_labels_for_an_unconditional_model_are_refused(pipeline, capsys):
+    unconditional = LooCLDMPipeline.from_pretrained(pipeline)
+    unconditional.unet = UNet2DModel.from_config(unconditional.unet.config, num_class_embeds=None)
+    unconditional.register_to_config(id2label=None, null_class_label=None)
+    unconditional.save_pretrained("unconditional")
+    capsys.readouterr()
+    assert "this model is unconditional" in refusal(capsys, "sample", "unconditional", "--labels", "circle")
+    assert "4 images" in run(capsys, "sample", "unconditional", "--steps", 1)
+
+
+def test_an_image_that_cannot_be_read_is_named(pipeline, image_folder, capsys):
+    shutil.copytree(image_folder, "images")
+    cut_off = Path("images/circle/0.png")
+    cut_off.write_bytes(cut_off.read_bytes()[:60])
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "reconstruction", pipeline, "--data", "images"])
+    assert stopped.value.code == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]  # after the progress bar of reading the folder
+    assert last_line.startswith(f"error: cannot read {cut_off.resolve()}: ")
+
+
+def test_a_refusal_in_a_process_of_its_own_is_one_line_without_a_traceback(pipeline):
+    result = in_a_process("sample", pipeline, "--labels", "sqare")
+    assert result.returncode == 2
+    assert result.stderr == "error: unknown class name 'sqare'; did you mean square?\n"
+    assert result.stdout == ""
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_half_written(in_an_empty_folder):
+    class Broken(PIL.Image.Image):
+        def save(self, file, **arguments):
+            Path(file).write_bytes(b"half")
+            raise OSError("no space left")
+
+    with pytest.raises(UserError, match=r"cannot write 'image.png': no space left"):
+        write_image(Broken(), Path("image.png"))
+    assert list(in_an_empty_folder.iterdir()) == []

@@ -1,0 +1,612 @@
+"""Each kind of data as images and classes, and one line for what is not as it should be."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from looc_ldm.images.config import DataConfig
+from looc_ldm.images.image_set import load_image_set
+from looc_ldm.images.open import open_sources
+from looc_ldm.training.data import load_image_sets
+from looc_ldm.utils.errors import DataError, UnreadableImage
+
+CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+
+
+def write_image(file, color=(200, 100, 50), size=(40, 20)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(file)
+
+
+# Bundled, folders ------------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_set_has_ten_balanced_classes(bundled):
+    train, validation = bundled
+    assert train.classes == validation.classes == CLASSES
+    assert np.bincount(train.labels()).tolist() == [800] * 10
+    assert np.bincount(validation.labels()).tolist() == [100] * 10
+    assert train.content_size == (28, 28)
+
+
+def test_stored_sizes_of_tables_and_folders_are_known_for_every_image(bundled, garments):
+    train, _ = bundled
+    sizes = train.source.sizes()
+    assert [len(train.source.read(i).content) for i in (0, 999, 5000, 7999)] == sizes[[0, 999, 5000, 7999]].tolist()
+    folder = load_image_set(DataConfig(path=str(garments), split="train"), 1)
+    assert (
+        folder.source.sizes()[:5] == [len(Path(folder.source.read(i).content).read_bytes()) for i in range(5)]
+    ).all()
+
+
+def test_fewer_validation_images_are_as_many_of_each_class(bundled):
+    train, _ = bundled
+    _, fewer = load_image_sets(replace(train.config, validation_images=50), channels=1)
+    assert len(fewer) == 50
+    by_class = np.bincount(fewer.labels(), minlength=10)
+    assert by_class.min() >= 1
+
+
+def test_folders_are_classes(small_data):
+    train, validation = load_image_sets(small_data, channels=1)
+    assert train.classes == validation.classes
+    assert len(train.classes) == 10
+    assert (len(train), len(validation)) == (64, 16)
+    image, label = train[0]
+    assert image.shape == (1, 32, 32)
+    assert image.dtype == torch.uint8
+    assert label == train.labels()[0]
+
+
+def test_held_out_images_are_not_trained_on(small_data):
+    train, validation = load_image_sets(small_data, channels=1)
+    names = [{images.source.read(index).name for index in range(len(images))} for images in (train, validation)]
+    assert list(map(len, names)) == [64, 16]
+    assert not names[0] & names[1]
+
+
+def test_a_flat_folder_has_no_classes(tmp_path, small_data):
+    for i in range(3):
+        write_image(tmp_path / f"{i}.jpg")
+    train, _ = load_image_sets(replace(small_data, path=str(tmp_path), fit="crop", validation_images=1), channels=3)
+    assert train.classes == []
+    assert train[0][1] == -1
+    assert train.labels().tolist() == [-1, -1]
+
+
+def test_train_and_val_folders_are_splits_with_classes(tmp_path, small_data):
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("cat", "dog"):
+            for i in range(count):
+                write_image(tmp_path / split / name / f"{i}.png")
+    config = replace(small_data, path=str(tmp_path), fit="crop", validation_split="validation")
+    train, validation = load_image_sets(config, channels=3)
+    assert (len(train), len(validation)) == (6, 4)
+    assert train.classes == ["cat", "dog"]
+    assert train.labels().tolist() == [0, 0, 0, 1, 1, 1]
+    assert len(load_image_set(replace(config, split="", validation_split=None), channels=3)) == 4
+
+
+def test_words_in_file_names_are_not_splits(small_data, tmp_path):
+    folder = tmp_path / "odd [1] name"
+    for label in ("a", "b"):
+        (folder / label).mkdir(parents=True)
+        for name in ("ILSVRC2012_val_1", "test_2", "3"):
+            Image.new("L", (28, 28)).save(folder / label / f"{name}.png")
+    train, held_out = load_image_sets(replace(small_data, path=str(folder), validation_images=1), channels=1)
+    assert len(train) + len(held_out) == 6
+    assert train.classes == ["a", "b"]
+
+
+def test_data_put_in_place_of_other_data_is_the_data_that_is_read(tmp_path, garments, small_data):
+    shutil.copytree(garments, tmp_path / "images")
+    config = replace(small_data, path=str(tmp_path / "images"))
+    before, _ = load_image_sets(config, channels=1)
+    shutil.rmtree(next((tmp_path / "images").iterdir()))
+    after, _ = load_image_sets(config, channels=1)
+    assert (len(before), len(after)) == (64, 56)
+    assert len(after.classes) == 9
+
+
+def test_a_folder_without_images_is_refused(tmp_path, small_data):
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(DataError, match="no images in the folder"):
+        load_image_sets(replace(small_data, path=str(tmp_path)), channels=1)
+
+
+def test_the_first_of_nested_folders_is_the_class_and_hidden_files_are_left_out(tmp_path, config):
+    for place in ("cat/a/1.png", "cat/__2__.png", "dog/b/c/3.png", ".trash/4.png", "dog/.5.png", "__MACOSX/6.png"):
+        write_image(tmp_path / place)
+    write_image(tmp_path / "__background__" / "7.png")
+    (tmp_path / "dog" / "back").symlink_to(tmp_path)  # a link that leads in a circle
+    (tmp_path / "eel").symlink_to(tmp_path / "cat" / "a")
+    images = load_image_set(config, channels=3)
+    assert images.classes == ["__background__", "cat", "dog", "eel"]
+    assert images.labels().tolist() == [0, 1, 1, 2, 3]
+
+
+def test_links_that_lead_nowhere_and_files_of_other_kinds_are_said(tmp_path, config, caplog):
+    write_image(tmp_path / "a" / "1.png")
+    (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "raw.cr2").write_bytes(b"no image")
+    assert len(load_image_set(config, channels=3)) == 1
+    assert f"{tmp_path}: 1 links lead nowhere, the first is a/gone.png" in caplog.text
+    assert f"{tmp_path}: 2 files with other suffixes are not read" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "pgm", "pbm", "avif", "jp2", "tga", "JPEG"])
+def test_every_usual_suffix_is_read(tmp_path, config, suffix):
+    Image.new("1" if suffix == "pbm" else "L", (32, 32), 1).save(tmp_path / f"a.{suffix}")
+    assert load_image_set(config, channels=1)[0][0].shape == (1, 32, 32)
+
+
+@pytest.mark.parametrize("names", [("bus", "train", "truck"), ("cats", "dogs", "test")])
+def test_a_class_named_like_a_split_does_not_drop_the_others(tmp_path, config, names):
+    for name in names:
+        write_image(tmp_path / name / "1.png")
+    with pytest.raises(DataError, match=r"named like a split, beside other images, such as .*: data\.split=all takes"):
+        load_image_sets(config, channels=3)
+    images = load_image_set(replace(config, split="all"), channels=3)
+    assert (images.classes, images.labels().tolist()) == (list(names), [0, 1, 2])
+
+
+def test_images_beside_the_folders_of_splits_are_said_to_be_left_out(tmp_path, config, caplog):
+    for place in ("train/a/1.png", "train/b/1.png", "val/a/1.png", "extra/1.png"):
+        write_image(tmp_path / place)
+    assert len(load_image_set(config, channels=3)) == 2
+    assert "images beside the splits (train, val) are left out, such as extra/1.png" in caplog.text
+
+
+def test_labels_in_dataset_json_and_metadata_come_before_folders(tmp_path, config, caplog):
+    names = [f"{folder}/{number}.png" for folder in ("00000", "00001") for number in range(4)]
+    for name in names:
+        write_image(tmp_path / name)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [[name, i % 3] for i, name in enumerate(names)]}))
+    images = load_image_set(config, channels=3)
+    assert (images.classes, images.labels().tolist()) == (["0", "1", "2"], [0, 1, 2, 0, 1, 2, 0, 1])
+    (tmp_path / "dataset.json").unlink()
+    rows = [f"{name},{'xy'[name.startswith('00001')]}" for name in names[1:]]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    images = load_image_set(config, channels=3)
+    assert (images.classes, images.labels().tolist()) == (["x", "y"], [-1, 0, 0, 0, 1, 1, 1, 1])
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": "a"}) + "\n" for n in names))
+    assert load_image_set(config, channels=3).classes == ["00000", "00001"]
+    assert "metadata.jsonl is not used: it has no columns file_name and label" in caplog.text
+
+
+def test_an_image_without_a_label_counts_as_unreadable_only_if_labels_are_needed(tmp_path, config):
+    pictures(3, label=["a", None, "b"]).to_parquet(tmp_path / "train.parquet")
+    images, _ = load_image_sets(config, channels=3)
+    assert [label for _, label in images] == [0, -1, 1]
+    images, _ = load_image_sets(config, channels=3, needs_labels=True)
+    assert [label for _, label in images] == [0, 1, 1]
+    with pytest.raises(UnreadableImage, match="has no label"):
+        images.read(1)
+
+
+def test_a_class_of_the_validation_images_alone_is_said(tmp_path, config, caplog):
+    for place in ("train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png"):
+        write_image(tmp_path / place)
+    load_image_sets(replace(config, validation_split="val"), channels=3)
+    assert "no training image is of the validation images' classes c" in caplog.text
+
+
+def test_larger_images_than_pillows_limit_are_read_if_the_config_says_so(tmp_path, config, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    write_image(tmp_path / "a.png", size=(64, 64))
+    with pytest.raises(UnreadableImage, match="exceeds limit of 1000 pixels, could be decompression bomb"):
+        load_image_set(config, channels=3).read(0)
+    assert load_image_set(replace(config, max_image_pixels=5000), channels=3)[0][0].shape == (3, 32, 32)
+
+
+def test_folders_are_no_classes_where_the_config_says_so(tmp_path, config):
+    for place in ("00000/1.png", "01000/2.png"):  # as FFHQ is distributed
+        write_image(tmp_path / place)
+    assert load_image_set(config, channels=3).classes == ["00000", "01000"]
+    assert load_image_set(replace(config, label_column=""), channels=3).classes == []
+
+
+def test_images_beside_folders_have_no_classes_and_the_first_of_them_is_named(tmp_path, config, caplog):
+    for place in ("cat/1.png", "dog/2.png", "3.png"):
+        write_image(tmp_path / place)
+    assert load_image_set(config, channels=3).classes == []
+    assert "2 images lie in sub-folders and 1 beside them, the first of which is 3.png" in caplog.text
+    caplog.clear()
+    assert load_image_set(replace(config, label_column=""), channels=3).classes == []
+    assert not caplog.text
+
+
+def test_to_find_the_splits_the_files_of_a_flat_folder_do_not_all_become_paths(tmp_path, config, monkeypatch):
+    for i in range(300):
+        (tmp_path / f"{i}.png").touch()
+    made = []
+    iterdir = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: (made.append(entry) or entry for entry in iterdir(self)))
+    assert len(open_sources(config)["train"]) == 300
+    assert not [entry for entry in made if entry.parent == tmp_path]
+
+
+def test_a_split_without_some_of_the_classes_counts_as_the_others(tmp_path, config):
+    for place in ("train/a/1.png", "train/b/2.png", "train/c/3.png", "val/c/4.png"):
+        write_image(tmp_path / place)
+    train, validation = load_image_sets(replace(config, validation_split="validation"), channels=3)
+    assert train.classes == validation.classes == ["a", "b", "c"]
+    assert validation.labels().tolist() == [2]
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path, config):
+    for place in ("train/1.png", "val/2.png", "validation/3.png"):
+        write_image(tmp_path / place)
+    with pytest.raises(DataError, match="two folders of the split validation: val and validation"):
+        load_image_set(config, channels=3)
+
+
+def test_file_names_that_are_no_text_are_read(tmp_path, config):
+    write_image(tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/\xff\xfe.png")
+    assert load_image_set(config, channels=3)[0][0].shape == (3, 32, 32)
+
+
+# Tables ----------------------------------------------------------------------------------------------------------
+
+
+def pictures(count: int, **columns) -> datasets.Dataset:
+    """A table of single-coloured images, number i of brightness 20 i, and further columns."""
+    images = [Image.new("RGB", (32, 32), (20 * i,) * 3) for i in range(count)]
+    return datasets.Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image())
+
+
+def brightness(images) -> list[int]:
+    return [20 * round(images[index][0].float().mean().item() / 20) for index in range(len(images))]
+
+
+@pytest.fixture
+def config(tmp_path, small_data) -> DataConfig:
+    """Of the data that a test puts into its folder, with all training images for validation, too."""
+    return replace(small_data, path=str(tmp_path), fit="crop", validation_split="train")
+
+
+def test_parquet_files_are_splits_also_in_the_hubs_shards(tmp_path, config):
+    rows = (
+        pictures(4).add_column("label", [2, 0, 1, 0]).cast_column("label", datasets.ClassLabel(names=["a", "b", "c"]))
+    )
+    rows.select([0, 1]).to_parquet(tmp_path / "data" / "train-00000-of-00002.parquet")
+    rows.select([2]).to_parquet(tmp_path / "data" / "train-00001-of-00002.parquet")
+    rows.select([3]).to_parquet(tmp_path / "data" / "test.parquet")
+    train, test = load_image_sets(replace(config, validation_split="test"), channels=3)
+    assert (brightness(train), brightness(test)) == ([0, 20, 40], [60])
+    assert train.classes == test.classes == ["a", "b", "c"]
+    assert (train.labels().tolist(), test.labels().tolist()) == ([2, 0, 1], [0])
+    assert [train[index][1] for index in range(3)] == [2, 0, 1]
+
+
+def test_a_saved_data_set_is_read_from_its_folder(tmp_path, config):
+    rows = pictures(3, label=["x", "y", "x"])
+    datasets.DatasetDict(train=rows, validation=rows.select([1])).save_to_disk(tmp_path / "splits")
+    rows.save_to_disk(tmp_path / "one")
+    train, validation = load_image_sets(
+        replace(config, path=str(tmp_path / "splits"), validation_split="validation"), channels=3
+    )
+    assert (brightness(train), brightness(validation)) == ([0, 20, 40], [20])
+    assert brightness(load_image_set(replace(config, path=str(tmp_path / "one")), channels=3)) == [0, 20, 40]
+
+
+def test_text_labels_are_classes_of_all_splits_together(tmp_path, config):
+    pictures(3, label=["dog", "cat", "dog"]).to_parquet(tmp_path / "train.parquet")
+    pictures(2, label=["eel", "dog"]).to_parquet(tmp_path / "test.parquet")
+    train, test = load_image_sets(replace(config, validation_split="test"), channels=3)
+    assert train.classes == test.classes == ["cat", "dog", "eel"]
+    assert (train.labels().tolist(), test.labels().tolist()) == ([1, 0, 1], [2, 1])
+
+
+def test_numbers_are_classes_only_if_the_config_counts_them(tmp_path, config, caplog):
+    pictures(4, label=[3, 0, 1, 1]).to_parquet(tmp_path / "train.parquet")
+    images = load_image_set(config, channels=3)
+    assert images.classes == []
+    assert images.labels().tolist() == [-1] * 4
+    assert "data.num_classes makes them classes" in caplog.text
+    caplog.clear()
+    images = load_image_set(replace(config, num_classes=4), channels=3)
+    assert images.classes == ["0", "1", "2", "3"]
+    assert images.labels().tolist() == [3, 0, 1, 1]
+    assert not caplog.text
+    with pytest.raises(DataError, match=r"image 0 of .*\(train\) has the label 3: the 3 classes are '0' to '2'"):
+        load_image_set(replace(config, num_classes=3), channels=3)
+
+
+def test_the_number_of_classes_must_be_that_of_the_names(tmp_path, config):
+    pictures(2, label=["a", "b"]).to_parquet(tmp_path / "train.parquet")
+    assert load_image_set(replace(config, num_classes=2), channels=3).classes == ["a", "b"]
+    with pytest.raises(DataError, match=r"data\.num_classes=3: the split train of .* has 2 classes"):
+        load_image_set(replace(config, num_classes=3), channels=3)
+    with pytest.raises(DataError, match=r"data\.num_classes=3: .* has no labels"):
+        load_image_set(replace(config, num_classes=3, label_column="kind"), channels=3)
+
+
+def test_a_test_split_without_labels_has_no_classes_and_a_wrong_label_is_named(tmp_path, config):
+    label = datasets.ClassLabel(names=["a", "b"])
+    rows = pictures(3).add_column("label", [0, 1, 1]).cast_column("label", label)
+    rows.to_parquet(tmp_path / "train.parquet")
+    pictures(2).add_column("label", [-1, -1]).cast_column("label", label).to_parquet(tmp_path / "test.parquet")
+    train, test = load_image_sets(replace(config, validation_split="test"), channels=3)
+    assert train.classes == ["a", "b"]
+    assert test.classes == []
+    assert test[0][1] == -1
+    rows = pictures(3).add_column("label", [0, None, 1]).cast_column("label", label)
+    rows.to_parquet(tmp_path / "train.parquet")
+    assert load_image_set(config, channels=3).labels().tolist() == [0, -1, 1]
+
+
+def test_images_may_be_plain_bytes_and_missing_ones_are_named(tmp_path, config):
+    rows = pictures(3).cast_column("image", datasets.Image(decode=False))
+    content = [rows[0]["image"]["bytes"], None, rows[2]["image"]["bytes"]]
+    datasets.Dataset.from_dict({"picture": content}).to_parquet(tmp_path / "train.parquet")
+    images = load_image_set(replace(config, image_column="picture"), channels=3)
+    assert [int(images[index][0].float().mean()) for index in (0, 2)] == [0, 40]
+    with pytest.raises(UnreadableImage, match=r"image 1 of .*\(train\) is missing"):
+        images[1]
+
+
+def test_a_broken_parquet_file_is_one_line(small_data, tmp_path):
+    (tmp_path / "train.parquet").write_text("not parquet")
+    with pytest.raises(DataError, match=r"cannot load data\.path"):
+        load_image_sets(replace(small_data, path=str(tmp_path)), channels=1)
+
+
+def train_on_a_hub_id(folder: Path, **environment: str) -> list[str]:
+    """What the trainer, which fails, writes to stderr."""
+    command = [sys.executable, "-m", "looc_ldm.training.autoencoder", "--config", "fashion_mnist/autoencoder"]
+    command += ["--data.path", "nobody/nothing", "--output_dir", str(folder)]
+    others = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    ended = subprocess.run(command, env=others | environment, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 2
+    assert not folder.exists()
+    return ended.stderr.strip().splitlines()
+
+
+def test_a_hub_id_that_may_not_be_looked_up_is_one_line_at_once(tmp_path):
+    started = time.monotonic()
+    (line,) = train_on_a_hub_id(tmp_path / "run", HF_HUB_OFFLINE="1")
+    assert line.startswith("error: cannot load data.path='nobody/nothing'")
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_out_of_reach_ends_in_one_line(tmp_path):
+    (line,) = train_on_a_hub_id(tmp_path / "run", HF_ENDPOINT="http://127.0.0.1:9")
+    assert line.startswith("error: data.path='nobody/nothing': there is no folder of that name, and the hub cannot be")
+
+
+def test_only_the_splits_that_are_asked_for_count(tmp_path, config):
+    config = replace(config, num_classes=2)
+    pictures(3, label=[0, 1, 1]).to_parquet(tmp_path / "train.parquet")
+    pictures(2, label=[0, 5]).to_parquet(tmp_path / "test.parquet")
+    train, _ = load_image_sets(config, channels=3)
+    assert train.labels().tolist() == [0, 1, 1]
+    with pytest.raises(DataError, match=r"image 1 of .* has the label 5"):
+        load_image_sets(replace(config, validation_split="test"), channels=3)
+    with pytest.raises(DataError, match=r"data.split='other': .* has the splits test, train"):
+        load_image_sets(replace(config, split="other"), channels=3)
+
+
+def test_a_split_of_texts_that_are_all_missing_has_no_classes(tmp_path, config):
+    pictures(2, label=["b", "a"]).to_parquet(tmp_path / "train.parquet")
+    rows = pictures(2, label=[None, None]).cast_column("label", datasets.Value("string"))
+    rows.to_parquet(tmp_path / "test.parquet")
+    train, test = load_image_sets(replace(config, validation_split="test"), channels=3)
+    assert train.classes == ["a", "b"]
+    assert test.classes == []
+    assert test.labels().tolist() == [-1, -1]
+
+
+# WebDataset ------------------------------------------------------------------------------------------------------
+
+
+def write_shards(folder, examples: list[dict[str, bytes]], name="train-{:04d}.tar", per_shard=2):
+    """Shards as WebDataset has them: `0001.jpg`, `0001.cls`, ... next to each other in a tar."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(0, len(examples), per_shard):
+        with tarfile.open(folder / name.format(shard // per_shard), "w") as tar:
+            for number in range(shard, min(shard + per_shard, len(examples))):
+                for suffix, content in examples[number].items():
+                    member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+def encoded(number: int, format: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (20 * number,) * 3).save(file, format)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("suffix", "format"), [("jpg", "jpeg"), ("png", "png"), ("webp", "webp"), ("jpeg", "jpeg")])
+def test_webdataset_shards_with_numbered_classes(tmp_path, config, suffix, format):
+    examples = [{suffix: encoded(i, format), "cls": str(i % 3).encode()} for i in range(5)]
+    write_shards(tmp_path, examples)
+    write_shards(tmp_path, examples[:1], "mine-val-{:04d}.tar")
+    config = replace(config, num_classes=3, validation_split="validation")
+    train, validation = load_image_sets(config, channels=3)
+    assert (brightness(train), brightness(validation)) == ([0, 20, 40, 60, 80], [0])
+    assert train.classes == ["0", "1", "2"]
+    assert train.labels().tolist() == [0, 1, 2, 0, 1]
+    assert train.source.read(3).name == f"0003.{suffix}"
+
+
+def test_webdataset_classes_in_json_or_in_a_text_of_their_own(tmp_path, config):
+    examples = [
+        {
+            "jpg": encoded(i, "jpeg"),
+            "json": json.dumps({"label": "ab"[i % 2], "id": i}).encode(),
+            "txt": b"xyx"[i : i + 1],
+        }
+        for i in range(3)
+    ]
+    write_shards(tmp_path / "train", examples, "{:04d}.tar")
+    images = load_image_set(config, channels=3)
+    assert (images.classes, images.labels().tolist()) == (["a", "b"], [0, 1, 0])
+    images = load_image_set(replace(config, label_column="txt"), channels=3)
+    assert (images.classes, images.labels().tolist()) == (["x", "y"], [0, 1, 0])
+    images = load_image_set(replace(config, label_column="id", num_classes=3), channels=3)
+    assert (images.classes, images.labels().tolist()) == (["0", "1", "2"], [0, 1, 2])
+
+
+def test_webdataset_without_classes_and_with_two_images(tmp_path, config):
+    write_shards(tmp_path, [{"png": encoded(i, "png"), "mask.png": encoded(2, "png")} for i in range(3)])
+    with pytest.raises(DataError, match=r"data\.image_column='image': .* has png, mask\.png, __key__, __url__"):
+        load_image_set(config, channels=3)
+    images = load_image_set(replace(config, image_column="mask.png"), channels=3)
+    assert brightness(images) == [40, 40, 40]
+    assert images.classes == []
+
+
+def test_any_image_field_of_a_sample_is_its_image(tmp_path, config):
+    formats = {"jpg": "jpeg", "png": "png", "webp": "webp", "gif": "gif", "JPEG": "jpeg"}
+    examples = [{kind: encoded(i, format)} for i, (kind, format) in enumerate(formats.items())]
+    write_shards(tmp_path, examples, per_shard=3)
+    images = load_image_set(config, channels=3)
+    assert brightness(images) == [0, 20, 40, 60, 80]
+    assert images.source.read(4).name == "0004.JPEG"
+
+
+def test_shards_of_images_win_over_tables_of_metadata_beside_them(tmp_path, config):
+    write_shards(tmp_path, [{"png": encoded(i, "png")} for i in range(2)], "{:05d}.tar")
+    datasets.Dataset.from_dict({"url": ["x", "y"], "key": ["0", "1"]}).to_parquet(tmp_path / "00000.parquet")
+    assert brightness(load_image_set(config, channels=3)) == [0, 20]
+
+
+def test_empty_shards_are_passed_over_and_compressed_ones_named(tmp_path, config, caplog):
+    write_shards(tmp_path, [{"png": encoded(i, "png")} for i in range(2)])
+    (tmp_path / "empty.tar").touch()
+    tarfile.open(tmp_path / "also-empty.tar", "w").close()
+    assert brightness(load_image_set(config, channels=3)) == [0, 20]
+    assert f"{tmp_path / 'empty.tar'} is empty" in caplog.text
+    assert f"{tmp_path / 'also-empty.tar'} is empty" in caplog.text
+    tarfile.open(tmp_path / "packed.tar", "w:gz").close()
+    with pytest.raises(DataError, match=rf"cannot read {tmp_path}/packed\.tar: the archive is compressed with gzip"):
+        load_image_set(config, channels=3)
+
+
+def test_shards_that_are_not_found_are_answered_with_where_they_may_lie(tmp_path, config):
+    write_shards(tmp_path / "a" / "b", [{"png": encoded(1, "png")}], "train-{}.tar.gz")
+    with pytest.raises(DataError, match=r"no images in .*Shards \(.tar, .parquet\) may lie in it, in its sub-"):
+        load_image_set(config, channels=3)
+
+
+def test_a_table_of_lists_of_images_or_without_rows_is_one_line(tmp_path, config):
+    image = pictures(1).cast_column("image", datasets.Image(decode=False))[0]["image"]
+    features = datasets.Features({"image": datasets.List(datasets.Image())})
+    datasets.Dataset.from_dict({"image": [[image, image]]}, features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"data\.image_column='image': .* has a list there, not one image per row"):
+        load_image_set(config, channels=3)
+    pictures(1).select([]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"has no images in the split train|corresponds to no data"):
+        load_image_sets(config, channels=3)
+
+
+def test_webdataset_classes_that_are_no_numbers_are_one_line(tmp_path, config):
+    write_shards(tmp_path, [{"png": encoded(0, "png"), "cls": b"cat"}])
+    with pytest.raises(DataError, match=r"cannot load data\.path=.*invalid literal.*'cat'"):
+        load_image_set(config, channels=3)
+
+
+@pytest.mark.parametrize("blocks", [3, 6])  # within an image, and where the next header would begin
+def test_the_rest_of_a_shard_that_is_cut_off_is_not_left_out_in_silence(tmp_path, config, blocks):
+    write_shards(tmp_path, [{"png": encoded(i, "png"), "cls": b"0"} for i in range(4)], per_shard=4)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[: 512 * blocks])
+    with pytest.raises(DataError, match=rf"cannot read {file}: the archive is cut off"):
+        load_image_sets(config, channels=3)
+
+
+# Names in the config ---------------------------------------------------------------------------------------------
+
+
+def test_a_path_that_is_nothing_is_answered_with_what_is_allowed(small_data):
+    with pytest.raises(DataError, match=r"'garmets' is neither bundled \(fashion_mnist\), a folder, nor a hub id"):
+        load_image_sets(replace(small_data, path="garmets"), channels=1)
+
+
+@pytest.mark.parametrize("path", [".", "..", "./", "../data", "fashion_mnist/.."])
+def test_a_relative_path_is_a_place_below_the_working_folder(path, small_data, tmp_path, monkeypatch):
+    (tmp_path / "below" / "fashion_mnist").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    with pytest.raises(DataError, match=rf"no images in the folder {re.escape(str(Path(path)))} \("):
+        load_image_sets(replace(small_data, path=path), channels=1)
+
+
+def test_the_home_folder_may_be_named_by_its_sign(small_data, tmp_path, monkeypatch):
+    write_image(tmp_path / "photos" / "1.png")
+    write_image(tmp_path / "photos" / "2.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = replace(small_data, path="~/photos", fit="crop", validation_images=1)
+    assert len(load_image_sets(config, channels=3)[0]) == 1
+
+
+def test_an_empty_path_is_nothing(small_data):
+    with pytest.raises(DataError, match=r"data\.path='' is neither bundled"):
+        load_image_sets(replace(small_data, path=""), channels=1)
+
+
+def test_unknown_splits_and_columns_are_answered_with_the_known_ones(small_data):
+    for wrong, answer in (
+        ({"split": "some"}, "data.split='some': .* has the splits train"),
+        ({"validation_split": "val"}, "data.validation_split='val': .* has the splits train"),
+        ({"image_column": "picture"}, "data.image_column='picture': .* has image, label"),
+    ):
+        with pytest.raises(DataError, match=answer):
+            load_image_sets(replace(small_data, **wrong), channels=1)
+
+
+def test_a_split_may_be_named_as_its_folder_is(tmp_path, config):
+    for name in ("train/1", "train/2", "val/3"):
+        write_image(tmp_path / f"{name}.png")
+    for name in ("val", "validation", "valid"):
+        images, held_out = load_image_sets(replace(config, validation_split=name), channels=3)
+        assert (len(images), len(held_out)) == (2, 1)
+
+
+def test_holding_out_everything_is_refused(small_data):
+    with pytest.raises(DataError, match=r"data\.validation_images=80 leaves none to train on; at most 79"):
+        load_image_sets(replace(small_data, validation_images=80), channels=1)
+
+
+def test_archives_left_beside_the_folders_of_splits_are_not_read(tmp_path, config):
+    write_image(tmp_path / "train" / "a" / "1.png")
+    write_image(tmp_path / "train" / "b" / "2.png")
+    write_shards(tmp_path, [{"png": encoded(3, "png")}], "ILSVRC2012_img_train.tar")
+    images = load_image_set(config, channels=3)
+    assert (len(images), images.classes) == (2, ["a", "b"])
+
+
+def test_images_beside_shards_are_refused(tmp_path, config):
+    write_image(tmp_path / "a" / "1.png")
+    write_shards(tmp_path, [{"png": encoded(3, "png")}])
+    with pytest.raises(DataError, match="holds images beside webdataset files: give a folder of only one kind"):
+        load_image_set(config, channels=3)
+
+
+def test_a_flat_validation_folder_has_no_classes(tmp_path, config):
+    for folder in ("train/n01440764", "train/n01443537", "val"):
+        write_image(tmp_path / folder / "1.JPEG")
+    train, validation = load_image_sets(replace(config, validation_split="validation"), channels=3)
+    assert train.classes == ["n01440764", "n01443537"]
+    assert validation.classes == []
+    assert len(validation) == 1

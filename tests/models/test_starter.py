@@ -1,0 +1,179 @@
+"""The model that comes with the package: it is small, loads in three lines, and draws what it is asked for."""
+
+import json
+import re
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import looc_ldm
+from looc_ldm.commands import main as cli
+from looc_ldm.hub.card import write_card
+from looc_ldm.images.config import DataConfig
+from looc_ldm.images.image_set import load_image_set
+from looc_ldm.metrics import evaluate_reconstruction
+from looc_ldm.metrics.lpips import load_lpips
+from looc_ldm.models.loading import load_autoencoder
+from looc_ldm.models.starter import STARTER
+from looc_ldm.pipelines.sampling import sample_images
+from looc_ldm.training.data import float_batches
+from tiny import import_file
+
+PER_CLASS = 8
+
+
+@pytest.fixture(scope="module")
+def images():
+    """The bundled validation images of Fashion-MNIST."""
+    return load_image_set(DataConfig(path="fashion_mnist", split="validation", resolution=32, fit="pad"), 1)
+
+
+def test_it_is_small_and_stored_in_half_precision():
+    assert sum(file.stat().st_size for file in STARTER.rglob("*") if file.is_file()) <= 12 * 2**20
+    weights = [load_file(file) for file in STARTER.rglob("*.safetensors")]
+    assert len(weights) == 2  # first stage and UNet
+    dtypes = {name.startswith("quantize."): set() for part in weights for name in part}
+    for part in weights:
+        for name, value in part.items():
+            if value.is_floating_point():
+                dtypes[name.startswith("quantize.")].add(value.dtype)
+    assert dtypes == {True: {torch.float32}, False: {torch.float16}}  # the codebook decides by small differences
+
+
+def test_three_lines_give_images():
+    pipe = looc_ldm.LooCLDMPipeline.from_pretrained(looc_ldm.starter_model())
+    drawn = pipe(class_labels=["sandal", 9], guidance_scale=2.0, num_inference_steps=4).images
+    assert [image.size for image in drawn] == [(32, 32)] * 2
+    assert pipe.dtype == torch.float32  # the files are half as large, the arithmetic is not half as precise
+
+
+def test_most_samples_look_most_like_the_class_that_was_asked_for(images):
+    """Told by the nearest mean of real images, which puts a good half of real ones into their class, of ten."""
+    pixels = torch.stack([images[i][0] for i in range(len(images))]).flatten(1) / 255
+    labels = torch.tensor(images.labels())
+    means = torch.stack([pixels[labels == label].mean(0) for label in range(10)])
+
+    def share(drawn: torch.Tensor, of: torch.Tensor) -> float:
+        return (torch.cdist(drawn, means).argmin(1) == of).float().mean().item()
+
+    pipe = looc_ldm.LooCLDMPipeline.from_pretrained(looc_ldm.starter_model())
+    asked = torch.arange(10).repeat_interleave(PER_CLASS)
+    drawn = sample_images(pipe, asked.tolist(), seed=0, batch_size=40, num_inference_steps=12, guidance_scale=2.0)
+    drawn = torch.stack(list(drawn)).flatten(1) / 255
+    assert share(drawn, asked) > share(pixels, labels) - 0.05 > 0.5
+    spread = torch.stack([drawn[asked == label].std(0).mean() for label in range(10)])
+    assert spread.min() > 0.02  # and those of a class are not all one
+
+
+def test_its_first_stage_keeps_what_images_show(images):
+    """Images it was trained on: the bundled ones are a part of its data."""
+    model = load_autoencoder("starter")
+    figures = evaluate_reconstruction(model, float_batches(images), images.content_size, None)
+    assert figures["psnr"] > 25
+    assert figures["codebook_use"] == 1
+
+
+def test_the_command_line_knows_it_by_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.main(["sample", "starter", "--labels", "bag", "--images", "2", "--steps", "2", "--output", "out"])
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 2
+    with Image.open(tmp_path / "out.png") as grid:
+        assert grid.size == (64, 32)
+    cli.main(["reconstruct", "starter", "fashion_mnist", "--split", "validation", "--images", "2"])
+    assert "bits per pixel" in capsys.readouterr().out
+
+
+def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "starter").mkdir()
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["sample", "starter"])
+    assert exit.value.code == 2
+    assert "holds no model_index.json" in capsys.readouterr().err
+
+
+def test_its_card_says_how_it_was_made():
+    card = (STARTER / "README.md").read_text()
+    assert "benchmarks/starter.py" in card
+    assert "looc_ldm.starter_model()" in card
+    assert "bits per pixel" in card
+    assert (STARTER / "samples.png").is_file()
+    assert "config.yaml" not in card  # none is shipped
+    for file in STARTER.rglob("*.json"):
+        assert "_name_or_path" not in file.read_text()
+    assert json.loads((STARTER / "training.json").read_text())["data"]["path"] == "fashion-mnist"
+
+
+def test_it_is_more_than_twice_as_good_as_the_quickstarts():
+    file = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "fid.jsonl"
+    models = {line["model"]: line for line in map(json.loads, file.read_text().splitlines())}
+    starter, quickstart = models["starter"], models["quickstart"]
+    assert (starter["images_first"], starter["images_second"]) == (2000, 10000)
+    assert (quickstart["images_first"], quickstart["images_second"]) == (2000, 10000)
+    assert starter["fid@768"] < 0.5 * quickstart["fid@768"]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """benchmarks/starter.py as a module."""
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    return import_file(folder / "starter.py")
+
+
+def test_what_is_missing_is_named_before_the_training(script, tmp_path, monkeypatch, capsys):
+    names = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    monkeypatch.setattr(script, "train", lambda options: pytest.fail("it trains"))
+    for name in [*names, "nothing.pth"]:
+        monkeypatch.setattr("sys.argv", ["starter.py", str(tmp_path), "--inception-weights", "nothing.pth"])
+        with pytest.raises(SystemExit) as exit:
+            script.main()
+        assert exit.value.code == 2
+        assert name in capsys.readouterr().err
+        (tmp_path / name).touch()
+    for option in ("--lpips-weights", "--inception-weights"):  # files of something else
+        monkeypatch.setattr("sys.argv", ["starter.py", str(tmp_path), option, str(tmp_path / "nothing.pth")])
+        monkeypatch.setattr(script, "load_lpips", load_lpips if option == "--lpips-weights" else lambda *given: None)
+        with pytest.raises(SystemExit) as exit:
+            script.main()
+        assert exit.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert option in line
+        assert "nothing.pth" in line
+
+
+def test_a_rehearsal_has_a_tenth_of_the_images(script, tmp_path, monkeypatch):
+    """In a folder of its own: the whole training must not find it and take it for all of them."""
+    made = {}
+    monkeypatch.setattr(
+        script.bundle_fashion_mnist, "write", lambda images, part, splits, out: made.setdefault(out, {}).update(splits)
+    )
+    monkeypatch.setattr(script, "call", lambda *arguments: None)
+    for rehearse in (None, 100):
+        script.train(Namespace(images=tmp_path, work=tmp_path, lpips_weights=None, rehearse=rehearse))
+    count = lambda splits: {name: len(range(*split.indices(6000))) for name, split in splits.items()}  # noqa: E731
+    whole, part = map(count, made.values())
+    assert whole == {"train": 5500, "validation": 500, "test": 6000}
+    assert part == {"train": 500, "validation": 500, "test": 6000}
+
+
+@pytest.mark.parametrize("layer", ["768", "2048"])
+def test_a_card_made_anew_is_like_the_one_that_is_shipped(script, layer, tmp_path):
+    folder = tmp_path / "starter" / "pipeline"
+    shutil.copytree(STARTER, folder)
+    (folder / "README.md").unlink()
+    (tmp_path / "autoencoder" / "model").mkdir(parents=True)
+    (tmp_path / "autoencoder" / "model" / "training.json").write_text('{"images_seen": 300000}')
+    write_card(folder, samples=STARTER / "samples.png", license="mit")
+    options = Namespace(work=tmp_path, guidance_scale=1.5, feature_layer=layer)
+    card = script.card((folder / "README.md").read_text(), options)
+    shipped = (STARTER / "README.md").read_text()
+    for heading in ("Use", "Model", "Made by"):
+        (section,) = re.findall(rf"^## {heading}\n.*?(?=^## )", card, re.MULTILINE | re.DOTALL)
+        assert section in shipped
+    assert ("FID of 768 features does not compare" in card) == (layer == "768")

@@ -1,0 +1,139 @@
+"""`codebook_statistics` counts what `encode_indices` chooses, by segment, and measures how far it is."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from looc_ldm.baselines import ProductQuantizer
+from looc_ldm.quantizer.loocq import INPUT_LAYOUTS, SEGMENT_LAYOUTS
+from looc_ldm.quantizer.search import DISTANCES
+from looc_ldm.quantizer.statistics import DISTANCE_EDGES, CodebookStatistics, codebook_statistics
+from tiny import small_quantizer
+
+
+@pytest.mark.parametrize("layout", SEGMENT_LAYOUTS)
+@pytest.mark.parametrize("input_layout", INPUT_LAYOUTS)
+@pytest.mark.parametrize("s", [1, 2])
+def test_counts_are_those_of_a_slow_loop_over_segments(s, input_layout, layout):
+    quantizer = small_quantizer(interpolation_factor=s, segment_layout=layout, input_layout=input_layout)
+    shape = {"BCHW": (8, 3, 4), "BCL": (8, 5), "BLC": (5, 8)}[input_layout]
+    maps = [torch.randn(batch, *shape) for batch in (2, 1)]
+    found = codebook_statistics(quantizer, iter(maps))
+    # 2 groups of 4 channels, each seen by s or s * s samples; or in "patch" every row of a position for itself.
+    samples = s ** (len(input_layout) - 2)
+    expected = torch.zeros(2 if layout == "channel" else 2 * samples, 32, dtype=torch.int64)
+    for z in maps:
+        for codes in quantizer.encode_indices(z).flatten(0, -2).tolist():
+            for slot, code in enumerate(codes):
+                expected[slot % 2 if layout == "channel" else slot, code] += 1
+    assert torch.equal(found.counts, expected)
+    assert found.counts.sum() == sum(z.numel() for z in maps) * samples // 4
+    assert found.distances.sum() == found.counts.sum()
+
+
+def test_in_the_channel_layout_a_segment_is_a_group_of_channels():
+    quantizer = small_quantizer(interpolation_factor=2, segment_layout="channel")
+    with torch.no_grad():
+        quantizer.embedding.weight[:2] = torch.tensor([[1.0, 1, 1, 1], [-1.0, -1, -1, -1]])
+    z = torch.cat([torch.ones(1, 4, 3, 3), -torch.ones(1, 4, 3, 3)], dim=1)
+    counts = codebook_statistics(quantizer, [z]).counts
+    assert counts[0, 0] == counts[1, 1] == 3 * 3 * 4
+    assert counts.sum() == 2 * 3 * 3 * 4
+
+
+def test_in_the_patch_layout_a_segment_is_the_patch_of_a_channel():
+    quantizer = small_quantizer(vq_embed_dim=3, interpolation_factor=2, segment_layout="patch")
+    with torch.no_grad():
+        quantizer.embedding.weight[:2] = torch.tensor([[1.0, 1, 1, 1], [-1.0, -1, -1, -1]])
+    z = torch.ones(1, 3, 3, 3)
+    z[:, 1] = -1
+    counts = codebook_statistics(quantizer, [z]).counts
+    assert counts[:, :2].tolist() == [[9, 0], [0, 9], [9, 0]]
+
+
+def test_what_is_said_of_hand_made_counts():
+    # Two segments, five codevectors: 0 is used by both, 1 and 2 by one each, 3 and 4 by none.
+    counts = torch.tensor([[2, 4, 0, 0, 0], [2, 0, 4, 0, 0]])
+    found = CodebookStatistics(counts, torch.zeros(50, dtype=torch.int64), DISTANCE_EDGES)
+    assert found.use == pytest.approx(3 / 5)
+    assert found.dead.tolist() == [3, 4]
+    assert found.perplexity == pytest.approx(3)
+    assert found.segment_use.tolist() == pytest.approx([2 / 5, 2 / 5])
+    assert found.segments_per_codevector.tolist() == [2, 1, 1, 0, 0]
+
+
+def test_perplexity_is_that_of_forward():
+    quantizer, z = small_quantizer().eval(), torch.randn(2, 8, 5, 5)
+    assert codebook_statistics(quantizer, [z]).perplexity == pytest.approx(quantizer(z)[2][0].item(), rel=1e-5)
+
+
+def test_euclidean_distances_fall_into_their_bins():
+    quantizer = small_quantizer(vq_embed_dim=2, codevector_dim=2, interpolation_factor=1, distance="euclidean")
+    with torch.no_grad():
+        quantizer.embedding.weight.fill_(1e6)
+        quantizer.embedding.weight[0] = 0
+    apart = torch.tensor([0.0, 1e-9, 3e-3, 0.5, 0.5, 20.0, 3e4])  # the first two and the last are beyond the edges
+    z = torch.stack([apart, torch.zeros(7)]).view(1, 2, 1, 7)
+    found = codebook_statistics(quantizer, [z])
+    low, high = found.distance_edges[:-1], found.distance_edges[1:]
+    low, high = low.clone(), high.clone()
+    low[0], high[-1] = 0, torch.inf
+    expected = [((apart >= lowest) & (apart < highest)).sum() for lowest, highest in zip(low, high, strict=True)]
+    assert found.distances.tolist() == [count.item() for count in expected]
+    assert (found.distances[0], found.distances[-1]) == (2, 1)
+
+
+def test_cosine_distances_fall_into_their_bins():
+    quantizer = small_quantizer(vq_embed_dim=2, codevector_dim=2, interpolation_factor=1, distance="cosine")
+    with torch.no_grad():
+        quantizer.embedding.weight.copy_(torch.tensor([3.0, 0.0]))
+    angles = torch.tensor([0.0, 0.1, 1.0, 2.0, 3.1415926])
+    z = 7 * torch.stack([angles.cos(), angles.sin()]).view(1, 2, 1, 5)
+    found = codebook_statistics(quantizer, [z])
+    bins = [0, *(torch.searchsorted(DISTANCE_EDGES, (1 - angles[1:].double().cos())) - 1).tolist()]
+    assert found.distances.nonzero()[:, 0].tolist() == sorted(set(bins))
+    assert found.distances.sum() == 5
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_distances_are_those_between_segments_and_their_codevectors(distance):
+    quantizer = small_quantizer(distance=distance, interpolation_factor=2)
+    z = torch.randn(2, 8, 4, 4)
+    found = codebook_statistics(quantizer, [z])
+    enlarged = F.interpolate(z.double(), scale_factor=2, mode="bilinear")
+    segments = enlarged.permute(0, 2, 3, 1).reshape(-1, 4)
+    codebook = quantizer.codebook.detach().double()
+    if distance == "cosine":
+        nearest = (1 - F.normalize(segments, dim=1) @ F.normalize(codebook, dim=1).T).amin(1)
+    else:
+        nearest = torch.cdist(segments, codebook).amin(1)
+    expected = torch.histogram(nearest, DISTANCE_EDGES).hist
+    assert (found.distances - expected).abs().sum() <= 2  # at an edge, rounding may decide
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_to_count_changes_nothing_in_the_quantizer(training):
+    counted, other = small_quantizer().train(training), small_quantizer().train(training)
+    z = torch.randn(2, 8, 4, 4)
+    for quantizer in (counted, other):
+        quantizer.revive()
+        quantizer(z)
+    codebook_statistics(counted, [3 * z, 5 * z.flip(0)])
+    assert counted.training == training
+    for quantizer in (counted, other):
+        quantizer.revive()
+    assert (counted.usage.sum() > 0) == training
+    assert torch.equal(counted.codebook, other.codebook)
+    assert torch.equal(counted.usage, other.usage)
+
+
+def test_without_feature_maps_there_is_nothing_to_count():
+    with pytest.raises(ValueError, match="no feature maps"):
+        codebook_statistics(small_quantizer(), [])
+    with pytest.raises(ValueError, match="batch, 8, height, width"):
+        codebook_statistics(small_quantizer(), [torch.randn(2, 7, 4, 4)])
+
+
+def test_another_quantizer_is_refused():
+    with pytest.raises(TypeError, match=r"takes a LooCQuantizer, .* got ProductQuantizer"):
+        codebook_statistics(ProductQuantizer(8, 16, 4), [torch.randn(2, 8, 4, 4)])

@@ -1,0 +1,39 @@
+"""What the command lines make of bad input and of interruptions."""
+
+import pytest
+import yaml
+
+from looc_ldm.utils.errors import DataError, Terminated, UserError, one_line_errors
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [
+        (UserError("colour must be red, got 'blue'."), 2, "error: colour must be red, got 'blue'."),
+        (ValueError("several\n  lines"), 2, "error: several lines"),
+        (TimeoutError(), 2, "error: TimeoutError"),
+        (OSError(28, "No space left on device", "a.png"), 2, "error: [Errno 28] No space left on device: 'a.png'"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), 2, "error: 'utf-8' codec can't decode byte 0xff"),
+        (yaml.YAMLError("mapping values are not allowed"), 2, "error: mapping values are not allowed"),
+        (
+            DataError(
+                "Caught DataError in DataLoader worker process 0.\nTraceback\nlooc_ldm.errors.DataError: cut off"
+            ),
+            2,
+            "error: cut off",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt("interrupted: it goes on"), 130, "interrupted: it goes on"),
+        (Terminated("saved"), 143, "saved"),
+    ],
+)
+def test_one_line_and_a_status(raised, status, line, capsys):
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        raise raised
+    assert stopped.value.code == status
+    assert capsys.readouterr().err.strip().startswith(line)
+
+
+def test_an_error_of_the_program_keeps_its_traceback():
+    with pytest.raises(KeyError), one_line_errors():
+        raise KeyError("vqvae")
