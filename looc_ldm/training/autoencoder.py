@@ -30,7 +30,7 @@ from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.training.checks import check_config, check_evaluation
 from looc_ldm.training.config import AutoencoderConfig
 from looc_ldm.training.config_parsing import construct, parse_command_line
-from looc_ldm.training.data import StreamBatches, float_batches, load_image_sets, make_stream, stream_loader
+from looc_ldm.training.data import float_batches, load_image_sets, make_stream, stream_loader
 from looc_ldm.training.ema import EMA
 from looc_ldm.training.init_from import autoencoder_from
 from looc_ldm.training.latent_encoding import latent_side
@@ -92,7 +92,6 @@ def train(config: AutoencoderConfig) -> Path:
         model = model.to(memory_format=torch.channels_last)
     model = model.to(accelerator.device)
     ema = EMA(model, config.ema_halflife_images)
-    accelerator.register_for_checkpointing(ema)
     optimizer = adamw(model, config.optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     live = accelerator.unwrap_model(model)
@@ -107,16 +106,9 @@ def train(config: AutoencoderConfig) -> Path:
     if discriminator is not None:
         discriminator_optimizer = adamw(discriminator, config.optimizer)
         discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
-    run.resume(partial(run_fingerprint, images))
+    run.resume(partial(run_fingerprint, images), ema)
     logger.info(data_line(images, validation, images.classes, live))
-    batches = StreamBatches(
-        run.images_seen,
-        config.total_images,
-        config.batch_size,
-        config.gradient_accumulation_steps,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    batches = run.stream_batches()
     stream = make_stream(images, config.seed, batches, config.data.num_workers, run.cursors)
     loader = stream_loader(stream, batches, config.data.num_workers, accelerator.device.type == "cuda")
     loading = {"batch_size": batches.per_forward, "num_workers": config.data.num_workers}
@@ -204,7 +196,7 @@ def train(config: AutoencoderConfig) -> Path:
                 live.quantize.discard()
             if run.due(config.log_every_images):
                 run.write_log(learning_rate=run.learning_rate(config.optimizer), **codebook_use(live.quantize))
-            if run.due(config.checkpoint_every_images):
+            if run.due(config.checkpoint_every_images) and not run.skipping:
                 run.save_checkpoint()
                 run.push(save)
             preview_and_evaluate()
@@ -221,10 +213,10 @@ def train(config: AutoencoderConfig) -> Path:
             trained.register_to_config(scaling_factor=scaling_factor)
         with tqdm(float_batches(validation, **loading), "validation", disable=None) as batches:
             measured = evaluate_reconstruction(ema.model, batches, validation.content_size)
-        with run.folder.writing_result() as folder:
-            save(folder, validation=measured | validation_data(config.data))
         if not run.due(config.preview_every_images):
             run.log.write_preview(run.images_seen, reconstruction_grid([ema.model, live], validation, PREVIEW_IMAGES))
+        with run.folder.writing_result() as folder:
+            save(folder, validation=measured | validation_data(config.data))
     run.finish()  # a collective
     return run.folder.result
 
@@ -242,7 +234,7 @@ def _preview_and_evaluate(
 ) -> None:
     """Write the image grid and the figures that are due after the last step."""
     config = run.config
-    if not run.accelerator.is_main_process:
+    if run.skipping or not run.accelerator.is_main_process:
         return
     with run.log.pause_timer():
         if run.due(config.preview_every_images):

@@ -1,16 +1,17 @@
 """A folder of checkpoints: written beside and renamed, checked before they are used, the older ones removed.
 
-    000123000/           complete: everything that its `run.json` lists is there
+    000123000/           complete: everything that its `run.json` lists is there, with the SHA-256 that it states
     000124000.partial/   being written, or left over from a process that was killed meanwhile
 
-Methods marked *collective* must be called by every process.
+Nothing of a checkpoint is unpickled but by `torch.load(weights_only=True)`. Methods marked *collective* must be called
+by every process.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -19,14 +20,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
+from safetensors.torch import load_file, save_file
 
+from looc_ldm.training.config import RunConfig
+from looc_ldm.training.ema import EMA
 from looc_ldm.training.latent_fingerprint import another_origin
 from looc_ldm.utils.distributed import any_problem, write_or_stop_all
 from looc_ldm.utils.errors import ConfigError, TrainingError
+from looc_ldm.utils.files import replace_folder
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
+RUN_FILE, EMA_FILE = "run.json", "ema.safetensors"
 
 
 class Checkpoints:
@@ -34,30 +39,21 @@ class Checkpoints:
 
     Args:
         folder (`Path`): Where they are, seen by all processes.
-        accelerator (`Accelerator`): Saves and loads what was prepared by it or registered with it.
-        batch_size (`int`): Images per optimizer step.
-        keep_last (`int`): How many of the newest are kept.
-        keep_every_images (`int`, *optional*): The first one after each multiple of this is kept, too.
+        accelerator (`Accelerator`): Saves and loads what was prepared by it.
+        config (`RunConfig`): Says which of them are kept.
 
     Attributes:
+        ema (`EMA`, *optional*): Averaged weights, saved and loaded with the rest.
         newest (`int`, *optional*): Images of the one that was loaded or saved last.
         provenance (`dict`, *optional*): What the run depends on beside its settings, written with each checkpoint; see
             `looc_ldm.training.latent_fingerprint.run_fingerprint`.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        accelerator: Accelerator,
-        batch_size: int,
-        keep_last: int,
-        keep_every_images: int | None = None,
-    ):
+    def __init__(self, folder: Path, accelerator: Accelerator, config: RunConfig):
         self.folder = folder
         self.accelerator = accelerator
-        self.batch_size = batch_size
-        self.keep_last = keep_last
-        self.keep_every_images = keep_every_images
+        self.config = config
+        self.ema: EMA | None = None
         self.newest: int | None = None
         self.provenance: dict[str, dict] | None = None
 
@@ -78,7 +74,7 @@ class Checkpoints:
             TrainingError: There are checkpoints, and none can be used; or a disk cannot be read.
         """
         if self.accelerator.is_main_process:
-            for path in self.folder.glob("*.partial"):  # of processes that were killed
+            for path in self.folder.glob("*.partial/"):  # of processes that were killed
                 shutil.rmtree(path)
         # A copy: the folder itself is the same for all only as long as nobody writes.
         (candidates,) = broadcast_object_list([checkpoints_in(self.folder)])
@@ -90,10 +86,9 @@ class Checkpoints:
                 problem = any_problem(self.accelerator, partial(self._load, path), self.folder)
             if problem is None:
                 self.newest = int(path.name)
-                state = read_state(path)
                 if self.accelerator.is_main_process:
                     self._remove_old()  # where the process was killed before it came to that
-                return state
+                return read_state(path)
             if self.accelerator.is_main_process:
                 logger.warning("checkpoint %s cannot be used, an older one is looked for: %s", path, problem)
         if candidates:
@@ -113,8 +108,7 @@ class Checkpoints:
         """Collective: refused on all processes, before one of them waits for the others while it loads."""
 
         def difference() -> str | None:
-            now = self.fixed_settings
-            then = {**now, **read_state(path)}
+            now, then = self.fixed_settings, read_state(path)
             if then["distributed"] != now["distributed"]:
                 return f"was written under {then['distributed']}, this start is under {now['distributed']}"
             if then["mixed_precision"] != now["mixed_precision"]:
@@ -122,7 +116,7 @@ class Checkpoints:
                     f"was trained with mixed_precision={then['mixed_precision']}, this start has "
                     f"{now['mixed_precision']}: give --mixed_precision {then['mixed_precision']}"
                 )
-            return another_origin(then.get("made_from"), self.provenance)
+            return another_origin(then["made_from"], self.provenance)
 
         found = any_problem(self.accelerator, difference, self.folder, main_only=True)
         if found is not None:
@@ -138,9 +132,11 @@ class Checkpoints:
         try:
             read_state(path)  # which Accelerate does not look at
             self.accelerator.load_state(str(path))
+            if self.ema is not None:
+                self.ema.load_state_dict(load_file(path / EMA_FILE))
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # damage inside of a file shows in many kinds of errors
+        except Exception as error:  # weights of other names or shapes show in many kinds of errors
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             if self.accelerator.distributed_type == DistributedType.FSDP:
                 raise TrainingError(
@@ -159,53 +155,45 @@ class Checkpoints:
 
         Args:
             images: Images seen; its name.
-            state: What its `run.json` holds, besides that number, the `fixed_settings` and the sizes of all files.
+            state: What its `run.json` holds, besides that number, the `fixed_settings` and the list of files.
 
         Raises:
             TrainingError: The disk is full or refuses something else, on any process. What was there is as it was.
         """
         partial = self.folder / f"{images:09d}.partial"
 
-        def write(save: Callable[[], object], **options) -> None:
-            remove = lambda: shutil.rmtree(partial, ignore_errors=True)  # noqa: E731
-            write_or_stop_all(self.accelerator, f"checkpoint {images}", self.folder, save, remove, **options)
+        def save() -> None:
+            self.accelerator.save_state(str(partial))
+            if self.ema is not None:
+                averages = self.ema.state_dict()  # a collective under FSDP
+                if self.accelerator.is_main_process:
+                    save_file(averages, partial / EMA_FILE)
 
-        write(lambda: self.accelerator.save_state(str(partial)))
-        write(lambda: self._complete(partial, images, state), main_only=True)
+        def complete() -> None:
+            files = {str(file.relative_to(partial)): _size_and_digest(file) for file in _files(partial)}
+            own = {"images_seen": images, **self.fixed_settings, "made_from": self.provenance, "files": files}
+            write_state(partial, own | state)
+            replace_folder(partial, self.folder / f"{images:09d}")  # instead of one that could not be used
+
+        remove = lambda: shutil.rmtree(partial, ignore_errors=True)  # noqa: E731
+        write_or_stop_all(self.accelerator, f"checkpoint {images}", self.folder, save, remove)
+        write_or_stop_all(self.accelerator, f"checkpoint {images}", self.folder, complete, remove, main_only=True)
         self.newest = images
         if self.accelerator.is_main_process:
             self._remove_old()
 
-    def _complete(self, partial: Path, images: int, state: dict) -> None:
-        files = {path.relative_to(partial).as_posix(): path.stat().st_size for path in _files(partial)}
-        described = {
-            "images_seen": images,
-            **self.fixed_settings,
-            "made_from": self.provenance,
-            **state,
-            "files": files,
-        }
-        (partial / RUN_FILE).write_text(json.dumps(described))
-        # The files reach the disk before the name does: after a power cut, too, what has the name is complete.
-        for path in [*_files(partial), *(path for path in partial.rglob("*") if path.is_dir()), partial]:
-            _to_disk(path)
-        final = self.folder / f"{images:09d}"
-        if final.is_dir():  # one that could not be used
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        _to_disk(self.folder)
-
     def _remove_old(self) -> None:
         """Newer ones than `newest` could not be used when the run was resumed: they are not counted."""
         paths = [path for path in checkpoints_in(self.folder) if int(path.name) <= self.newest]
-        for path in paths[: -self.keep_last]:
-            if self.keep_every_images is None or not passes(int(path.name), self.batch_size, self.keep_every_images):
+        for path in paths[: -self.config.keep_last]:
+            every = self.config.keep_every_images
+            if every is None or not passes(int(path.name), self.config.batch_size, every):
                 shutil.rmtree(path)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Return the checkpoints under their final names, oldest first."""
-    complete = [path for path in folder.glob("*") if path.name.isdigit()]
+    complete = [path for path in folder.glob("*/") if path.name.isdigit()]
     return sorted(complete, key=lambda path: int(path.name))
 
 
@@ -214,25 +202,36 @@ def passes(images: int, batch_size: int, interval: int) -> bool:
     return images // interval > (images - batch_size) // interval
 
 
+def write_state(checkpoint: Path, state: dict) -> None:
+    """Write the `run.json` of a checkpoint, with a digest of itself."""
+    state = json.loads(json.dumps(state))  # as it is read
+    (checkpoint / RUN_FILE).write_text(json.dumps({"sha256": _digest(state), **state}))
+
+
 def read_state(checkpoint: Path) -> dict:
-    """Return the `run.json` of a checkpoint."""
-    return json.loads((checkpoint / RUN_FILE).read_text())
+    """Return the `run.json` of a checkpoint. Raises ValueError if it is damaged or of an earlier version."""
+    state = json.loads((checkpoint / RUN_FILE).read_bytes())
+    if not isinstance(state, dict) or state.pop("sha256", None) != _digest(state):
+        raise ValueError(f"{RUN_FILE} does not have the SHA-256 that it states")
+    return state
 
 
 def problem_of(checkpoint: Path) -> str | None:
-    """Return what is missing from a checkpoint, in words; None if nothing is."""
+    """Return what is missing or damaged in a checkpoint, in words; None if nothing is."""
     try:
         files = read_state(checkpoint)["files"]
     except FileNotFoundError:
         return f"it has no {RUN_FILE}"
-    except (ValueError, KeyError, TypeError):
-        return f"its {RUN_FILE} is damaged"
-    for name, size in files.items():
+    except ValueError:
+        return f"its {RUN_FILE} is damaged, or of an earlier version"
+    for name, (size, digest) in files.items():
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if _size_and_digest(file)[1] != digest:
+            return f"{name} is damaged: its SHA-256 is another one"
     return None
 
 
@@ -240,9 +239,10 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _size_and_digest(file: Path) -> tuple[int, str]:
+    with file.open("rb") as stream:
+        return file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()

@@ -16,7 +16,7 @@ from looc_ldm.images.open import names_of_split, open_sources, split_name
 from looc_ldm.images.pixels import to_float
 from looc_ldm.images.streaming import StreamedImages, StreamedSet, open_streamed
 from looc_ldm.images.unreadable import first_readable
-from looc_ldm.training.stopping import leave_signals_to_the_trainer
+from looc_ldm.training.stopping import SteadyLoader
 from looc_ldm.utils.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ def stream_loader(stream: Dataset, batches: StreamBatches, num_workers: int, pin
 
     Items of the stream are tuples that end with a `Report`, and so are the batches: stacked tensors and one report.
     """
-    return DataLoader(
+    return SteadyLoader(
         stream,
         batch_sampler=batches,
         num_workers=num_workers,
@@ -211,12 +211,11 @@ def collate(items: list[tuple]) -> tuple:
 
 def float_batches(images: ImageSet | Subset, batch_size: int = 64, num_workers: int = 0) -> DataLoader:
     """Return batches `(B, C, H, W)` in [-1, 1], in order, not augmented."""
-    return DataLoader(
+    return SteadyLoader(
         images,
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_float_pixels,
-        worker_init_fn=leave_signals_to_the_trainer,  # which may be measuring
         generator=torch.Generator(),  # its own, as in `stream_loader`
     )
 

@@ -42,7 +42,6 @@ from looc_ldm.training.config import DiffusionConfig
 from looc_ldm.training.config_parsing import construct, parse_command_line
 from looc_ldm.training.data import (
     OnlineLatentStream,
-    StreamBatches,
     float_batches,
     load_image_sets,
     make_stream,
@@ -115,14 +114,13 @@ def train(config: DiffusionConfig) -> Path:
         denoiser = denoiser.to(memory_format=torch.channels_last)
     denoiser = denoiser.to(accelerator.device)
     ema = EMA(denoiser, config.ema_halflife_images)
-    accelerator.register_for_checkpointing(ema)
     optimizer = adamw(denoiser, config.optimizer)
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     live = accelerator.unwrap_model(denoiser)
     ema.follow(live)
     if config.compile:
         live.compile()  # in place: the names of its weights stay
-    run.resume(partial(run_fingerprint, images, vqvae))
+    run.resume(partial(run_fingerprint, images, vqvae), ema)
     logger.info(data_line(images, validation, classes, live))
     if config.latent_scaling == "channel" or vqvae.config.scaling_factor is None:
         known = validation if config.data.streaming else Subset(images, spread(len(images), SCALING_IMAGES))
@@ -133,14 +131,7 @@ def train(config: DiffusionConfig) -> Path:
         else:
             vqvae.register_to_config(scaling_factor=1 / moments.standard_deviation)
     null_label = live.null_label
-    batches = StreamBatches(
-        run.images_seen,
-        config.total_images,
-        config.batch_size,
-        config.gradient_accumulation_steps,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    batches = run.stream_batches()
     if config.cache_latents:
         stream = LatentStream(cache, vqvae, config.seed)
     else:
@@ -169,6 +160,8 @@ def train(config: DiffusionConfig) -> Path:
 
     def preview_and_evaluate() -> None:
         """Write the image grid and the figures that are due after the last step. Collective."""
+        if run.skipping:
+            return
         with run.log.pause_timer():
             if run.due(config.preview_every_images):
                 pipe = pipeline()  # a collective
@@ -215,7 +208,7 @@ def train(config: DiffusionConfig) -> Path:
                 ema.update(live, run.images_seen, config.batch_size)
             if run.due(config.log_every_images):
                 run.write_log(learning_rate=run.learning_rate(config.optimizer))
-            if run.due(config.checkpoint_every_images):
+            if run.due(config.checkpoint_every_images) and not run.skipping:
                 run.save_checkpoint()
                 if config.push_to_hub:
                     full = gather_full_model(denoiser, ema.model, accelerator)  # a collective
@@ -227,10 +220,10 @@ def train(config: DiffusionConfig) -> Path:
     # 4. The result
     pipe, live = pipeline(), gather_full_model(denoiser, ema.model, accelerator)  # collectives
     if accelerator.is_main_process:
-        with run.folder.writing_result() as folder:
-            save(folder, pipe, live)
         if not run.due(config.preview_every_images):
             run.log.write_preview(run.images_seen, preview(pipe, config))
+        with run.folder.writing_result() as folder:
+            save(folder, pipe, live)
     run.finish()  # a collective
     return run.folder.result
 

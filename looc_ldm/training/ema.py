@@ -67,7 +67,7 @@ class EMA:
         return self.model
 
     def state_dict(self) -> dict:
-        return {name: tensor.cpu() for name, tensor in self.gathered().state_dict().items()}
+        return {name: tensor.cpu().contiguous() for name, tensor in self.gathered().state_dict().items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:

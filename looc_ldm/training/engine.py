@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitPr
 
 from looc_ldm.training.config import DiffusionConfig, RunConfig
 from looc_ldm.training.optimization import resolve_precision
-from looc_ldm.utils.distributed import WAIT
+from looc_ldm.utils.distributed import WAIT, refuse_lone_process
 from looc_ldm.utils.errors import ConfigError
 
 ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -40,6 +40,7 @@ def make_training_accelerator(config: RunConfig) -> Accelerator:
             raise _refusal("FSDP with fsdp_version 1", stage_2)
     elif engine not in ENGINES:
         raise _refusal(engine.value, stage_2)
+    refuse_lone_process(accelerator)
     return accelerator
 
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.models.fingerprint import model_fingerprint
 from looc_ldm.models.loading import load_autoencoder
-from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.loading import load_pipeline
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import construct
@@ -89,15 +88,12 @@ def denoiser_from(config: DiffusionConfig, build, classes: list[str]):
         if config.scheduler.get(name, value) != value:
             given = config.scheduler[name]
             logger.warning("scheduler.%s is %r, and init_from was trained with %r.", name, given, value)
-    if not config.autoencoder or config.autoencoder == config.init_from:
-        return _with_weights(config, denoiser, trained, classes)
-    if model_fingerprint(load_autoencoder(config.autoencoder)) != model_fingerprint(trained.vqvae):
-        logger.warning("init_from=%r was trained on the latents of another autoencoder.", config.init_from)
-    return _with_weights(config, denoiser, trained, classes)
+    if config.autoencoder and config.autoencoder != config.init_from:
+        first_stage = load_autoencoder(config.autoencoder)
+        if model_fingerprint(first_stage) != model_fingerprint(trained.vqvae):
+            logger.warning("init_from=%r was trained on the latents of another autoencoder.", config.init_from)
 
-
-def _with_weights(config: DiffusionConfig, denoiser, trained: LooCLDMPipeline, classes: list[str]):
-    """Give the denoiser the pipeline's weights, except for embeddings of other classes."""
+    # The pipeline's weights, except for embeddings of other classes
     weights = {f"unet.{name}": tensor for name, tensor in trained.unet.state_dict().items()}
     if trained.class_embedding is not None:
         weights |= {f"class_embedding.{name}": tensor for name, tensor in trained.class_embedding.state_dict().items()}
@@ -117,10 +113,9 @@ def _with_weights(config: DiffusionConfig, denoiser, trained: LooCLDMPipeline, c
 
 def _refuse_differences(given: dict, of_checkpoint: dict, may_differ: set[str], what: str) -> None:
     """Raise ConfigError if the config says something else about the network than the checkpoint."""
-    for name, value in given.items():
-        value = tuple(value) if isinstance(value, list) else value
-        trained = of_checkpoint.get(name)
-        trained = tuple(trained) if isinstance(trained, list) else trained
+    plain = lambda value: tuple(value) if isinstance(value, list) else value  # noqa: E731
+    for name in given:
+        value, trained = plain(given[name]), plain(of_checkpoint.get(name))
         if name in of_checkpoint and name not in may_differ and value != trained:
             raise ConfigError(
                 f"{what}.{name} is {value!r} in the config and {trained!r} in init_from; "

@@ -8,7 +8,7 @@ import logging
 import os
 from pathlib import Path
 
-from looc_ldm.utils.files import replace_text
+from looc_ldm.utils.files import replace_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -34,21 +34,22 @@ def cut_lines(file: Path, images: int) -> None:
     """Remove the lines of more than `images` images, and one that was half written when the process was killed."""
     if not file.is_file():
         return
-    lines = file.read_text().splitlines()
+    content = file.read_bytes()
+    lines = content.splitlines()
     kept = []
     for number, line in enumerate(lines, start=1):
         try:
             if json.loads(line)["images"] <= images:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             if number < len(lines):
                 logger.warning("%s: line %d is damaged, and left out", file, number)
-    text = "".join(line + "\n" for line in kept)
-    if text != file.read_text():
-        replace_text(file, text)
+    text = b"".join(line + b"\n" for line in kept)
+    if text != content:
+        replace_bytes(file, text)
 
 
-def figures_at(file: Path, images: int) -> dict:
-    """Return all that the lines of exactly `images` images hold. For a file that `cut_lines` has cleaned."""
-    lines = map(json.loads, file.read_text().splitlines()) if file.is_file() else ()
-    return {name: value for line in lines if line["images"] == images for name, value in line.items()}
+def has_figures(file: Path, images: int, prefix: str) -> bool:
+    """Whether a line of exactly `images` images has a key with a prefix. For a file that `cut_lines` has cleaned."""
+    lines = map(json.loads, file.read_bytes().splitlines()) if file.is_file() else ()
+    return any(key.startswith(prefix) for line in lines if line["images"] == images for key in line)

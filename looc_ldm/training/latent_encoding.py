@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from looc_ldm.images.config import DataConfig
@@ -33,6 +33,7 @@ from looc_ldm.training import latent_cache as stored
 from looc_ldm.training.latent_cache import LatentCache, Shards
 from looc_ldm.training.latent_fingerprint import cache_fingerprint, differences
 from looc_ldm.training.moments import Moments
+from looc_ldm.training.stopping import SteadyLoader
 from looc_ldm.utils.distributed import on_main
 from looc_ldm.utils.errors import ConfigError, DataError, ModelError, UnreadableImage, UserError
 from looc_ldm.utils.files import make_folder, replace_text
@@ -215,7 +216,7 @@ def _encode_shards(
     pin_memory = model.device.type == "cuda"
     # Its own generator: a loader draws a number when it is made, which would change the training that follows.
     generator = torch.Generator()
-    loader = DataLoader(
+    loader = SteadyLoader(
         _Batches(images, batches), None, num_workers=workers, pin_memory=pin_memory, generator=generator
     )
     seconds = 1 if sys.stderr.isatty() else 60  # then it is a line in a file

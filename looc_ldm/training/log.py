@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from looc_ldm.training.config import RunConfig
 from looc_ldm.training.config_parsing import to_dict
-from looc_ldm.training.jsonl import append_line, cut_lines, figures_at
+from looc_ldm.training.jsonl import append_line, cut_lines, has_figures
 from looc_ldm.training.means import Means, means_of
 from looc_ldm.utils.distributed import write_or_stop_all
 from looc_ldm.utils.errors import TrainingError, is_first_process
@@ -50,6 +51,7 @@ class RunLog:
 
     Attributes:
         means (`Means`): Scalars recorded since the last line.
+        bar (`tqdm`, *optional*): The progress bar, over images.
     """
 
     def __init__(self, config: RunConfig, folder: Path, accelerator: Accelerator):
@@ -58,7 +60,7 @@ class RunLog:
         self.file = folder / "metrics.jsonl"
         self.accelerator = accelerator
         self.means = Means(accelerator.device)
-        self._bar: tqdm | None = None
+        self.bar: tqdm | None = None
         self._written_at = (0, time.monotonic())  # images seen, and when
         # Since the last line, of this process, in seconds:
         self._waited = 0.0  # for data, while training
@@ -97,7 +99,7 @@ class RunLog:
     @contextmanager
     def progress_bar(self, description: str, images_seen: int) -> Iterator[None]:
         """Show a bar over images, on the main process if stderr is a terminal. Log lines are written above it."""
-        self._bar = tqdm(
+        self.bar = tqdm(
             total=self.config.total_images,
             initial=images_seen,
             desc=description,
@@ -106,13 +108,8 @@ class RunLog:
             mininterval=0.5,
             disable=None if self.accelerator.is_main_process else True,  # None: unless it is a terminal
         )
-        with self._bar, nullcontext() if self._bar.disable else logging_redirect_tqdm():
+        with self.bar, nullcontext() if self.bar.disable else logging_redirect_tqdm():
             yield
-
-    def advance(self, images: int) -> None:
-        """Move the progress bar."""
-        if self._bar is not None:
-            self._bar.update(images)
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -171,10 +168,10 @@ class RunLog:
             **means,
             **extra,
         }
-        append = lambda: self._append(images_seen, values)  # noqa: E731
+        append = partial(self._append, images_seen, values)
         write_or_stop_all(self.accelerator, "the log", self.folder, append, main_only=True)
-        if self._bar is not None:
-            self._bar.set_postfix({name: f"{value:.3g}" for name, value in means.items() if name.startswith("loss")})
+        if self.bar is not None:
+            self.bar.set_postfix({name: f"{value:.3g}" for name, value in means.items() if name.startswith("loss")})
 
     def write_evaluation(self, images_seen: int, figures: dict) -> None:
         """Write figures of an evaluation, with the prefix `val_`. Does nothing on other processes than the main one."""
@@ -211,7 +208,7 @@ class RunLog:
 
     def has_evaluation(self, images_seen: int) -> bool:
         """Whether the log holds figures of an evaluation after `images_seen` images."""
-        return any(name.startswith("val_") for name in figures_at(self.file, images_seen))
+        return has_figures(self.file, images_seen, "val_")
 
 
 def memory_gib(device: torch.device) -> float:

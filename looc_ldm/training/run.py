@@ -3,6 +3,7 @@
 A run is resumed by repeating its command. It owns its output folder, which all processes must see:
 
     config.yaml           the resolved settings
+    run.lock              locked by the process that runs, which it names
     checkpoints/000123/   Accelerate's state after that many images; see `training/checkpoints.py`
     metrics.jsonl         one line per log interval, cut back to the checkpoint on resuming
     previews/000123.png   image grids
@@ -30,12 +31,14 @@ from torch.utils.data import DataLoader
 from looc_ldm.images.unreadable import UnreadableImages
 from looc_ldm.training.checkpoints import Checkpoints, passes
 from looc_ldm.training.config import OptimizerConfig, RunConfig
+from looc_ldm.training.data import StreamBatches
+from looc_ldm.training.ema import EMA
 from looc_ldm.training.engine import make_training_accelerator
 from looc_ldm.training.log import RunLog
 from looc_ldm.training.optimization import learning_rate_at
 from looc_ldm.training.pushing import Pusher
 from looc_ldm.training.run_folder import RunFolder
-from looc_ldm.training.stopping import StopSignals, leave_signals_to_the_trainer, stopped_by
+from looc_ldm.training.stopping import StopSignals, stopped_by
 from looc_ldm.utils.distributed import on_main, wait_for_gloo
 from looc_ldm.utils.errors import TrainingError
 
@@ -72,15 +75,15 @@ class Run:
         self.config = config
         self.accelerator = make_training_accelerator(config)
         self.folder = RunFolder(config, result)
+        if not self.folder.finished:
+            on_main(self.accelerator, self.folder.lock)
         self.images_seen = 0
         self.skipped_steps = 0
         self.evaluation_pending = False
         self._skipped_in_a_row = 0
         self.log = RunLog(config, self.folder.path, self.accelerator)
         self.record = self.log.means.record
-        self.checkpoints = Checkpoints(
-            self.folder.checkpoints, self.accelerator, config.batch_size, config.keep_last, config.keep_every_images
-        )
+        self.checkpoints = Checkpoints(self.folder.checkpoints, self.accelerator, config)
         self.cursors: dict[int, tuple[int, ...]] = {}
         self._unreadable = UnreadableImages(config.data.max_unreadable_share)
         self._unreadable_count = 0  # of all processes, at the last log line
@@ -91,7 +94,7 @@ class Run:
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
-    def resume(self, provenance: Callable[[], dict[str, dict]] | None = None) -> None:
+    def resume(self, provenance: Callable[[], dict[str, dict]] | None = None, ema: EMA | None = None) -> None:
         """Load the newest checkpoint that is complete, if there is one. Collective; after `accelerator.prepare`.
 
         With a different number of processes than before, the count of images and the schedule go on. Processes that
@@ -99,6 +102,7 @@ class Run:
 
         Args:
             provenance: Returns what the run depends on, on the main process: `latent_fingerprint.run_fingerprint`.
+            ema: Averaged weights that checkpoints are to hold.
 
         Raises:
             ConfigError: The checkpoint is of another precision, or of DDP where this is FSDP, or the other way round;
@@ -109,6 +113,7 @@ class Run:
         self._seed(0)
         if provenance is not None:
             self.checkpoints.provenance = on_main(self.accelerator, provenance)
+        self.checkpoints.ema = ema
         state = self.checkpoints.load_newest(before_load=self._seed)
         self.accelerator.wait_for_everyone()  # all have compared their config with the one that is replaced here
         if self.accelerator.is_main_process:
@@ -149,12 +154,12 @@ class Run:
         set_seed((self.config.seed + images_seen) % 2**31, device_specific=True)
 
     def save_checkpoint(self) -> None:
-        """Write a checkpoint, unless there is one of this moment. Collective.
+        """Write a checkpoint, unless there is one of this moment, or steps are being skipped. Collective.
 
         Raises:
             TrainingError: The disk is full or cannot be written, on any process.
         """
-        if self.checkpoints.newest == self.images_seen:
+        if self.skipping or self.checkpoints.newest == self.images_seen:
             return
         with self.log.pause_timer():
             means = gather_object([self.log.means.state()])
@@ -166,6 +171,18 @@ class Run:
 
     # The loop --------------------------------------------------------------------------------------------------------
 
+    def stream_batches(self) -> StreamBatches:
+        """Return the positions of the batches that are left to this process. After `resume`."""
+        config, accelerator = self.config, self.accelerator
+        return StreamBatches(
+            self.images_seen,
+            config.total_images,
+            config.batch_size,
+            config.gradient_accumulation_steps,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+
     def batches(self, loader: DataLoader) -> Iterator[list[torch.Tensor]]:
         """Yield the tensors of each batch, on the device; measure the time waited for data and keep the reports.
 
@@ -174,7 +191,6 @@ class Run:
         """
         size = getattr(loader.dataset, "length", None)
         self._unreadable = UnreadableImages(self.config.data.max_unreadable_share, self.images_seen, size)
-        loader.worker_init_fn = leave_signals_to_the_trainer
         started_at, first_step = self.images_seen, True
         batches = iter(loader)
         while True:
@@ -216,7 +232,13 @@ class Run:
                 f"{', '.join(self.log.means.not_finite())}; {good}."
             )
         self.images_seen += self.config.batch_size
-        self.log.advance(self.config.batch_size)
+        if self.log.bar is not None:
+            self.log.bar.update(self.config.batch_size)
+
+    @property
+    def skipping(self) -> bool:
+        """Whether the last step was skipped: the run may be diverging, and its weights are not worth keeping."""
+        return self._skipped_in_a_row > 0
 
     def due(self, interval: int | None) -> bool:
         """Whether the last optimizer step reached or passed a multiple of `interval` images; never if it is None."""
@@ -259,7 +281,9 @@ class Run:
             self.save_checkpoint()
             self.accelerator.wait_for_everyone()  # a launcher ends the others when the first one has ended
             self.accelerator.end_training()
-            raise stopped_by(received, f"stopped at {self.images_seen} images; the same command goes on from there")
+            newest = self.checkpoints.newest
+            place = "there" if newest == self.images_seen else f"checkpoint {newest}" if newest else "the beginning"
+            raise stopped_by(received, f"stopped at {self.images_seen} images; the same command goes on from {place}")
 
     def write_log(self, **extra: float) -> None:
         """Write a log line with the means since the last one, and `extra`. Collective; waits for the device."""

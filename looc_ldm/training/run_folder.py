@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import fcntl
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,11 @@ from looc_ldm.training.checkpoints import checkpoints_in
 from looc_ldm.training.config import RunConfig
 from looc_ldm.training.config_parsing import config_text, differences, moves, read_settings, to_dict
 from looc_ldm.utils.errors import ConfigError
-from looc_ldm.utils.files import replace_text
+from looc_ldm.utils.files import check_folder, read_json, replace_folder, replace_text
 
 logger = logging.getLogger(__name__)
+
+LOCK_FILE = "run.lock"
 
 
 class RunFolder:
@@ -38,42 +41,60 @@ class RunFolder:
         self.path = Path(config.output_dir)
         self.checkpoints = self.path / "checkpoints"
         self.result = self.path / result
+        for folder in (self.checkpoints, self.path / "previews", self.result):
+            check_folder(folder)
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".write-test-{os.getpid()}"
-            probe.touch()
-            probe.unlink(missing_ok=True)
+            self._lock = open(self.path / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise ConfigError(f"cannot write to output_dir={str(self.path)!r}: {error.strerror}.") from None
-        self._refuse_other_settings()
-
-    @property
-    def finished(self) -> bool:
-        """Whether the result is there and was trained on as many images as are asked for."""
-        file = self.result / "training.json"
-        return file.is_file() and json.loads(file.read_text())["images_seen"] >= self.config.total_images
-
-    def _stored_settings(self) -> dict:
-        """Return the settings of the run in this folder; nothing if there is none."""
         file = self.path / "config.yaml"
-        return read_settings(file) if file.is_file() else {}
-
-    def _refuse_other_settings(self) -> None:
-        stored = self._stored_settings()
-        if stored and (checkpoints_in(self.checkpoints) or self.result.is_dir()):
-            changed = differences(stored, to_dict(self.config))
+        self._stored = read_settings(file) if file.is_file() else {}
+        if self._stored and (checkpoints_in(self.checkpoints) or self.result.is_dir()):
+            changed = differences(self._stored, to_dict(config))
             if changed:
                 raise ConfigError(
                     f"output_dir={str(self.path)!r} holds a run with other settings ({'; '.join(changed)}); "
                     "give another output_dir, or delete this one."
                 )
 
+    def lock(self) -> None:
+        """Keep other runs out of the folder until this object or the process ends. Main process only.
+
+        Raises:
+            ConfigError: Another process has it. The message names it.
+        """
+        try:
+            # Not flock: the loader's workers would inherit it, and keep it for seconds when this process is killed.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # it depends on the system which
+            self._lock.seek(0)
+            raise ConfigError(
+                f"output_dir={str(self.path)!r} is in use by {self._lock.read().strip()}: wait for it, stop it, "
+                "or give another output_dir."
+            ) from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): start no other run in it", self.path, error.strerror)
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the result is there and was trained on as many images as are asked for."""
+        file = self.result / "training.json"
+        if not file.is_file():
+            return False
+        images = read_json(file).get("images_seen")
+        if not isinstance(images, int):
+            raise ConfigError(f"{str(file)!r} is damaged; delete its folder, and the same command writes it anew.")
+        return images >= self.config.total_images
+
     def warn_of_changes(self) -> None:
         """Name in warnings the changes of settings that are allowed and that matter."""
-        stored = self._stored_settings()
-        for move in moves(stored, to_dict(self.config)) if stored else ():
+        for move in moves(self._stored, to_dict(self.config)) if self._stored else ():
             logger.warning("what lies elsewhere now has to be the same as before: %s", move)
-        before, now = stored.get("total_images"), self.config.total_images
+        before, now = self._stored.get("total_images"), self.config.total_images
         if before != now and self.config.optimizer.schedule == "cosine":
             logger.warning(
                 "total_images was %s and is %s: from here on the learning rate follows another cosine, and the run is "
@@ -96,5 +117,4 @@ class RunFolder:
         usual = (partial / "training.json").stat().st_mode
         for file in partial.rglob("*.safetensors"):
             file.chmod(usual)  # safetensors 0.8 keeps what it writes from other users
-        shutil.rmtree(self.result, ignore_errors=True)
-        os.replace(partial, self.result)
+        replace_folder(partial, self.result)

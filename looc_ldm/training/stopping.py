@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes the step under way, saves, and ends."""
+"""Signals that ask a run to stop: it finishes the step under way, saves, and ends. Loaders that signals cannot harm."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
+
+from torch.utils.data import DataLoader
 
 from looc_ldm.utils.errors import Terminated, is_first_process
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a batch system, a terminal that was closed
 # A launcher passes on signals that the system sends to every process anyway: what comes so soon is the same request.
 SAME_REQUEST_SECONDS = 1.0
 
-# Shared with the loaders' workers: whether the training that they load for is over.
-_over = multiprocessing.RawValue(ctypes.c_bool, False)
+# Shared with the loaders' workers: whether the training that they load for is over, or has not begun.
+_over = multiprocessing.RawValue(ctypes.c_bool, True)
 
 
 class StopSignals:
-    """Remember SIGINT and SIGTERM while entered. A second one, a second later, ends the process at once.
+    """Remember `SIGNALS` while entered. A second one, a second later, ends the process at once.
+
+    SIGHUP stays ignored if it was, as under nohup.
 
     Attributes:
         received (`int`): Number of the signal that came, or 0.
@@ -33,7 +40,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         _over.value = False
-        self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._remember) for number in handled}
         return self
 
     def __exit__(self, *error) -> None:
@@ -46,23 +54,56 @@ class StopSignals:
             self.received, self._received_at = number, time.monotonic()
             if is_first_process():
                 # Not `print`, in the middle of which the signal may have come.
-                os.write(2, b"\nstopping after what is under way, with a checkpoint; once more: at once, without\n")
+                with suppress(OSError):  # the terminal may be closed
+                    os.write(2, b"\nstopping after what is under way, with a checkpoint; once more: at once, without\n")
         elif time.monotonic() - self._received_at > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
 def stopped_by(number: int, message: str) -> KeyboardInterrupt:
-    """Return the exception that ends a run after a signal: `Terminated` after SIGTERM."""
-    return (Terminated if number == signal.SIGTERM else KeyboardInterrupt)(message)
+    """Return the exception that ends a run after a signal: `Terminated`, unless it was Ctrl-C."""
+    return (KeyboardInterrupt if number == signal.SIGINT else Terminated)(message)
+
+
+class SteadyLoader(DataLoader):
+    """A loader that neither loses a signal nor loses a worker to one.
+
+    A signal that comes while the workers are forked is handled when all are there: what its handler raises in the
+    functions that Python calls around a fork is printed and forgotten.
+    """
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, worker_init_fn=leave_signals_to_the_trainer, **options)
+
+    def __iter__(self):
+        with _signals_delayed():
+            return super().__iter__()
+
+
+@contextmanager
+def _signals_delayed() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # no other thread handles signals
+        yield
+        return
+    received = []
+    previous = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    for number in received:
+        signal.raise_signal(number)
 
 
 def _leave_signals(worker: int, over: ctypes.c_bool) -> None:
     """Let a loader's worker go on while the trainer, which gets the same signals, finishes its step.
 
-    Once the training is over, SIGTERM ends the worker at once: the loader sends it to a worker that is slow to end.
+    When no training is under way, SIGTERM ends the worker at once: the loader sends it to a worker that is slow to end.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if over.value else None)
 
 

@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_
 from safetensors import SafetensorError
 
 from looc_ldm.utils.devices import choose_device
-from looc_ldm.utils.errors import TrainingError, UserError
+from looc_ldm.utils.errors import ConfigError, TrainingError, UserError
 
 T = TypeVar("T")
 
@@ -56,7 +56,19 @@ def make_accelerator(name: str | None) -> Accelerator:
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)
         on_cpu = device.type == "cpu"
-    return Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
+    refuse_lone_process(accelerator)
+    return accelerator
+
+
+def refuse_lone_process(accelerator: Accelerator) -> None:
+    """Raise ConfigError if this is meant to be one of several processes and does not know the others."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if accelerator.num_processes == 1 and count != "1":
+        raise ConfigError(
+            f"WORLD_SIZE={count}, but this process is alone, because LOCAL_RANK is not set: start the processes with "
+            "torchrun or accelerate launch, or unset WORLD_SIZE."
+        )
 
 
 def wait_for_gloo(accelerator: Accelerator) -> None:
@@ -188,6 +200,7 @@ def prepare_fsdp(accelerator: Accelerator) -> bool:
     if accelerator.distributed_type != DistributedType.FSDP:
         return False
     accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # reading shards unpickles what they hold
     return True
 
 

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 
@@ -68,7 +68,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        print_once(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be closed
+            print_once(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
         sys.exit(143 if isinstance(interrupt, Terminated) else 130)
     except Exception as error:
         yaml = sys.modules.get("yaml")  # which need not have been imported

@@ -86,8 +86,7 @@ def renamed_when_complete(file: Path, partial: Path | None = None) -> Iterator[P
     partial = partial_of(file) if partial is None else partial
     try:
         yield partial
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())  # else a power cut can leave the name without all of the content
+        _to_disk(partial)  # else a power cut can leave the name without all of the content
         os.replace(partial, file)
     except BaseException as error:
         with suppress(OSError):  # the first error is the one to see
@@ -98,6 +97,27 @@ def renamed_when_complete(file: Path, partial: Path | None = None) -> Iterator[P
             reason = error.strerror if own and error.strerror else " ".join(str(error).split())
             raise UserError(f"cannot write {str(file)!r}: {reason}.") from error
         raise
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Rename a complete folder, in place of an older one if there is one.
+
+    All of it reaches the disk before the name does: after a power cut, too, what has the name is complete.
+    """
+    for path in [*partial.rglob("*"), partial]:
+        _to_disk(path)
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    os.replace(partial, folder)
+    _to_disk(folder.parent)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def partial_of(file: Path) -> Path:

@@ -164,8 +164,6 @@ def checkpoint_of(folder: Path, images: int) -> dict[str, torch.Tensor]:
     tensors = {}
     for file in sorted(place.glob("*.safetensors")):
         tensors |= {f"{file.name}.{name}": tensor for name, tensor in load_file(file).items()}
-    for file in sorted(place.glob("custom_checkpoint_*.pkl")):
-        tensors |= {f"{file.name}.{name}": tensor for name, tensor in torch.load(file).items()}
     for file in sorted(place.glob("optimizer*.bin")):
         for index, state in torch.load(file)["state"].items():
             tensors |= {f"{file.name}.{index}.{name}": tensor for name, tensor in state.items()}
@@ -196,6 +194,7 @@ def test_a_step_whose_gradients_are_not_finite_changes_nothing_and_is_counted(
 
     monkeypatch.setattr(LooCVQModel, "forward", reconstruct)
     monkeypatch.setattr(PatchDiscriminator, "forward", not_finite)
+    monkeypatch.setattr(Run, "skipping", False)  # a checkpoint of that step, too
     config = autoencoder_config(
         tmp_path,
         loss={**ADVERSARIAL, "adversarial_start_images": 0},
@@ -211,9 +210,19 @@ def test_a_step_whose_gradients_are_not_finite_changes_nothing_and_is_counted(
     if network == "autoencoder":
         assert not changed
     else:  # the autoencoder did step; the discriminator, its moments did not
-        assert {name.split(".")[0] for name in changed} == {"model", "optimizer", "custom_checkpoint_0"}
+        assert {name.split(".")[0] for name in changed} == {"model", "optimizer", "ema"}
     moved = {name.rsplit(".", 1)[0].split(".")[0] for name in after if not torch.equal(after[name], later[name])}
-    assert moved == {"model", "model_1", "optimizer", "optimizer_1", "custom_checkpoint_0"}
+    assert moved == {"model", "model_1", "optimizer", "optimizer_1", "ema"}
+
+
+def test_a_skipped_step_has_neither_a_checkpoint_nor_a_grid(autoencoder_config, tmp_path, monkeypatch):
+    after_step = Run.after_step
+    monkeypatch.setattr(Run, "after_step", lambda run, finite: after_step(run, finite and run.images_seen != 16))
+    intervals = {"checkpoint_every_images": 8, "preview_every_images": 8, "keep_last": 9}
+    autoencoder.train(autoencoder_config(tmp_path, total_images=32, **intervals))
+    for folder in ("checkpoints", "previews"):
+        names = sorted(path.stem for path in (tmp_path / folder).iterdir())
+        assert names == ["000000008", "000000016", "000000032"]
 
 
 def test_the_patchgan_starts_when_it_should_and_follows_the_learning_rate(autoencoder_config, tmp_path):
@@ -315,7 +324,8 @@ def test_a_result_of_fewer_images_is_not_taken_for_the_finished_run(
     autoencoder.train(autoencoder_config(tmp_path, total_images=24))
     monkeypatch.setattr(RunFolder, "writing_result", lambda folder: (_ for _ in ()).throw(PowerCut))
     with pytest.raises(PowerCut):
-        autoencoder.train(autoencoder_config(tmp_path))
+        autoencoder.train(autoencoder_config(tmp_path, preview_every_images=10**6))
+    assert (tmp_path / "previews" / "000000048.png").is_file()  # the last grid comes before the result
     monkeypatch.undo()
     autoencoder.train(autoencoder_config(tmp_path))
     assert json.loads((tmp_path / "model" / "training.json").read_text())["images_seen"] == 48

@@ -1,8 +1,10 @@
 """Which checkpoints are there, which one a run goes on from, and what it does with a damaged one."""
 
-import importlib.util
+import contextlib
+import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 from functools import partial
@@ -14,16 +16,16 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from looc_ldm.training.checkpoints import checkpoints_in
+import tiny
+from looc_ldm.training.checkpoints import checkpoints_in, read_state, write_state
 from looc_ldm.training.config import EvaluationConfig
+from looc_ldm.training.ema import EMA
 from looc_ldm.training.log import VOLATILE_KEYS
 from looc_ldm.training.optimization import resolve_precision
 from looc_ldm.training.run import Run
 from looc_ldm.utils.errors import ConfigError, TrainingError
 
-spec = importlib.util.spec_from_file_location("tiny_trainer", Path(__file__).with_name("tiny_trainer.py"))
-tiny_trainer = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_trainer)
+tiny_trainer = tiny.import_file(Path(__file__).with_name("tiny_trainer.py"))
 config_of, train = tiny_trainer.config_of, tiny_trainer.train
 
 
@@ -31,9 +33,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def log_lines(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in VOLATILE_KEYS} for line in lines]
+log_lines = partial(tiny.log_lines, without=VOLATILE_KEYS)
 
 
 def result(folder: Path) -> dict[str, torch.Tensor]:
@@ -80,19 +80,42 @@ def test_the_newest_is_the_one_of_most_images_whatever_the_length_of_its_name(tm
     assert checkpoints_in(tmp_path)[-1].name == "1000000000"
 
 
-def test_a_checkpoint_states_the_sizes_of_its_files(whole):
+def size_and_digest(file: Path) -> list:
+    return [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
+
+
+def test_a_checkpoint_states_the_sizes_and_digests_of_its_files(whole):
     for checkpoint in checkpoints_in(whole / "checkpoints"):
-        state = json.loads((checkpoint / "run.json").read_text())
-        sizes = {file.name: file.stat().st_size for file in checkpoint.iterdir() if file.name != "run.json"}
-        assert state["files"] == sizes
-        assert sizes.keys() == {"model.safetensors", "optimizer.bin", "random_states_0.pkl"}
+        state = read_state(checkpoint)
+        files = {file.name: size_and_digest(file) for file in checkpoint.iterdir() if file.name != "run.json"}
+        assert state["files"] == files
+        assert files.keys() == {"model.safetensors", "optimizer.bin", "random_states_0.pkl"}
         assert state["images_seen"] == int(checkpoint.name)
 
 
-def test_what_was_being_written_when_a_process_was_killed_is_removed(half):
+def test_all_of_a_checkpoint_and_of_a_result_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    flushed, fsync, replace = set(), os.fsync, os.replace
+
+    def recording(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def checking(partial: Path, final: Path) -> None:
+        assert {path.stat().st_ino for path in [Path(partial), *Path(partial).rglob("*")]} <= flushed, final
+        replace(partial, final)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    monkeypatch.setattr(os, "replace", checking)
+    train(config_of(tmp_path, total_images=24))
+    assert {(tmp_path / name).stat().st_ino for name in ("", "checkpoints")} <= flushed  # the names, too
+
+
+def test_what_was_being_written_when_a_process_was_killed_is_removed_and_files_are_left_alone(half):
     shutil.copytree(half / "checkpoints" / "000000072", half / "checkpoints" / "000000080.partial")
+    (half / "checkpoints" / "000000090").write_text("a note")
+    (half / "checkpoints" / "my.partial").write_text("another")
     train(config_of(half, keep_last=3))
-    assert names(half) == ["000000096", "000000120", "000000128"]
+    assert names(half) == ["000000090", "000000096", "000000120", "000000128", "my.partial"]
 
 
 # Which one a run goes on from ------------------------------------------------------------------------------------
@@ -102,7 +125,13 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
-def fill_with_zeros(file: Path) -> None:
+def turn_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def garble(file: Path) -> None:
     file.write_bytes(bytes(file.stat().st_size))
 
 
@@ -113,8 +142,12 @@ def fill_with_zeros(file: Path) -> None:
         ("optimizer.bin", Path.unlink, r"optimizer\.bin is missing"),
         ("run.json", Path.unlink, r"it has no run\.json"),
         ("run.json", cut, r"its run\.json is damaged"),
-        ("model.safetensors", fill_with_zeros, r"\w+Error"),
-        ("optimizer.bin", fill_with_zeros, r"\w+Error"),
+        ("run.json", turn_a_bit, r"its run\.json is damaged"),
+        ("run.json", lambda file: file.write_text('{"files": 3, "means": "x"}'), r"its run\.json is damaged"),
+        ("run.json", lambda file: file.write_text("[1]"), r"its run\.json is damaged, or of an earlier version"),
+        ("model.safetensors", turn_a_bit, r"model\.safetensors is damaged: its SHA-256"),
+        ("optimizer.bin", turn_a_bit, r"optimizer\.bin is damaged: its SHA-256"),
+        ("random_states_0.pkl", garble, r"random_states_0\.pkl is damaged: its SHA-256"),
     ],
 )
 def test_a_damaged_checkpoint_is_skipped_with_a_warning_and_the_run_ends_as_an_uninterrupted_one(
@@ -161,6 +194,47 @@ def test_a_file_that_cannot_be_opened_stops_the_run_and_not_the_use_of_its_check
     file.write_text(content)
     train(config_of(half, keep_last=3))
     assert log_lines(half)[-1]["images"] == 128
+
+
+class Harmful:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"])
+def test_no_code_of_a_checkpoint_is_executed(half, name):
+    for checkpoint in checkpoints_in(half / "checkpoints"):
+        torch.save(Harmful(half / "harm"), checkpoint / name)
+        state = read_state(checkpoint)
+        write_state(checkpoint, {**state, "files": {**state["files"], name: size_and_digest(checkpoint / name)}})
+    with contextlib.suppress(TrainingError):
+        train(config_of(half, keep_last=3))
+    assert not (half / "harm").exists()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_averaged_weights_are_saved_as_safetensors_and_loaded(tmp_path, layout):
+    def run_with_average() -> tuple[Run, torch.nn.Module, EMA]:
+        model = torch.nn.Conv2d(3, 4, 3).to(memory_format=layout)
+        run, ema = Run(config_of(tmp_path), "model"), EMA(model, halflife_images=8)
+        run.resume(ema=ema)
+        return run, model, ema
+
+    run, model, ema = run_with_average()
+    torch.nn.init.ones_(model.weight)
+    ema.update(model, images_seen=8, batch_size=8)
+    run.after_step(finite=True)
+    run.save_checkpoint()
+    stored = load_file(tmp_path / "checkpoints" / "000000008" / "ema.safetensors")
+    _, _, loaded = run_with_average()
+    for name, value in ema.model.state_dict().items():
+        assert torch.equal(stored[name], value)
+        assert torch.equal(loaded.model.state_dict()[name], value)
 
 
 # How it was written ----------------------------------------------------------------------------------------------
@@ -250,9 +324,10 @@ def test_a_half_written_last_line_does_not_break_resuming(whole, half):
     assert log_lines(half) == log_lines(whole)
 
 
-def test_a_damaged_line_inside_is_left_out_with_a_warning(half, caplog):
+@pytest.mark.parametrize("line", [b"\0\0\0", b'{"images": "16"}', b'{"images": 16, "note": "\xff\xfe"}', b"[]"])
+def test_a_damaged_line_inside_is_left_out_with_a_warning(half, caplog, line):
     file = half / "metrics.jsonl"
-    file.write_text("\0\0\0\n" + file.read_text())
+    file.write_bytes(line + b"\n" + file.read_bytes())
     train(config_of(half, keep_last=3))
     assert f"{file}: line 1 is damaged" in caplog.text
     assert [line["images"] for line in log_lines(half)] == list(range(16, 129, 16))

@@ -1,7 +1,7 @@
 """Real processes that are stopped, killed and started again with the same command, alone and in pairs."""
 
 import contextlib
-import importlib.util
+import hashlib
 import json
 import multiprocessing
 import os
@@ -24,21 +24,19 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
+import tiny
 from looc_ldm.commands import main as cli
 from looc_ldm.training import autoencoder, diffusion
+from looc_ldm.training.checkpoints import read_state, write_state
 from looc_ldm.training.config_parsing import config_text
 from looc_ldm.training.data import float_batches
 from looc_ldm.training.log import VOLATILE_KEYS
 from looc_ldm.training.stopping import StopSignals
 
 SCRIPT = Path(__file__).with_name("tiny_trainer.py")
-spec = importlib.util.spec_from_file_location("tiny_trainer", SCRIPT)
-tiny_trainer = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_trainer)
-config_of = tiny_trainer.config_of
-spec = importlib.util.spec_from_file_location("fsdp_script", Path(__file__).with_name("test_fsdp.py"))
-test_fsdp = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(test_fsdp)
+config_of = tiny.import_file(SCRIPT).config_of
+test_fsdp = tiny.import_file(Path(__file__).with_name("test_fsdp.py"))
+log_lines = partial(tiny.log_lines, without=VOLATILE_KEYS)
 
 LIMIT = 60  # seconds that a process may take
 
@@ -121,12 +119,6 @@ def newest(folder: Path) -> int:
     return int(checkpoints(folder)[-1])
 
 
-def log_lines(folder: Path) -> list[dict]:
-    """The log, without what depends on the moment."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in VOLATILE_KEYS} for line in lines]
-
-
 def parts(name: str, value) -> Iterator[tuple[str, object]]:
     """What a nested value is made of, by place."""
     if isinstance(value, dict | list | tuple):
@@ -138,7 +130,7 @@ def parts(name: str, value) -> Iterator[tuple[str, object]]:
 
 def state_of(checkpoint: Path) -> dict:
     """All that a checkpoint holds, by file and place: weights, optimizers, averages, random states."""
-    read = {".safetensors": load_file, ".json": lambda file: json.loads(file.read_text())}
+    read = {".safetensors": load_file, ".json": lambda file: read_state(file.parent)}
     state = {}
     for file in sorted(checkpoint.iterdir()):
         content = read.get(file.suffix, partial(torch.load, weights_only=False))(file)
@@ -232,7 +224,7 @@ def test_a_stage_killed_after_a_checkpoint_ends_as_an_uninterrupted_one(
 # Stopped ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_all_processes_ends_in_a_checkpoint_and_one_line_and_the_same_command_goes_on(
     start, whole, tmp_path, number, status
 ):
@@ -253,6 +245,52 @@ def test_a_signal_to_all_processes_ends_in_a_checkpoint_and_one_line_and_the_sam
     assert again.join() == [0]
     assert f"going on from checkpoint {last.split()[2]} with 1 process" in again.printed()
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_terminal_that_is_closed_ends_a_run_in_a_checkpoint(start, tmp_path):
+    ours, theirs = os.openpty()
+    processes = start(config_of(tmp_path / "run", num_workers=2), pause=0.05, terminal=os.ttyname(theirs))
+    wait_for((tmp_path / "run" / "metrics.jsonl").exists, processes)
+    os.close(theirs)
+    os.close(ours)
+    assert processes.join() == [143]
+    assert 16 <= newest(tmp_path / "run") < 128
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, before)
+    assert not stop.received
+
+
+def test_a_run_keeps_others_out_of_its_folder_until_it_ends_or_is_killed(start, whole, tmp_path):
+    config = config_of(tmp_path / "run", num_workers=2)
+    first = start(config, pause=0.1)
+    wait_for((tmp_path / "run" / "metrics.jsonl").exists, first)
+    second = start(config)
+    assert second.join() == [2]
+    pid = first.processes[0].pid
+    assert f"/run' is in use by process {pid} on {socket.gethostname()}: wait for it" in second.printed()
+    assert len(second.printed().splitlines()) == 1
+    os.kill(pid, signal.SIGKILL)  # its workers live for some seconds more
+    first.join()
+    assert start(config).join() == [0]
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_signal_while_the_workers_are_started_is_not_lost():
+    armed = [True]
+
+    def interrupt():  # in a function that Python calls around a fork, from which no exception comes
+        if armed and armed.pop():
+            signal.raise_signal(signal.SIGINT)
+
+    os.register_at_fork(before=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(float_batches(torch.utils.data.TensorDataset(torch.zeros(4)), num_workers=1))
+    assert not armed
 
 
 class Signalled(Dataset):
@@ -385,10 +423,10 @@ def test_another_number_of_processes_continues_count_and_schedule(start, pair, t
 def test_a_checkpoint_of_fsdp_is_refused_under_ddp_by_all_processes_in_one_line(start, tmp_path):
     folder = tmp_path / "run"
     assert start(config_of(folder, total_images=24), ranks=2).join() == [0, 0]
-    file = folder / "checkpoints" / "000000024" / "run.json"
-    state = json.loads(file.read_text())
+    checkpoint = folder / "checkpoints" / "000000024"
+    state = read_state(checkpoint)
     assert state["distributed"] == "DDP"
-    file.write_text(json.dumps({**state, "distributed": "FSDP"}))
+    write_state(checkpoint, {**state, "distributed": "FSDP"})
     processes = start(config_of(folder), ranks=2)
     assert processes.join() == [2, 2]
     assert "was written under FSDP, this start is under DDP" in processes.printed()
@@ -415,12 +453,13 @@ def test_under_fsdp_what_cannot_be_loaded_ends_all_processes_at_once(diffusion_c
         if images == 24:
             assert ended.returncode == 0, ended.stderr[-3000:]
             checkpoint = tmp_path / "run" / "checkpoints" / "000000024"
-            state = json.loads((checkpoint / "run.json").read_text())
+            state = read_state(checkpoint)
             assert state["distributed"] == "FSDP"
-            (checkpoint / "run.json").write_text(json.dumps({**state, **damage}))
-            if not damage:
+            if not damage:  # written as damaged: its digest is right
                 weights = checkpoint / "pytorch_model_fsdp.bin"
-                weights.write_bytes(bytes(weights.stat().st_size))
+                weights.write_bytes(bytes(1000))
+                state["files"][weights.name] = [1000, hashlib.sha256(bytes(1000)).hexdigest()]
+            write_state(checkpoint, {**state, **damage})
     assert ended.returncode != 0
     assert message in ended.stderr
 

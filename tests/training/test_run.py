@@ -1,9 +1,8 @@
 """What a run says of itself, when it skips a step or stops, and which images it names as unreadable."""
 
-import importlib.util
-import json
 import logging
 import math
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,22 +11,18 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from looc_ldm.training.config import DiffusionConfig
 from looc_ldm.training.config_parsing import differences, moves, to_dict
 from looc_ldm.training.optimization import clip_gradients
 from looc_ldm.training.run import Run
-from looc_ldm.utils.errors import ConfigError, TrainingError
+from looc_ldm.utils.errors import ConfigError, Terminated, TrainingError, UserError
+from tiny import import_file, log_lines
 
-spec = importlib.util.spec_from_file_location("tiny_trainer", Path(__file__).with_name("tiny_trainer.py"))
-tiny_trainer = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_trainer)
+tiny_trainer = import_file(Path(__file__).with_name("tiny_trainer.py"))
 Numbers, config_of, train = tiny_trainer.Numbers, tiny_trainer.config_of, tiny_trainer.train
-
-
-def log_lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 # Sees all 64 images; 128 steps without checkpoints between.
@@ -171,9 +166,8 @@ def test_wandb_goes_on_with_the_run_that_it_has_in_the_folder_of_the_run(tmp_pat
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
     train(config_of(tmp_path, total_images=96), at_step=not_finite_in(range(3, 12)))
     assert [line["skipped_steps"] for line in log_lines(tmp_path)] == [0, 1, 3, 5, 7, 9]
-    for name, value in weights(tmp_path, 72).items():
-        assert torch.equal(value, weights(tmp_path, 96)[name])
-    assert json.loads((tmp_path / "checkpoints" / "000000096" / "run.json").read_text())["skipped_steps"] == 9
+    trained = torch.load(tmp_path / "model" / "weights.pt")
+    assert all(torch.equal(value, trained[name]) for name, value in weights(tmp_path, 24).items())
 
 
 def test_values_that_are_not_finite_are_left_out_of_the_means_and_the_log_stays_json(tmp_path):
@@ -191,11 +185,23 @@ def test_values_that_are_not_finite_are_left_out_of_the_means_and_the_log_stays_
 
 def test_more_steps_in_a_row_than_allowed_stop_the_run_with_what_was_not_finite_and_the_good_checkpoint(tmp_path):
     message = (
-        r"3 steps in a row, up to step 7 \(48 images seen\), .* not finite: loss, grad_norm; checkpoint 48 is the last"
+        r"3 steps in a row, up to step 7 \(48 images seen\), .* not finite: loss, grad_norm; checkpoint 24 is the last"
     )
     with pytest.raises(TrainingError, match=message):
-        train(config_of(tmp_path, max_skipped_steps=2), at_step=not_finite_in(range(4, 99)))
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["000000024", "000000048"]
+        train(config_of(tmp_path, max_skipped_steps=2, keep_last=1), at_step=not_finite_in(range(4, 99)))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000024"]  # none of the skipped steps
+
+
+def test_a_run_that_is_stopped_while_steps_are_skipped_says_from_which_checkpoint_it_goes_on(tmp_path):
+    def skip_and_stop(run, loss):
+        if run.images_seen == 40:
+            signal.raise_signal(signal.SIGTERM)
+        return loss * math.nan if run.images_seen >= 32 else loss
+
+    with pytest.raises(Terminated, match="stopped at 48 images; the same command goes on from checkpoint 24"):
+        train(config_of(tmp_path), at_step=skip_and_stop)
+    run = train(config_of(tmp_path))
+    assert (run.images_seen, run.skipped_steps) == (128, 0)
 
 
 def test_so_many_steps_in_a_row_as_allowed_and_a_good_one_between_go_on(tmp_path):
@@ -303,6 +309,41 @@ def test_a_run_with_withdrawn_settings_goes_on_if_they_are_at_their_defaults(tmp
     file.write_text(yaml.safe_dump(settings))
     with pytest.raises(ConfigError, match=r"loss\.lecam_weight=0\.1 was withdrawn, only 0\.0 is left"):
         train(replace(config, total_images=72))
+
+
+# The folder ------------------------------------------------------------------------------------------------------
+
+
+def test_one_process_of_several_that_knows_no_other_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):  # as a PyTorchJob sets them
+        monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2, but this process is alone, because LOCAL_RANK is not set"):
+        Run(config_of(tmp_path / "run"), "model")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "previews", "model"])
+def test_a_file_where_a_folder_has_to_be_is_refused_at_the_start(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=f"cannot write to '.*{name}': '.*{name}' is not a folder"):
+        train(config_of(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"seed: [1", b"seed", b"\0\0\0\0", b"seed: \xff"])
+def test_damaged_settings_of_a_run_are_an_error_that_names_the_file(tmp_path, content):
+    train(config_of(tmp_path, total_images=24))
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"the config '.*config\.yaml'"):
+        train(config_of(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", '{"images_seen": 24', "[]", "{}", '{"images_seen": "many"}'])
+def test_a_damaged_result_is_an_error_that_names_the_file_and_not_a_finished_run(tmp_path, content):
+    train(config_of(tmp_path, total_images=24))
+    (tmp_path / "model" / "training.json").write_text(content)
+    with pytest.raises(UserError, match=r"'.*model/training\.json' is "):
+        _ = Run(config_of(tmp_path, total_images=24), "model").folder.finished
 
 
 def test_an_interval_that_is_not_given_is_never_due(tmp_path):

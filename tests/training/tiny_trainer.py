@@ -15,7 +15,7 @@ import torch
 from looc_ldm.images.config import DataConfig
 from looc_ldm.images.image_set import Report
 from looc_ldm.training.config import AutoencoderConfig, OptimizerConfig
-from looc_ldm.training.data import Stream, StreamBatches, stream_loader
+from looc_ldm.training.data import Stream, stream_loader
 from looc_ldm.training.optimization import adamw, clip_gradients, set_learning_rate
 from looc_ldm.training.run import Run
 
@@ -62,14 +62,7 @@ def train(config: AutoencoderConfig, stream=None, at_step=lambda run, loss: loss
     optimizer = adamw(model, config.optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     run.resume()
-    batches = StreamBatches(
-        run.images_seen,
-        config.total_images,
-        config.batch_size,
-        config.gradient_accumulation_steps,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    batches = run.stream_batches()
     loader = stream_loader(stream or Numbers(), batches, config.data.num_workers, pin_memory=False)
     with run.training("tiny"):
         for (batch,) in run.batches(loader):
@@ -117,7 +110,7 @@ def _process(settings: dict) -> None:
     multiprocessing.set_start_method("fork", force=True)  # of its workers; that of the test would import all anew
     os.setsid()  # so that its workers can be sent what a terminal or a batch system sends to all of them
     os.environ.update({"ACCELERATE_USE_CPU": "true", **settings["environment"]})
-    descriptor = os.open(settings.get("terminal", settings["printed"]), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    descriptor = os.open(settings.get("terminal", settings["printed"]), os.O_RDWR | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     if limit := settings.get("largest_file"):
