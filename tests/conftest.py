@@ -1,6 +1,8 @@
 """Fixtures. Tests that need real data are skipped without LOOC_LDM_TEST_DATA."""
 
+import logging
 import os
+import socket
 from pathlib import Path
 
 # Before torch reads it, and for the processes that tests start: two workers share two cores, and what is equal to the
@@ -13,6 +15,7 @@ import pytest
 import torch
 import tqdm.std
 from accelerate.state import AcceleratorState
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,6 +46,27 @@ def _no_bar_is_left():
     yield
     left = [bar.desc for bar in set(tqdm.std.tqdm._instances) - before]
     assert not left, f"bars left open: {left}"
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch):
+    """A connection to another machine fails the test."""
+    connect = socket.socket.connect
+
+    def connect_to_loopback(self, address):
+        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "localhost", "::1"), address
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_to_loopback)
+
+
+@pytest.fixture
+def diffusers_log(caplog: pytest.LogCaptureFixture):
+    """What diffusers logs, as text to look at after the fact."""
+    diffusers_logging.enable_propagation()
+    with caplog.at_level(logging.WARNING, logger="diffusers"):
+        yield caplog
+    diffusers_logging.disable_propagation()
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +113,7 @@ def quickstart_folder(quickstart_files: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture(scope="session")
-def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny class-conditional pipeline of grey 16x16 images, with random weights."""
     folder = tmp_path_factory.mktemp("model") / "pipeline"
     tiny_pipeline(vqvae=tiny_autoencoder(channels=1)).save_pretrained(folder)
@@ -97,7 +121,7 @@ def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_image_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Twelve 14x14 images, four in the sub-folder of each class of that pipeline."""
     folder = tmp_path_factory.mktemp("data") / "images"
     pixels = np.random.default_rng(0).integers(0, 256, (12, 14, 14), np.uint8)
@@ -105,6 +129,15 @@ def tiny_image_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         (folder / TINY_CLASSES[i % 3]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / TINY_CLASSES[i % 3] / f"{i}.png")
     return str(folder)
+
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, which holds nothing."""
+    folder = tmp_path_factory.mktemp("here")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("LOOC_LDM_CACHE", str(folder / "cache"))
+    return folder
 
 
 @pytest.fixture(scope="session")

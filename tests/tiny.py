@@ -1,19 +1,24 @@
 """Tiny models with random weights, and helpers of several test files."""
 
 import importlib.util
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
 from looc_ldm import ClassEmbedding, LooCLDMPipeline, LooCQuantizer, LooCVQModel
+from looc_ldm.commands.main import main as looc_ldm
 
 TINY_CLASSES = ["circle", "square", "7"]
 
@@ -125,10 +130,48 @@ def noise(count: int, channels: int = 1, height: int = 16, width: int | None = N
     return torch.randint(0, 256, (count, channels, height, width or height), dtype=torch.uint8, generator=generator)
 
 
+def write_tar(file: Path, examples: Iterable[dict[str, bytes]], first: int = 0) -> None:
+    """Write a shard as WebDataset has it: the fields of each example, `00001.jpg`, `00001.cls`, next to each other."""
+    with tarfile.open(file, "w") as tar:
+        for number, fields in enumerate(examples, first):
+            for suffix, content in fields.items():
+                member = tarfile.TarInfo(f"{number:05d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
 def log_lines(run: Path, without: Iterable[str] = ()) -> list[dict]:
     """Return the lines of a run's `metrics.jsonl`, without the keys named."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in without} for line in lines]
+
+
+def run(capsys, *arguments) -> str:
+    """Run a command of `looc-ldm` and return what it prints."""
+    looc_ldm([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def stopped(capsys, *arguments) -> list[str]:
+    """Run a command that ends with status 2, and return the lines of its errors, without those of progress bars."""
+    with pytest.raises(SystemExit) as stop:
+        looc_ldm([str(argument) for argument in arguments])
+    assert stop.value.code == 2
+    lines = re.split(r"[\n\r]", capsys.readouterr().err)
+    return [line for line in lines if line.strip() and not re.search(r"%\||it/s|^Generating", line)]
+
+
+def refusal(capsys, *arguments) -> str:
+    """Return the one line with which a command refuses its arguments. Nothing in the working directory changes."""
+
+    def contents() -> dict[Path, bytes | None]:
+        return {path: path.read_bytes() if path.is_file() else None for path in Path.cwd().rglob("*")}
+
+    before = contents()
+    (line,) = stopped(capsys, *arguments)
+    assert line.startswith("error: ")
+    assert contents() == before
+    return line
 
 
 def launch(*command: str | Path, processes: int = 2) -> str:

@@ -11,6 +11,7 @@ import torch
 from diffusers import VQModel
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.attention import AttentionMixin
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils import BaseOutput
@@ -292,6 +293,10 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
         if tile_sample_min_size is not None:
             self.tile_sample_min_size = tile_sample_min_size
         super().enable_tiling()
+
+    def set_default_attn_processor(self) -> None:
+        """Compute attention by plain matrix products, as `AutoencoderKL` does after this call."""
+        self.set_attn_processor(AttnProcessor())
 
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[torch.Tensor]:

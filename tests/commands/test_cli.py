@@ -20,6 +20,7 @@ from looc_ldm.commands.main import COMMANDS, main, parse_command
 from looc_ldm.training.latents import LatentCache
 from looc_ldm.utils.errors import UserError
 from looc_ldm.utils.files import write_image
+from tiny import refusal, run, stopped
 
 HELP = {
     "": [*COMMANDS, "--version"],
@@ -43,42 +44,7 @@ HELP = {
 }
 
 
-@pytest.fixture
-def pipeline(tiny_pipeline_folder) -> str:
-    """The folder of a tiny class-conditional pipeline."""
-    return tiny_pipeline_folder
-
-
-@pytest.fixture
-def image_folder(tiny_image_folder) -> str:
-    """Twelve images in the sub-folders of its classes."""
-    return tiny_image_folder
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path_factory, monkeypatch) -> Path:
-    folder = tmp_path_factory.mktemp("here")
-    monkeypatch.chdir(folder)
-    return folder
-
-
-def run(capsys, *arguments) -> str:
-    """What a command prints."""
-    main([str(argument) for argument in arguments])
-    return capsys.readouterr().out
-
-
-def refusal(capsys, *arguments) -> str:
-    """The one line with which a command refuses its arguments; nothing is written."""
-    before = sorted(Path.cwd().rglob("*"))
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    assert stopped.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    assert sorted(Path.cwd().rglob("*")) == before
-    return lines[0]
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
 def in_a_process(*arguments) -> subprocess.CompletedProcess:
@@ -91,9 +57,9 @@ def in_a_process(*arguments) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("command", HELP)
 def test_every_command_has_a_help_that_names_its_options(command, capsys):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])
-    assert stopped.value.code == 0
+    assert stop.value.code == 0
     shown = " ".join(capsys.readouterr().out.split()).lower()
     assert [word for word in HELP[command] if word.lower() not in shown] == []
 
@@ -241,10 +207,7 @@ def test_cache_latents_encodes_the_data_of_a_config(pipeline, image_folder, caps
         (["train", "unet"], "'train unet'"),
         (["train", "autoencoder", "--batchsize", "8"], "did you mean 'batch_size'"),
         (["sample"], "required: model"),
-        (
-            ["sample", "MODEL", "--images", "0"],
-            "--images: must be >0, got 0",
-        ),
+        (["sample", "MODEL", "--images", "0"], "--images: must be >0, got 0"),
         (["sample", "MODEL", "--seed", "-1"], "--seed"),
         (["sample", "MODEL", "--seed", "4294967296"], "--seed: must be >=0 and <4294967296, got 4294967296"),
         (["sample", "MODEL", "--dtype", "int8"], "Literal['float32', 'bfloat16', 'float16']. Got value: int8"),
@@ -336,10 +299,7 @@ def test_an_image_that_cannot_be_read_is_named(pipeline, image_folder, capsys):
     shutil.copytree(image_folder, "images")
     cut_off = Path("images/circle/0.png")
     cut_off.write_bytes(cut_off.read_bytes()[:60])
-    with pytest.raises(SystemExit) as stopped:
-        main(["evaluate", "reconstruction", pipeline, "--data", "images"])
-    assert stopped.value.code == 2
-    last_line = capsys.readouterr().err.splitlines()[-1]  # after the progress bar of reading the folder
+    last_line = stopped(capsys, "evaluate", "reconstruction", pipeline, "--data", "images")[-1]
     assert last_line.startswith(f"error: cannot read {cut_off.resolve()}: ")
 
 

@@ -15,42 +15,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
 
-from looc_ldm import LooCLDMPipeline, LooCSmallVQModel, LooCVQModel
+from looc_ldm import LooCSmallVQModel, LooCVQModel
 from looc_ldm.codes.images import encode_image
 from looc_ldm.codes.looc_file import HEADER_BYTES, read_codes
 from looc_ldm.commands import main as cli
 from looc_ldm.commands import many_files
-from looc_ldm.commands.main import main, parse_command
+from looc_ldm.commands.main import parse_command
 from looc_ldm.images.pixels import to_float
 from looc_ldm.models import autoencoder
 from looc_ldm.utils.errors import UserError
 from looc_ldm.utils.files import renamed_when_complete
+from tiny import refusal, run, stopped, tiny_autoencoder, tiny_pipeline
 
 DOCUMENTATION = Path(__file__).resolve().parents[2] / "docs" / "looc_format.md"
 K, F, C = 100, 2, 2  # codevectors, downsampling, codes at a position
 
 
 def tiny_model(channels: int, seed: int = 0) -> LooCVQModel:
-    torch.manual_seed(seed)
-    model = LooCVQModel(
-        in_channels=channels,
-        out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        vq_embed_dim=4,
-        num_vq_embeddings=K,
-        codevector_dim=2,
-        interpolation_factor=1,
-        sample_size=16,
-        scaling_factor=1.0,
-    )
-    torch.nn.init.normal_(model.quantize.embedding.weight)
-    return model.eval()
+    return tiny_autoencoder(channels, seed=seed, num_vq_embeddings=K)
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +43,9 @@ def models(tmp_path_factory) -> Path:
     tiny_model(1).save_pretrained(folder / "grey")
     tiny_model(3).save_pretrained(folder / "colour")
     tiny_model(1, seed=1).save_pretrained(folder / "other")
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        block_out_channels=(8,),
-        norm_num_groups=4,
-    )
     vqvae = LooCVQModel.from_pretrained(folder / "grey")
     vqvae.register_to_config(scaling_factor=3.0)  # of stage 2: not another model
-    LooCLDMPipeline(vqvae, unet, DDIMScheduler(clip_sample=False)).save_pretrained(folder / "pipeline")
+    tiny_pipeline("unconditional", vqvae=vqvae).save_pretrained(folder / "pipeline")
     return folder
 
 
@@ -90,30 +64,6 @@ def photos(tmp_path, monkeypatch) -> Path:
         Path("photos", name).parent.mkdir(parents=True, exist_ok=True)
         PIL.Image.fromarray(random.integers(0, 256, shape, np.uint8)).save(f"photos/{name}")
     return Path("photos")
-
-
-def run(capsys, *arguments) -> str:
-    """What a command prints."""
-    main([str(argument) for argument in arguments])
-    return capsys.readouterr().out
-
-
-def stopped(capsys, *arguments) -> list[str]:
-    """What a command that ends with status 2 says, but for progress bars."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    assert stop.value.code == 2
-    lines = re.split(r"[\n\r]", capsys.readouterr().err)
-    return [line for line in lines if line.strip() and not line.startswith(("encoding", "decoding", "Generating"))]
-
-
-def refusal(capsys, *arguments) -> str:
-    """The one line with which a command refuses its arguments; nothing is written."""
-    before = {file: file.read_bytes() for file in Path.cwd().rglob("*") if file.is_file()}
-    lines = stopped(capsys, *arguments)
-    assert len(lines) == 1, lines
-    assert {file: file.read_bytes() for file in Path.cwd().rglob("*") if file.is_file()} == before
-    return lines[0]
 
 
 def files(folder: str) -> list[str]:

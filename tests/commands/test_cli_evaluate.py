@@ -20,28 +20,9 @@ from looc_ldm.commands import measures
 from looc_ldm.commands.main import main
 from looc_ldm.metrics.collect import FeatureCollector
 from looc_ldm.metrics.generation import METRICS
+from tiny import refusal, run
 
-CLASSES = ("circle", "square", "7")
-
-
-@pytest.fixture
-def pipeline(tiny_pipeline_folder) -> str:
-    """The folder of a tiny class-conditional pipeline of grey 16x16 images."""
-    return tiny_pipeline_folder
-
-
-@pytest.fixture
-def image_folder(tiny_image_folder) -> str:
-    """Twelve images of 14x14, four of each class."""
-    return tiny_image_folder
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path_factory, monkeypatch) -> Path:
-    folder = tmp_path_factory.mktemp("here")
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("LOOC_LDM_CACHE", str(folder / "cache"))
-    return folder
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
 @pytest.fixture
@@ -50,29 +31,10 @@ def network(untrained_inception) -> list[str]:
     return ["--inception-weights", str(untrained_inception), "--feature-layer", "64"]
 
 
-def run(capsys, *arguments) -> str:
-    """What a command prints."""
-    main([str(argument) for argument in arguments])
-    return capsys.readouterr().out
-
-
 def measured(capsys, *arguments) -> dict:
     """The record that a command writes."""
     run(capsys, "evaluate", *arguments, "--output", "figures.json")
     return json.loads(Path("figures.json").read_text())
-
-
-def refusal(capsys, *arguments) -> str:
-    """The one line with which a command refuses its arguments; nothing is written."""
-    before = sorted(Path.cwd().rglob("*"))
-    with pytest.raises(SystemExit) as stopped:
-        main(["evaluate", *(str(argument) for argument in arguments)])
-    assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line and "batch/s" not in line]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    assert sorted(Path.cwd().rglob("*")) == before
-    return lines[0]
 
 
 def write_images(folder: str, counts: dict[str, int], size: tuple[int, int] = (14, 14), seed: int = 0) -> str:
@@ -99,9 +61,7 @@ def test_images_cropped_at_random_in_training_are_cropped_at_the_centre_to_be_me
     (folder / "training.json").write_text(json.dumps({"data": {"fit": "random_crop"}}))
     figures = {}
     for model, fit in ((folder, []), (pipeline, ["--fit", "random_crop"]), (pipeline, ["--fit", "crop"])):
-        arguments = ["evaluate", "reconstruction", model, "--data", image_folder, *fit]
-        run(capsys, *arguments, "--output", "figures.json")
-        record = json.loads(Path("figures.json").read_text())
+        record = measured(capsys, "reconstruction", model, "--data", image_folder, *fit)
         figures[str(model), *fit] = {name: record[name] for name in ("fit", "psnr", "images")}
     assert len({json.dumps(each) for each in figures.values()}) == 1
     assert record["fit"] == "crop"
@@ -122,8 +82,7 @@ def test_evaluate_reconstruction_prints_quality_beside_rate_and_keeps_the_comman
 
 def test_a_few_images_are_taken_from_all_over_the_set(pipeline, image_folder, capsys):
     def psnr(*options):
-        run(capsys, "evaluate", "reconstruction", pipeline, "--output", "figures.json", *options)
-        return json.loads(Path("figures.json").read_text())["psnr"]
+        return measured(capsys, "reconstruction", pipeline, *options)["psnr"]
 
     # The folder is sorted by class: its first, middle and last images are the first circle, a square and the last 7.
     names = sorted(path for path in Path(image_folder).rglob("*.png"))
@@ -200,13 +159,13 @@ def test_a_metric_whose_weights_cannot_be_had_is_refused_before_anything_is_comp
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
     monkeypatch.setattr("looc_ldm.commands.shared.load_autoencoder", lambda *args: pytest.fail("the model was loaded"))
     command = ["reconstruction", pipeline, "--data", image_folder, "--metrics"]
-    assert "--inception-weights" in refusal(capsys, *command, "rfid")
-    assert "--lpips-vgg-weights" in refusal(capsys, *command, "lpips_vgg")
-    assert "--lpips-alex-weights" in refusal(capsys, *command, "psnr", "lpips_alex")
-    assert "--inception-weights" in refusal(capsys, "generation", pipeline, "--reference", image_folder)
+    assert "--inception-weights" in refusal(capsys, "evaluate", *command, "rfid")
+    assert "--lpips-vgg-weights" in refusal(capsys, "evaluate", *command, "lpips_vgg")
+    assert "--lpips-alex-weights" in refusal(capsys, "evaluate", *command, "psnr", "lpips_alex")
+    assert "--inception-weights" in refusal(capsys, "evaluate", "generation", pipeline, "--reference", image_folder)
     for metric, option in (("fd@dinov2", "--dinov2"), ("cmmd", "--clip")):
         arguments = ["--metrics", metric, option, "no/such/folder/here"]
-        assert option in refusal(capsys, "generation", pipeline, "--reference", image_folder, *arguments)
+        assert option in refusal(capsys, "evaluate", "generation", pipeline, "--reference", image_folder, *arguments)
 
 
 def test_a_few_reconstructions_are_called_biased(pipeline, image_folder, network, capsys):
@@ -264,7 +223,7 @@ def test_samples_of_several_sizes_are_refused_with_two_of_them_named(network, ca
     write_images("fakes", {"a": 3})
     write_images("fakes", {"b": 1}, size=(15, 14))
     write_images("reals", {"": 4})
-    message = refusal(capsys, "generation", "fakes", "--reference", "reals", "--no-cache", *network)
+    message = refusal(capsys, "evaluate", "generation", "fakes", "--reference", "reals", "--no-cache", *network)
     assert "b/0.png is 15x14 and " in message
     assert "a/0.png 14x14: samples must have one size" in message
 
@@ -288,14 +247,8 @@ def test_samples_that_are_not_of_the_size_of_the_real_images_are_pointed_out(net
     ("arguments", "message"),
     [
         (["generation", "MODEL"], "required: reference"),
-        (
-            ["generation", "MODEL", "--data", "DATA", "--protocol", "papr"],
-            "one of clean, paper, got 'papr'",
-        ),
-        (
-            ["reconstruction", "MODEL", "--data", "DATA", "--protocol", "papr"],
-            "one of clean, paper, got 'papr'",
-        ),
+        (["generation", "MODEL", "--data", "DATA", "--protocol", "papr"], "one of clean, paper, got 'papr'"),
+        (["reconstruction", "MODEL", "--data", "DATA", "--protocol", "papr"], "one of clean, paper, got 'papr'"),
         (["generation", "MODEL", "--data", "DATA", "--metrics", "fid@vgg"], "got 'fid@vgg'"),
         (["reconstruction", "MODEL", "--data", "DATA", "--metrics", "fid"], "got 'fid'"),
         (["reconstruction", "MODEL", "--data", "DATA", "--metrics", "psnr", "INCEPTION"], "does not name rfid or kid"),
@@ -353,7 +306,7 @@ def test_bad_input_ends_in_one_line_and_status_2_with_nothing_written(
     for name, value in (("MODEL", pipeline), ("DATA", image_folder)):
         arguments = [argument.replace(name, value) for argument in arguments]
     arguments = [part for argument in arguments for part in (network if argument == "INCEPTION" else [argument])]
-    assert message in refusal(capsys, *arguments)
+    assert message in refusal(capsys, "evaluate", *arguments)
 
 
 # Generation: figures -------------------------------------------------------------------------------------------------
@@ -427,7 +380,7 @@ def test_statistics_of_other_features_are_refused_before_anything_is_written(pip
     np.savez("published.npz", mu=np.zeros(64), sigma=np.eye(64))
     command = ["generation", pipeline, "--reference", "published.npz", "--metrics", "fid", "--images", 2]
     command += ["--inception-weights", untrained_inception, "--steps", 1, "--export-npz", "drawn.npz"]
-    assert "are of 64 features, and those of the samples are 2048" in refusal(capsys, *command)
+    assert "are of 64 features, and those of the samples are 2048" in refusal(capsys, "evaluate", *command)
 
 
 def test_the_inception_score_and_published_statistics(untrained_inception, capsys):

@@ -6,7 +6,6 @@ process its constants are replaced; new processes get the environment (`hub_envi
 
 import json
 import os
-import socket
 from pathlib import Path
 
 import huggingface_hub
@@ -45,15 +44,8 @@ server = import_file(Path(__file__).with_name("server.py"))
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    """Any connection that is not to this machine fails the test."""
-    connect = socket.socket.connect
-
-    def connect_to_loopback(self, address):
-        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "localhost", "::1"), address
-        return connect(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", connect_to_loopback)
+def _no_network(no_network):
+    """No test of the hub reaches the real one."""
 
 
 @pytest.fixture

@@ -218,7 +218,7 @@ def test_making_a_loader_draws_no_random_numbers(small_data):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_random_crops_belong_to_positions_and_reach_both_ends(tmp_path, small_data):
+def test_random_crops_belong_to_positions_reach_both_ends_and_do_not_depend_on_flips(tmp_path, small_data):
     columns = Image.fromarray(np.tile(np.arange(96, dtype=np.uint8), (32, 1)))  # 96 wide: left edges 0 to 64 fit
     for i in range(4):
         columns.save(tmp_path / f"{i}.png")
@@ -232,14 +232,8 @@ def test_random_crops_belong_to_positions_and_reach_both_ends(tmp_path, small_da
     assert 24 < np.mean(left) < 40
     assert validation[0][0][0, 0, 0] == train[0][0][0, 0, 0] == 32  # the centre, where nothing is trained
 
-
-def test_crops_and_flips_are_drawn_independently(tmp_path, small_data):
-    columns = Image.fromarray(np.tile(np.arange(96, dtype=np.uint8), (32, 1)))
-    for i in range(2):
-        columns.save(tmp_path / f"{i}.png")
-    train, _ = load_image_sets(
-        replace(small_data, path=str(tmp_path), fit="random_crop", validation_images=1), channels=1
-    )
+    # Whether an image is mirrored does not depend on the place of the crop.
+    train, _ = load_image_sets(replace(config, flip=True), channels=1)
     stream = ImageStream(train, seed=0)
     rows = torch.stack([stream[position][0][0, 0] for position in range(200)])
     mirrored = (rows[:, 0] > rows[:, -1]).numpy()

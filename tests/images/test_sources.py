@@ -23,6 +23,7 @@ from looc_ldm.images.image_set import load_image_set
 from looc_ldm.images.open import open_sources
 from looc_ldm.training.data import load_image_sets
 from looc_ldm.utils.errors import DataError, UnreadableImage
+from tiny import write_tar
 
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 
@@ -419,15 +420,9 @@ def test_a_split_of_texts_that_are_all_missing_has_no_classes(tmp_path, config):
 
 
 def write_shards(folder, examples: list[dict[str, bytes]], name="train-{:04d}.tar", per_shard=2):
-    """Shards as WebDataset has them: `0001.jpg`, `0001.cls`, ... next to each other in a tar."""
     folder.mkdir(parents=True, exist_ok=True)
-    for shard in range(0, len(examples), per_shard):
-        with tarfile.open(folder / name.format(shard // per_shard), "w") as tar:
-            for number in range(shard, min(shard + per_shard, len(examples))):
-                for suffix, content in examples[number].items():
-                    member = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+    for start in range(0, len(examples), per_shard):
+        write_tar(folder / name.format(start // per_shard), examples[start : start + per_shard], start)
 
 
 def encoded(number: int, format: str) -> bytes:
@@ -446,7 +441,7 @@ def test_webdataset_shards_with_numbered_classes(tmp_path, config, suffix, forma
     assert (brightness(train), brightness(validation)) == ([0, 20, 40, 60, 80], [0])
     assert train.classes == ["0", "1", "2"]
     assert train.labels().tolist() == [0, 1, 2, 0, 1]
-    assert train.source.read(3).name == f"0003.{suffix}"
+    assert train.source.read(3).name == f"00003.{suffix}"
 
 
 def test_webdataset_classes_in_json_or_in_a_text_of_their_own(tmp_path, config):
@@ -482,7 +477,7 @@ def test_any_image_field_of_a_sample_is_its_image(tmp_path, config):
     write_shards(tmp_path, examples, per_shard=3)
     images = load_image_set(config, channels=3)
     assert brightness(images) == [0, 20, 40, 60, 80]
-    assert images.source.read(4).name == "0004.JPEG"
+    assert images.source.read(4).name == "00004.JPEG"
 
 
 def test_shards_of_images_win_over_tables_of_metadata_beside_them(tmp_path, config):

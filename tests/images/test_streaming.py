@@ -4,7 +4,6 @@ import io
 import pickle
 import subprocess
 import sys
-import tarfile
 import time
 from collections import Counter
 from itertools import cycle, islice
@@ -23,6 +22,7 @@ from looc_ldm.images.lanes import Lane, starting_cursors
 from looc_ldm.images.source import Stored
 from looc_ldm.training.data import StreamBatches, load_image_sets, make_stream, stream_loader
 from looc_ldm.utils.errors import ConfigError, DataError
+from tiny import write_tar
 
 SHARD_SIZES = (11, 5, 17, 9, 14)  # of the training split; blocks of 6 images end in their middle
 VALIDATION = 8
@@ -55,13 +55,8 @@ def write_parquet(file: Path, rows: list[tuple[bytes, int]], label=None) -> None
     datasets.Dataset.from_dict(columns, features=features).to_parquet(file)
 
 
-def write_tar(file: Path, rows: list[tuple[bytes, int]]) -> None:
-    with tarfile.open(file, "w") as tar:
-        for number, (content, label) in enumerate(rows):
-            for suffix, data in (("png", content), ("cls", str(label).encode())):
-                member = tarfile.TarInfo(f"{number:05d}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+def examples_of(rows: list[tuple[bytes, int]]) -> list[dict[str, bytes]]:
+    return [{"png": content, "cls": str(label).encode()} for content, label in rows]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +71,7 @@ def parquet(stored, tmp_path_factory) -> DataConfig:
 def tars(stored, tmp_path_factory) -> DataConfig:
     folder = tmp_path_factory.mktemp("tars")
     for name, rows in splits_of(stored):
-        write_tar(folder / f"{name}.tar", rows)
+        write_tar(folder / f"{name}.tar", examples_of(rows))
     return config_of(folder, num_classes=10)
 
 
@@ -326,17 +321,14 @@ def test_classes_are_named_by_the_data_or_counted_by_the_config(parquet, tars):
 
 def test_any_image_field_of_a_sample_is_its_image_and_a_missing_label_counts_only_if_needed(stored, tmp_path):
     for split, first in (("train", 0), ("val", 4)):
-        with tarfile.open(tmp_path / f"{split}-0.tar", "w") as tar:
-            for number, (content, label) in enumerate(stored[first : first + 4]):
-                image = io.BytesIO()
-                Image.open(io.BytesIO(content)).save(image, "bmp" if number % 2 else "png")
-                fields = {"bmp" if number % 2 else "png": image.getvalue()}
-                if number or split == "val":
-                    fields["cls"] = str(label).encode()
-                for suffix, data in sorted(fields.items(), reverse=True):
-                    member = tarfile.TarInfo(f"{number:05d}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        examples = examples_of(stored[first : first + 4])
+        for example in examples[1::2]:
+            image = io.BytesIO()
+            Image.open(io.BytesIO(example.pop("png"))).save(image, "bmp")
+            example["bmp"] = image.getvalue()
+        if split == "train":
+            del examples[0]["cls"]
+        write_tar(tmp_path / f"{split}-0.tar", examples)
     config = config_of(tmp_path, num_classes=10, flip=False)
     images, validation = load_image_sets(config, channels=1)
     assert len(validation) == 4
@@ -389,8 +381,8 @@ def test_more_lanes_than_shards_read_them_in_several_epochs_at_once(parquet):
 
 def test_an_unreadable_image_is_named_and_the_next_one_takes_its_place(stored, tmp_path):
     rows = [(b"no image", 0), (b"", 0), *stored[:6]]
-    write_tar(tmp_path / "train-0.tar", rows)
-    write_tar(tmp_path / "val-0.tar", stored[6:8])
+    write_tar(tmp_path / "train-0.tar", examples_of(rows))
+    write_tar(tmp_path / "val-0.tar", examples_of(stored[6:8]))
     images, _ = load_image_sets(config_of(tmp_path), channels=1)
     batches = StreamBatches(0, 12, BATCH_SIZE, 1, 0, 1)
     reports = [report for *_, report in stream_loader(make_stream(images, 0, batches, 0), batches, 0, False)]
@@ -448,8 +440,8 @@ def test_one_image_of_those_that_lie_elsewhere_may_be_missing(stored, tmp_path):
 @pytest.fixture
 def shard(stored, tmp_path):
     """A set with one training shard, the shard's file and its content."""
-    write_tar(tmp_path / "train-0.tar", stored[:20])
-    write_tar(tmp_path / "val-0.tar", stored[20:24])
+    write_tar(tmp_path / "train-0.tar", examples_of(stored[:20]))
+    write_tar(tmp_path / "val-0.tar", examples_of(stored[20:24]))
     images, _ = load_image_sets(config_of(tmp_path), channels=1)
     return images, tmp_path / "train-0.tar", (tmp_path / "train-0.tar").read_bytes()
 
@@ -480,8 +472,8 @@ def test_shards_without_images_end_the_run(tmp_path, stored):
 
 
 def test_nothing_but_unreadable_images_end_the_run(tmp_path, stored):
-    write_tar(tmp_path / "train-0.tar", [(b"no image", 0)] * 3)
-    write_tar(tmp_path / "val-0.tar", stored[:2])
+    write_tar(tmp_path / "train-0.tar", examples_of([(b"no image", 0)] * 3))
+    write_tar(tmp_path / "val-0.tar", examples_of(stored[:2]))
     images, _ = load_image_sets(config_of(tmp_path), channels=1)
     with pytest.raises(DataError, match=r"1000 images .* cannot be read"):
         stream(images, 8)

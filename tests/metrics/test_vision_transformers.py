@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -224,16 +223,9 @@ def test_a_model_that_cannot_be_found_or_downloaded_is_one_line_that_says_what_t
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """Run an empty hub with an empty cache; connections to other machines fail."""
+def hub(no_network, monkeypatch, tmp_path):
+    """Run an empty hub with an empty cache."""
     server = import_file(Path(__file__).parents[1] / "hub" / "server.py")
-    connect = socket.socket.connect
-
-    def connect_to_loopback(self, address):
-        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "localhost", "::1"), address
-        return connect(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", connect_to_loopback)
     with server.Hub() as running:
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
         monkeypatch.setattr(

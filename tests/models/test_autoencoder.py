@@ -1,7 +1,6 @@
 """`LooCVQModel` as its users meet it: images to latents, codes and back, a rate in bits, a folder to keep it in."""
 
 import json
-import logging
 import subprocess
 import sys
 from functools import partial
@@ -9,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 from diffusers import VQModel
-from diffusers.utils import logging as diffusers_logging
 
 from looc_ldm import LooCVQModel
 from tiny import tiny_autoencoder
@@ -25,15 +23,6 @@ NORM_TYPES = [
 
 def images(batch: int = 2, height: int = 8, width: int = 12) -> torch.Tensor:
     return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
-@pytest.fixture
-def diffusers_log(caplog: pytest.LogCaptureFixture):
-    """What diffusers logs, as text to look at after the fact."""
-    diffusers_logging.enable_propagation()
-    with caplog.at_level(logging.WARNING, logger="diffusers"):
-        yield caplog
-    diffusers_logging.disable_propagation()
 
 
 @pytest.mark.parametrize("kwargs", NORM_TYPES)

@@ -423,7 +423,7 @@ def test_attention_processors_are_listed_and_replaced():
     assert set(model.attn_processors) == names
     expected = model(x).sample
     assert all(type(processor) is AttnProcessor2_0 for processor in model.attn_processors.values())
-    model.set_attn_processor(AttnProcessor())
+    model.set_default_attn_processor()
     assert all(type(processor) is AttnProcessor for processor in model.attn_processors.values())
     torch.testing.assert_close(model(x).sample, expected, rtol=0, atol=1e-5)
     model.set_attn_processor({name: AttnProcessor2_0() for name in names})

@@ -1,7 +1,6 @@
 """`LooCLDMPipeline` as its users meet it: labels and guidance in, images out, a folder to keep it in."""
 
 import json
-import logging
 import subprocess
 import sys
 
@@ -20,7 +19,6 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import PipelineCallback
-from diffusers.utils import logging as diffusers_logging
 
 from looc_ldm import LooCLDMPipeline
 from looc_ldm.training.latents import measure_scaling_factor
@@ -74,15 +72,6 @@ def first_model_output(pipe, **arguments) -> torch.Tensor:
         **arguments,
     )
     return outputs[0]
-
-
-@pytest.fixture
-def diffusers_log(caplog: pytest.LogCaptureFixture):
-    """What diffusers logs, as text to look at after the fact."""
-    diffusers_logging.enable_propagation()
-    with caplog.at_level(logging.WARNING, logger="diffusers"):
-        yield caplog
-    diffusers_logging.disable_propagation()
 
 
 # Saving and loading ---------------------------------------------------------------------------------------------------

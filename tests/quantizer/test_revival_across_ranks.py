@@ -15,7 +15,7 @@ from looc_ldm import LooCQuantizer
 
 DISTANCES = ("cosine", "euclidean")
 RANDOM_ANCHORS = ("random", "probrandom")
-STEPS = 50
+STEPS = 20
 
 
 def run_steps(
