@@ -19,9 +19,9 @@ import torch
 from looc_ldm import LooCSmallVQModel, LooCVQModel
 from looc_ldm.codes.images import encode_image
 from looc_ldm.codes.looc_file import HEADER_BYTES, read_codes
-from looc_ldm.commands import main as cli
 from looc_ldm.commands import many_files
 from looc_ldm.commands.main import parse_command
+from looc_ldm.images.open import BUNDLED
 from looc_ldm.images.pixels import to_float
 from looc_ldm.models import autoencoder
 from looc_ldm.utils.errors import UserError
@@ -71,7 +71,7 @@ def files(folder: str) -> list[str]:
 
 
 def fashion_mnist(split: str) -> datasets.Dataset:
-    file = Path(cli.__file__).parent / "data" / "fashion_mnist" / f"{split}.parquet"
+    file = BUNDLED / "fashion_mnist" / f"{split}.parquet"
     return datasets.load_dataset("parquet", data_files=str(file), split="train")
 
 
