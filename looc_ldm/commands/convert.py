@@ -22,7 +22,6 @@ from looc_ldm.convert import (
     settings_of,
 )
 from looc_ldm.models.scaling import check_scaling
-from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.utils.errors import UserError
 from looc_ldm.utils.files import check_folder, check_name, partial_of
 
@@ -89,16 +88,13 @@ def _write_autoencoder(tensors: dict, kind: str, settings: Settings, options: Co
 
 
 def _write_pipeline(tensors: dict, kind: str, settings: Settings, options: Convert) -> list[str]:
-    parts = convert_ldm(tensors, settings, use_ema=not options.no_ema)
-    notes = [*_notes_on_average(parts.ema_updates), *_notes_on_model(parts.vqvae), *_notes_on_model(parts.unet)]
-    if parts.class_embedding is None:
+    pipe, updates = convert_ldm(tensors, settings, use_ema=not options.no_ema)
+    notes = [*_notes_on_average(updates), *_notes_on_model(pipe.vqvae), *_notes_on_model(pipe.unet)]
+    if pipe.class_embedding is None:
         order = "head by head" if settings.qkv_by_head else "for all heads together"
         notes.append(f"Attention: query, key and value are taken {order} (use_new_attention_order).")
-    elif parts.null_class_label is None:
+    elif pipe.config.null_class_label is None:
         notes.append("No null class: guidance is off. If a label stands for no class, give it as --null-class-label.")
-    pipe = LooCLDMPipeline(
-        parts.vqvae, parts.unet, parts.scheduler, parts.class_embedding, null_class_label=parts.null_class_label
-    )
     diffusers_logging.disable_progress_bar()
     with _new_folder(options.output) as folder:
         pipe.save_pretrained(folder)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from looc_ldm.convert.autoencoders import convert_small, convert_vqgan, small_kind
 from looc_ldm.convert.checkpoint import Tensors, read_checkpoint, under, with_ema
-from looc_ldm.convert.ldm import FIRST_STAGE, UNET, LatentDiffusion, convert_ldm
+from looc_ldm.convert.ldm import FIRST_STAGE, UNET, convert_ldm
 from looc_ldm.convert.settings import Settings, read_original_config, settings_of
 from looc_ldm.convert.unet import convert_unet
 from looc_ldm.models.autoencoder import LooCVQModel, refuse_wrapped
 from looc_ldm.utils.errors import ModelError
 
 __all__ = [
-    "LatentDiffusion",
     "Settings",
     "convert_autoencoder",
     "convert_ldm",

@@ -4,14 +4,14 @@ Key names are those of Visual-AI/LooC and lyndonzheng/CVQ-VAE (modules.py, quant
 (taming/models/vqgan.py, taming/modules/diffusionmodules/model.py) and CompVis/latent-diffusion
 (ldm/models/autoencoder.py, ldm/modules/diffusionmodules/model.py).
 
-diffusers' `convert_ldm_vae_checkpoint` ignores unknown keys and has no codebook; hence our own tables.
+diffusers' `convert_ldm_vae_checkpoint` ignores unknown keys and has no codebook; hence our own rules.
 """
 
 from __future__ import annotations
 
 import torch
 
-from looc_ldm.convert.checkpoint import Sources, Tensors, load_renamed, need, numbered
+from looc_ldm.convert.checkpoint import ATTENTION_RULES, Rules, Tensors, load_renamed, numbered, shape_of
 from looc_ldm.convert.settings import Settings, require
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.models.small import LooCSmallVQModel
@@ -19,8 +19,20 @@ from looc_ldm.utils.errors import ModelError
 
 # The discriminator and LPIPS, their averages, and the average's own state (LDM's VQModel with use_ema).
 IGNORED = ("loss.", "model_ema.loss", "model_ema.decay", "model_ema.num_updates")
-# Weights that show the sizes of latents and codevectors, with their numbers of dimensions.
-_SMALL_LATENTS = {"_pre_vq_conv.weight": 4, "_vq_vae.embedding.weight": 2}
+
+SMALL_RULES: Rules = (
+    (r"^_encoder\._conv_1\.", "encoder.conv_in."),
+    (r"^_encoder\._conv_2\.", "encoder.conv_down."),
+    (r"^_encoder\._conv_3\.", "encoder.conv_out."),
+    (r"^_pre_vq_conv\.", "quant_conv."),
+    (r"^_vq_vae\.", "quantize."),
+    (r"^_decoder\._conv_1\.", "decoder.conv_in."),
+    (r"^_decoder\._conv_trans_1\.", "decoder.conv_up."),
+    (r"^_decoder\._conv_trans_2\.", "decoder.conv_out."),
+    (r"^_(encoder|decoder)\._residual_stack\._layers\.(\d+)\._block\.1\.", r"\1.layers.\2.conv_1."),
+    (r"^_(encoder|decoder)\._residual_stack\._layers\.(\d+)\._block\.3\.", r"\1.layers.\2.conv_2."),
+    (r"^quantize\.embed_prob$", "quantize.usage"),
+)
 
 
 def small_kind(tensors: Tensors) -> str | None:
@@ -28,67 +40,49 @@ def small_kind(tensors: Tensors) -> str | None:
 
     LooC's pre-quantization convolution always keeps the channels; CVQ-VAE's brings them to those of a codevector.
     """
-    need(tensors, _SMALL_LATENTS)
-    latent, hidden = tensors["_pre_vq_conv.weight"].shape[:2]
+    latent, hidden, *_ = shape_of(tensors, "_pre_vq_conv.weight")
     if latent != hidden:
         return "cvq"
-    return "looc" if tensors["_vq_vae.embedding.weight"].shape[-1] != latent else None
+    return "looc" if shape_of(tensors, "_vq_vae.embedding.weight", 2)[1] != latent else None
 
 
 def convert_small(tensors: Tensors, kind: str, settings: Settings) -> LooCSmallVQModel:
     """Convert the small VQ-VAE of LooC (`kind` `"looc"`) or CVQ-VAE (`"cvq"`)."""
-    first_layer = "_encoder._residual_stack._layers.0._block.1.weight"
-    ends = ("_encoder._conv_1.weight", "_decoder._conv_trans_2.weight")
-    need(tensors, {**_SMALL_LATENTS, **dict.fromkeys((*ends, first_layer), 4)})
-    hidden, layers = tensors["_pre_vq_conv.weight"].shape[1], numbered(tensors, "_encoder._residual_stack._layers.#")
-    residual = tensors[first_layer].shape[0]
-    channels = tensors["_encoder._conv_1.weight"].shape[1]
-    codebook = tensors["_vq_vae.embedding.weight"]
+    latent, hidden, *_ = shape_of(tensors, "_pre_vq_conv.weight")
+    residual = shape_of(tensors, "_encoder._residual_stack._layers.0._block.1.weight")[0]
+    layers = numbered(tensors, "_encoder._residual_stack._layers")
+    tensors, quantizer = _quantizer(tensors, "_vq_vae", latent, kind, settings, anchor="closest")
     settings.check_architecture(
-        hidden_size=hidden, num_residual_hidden=residual, num_residual_layers=layers, num_embedding=len(codebook)
+        hidden_size=hidden,
+        num_residual_hidden=residual,
+        num_residual_layers=layers,
+        num_embedding=quantizer["num_vq_embeddings"],
     )
-    latent = tensors["_pre_vq_conv.weight"].shape[0]
-    quantizer = _quantizer(codebook, latent, "_vq_vae.embed_prob" in tensors, kind, settings, anchor="closest")
-    require(resolution=settings.resolution)
-    config = dict(
-        in_channels=channels,
-        out_channels=tensors["_decoder._conv_trans_2.weight"].shape[1],
-        hidden_channels=hidden,
-        residual_channels=residual,
-        layers_per_block=layers,
-        sample_size=settings.resolution,
-        **quantizer,
+    in_channels, out_channels = (
+        shape_of(tensors, f"{layer}.weight")[1] for layer in ("_encoder._conv_1", "_decoder._conv_trans_2")
     )
-    sources = {
-        "encoder.conv_in": "_encoder._conv_1",
-        "encoder.conv_down": "_encoder._conv_2",
-        "encoder.conv_out": "_encoder._conv_3",
-        "quant_conv": "_pre_vq_conv",
-        "decoder.conv_in": "_decoder._conv_1",
-        "decoder.conv_up": "_decoder._conv_trans_1",
-        "decoder.conv_out": "_decoder._conv_trans_2",
-        "quantize.embedding": "_vq_vae.embedding",
-        "quantize.usage": "_vq_vae.embed_prob",
-    }
-    for part in ("encoder", "decoder"):
-        for i in range(layers):
-            block = f"_{part}._residual_stack._layers.{i}._block"
-            sources[f"{part}.layers.{i}.conv_1"] = f"{block}.1"
-            sources[f"{part}.layers.{i}.conv_2"] = f"{block}.3"
     with torch.device("meta"):
-        model = LooCSmallVQModel(**config)
-    load_renamed(model, _with_usage(tensors, "_vq_vae"), sources)
+        model = LooCSmallVQModel(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            hidden_channels=hidden,
+            residual_channels=residual,
+            layers_per_block=layers,
+            sample_size=settings.resolution,
+            **quantizer,
+        )
+    load_renamed(model, tensors, SMALL_RULES)
     return model
 
 
 def vqgan_levels(tensors: Tensors) -> int:
     """Return the number of resolutions of taming's encoder; the downsampling factor is 2 ** (levels - 1)."""
-    return numbered(tensors, "encoder.down.#")
+    return numbered(tensors, "encoder.down")
 
 
-def has_revival(tensors: Tensors) -> bool:
+def has_revival(tensors: Tensors, module: str = "quantize") -> bool:
     """Whether the quantizer is CVQ-VAE's or LooC's, which store the use of codevectors; taming's does not."""
-    return "quantize.embed_prob" in tensors
+    return f"{module}.embed_prob" in tensors
 
 
 def check_vqgan(tensors: Tensors, prefix: str = "") -> None:
@@ -115,117 +109,92 @@ def convert_vqgan(
         prefix (`str`): Prefix of the keys in the file, for errors.
     """
     check_vqgan(tensors, prefix)
-    ends = ("quant_conv.weight", "encoder.conv_in.weight", "encoder.conv_out.weight", "decoder.conv_out.weight")
-    need(tensors, {**dict.fromkeys(ends, 4), "quantize.embedding.weight": 2}, prefix)
-    levels, layers = vqgan_levels(tensors), numbered(tensors, "encoder.down.0.block.#")
-    firsts = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(levels)]
-    need(tensors, dict.fromkeys(firsts, 4), prefix)
-    channels = tuple(tensors[first].shape[0] for first in firsts)
-    latent, z_channels = tensors["quant_conv.weight"].shape[:2]
-    codebook = tensors["quantize.embedding.weight"]
-    width = tensors["encoder.conv_in.weight"].shape[0]
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(IGNORED)}
+
+    def shape(layer: str) -> tuple[int, ...]:
+        return shape_of(tensors, f"{layer}.weight", prefix=prefix)
+
+    levels, layers = vqgan_levels(tensors), numbered(tensors, "encoder.down.0.block")
+    width, in_channels, *_ = shape("encoder.conv_in")
+    channels = tuple(shape(f"encoder.down.{level}.block.0.conv1")[0] for level in range(levels))
+    latent, z_channels, *_ = shape("quant_conv")
+    # The anchor is the default of the class that replaces taming's quantizer.
+    tensors, quantizer = _quantizer(tensors, "quantize", latent, "vqgan", settings, "probrandom", prefix)
     settings.check_architecture(
         ch=width,
         ch_mult=tuple(channel // width for channel in channels),
         num_res_blocks=layers,
         z_channels=z_channels,
         embed_dim=latent,
-        n_embed=len(codebook),
+        n_embed=quantizer["num_vq_embeddings"],
     )
-    # The default of the class that replaces taming's quantizer.
-    quantizer = _quantizer(codebook, latent, has_revival(tensors), "vqgan", settings, anchor="probrandom")
-    require(resolution=settings.resolution)
-
-    down_attention = [numbered(tensors, f"encoder.down.{i}.attn.#") > 0 for i in range(levels)]
-    up_attention = [numbered(tensors, f"decoder.up.{i}.attn.#") > 0 for i in reversed(range(levels))]
-    config = dict(
-        in_channels=tensors["encoder.conv_in.weight"].shape[1],
-        out_channels=tensors["decoder.conv_out.weight"].shape[0],
-        down_block_types=tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in down_attention),
-        up_block_types=tuple("AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in up_attention),
-        block_out_channels=channels,
-        layers_per_block=layers,
-        latent_channels=z_channels,
-        sample_size=settings.resolution,
-        norm_num_groups=32,  # fixed in their Normalize()
-        mid_block_add_attention="encoder.mid.attn_1.q.weight" in tensors,  # not with attn_type "none"
-        scaling_factor=scaling_factor,
-        **quantizer,
-    )
+    down = ["Attn" * (numbered(tensors, f"encoder.down.{level}.attn") > 0) for level in range(levels)]
+    up = ["Attn" * (numbered(tensors, f"decoder.up.{level}.attn") > 0) for level in reversed(range(levels))]
     with torch.device("meta"):
-        model = LooCVQModel(**config)
-    sources = _vqgan_sources(levels, layers)
-    load_renamed(model, _with_usage(tensors, "quantize"), sources, IGNORED, prefix)
+        model = LooCVQModel(
+            in_channels=in_channels,
+            out_channels=shape("decoder.conv_out")[0],
+            down_block_types=tuple(f"{attention}DownEncoderBlock2D" for attention in down),
+            up_block_types=tuple(f"{attention}UpDecoderBlock2D" for attention in up),
+            block_out_channels=channels,
+            layers_per_block=layers,
+            latent_channels=z_channels,
+            sample_size=settings.resolution,
+            norm_num_groups=32,  # fixed in their Normalize()
+            mid_block_add_attention="encoder.mid.attn_1.q.weight" in tensors,  # not with attn_type "none"
+            scaling_factor=scaling_factor,
+            **quantizer,
+        )
+    rules = (
+        (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+        (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+        (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+        (r"^encoder\.down\.", "encoder.down_blocks."),
+        # Theirs are numbered by resolution, ours in the order in which they run.
+        (r"^decoder\.up\.(\d+)\.", lambda found: f"decoder.up_blocks.{levels - 1 - int(found[1])}."),
+        (r"\.block\.", ".resnets."),
+        (r"\.attn\.", ".attentions."),
+        (r"\.nin_shortcut\.", ".conv_shortcut."),
+        (r"\.downsample\.", ".downsamplers.0."),
+        (r"\.upsample\.", ".upsamplers.0."),
+        (r"\.norm_out\.", ".conv_norm_out."),
+        (r"^quantize\.embed_prob$", "quantize.usage"),
+        *ATTENTION_RULES,
+    )
+    load_renamed(model, tensors, rules, prefix)
     return model
 
 
-def _vqgan_sources(levels: int, layers: int) -> Sources:
-    sources = {
-        "quant_conv": "quant_conv",
-        "post_quant_conv": "post_quant_conv",
-        "quantize.embedding": "quantize.embedding",
-        "quantize.usage": "quantize.embed_prob",
-    }
-    for part in ("encoder", "decoder"):
-        sources[f"{part}.conv_in"] = f"{part}.conv_in"
-        sources[f"{part}.conv_norm_out"] = f"{part}.norm_out"
-        sources[f"{part}.conv_out"] = f"{part}.conv_out"
-        for i in range(2):
-            sources.update(_block(f"{part}.mid_block.resnets.{i}", f"{part}.mid.block_{i + 1}"))
-        sources.update(_attention(f"{part}.mid_block.attentions.0", f"{part}.mid.attn_1"))
-    for i in range(levels):
-        # Theirs are numbered by resolution in both halves; ours in the order in which they run.
-        ours = {"encoder.down": f"encoder.down_blocks.{i}", "decoder.up": f"decoder.up_blocks.{levels - 1 - i}"}
-        for theirs, our in ours.items():
-            for j in range(layers + 1):
-                sources.update(_block(f"{our}.resnets.{j}", f"{theirs}.{i}.block.{j}"))
-                sources.update(_attention(f"{our}.attentions.{j}", f"{theirs}.{i}.attn.{j}"))
-        sources[f"{ours['encoder.down']}.downsamplers.0.conv"] = f"encoder.down.{i}.downsample.conv"
-        sources[f"{ours['decoder.up']}.upsamplers.0.conv"] = f"decoder.up.{i}.upsample.conv"
-    return sources
-
-
-def _block(ours: str, theirs: str) -> Sources:
-    same = {f"{ours}.{name}": f"{theirs}.{name}" for name in ("norm1", "conv1", "norm2", "conv2")}
-    return {**same, f"{ours}.conv_shortcut": f"{theirs}.nin_shortcut"}
-
-
-def _attention(ours: str, theirs: str) -> Sources:
-    names = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-    return {f"{ours}.{our}": f"{theirs}.{their}" for our, their in names.items()}
-
-
 def _quantizer(
-    codebook: torch.Tensor, latent: int, revived: bool, kind: str, settings: Settings, anchor: str
-) -> dict[str, object]:
-    """Return the quantizer's arguments. `revived`: it stores the use of codevectors, as CVQ-VAE's and LooC's do."""
+    tensors: Tensors, module: str, latent: int, kind: str, settings: Settings, anchor: str, prefix: str = ""
+) -> tuple[Tensors, dict[str, object]]:
+    """Return the tensors with a use of codevectors, and the quantizer's arguments.
+
+    Where no use was stored, it is even, so that no codevector counts as unused.
+    """
+    size, width = shape_of(tensors, f"{module}.embedding.weight", 2, prefix)
     config: dict[str, object] = {
-        "num_vq_embeddings": len(codebook),
+        "num_vq_embeddings": size,
         "vq_embed_dim": latent,
-        "codevector_dim": codebook.shape[1],
+        "codevector_dim": width,
         "codebook_update": "gradient",  # in all of these projects
         "gradient": "straight-through",
     }
-    if not revived:
-        if codebook.shape[1] != latent:
+    if not has_revival(tensors, module):
+        if width != latent:
             raise ModelError(
-                f"a codebook of {codebook.shape[1]} channels for latents of {latent} without usage (embed_prob) is "
-                "neither taming's quantizer nor CVQ-VAE's nor LooC's."
+                f"a codebook of {width} channels for latents of {latent} without usage (embed_prob) is neither "
+                "taming's quantizer nor CVQ-VAE's nor LooC's."
             )
-        return {**config, "interpolation_factor": 1, "distance": "euclidean", "anchor": "none"}
-    # CVQ-VAE does not interpolate.
-    factor = 1 if kind == "cvq" else settings.interpolation_factor
+        require(resolution=settings.resolution)
+        tensors = {**tensors, f"{module}.embed_prob": torch.full((size,), 1 / size)}
+        return tensors, {**config, "interpolation_factor": 1, "distance": "euclidean", "anchor": "none"}
+    factor = 1 if kind == "cvq" else settings.interpolation_factor  # CVQ-VAE does not interpolate
     require(distance=settings.distance, interpolation_factor=factor, resolution=settings.resolution)
-    return {
+    return tensors, {
         **config,
         "interpolation_factor": factor,
         "segment_layout": "patch" if factor > 1 else "channel",  # pixel_unshuffle in LooC's code; equal without
         "distance": settings.distance,
         "anchor": settings.anchor or anchor,
     }
-
-
-def _with_usage(tensors: Tensors, module: str) -> Tensors:
-    """Add an even use of codevectors if none was stored, so that none counts as unused."""
-    codebook = tensors[f"{module}.embedding.weight"]
-    return {f"{module}.embed_prob": torch.full((len(codebook),), 1 / len(codebook)), **tensors}

@@ -5,17 +5,17 @@ Key names are those of CompVis/latent-diffusion (ldm/models/diffusion/ddpm.py, l
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import DDIMScheduler
 
 from looc_ldm.convert.autoencoders import check_vqgan, convert_vqgan, has_revival, vqgan_levels
-from looc_ldm.convert.checkpoint import Tensors, load_renamed, need, scalar, under, with_ema
+from looc_ldm.convert.checkpoint import Tensors, load_renamed, shape_of, under, with_ema
 from looc_ldm.convert.settings import Settings, require
 from looc_ldm.convert.unet import architecture_of, convert_unet
-from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.models.class_embedding import ClassEmbedding
+from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.utils.errors import ModelError
 
 UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
@@ -23,15 +23,9 @@ UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", "first_stage_model.", "co
 # Buffers that follow from the noise schedule, weights of the loss, and the state of the average.
 IGNORED = (
     "alphas_cumprod",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
+    "sqrt_",
     "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
+    "posterior_",
     "lvlb_weights",
     "logvar",
     "model_ema.decay",
@@ -40,24 +34,7 @@ IGNORED = (
 USED = ("betas", "scale_factor", UNET, FIRST_STAGE, CLASSES)
 
 
-@dataclass(frozen=True)
-class LatentDiffusion:
-    """The parts of a pipeline.
-
-    Args:
-        ema_updates (`int`, *optional*): Number of updates of the UNet's averaged weights: -1 if unknown, None for live
-            weights.
-    """
-
-    vqvae: LooCVQModel
-    unet: UNet2DModel | UNet2DConditionModel
-    scheduler: DDIMScheduler
-    class_embedding: ClassEmbedding | None
-    null_class_label: int | None
-    ema_updates: int | None
-
-
-def convert_ldm(tensors: Tensors, settings: Settings, use_ema: bool = True) -> LatentDiffusion:
+def convert_ldm(tensors: Tensors, settings: Settings, use_ema: bool = True) -> tuple[LooCLDMPipeline, int | None]:
     """Convert LDM's `LatentDiffusion` with a VQ first stage, unconditional or with classes by cross-attention.
 
     Args:
@@ -65,6 +42,9 @@ def convert_ldm(tensors: Tensors, settings: Settings, use_ema: bool = True) -> L
         settings (`Settings`): Needs heads, `prediction_type`, `resolution` or `latent_size`, and `scaling_factor` and
             `betas` unless the checkpoint has them.
         use_ema (`bool`): Take the averaged weights of the UNet, if there are any.
+
+    Returns:
+        The pipeline, and the number of updates of the UNet's averaged weights: -1 if unknown, None for live weights.
 
     Raises:
         ModelError: The model is of another kind, or weights are missing, surplus or mis-shaped.
@@ -91,10 +71,12 @@ def convert_ldm(tensors: Tensors, settings: Settings, use_ema: bool = True) -> L
 
     scaling_factor = settings.scaling_factor
     if "scale_factor" in tensors:
-        scaling_factor = float(scalar(tensors["scale_factor"], "scale_factor"))
+        shape_of(tensors, "scale_factor", 0)
+        scaling_factor = tensors["scale_factor"].item()
     if "betas" in tensors:
-        need(tensors, {"betas": 1})
-    betas = tensors.get("betas")
+        shape_of(tensors, "betas", 1)
+    elif settings.betas is None:
+        raise ModelError("the checkpoint does not keep its noise schedule (betas): give --original-config FILE.")
     factor = 2 ** (vqgan_levels(first_stage) - 1)
     latent_size = settings.latent_size or (settings.resolution and settings.resolution // factor)
     quantizer = {"distance": settings.distance, "interpolation_factor": settings.interpolation_factor}
@@ -105,8 +87,6 @@ def convert_ldm(tensors: Tensors, settings: Settings, use_ema: bool = True) -> L
         scaling_factor=scaling_factor,
         **(quantizer if has_revival(first_stage) else {}),
     )
-    if betas is None and settings.betas is None:
-        raise ModelError("the checkpoint does not keep its noise schedule (betas): give --original-config FILE.")
     labels = 0 if class_embedding is None else class_embedding.config.num_class_embeds
     null = settings.null_class_label
     if null is not None and not 0 <= null < labels:
@@ -114,13 +94,9 @@ def convert_ldm(tensors: Tensors, settings: Settings, use_ema: bool = True) -> L
 
     vqvae_settings = replace(settings, resolution=latent_size * factor)
     vqvae = convert_vqgan(first_stage, vqvae_settings, scaling_factor, FIRST_STAGE)
-    if vqvae.config.vq_embed_dim != architecture.in_channels:
-        raise ModelError(
-            f"latents of {vqvae.config.vq_embed_dim} channels do not fit a UNet of {architecture.in_channels}."
-        )
     unet = convert_unet(unet_tensors, settings, latent_size, UNET)
-    scheduler = _scheduler(betas, settings)
-    return LatentDiffusion(vqvae, unet, scheduler, class_embedding, null, updates)
+    scheduler = _scheduler(tensors.get("betas"), settings)
+    return LooCLDMPipeline(vqvae, unet, scheduler, class_embedding, null_class_label=null), updates
 
 
 def _class_embedding(tensors: Tensors, context: int | None) -> ClassEmbedding | None:
@@ -133,13 +109,12 @@ def _class_embedding(tensors: Tensors, context: int | None) -> ClassEmbedding | 
             "only unconditional models and those with classes through cross-attention are converted: the UNet has "
             f"{'no ' if context is None else ''}cross-attention, and {CLASSES} holds {found}."
         )
-    need(tensors, {"embedding.weight": 2}, CLASSES)
-    count, channels = tensors["embedding.weight"].shape
+    count, channels = shape_of(tensors, "embedding.weight", 2, CLASSES)
     if channels != context:
         raise ModelError(f"class tokens of {channels} channels do not fit cross-attention on {context}.")
     with torch.device("meta"):
         model = ClassEmbedding(num_class_embeds=count, embedding_dim=channels)
-    load_renamed(model, tensors, {"embedding": "embedding"}, prefix=CLASSES)
+    load_renamed(model, tensors, (), CLASSES)
     return model
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-from looc_ldm.utils.errors import ConfigError, ModelError
+from looc_ldm.utils.errors import ConfigError, ModelError, one_line
 
 DISTANCES = {"cos": "cosine", "l2": "euclidean"}  # LooC and CVQ-VAE, quantise.py
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}  # LDM's `parameterization`
@@ -116,7 +116,7 @@ def _settings_of_small(config: dict) -> Settings:
     if config.get("dataset") == "imagenet":
         # main.py normalizes these by mean and deviation of ImageNet.
         raise ConfigError("--original-config: models of dataset 'imagenet' do not take images in [-1, 1].")
-    anchor, factor = _value(config, "anchor", str), _value(config, "shuffle_scale", int, least=0)
+    anchor, factor = _value(config, "anchor", str), _value(config, "shuffle_scale", NonNegativeInt)
     return Settings(
         resolution=SIDES.get(_value(config, "dataset", str)),
         distance=_one_of(DISTANCES, config, "distance"),
@@ -130,10 +130,10 @@ def _settings_of_vqgan(model: dict) -> Settings:
     """CompVis/taming-transformers, configs/*vqgan.yaml; CompVis/latent-diffusion, models/first_stage_models."""
     network = _part(model, "ddconfig")
     for name in ("tanh_out", "give_pre_end"):
-        if _value(network, name, bool):
+        if network.get(name):
             raise ConfigError(f"--original-config: {name} is not supported.")
     sizes = _sizes(model, "embed_dim", "n_embed") | _sizes(network, "ch", "ch_mult", "num_res_blocks", "z_channels")
-    return Settings(resolution=_value(network, "resolution", int), architecture=sizes)
+    return Settings(resolution=_value(network, "resolution", PositiveInt), architecture=sizes)
 
 
 def _settings_of_ldm(model: dict) -> Settings:
@@ -141,22 +141,22 @@ def _settings_of_ldm(model: dict) -> Settings:
     unet = _part(model, "unet_config", "params")
     first_stage = _settings_of_vqgan(_part(model, "first_stage_config", "params"))
     heads, head_channels = (
-        None if unet.get(name) == -1 else _value(unet, name, int) for name in ("num_heads", "num_head_channels")
+        None if unet.get(name) == -1 else _value(unet, name, PositiveInt) for name in ("num_heads", "num_head_channels")
     )
     sizes = _sizes(unet, "model_channels", "channel_mult", "num_res_blocks", "context_dim")
     return Settings(
         num_heads=heads if head_channels is None else None,
         num_head_channels=head_channels,
-        qkv_by_head=not _value(unet, "use_new_attention_order", bool),
+        qkv_by_head=not unet.get("use_new_attention_order"),
         prediction_type=_one_of(PREDICTIONS, {"parameterization": "eps", **model}, "parameterization"),
-        scaling_factor=None if _value(model, "scale_by_std", bool) else _value(model, "scale_factor", float, 1.0),
+        scaling_factor=None if model.get("scale_by_std") else _value(model, "scale_factor", PositiveFloat, 1.0),
         betas=(
             _value(model, "beta_schedule", str, "linear"),
-            _value(model, "linear_start", float, 1e-4),
-            _value(model, "linear_end", float, 2e-2),
-            _value(model, "timesteps", int, 1000),
+            _value(model, "linear_start", PositiveFloat, 1e-4),
+            _value(model, "linear_end", PositiveFloat, 2e-2),
+            _value(model, "timesteps", PositiveInt, 1000),
         ),
-        latent_size=_value(model, "image_size", int),
+        latent_size=_value(model, "image_size", PositiveInt),
         architecture=first_stage.architecture | sizes,
     )
 
@@ -169,28 +169,20 @@ def _part(config: dict, *names: str) -> dict:
     return config
 
 
-def _value(config: dict, name: str, kind: type, default: object = None, least: int = 1):
-    """Return a value of this type, or the default if it is missing or null; numbers are positive."""
+def _value(config: dict, name: str, kind: type, default: object = None):
+    """Return a value as this type, or the default if it is missing or null."""
     value = config.get(name)
     if value is None:
         return default
-    if kind is float and type(value) in (int, str):
-        with suppress(ValueError, OverflowError):
-            value = float(value)  # YAML 1.1 takes 1e-4 for text
-    if type(value) is not kind or (kind is int and value < least) or (kind is float and not 0 < value < float("inf")):
-        allowed = {
-            int: f"a whole number from {least} on",
-            float: "a positive number",
-            bool: "true or false",
-            str: "a name",
-        }
-        raise ConfigError(f"--original-config: {name} must be {allowed[kind]}, got {config[name]!r}.")
-    return value
+    try:
+        return kind(value)  # YAML 1.1 takes 1e-4 for text
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"--original-config: {name} is {value!r}: {one_line(error)}.") from None
 
 
 def _one_of(allowed: dict[str, str], config: dict, name: str) -> str | None:
     value = _value(config, name, str)
-    if value is not None and value not in allowed:
+    if value not in (None, *allowed):
         raise ConfigError(f"--original-config: {name} must be one of {', '.join(allowed)}, got {value!r}.")
     return allowed.get(value)
 

@@ -196,7 +196,7 @@ def test_missing_surplus_and_mis_shaped_weights_are_named_and_counted(small):
     with pytest.raises(ModelError) as caught:
         convert_autoencoder(small, "looc", LOOC)
     message = str(caught.value)
-    assert "missing _decoder._conv_1.bias and 1 more" in message
+    assert "missing encoder.conv_down.bias and 1 more" in message
     assert "surplus extra.a and 2 more" in message
     assert "mis-shaped: _encoder._conv_3.bias is (5,) instead of (16,)" in message
 
@@ -214,7 +214,7 @@ def test_what_weights_do_not_show_is_asked_for_at_once(small):
         ({"quantize.embed.weight": torch.ones(4, 4)}, "Gumbel"),
         ({"quantize.embedding.weight": None}, "a KL autoencoder is no vector quantizer"),
         ({"quantize.embedding.weight": torch.ones(64, 2)}, "2 channels for latents of 4 without usage"),
-        ({"encoder.conv_out.weight": None}, r"not complete: missing encoder\.conv_out\.weight\."),
+        ({"encoder.conv_out.weight": None}, r"missing encoder\.conv_out\.weight and 0 more"),
     ],
 )
 def test_autoencoders_of_other_kinds_are_refused(change, message):

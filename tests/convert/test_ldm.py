@@ -146,12 +146,12 @@ def test_an_unconditional_model(parts):
     average = {"first_stage_model.model_ema.quant_convbias": torch.ones(4)}
     state = originals.latent_diffusion(**parts, **average)
     assert kind_of(state) == "ldm"
-    result = convert_ldm(state, SETTINGS)
+    result, updates = convert_ldm(state, SETTINGS)
     assert_same(*predictions(result.unet, parts["unet"]))
     images = torch.rand(1, 3, 16, 16)
     assert torch.allclose(result.vqvae.encode(images).latents, parts["vqgan"].encode(images), atol=1e-5)
     assert result.class_embedding is None
-    assert result.ema_updates is None
+    assert updates is None
     assert result.vqvae.config.scaling_factor == 1.0
     assert result.vqvae.config.sample_size == 16
     assert result.unet.config.sample_size == 8
@@ -161,12 +161,12 @@ def test_a_class_conditional_model(parts):
     classes = nn.Embedding(10, 24)
     unet = originals.unet(context=24)
     state = originals.latent_diffusion(unet, parts["vqgan"], classes)
-    result = convert_ldm(state, Settings(**{**vars(SETTINGS), "null_class_label": 9}))
+    result, _ = convert_ldm(state, Settings(**{**vars(SETTINGS), "null_class_label": 9}))
     labels = torch.tensor([3, 0, 9])
     tokens = result.class_embedding(labels)
     assert torch.equal(tokens, classes(labels)[:, None])
     assert_same(*predictions(result.unet, unet, context=tokens))
-    assert result.null_class_label == 9
+    assert result.config.null_class_label == 9
     with pytest.raises(ModelError, match="--null-class-label 10 is not one of the 10 labels"):
         convert_ldm(state, Settings(**{**vars(SETTINGS), "null_class_label": 10}))
 
@@ -176,10 +176,10 @@ def test_averaged_weights_are_preferred_unless_live_ones_are_asked_for(parts):
     averages = originals.ema_of(live)
     extra = {**averages, "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(123)}
     state = originals.latent_diffusion(**parts, **extra)
-    result = convert_ldm(state, SETTINGS, use_ema=False)
+    result, _ = convert_ldm(state, SETTINGS, use_ema=False)
     assert_same(*predictions(result.unet, parts["unet"]))
-    result = convert_ldm(state, SETTINGS)
-    assert result.ema_updates == 123
+    result, updates = convert_ldm(state, SETTINGS)
+    assert updates == 123
     averaged = {key: averages[f"model_ema.diffusion_model{key.replace('.', '')}"] for key in parts["unet"].state_dict()}
     parts["unet"].load_state_dict(averaged)
     assert_same(*predictions(result.unet, parts["unet"]))
@@ -188,22 +188,22 @@ def test_averaged_weights_are_preferred_unless_live_ones_are_asked_for(parts):
 
 
 def test_the_noise_schedule_and_sampler_are_ldms(parts):
-    config = convert_ldm(originals.latent_diffusion(**parts), SETTINGS).scheduler.config
+    config = convert_ldm(originals.latent_diffusion(**parts), SETTINGS)[0].scheduler.config
     assert (config.beta_schedule, config.beta_start, config.beta_end) == ("scaled_linear", 0.0015, 0.0195)
     assert (config.num_train_timesteps, config.steps_offset) == (1000, 1)
     assert not config.clip_sample
     assert not config.set_alpha_to_one
     betas = torch.linspace(1e-4, 0.02, 500)
-    config = convert_ldm(originals.latent_diffusion(**parts, betas=betas), SETTINGS).scheduler.config
+    config = convert_ldm(originals.latent_diffusion(**parts, betas=betas), SETTINGS)[0].scheduler.config
     assert (config.beta_schedule, config.beta_start, config.num_train_timesteps) == ("linear", 1e-4, 500)
     betas = betas.square()
-    scheduler = convert_ldm(originals.latent_diffusion(**parts, betas=betas), SETTINGS).scheduler
+    scheduler = convert_ldm(originals.latent_diffusion(**parts, betas=betas), SETTINGS)[0].scheduler
     assert np.allclose(scheduler.betas, betas)
 
 
 def test_a_measured_scale_in_the_weights_wins(parts):
     state = originals.latent_diffusion(**parts, scale_factor=torch.tensor(0.25))
-    assert convert_ldm(state, SETTINGS).vqvae.config.scaling_factor == 0.25
+    assert convert_ldm(state, SETTINGS)[0].vqvae.config.scaling_factor == 0.25
 
 
 def test_a_first_stage_with_loocs_quantizer(parts):
@@ -213,7 +213,7 @@ def test_a_first_stage_with_loocs_quantizer(parts):
     state = originals.latent_diffusion(unet, vqgan)
     with pytest.raises(UserError, match="give --distance, --interpolation-factor, or"):
         convert_ldm(state, SETTINGS)
-    result = convert_ldm(state, Settings(**{**vars(SETTINGS), "distance": "cosine", "interpolation_factor": 2}))
+    result, _ = convert_ldm(state, Settings(**{**vars(SETTINGS), "distance": "cosine", "interpolation_factor": 2}))
     latents = torch.randn(2, 3, 8, 8)
     expected = vqgan.decode(latents)
     assert (result.vqvae.decode(latents).sample - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -239,7 +239,7 @@ def test_the_original_config_says_all_that_the_weights_do_not(parts):
     del state["betas"]
     with pytest.raises(ModelError, match=r"\(betas\): give --original-config FILE"):
         convert_ldm(state, SETTINGS)
-    result = convert_ldm(state, settings_of({"model": {"params": CONFIG}}, "ldm"))
+    result, _ = convert_ldm(state, settings_of({"model": {"params": CONFIG}}, "ldm"))
     assert_same(*predictions(result.unet, parts["unet"]))
     config = result.scheduler.config
     assert (config.prediction_type, config.beta_schedule, config.beta_end) == ("epsilon", "scaled_linear", 0.0155)
