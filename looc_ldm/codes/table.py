@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from looc_ldm.codes.looc_file import CodesError, ImageCodes, index_dtype
-from looc_ldm.utils.files import renamed_when_complete
+from looc_ldm.utils.files import is_relative_name, renamed_when_complete
 
 CODES_PER_GROUP = 2**22  # of a row group: what is held in memory, at 1 to 4 bytes a code
 ROWS_AT_ONCE = 64  # read at a time
@@ -88,10 +88,9 @@ def file_names(file: Path) -> list[PurePosixPath]:
         except UnicodeDecodeError:
             raise CodesError(f"cannot read {str(file)!r}: the name of a file is not UTF-8.") from None
         for name in read:
-            path = PurePosixPath(name or "")
-            if path.is_absolute() or ".." in path.parts or not path.name or "\\" in name or ":" in path.parts[0]:
+            if not is_relative_name(name or ""):
                 raise CodesError(f"cannot read {str(file)!r}: {name!r} is not a relative name of a file.")
-            names.append(path)
+            names.append(PurePosixPath(name))
     return names
 
 

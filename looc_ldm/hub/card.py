@@ -19,6 +19,7 @@ from looc_ldm.utils.files import copy_file, replace_text
 
 MARK = "<!-- Written by looc-ldm. Delete this line to keep a card of your own: it is then pushed as it is. -->"
 
+# Figures that are not called by their name with spaces.
 TITLES = {
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
@@ -32,8 +33,6 @@ TITLES = {
     "kid_std": "KID, standard deviation over subsets",
     "is": "Inception score",
     "is_std": "Inception score, standard deviation over splits",
-    "precision": "precision",
-    "recall": "recall",
     "class_fid": "FID within each class, mean over classes",
     "fd": "Fréchet distance",
     "kd": "kernel distance",
@@ -41,10 +40,7 @@ TITLES = {
     "cmmd": "CMMD",
     "codebook_use": "share of the codevectors in use",
     "dead_codes": "codevectors that are never used",
-    "perplexity": "perplexity of the codes",
     "code_entropy": "entropy of the codes (bits per code)",
-    "bits_per_image": "bits per image",
-    "bits_per_pixel": "bits per pixel",
     "bits_per_pixel_entropy": "bits per pixel at the entropy of the codes",
 }
 
@@ -144,7 +140,7 @@ def picture_name(picture: Path) -> str:
 def title(name: str) -> str:
     """Return a figure's name for readers: "rFID (2048 features)" for "rfid@2048"."""
     base, _, features = name.partition("@")
-    known = "FD-DINOv2" if base == "fd" and "dinov2" in features else TITLES.get(base, base)
+    known = "FD-DINOv2" if base == "fd" and "dinov2" in features else TITLES.get(base, base.replace("_", " "))
     return known + (f" ({features} features)" if features else "")
 
 

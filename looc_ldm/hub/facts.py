@@ -1,8 +1,7 @@
-"""What is known of a trained model: read from the files beside its weights and from its evaluations."""
+"""Facts about a trained model, read from the files beside its weights and from its evaluations."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -34,10 +33,18 @@ CIRCUMSTANCES = (
 
 @dataclass
 class Measurement:
-    """The figures of one evaluation, by name, and its whole record: figures, circumstances, data set and split."""
+    """The record of one evaluation: figures, circumstances, data set and split."""
 
-    figures: dict[str, float]
     record: dict
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Figures by name."""
+        return {
+            name: value
+            for name, value in self.record.items()
+            if isinstance(value, int | float) and not isinstance(value, bool) and name not in CIRCUMSTANCES
+        }
 
     @property
     def is_reconstruction(self) -> bool:
@@ -46,7 +53,7 @@ class Measurement:
 
 @dataclass
 class Facts:
-    """What is known of a model folder."""
+    """Facts about a model folder."""
 
     folder: Path
     configs: dict[str, dict]  # by component; that of an autoencoder under "vqvae"
@@ -64,26 +71,13 @@ class Facts:
 def gather(folder: Path, metrics: Sequence[Path | str] = (), samples: Path | str | None = None) -> Facts:
     """Read what is known of a model folder and of its evaluations; for the arguments see `hub.card.write_card`."""
     facts = _read_configs(folder)
-    source = folder / "training.json"
-    if source.is_file():
-        facts.training = read_training(source)
+    if (folder / "training.json").is_file():
+        facts.training = shareable(read_json(folder / "training.json"))
     measured = facts.training.get("validation") or facts.training.get("first_stage")
-    if measured:
-        facts.measurements.append(_measurement(source, measured))
+    facts.measurements = [Measurement(measured)] if measured else []
     facts.measurements += _read_metrics(metrics, facts)
     facts.samples, facts.samples_caption = _picture(facts, samples)
     return facts
-
-
-def read_training(file: Path) -> dict:
-    """Return a model's training.json, without folders of the machine. Raises UserError if the trainers write no such.
-
-    Files of older versions have no "facts", "settings" and "preview".
-    """
-    training = shareable(read_json(file))
-    kinds = dict.fromkeys(("facts", "settings", "validation", "first_stage"), dict)
-    _check_kinds(file, training, kinds | {"preview": str, "images_seen": int})
-    return training
 
 
 def shareable(value):
@@ -96,12 +90,6 @@ def shareable(value):
         if isinstance(value, str) and kind(value).is_absolute():
             return kind(value).name
     return value
-
-
-def _check_kinds(file: Path, values: dict, kinds: dict) -> None:
-    for name, kind in kinds.items():
-        if name in values and not isinstance(values[name], kind):
-            raise UserError(f"{str(file)!r}: {name} is {values[name]!r}.")
 
 
 def _read_configs(folder: Path) -> Facts:
@@ -121,37 +109,17 @@ def _read_configs(folder: Path) -> Facts:
     raise ModelError(f"no model in {str(folder)!r}: it holds neither a model_index.json nor a config.json{hint}.")
 
 
-def _measurement(file: Path, record: dict) -> Measurement:
-    figures = {
-        name: value
-        for name, value in record.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and name not in CIRCUMSTANCES
-    }
-    text = dict.fromkeys(("data", "split"), (str, type(None)))
-    _check_kinds(file, record, text | dict.fromkeys(CIRCUMSTANCES, (int, float)))
-    for name, value in figures.items():
-        if not math.isfinite(value):
-            raise UserError(f"{str(file)!r}: {name} is {value}.")
-    measurement = Measurement(figures, record)
-    needed = ("images" if measurement.is_reconstruction else "images_first", "bits_per_pixel")
-    missing = [name for name in needed if name not in record]
-    if missing:
-        raise UserError(f"{str(file)!r} states no {missing[0]}: figures without it cannot be compared.")
-    return measurement
-
-
 def _read_metrics(files: Sequence[Path | str], facts: Facts) -> Iterator[Measurement]:
     for file in map(Path, files):
-        record = shareable(read_json(file))
-        if "command" not in record or "protocol" not in record:
+        measurement = Measurement(shareable(read_json(file)))
+        if not {"command", "protocol", "fingerprints"} <= measurement.record.keys():
             raise UserError(f"{str(file)!r} holds no figures that `looc-ldm evaluate ... --output FILE` wrote.")
-        measurement = _measurement(file, record)
         if not facts.is_pipeline and not measurement.is_reconstruction:
             raise UserError(f"{str(file)!r} holds figures of samples: they belong to a pipeline.")
-        if "fingerprints" not in record:
-            raise UserError(f"{str(file)!r} does not say of which model the figures are: measure them again.")
-        if record["fingerprints"] != stored_fingerprints(facts.folder, not measurement.is_reconstruction):
-            raise UserError(f"{str(file)!r} holds figures of another model than {str(facts.folder)!r}: measure again.")
+        if measurement.record["fingerprints"] != stored_fingerprints(facts.folder, not measurement.is_reconstruction):
+            raise UserError(
+                f"{str(file)!r} holds figures of a different model than {str(facts.folder)!r}: measure again."
+            )
         yield measurement
 
 

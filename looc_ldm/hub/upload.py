@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from looc_ldm import _HOME_OF
 from looc_ldm.hub.card import is_ours, model_card, picture_name
-from looc_ldm.hub.facts import read_training
+from looc_ldm.hub.facts import shareable
 from looc_ldm.models.registration import CODE, CODE_FILE, COMPONENTS, with_modules
 from looc_ldm.utils.errors import ModelError, UserError
 from looc_ldm.utils.files import read_json, replace_text
@@ -36,11 +36,11 @@ PUSHED = (".safetensors", ".json", ".md", ".png", ".jpg", ".jpeg", ".webp", ".tx
 
 logger = logging.getLogger(__name__)
 
-_SHIM = '''"""For `trust_remote_code=True`: {what} of the installed looc_ldm."""
+_SHIM = '''"""For `trust_remote_code=True`: the pipeline of the installed looc_ldm."""
 
-from {module} import {names}
+from {module} import {name}
 
-__all__ = [{quoted}]
+__all__ = ["{name}"]
 '''
 
 
@@ -168,7 +168,7 @@ def push(
     card_options = {"metrics": metrics, "samples": samples, "license": license}
     contents = repository_files(folder, repo_id, **card_options)
     api = HfApi(token=token)
-    with hub_errors(repo_id, revision):
+    with hub_errors(repo_id):
         full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if full_id != repo_id:  # the card names it
             repo_id = full_id
@@ -245,14 +245,8 @@ def remote_code(index: dict, module: str | None = None) -> dict[str, str]:
     name = index["_class_name"]
     name = name[1] if isinstance(name, list) else name
     if name in _HOME_OF or module is not None:
-        shims[PIPELINE_FILE] = _shim("the pipeline", "looc_ldm" if name in _HOME_OF else module, [name])
+        shims[PIPELINE_FILE] = _SHIM.format(module="looc_ldm" if name in _HOME_OF else module, name=name)
     return shims
-
-
-def _shim(what: str, module: str, names: Sequence[str]) -> str:
-    names = sorted(names)
-    quoted = ", ".join(f'"{name}"' for name in names)
-    return _SHIM.format(what=what, module=module, names=", ".join(names), quoted=quoted)
 
 
 def _records_and_code(folder: Path) -> dict[str, bytes]:
@@ -269,7 +263,7 @@ def _records_and_code(folder: Path) -> dict[str, bytes]:
     else:
         texts = {"looc_ldm.py": CODE}
     if (folder / "training.json").is_file():
-        training = read_training(folder / "training.json")
+        training = shareable(read_json(folder / "training.json"))
         texts["training.json"] = _json(training, sort_keys=False)
         if "settings" in training:
             texts["config.yaml"] = yaml.safe_dump(training["settings"], sort_keys=False)

@@ -1,17 +1,19 @@
-"""Load a first stage, with errors that say what is wrong with the folder or repository."""
+"""Load networks, with errors that say what is wrong with the folder or repository."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+import diffusers
 import torch
+from diffusers import ModelMixin
 
 import looc_ldm
 from looc_ldm.models.autoencoder import LooCVQModel
-from looc_ldm.models.registration import AUTOENCODERS
+from looc_ldm.models.registration import AUTOENCODERS, COMPONENTS
 from looc_ldm.models.starter import STARTER
-from looc_ldm.utils.errors import ModelError
+from looc_ldm.utils.errors import ModelError, one_line
+from looc_ldm.utils.files import read_json
 
 
 def load_autoencoder(name: str, dtype: torch.dtype = torch.float32, revision: str | None = None) -> LooCVQModel:
@@ -19,7 +21,7 @@ def load_autoencoder(name: str, dtype: torch.dtype = torch.float32, revision: st
 
     A plain `VQModel` is returned as a `LooCVQModel` that quantizes as it did.
 
-    What comes from the hub is verified (`utils.hub_download`). The quantizer stays float32 whatever the `dtype`.
+    What comes from the hub is verified (`looc_ldm.hub_download`). The quantizer stays float32 whatever the `dtype`.
 
     Raises:
         ModelError: Nothing is there, it is another kind of model, the weights do not fit the config, or what the hub
@@ -28,31 +30,43 @@ def load_autoencoder(name: str, dtype: torch.dtype = torch.float32, revision: st
     folder = model_folder(name, revision, component="vqvae")
     if (folder / "model_index.json").is_file():
         folder = folder / "vqvae"
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ModelError(f"no model in {str(folder)!r}: it holds no config.json.")
-    try:
-        kind = json.loads(config.read_text()).get("_class_name")
-    except (ValueError, AttributeError):
-        raise ModelError(f"{str(config)!r} is not the JSON of a model's config.") from None
+    kind = _class_name(folder)
     if kind not in (*AUTOENCODERS, "VQModel"):
         raise ModelError(f"{str(folder)!r} holds a {kind}, not a {' or '.join(AUTOENCODERS)}.")
+    return load_network(folder, dtype, LooCVQModel if kind == "VQModel" else None).eval()
+
+
+def load_network(folder: Path, dtype: torch.dtype = torch.float32, kind: type[ModelMixin] | None = None) -> ModelMixin:
+    """Return the network in a folder, from safetensors only; `kind` instead of the class that its config names.
+
+    Raises:
+        ModelError: There is none, or its weights do not fit its config.
+    """
+    name = _class_name(folder)
+    kind = kind or getattr(looc_ldm if name in COMPONENTS else diffusers, str(name), None)
+    if not isinstance(kind, type) or not issubclass(kind, ModelMixin):
+        raise ModelError(f"{str(folder)!r} holds a {name}, which is no network that can be loaded.")
     try:
-        model, report = getattr(looc_ldm, kind if kind in AUTOENCODERS else "LooCVQModel").from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+        model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # whatever a constructor raises, values in the config are the reason
-        reason = " ".join(str(error).split())
-        raise ModelError(f"cannot load {name!r}: {reason[:400]}") from error
-    missing = {*report["missing_keys"]} - ({"quantize.usage"} if kind == "VQModel" else set())
+        raise ModelError(f"cannot load {str(folder)!r}: {one_line(error)[:400]}") from error
+    missing = {*report["missing_keys"]} - ({"quantize.usage"} if name == "VQModel" else set())
     wrong = [*missing, *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
-        raise ModelError(f"the weights in {name!r} do not fit its config: {wrong[0]} and {len(wrong) - 1} more differ.")
-    return model.eval()
+        raise ModelError(
+            f"the weights in {str(folder)!r} do not fit its config: {wrong[0]} and {len(wrong) - 1} more differ."
+        )
+    return model
+
+
+def _class_name(folder: Path) -> str | None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"no model in {str(folder)!r}: it holds no config.json.")
+    return read_json(folder / "config.json").get("_class_name")
 
 
 def model_folder(name: str, revision: str | None = None, component: str | None = None, kind: str = "model") -> Path:
-    """The folder that `name` is, that of the starter model, or one with the hub repository `name`, downloaded.
+    """Return the folder `name`, that of the starter model, or one with the hub repository `name`, downloaded.
 
     Raises:
         ModelError: Neither, or what the hub objects to.

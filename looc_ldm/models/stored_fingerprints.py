@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import diffusers
-
-import looc_ldm
 from looc_ldm.models.fingerprint import model_fingerprint
-from looc_ldm.models.loading import load_autoencoder
-from looc_ldm.utils.errors import ModelError
-from looc_ldm.utils.files import read_json
+from looc_ldm.models.loading import load_autoencoder, load_network
 
 
 def stored_fingerprints(folder: Path, generation: bool = False) -> dict[str, str]:
@@ -27,20 +22,9 @@ def stored_fingerprints(folder: Path, generation: bool = False) -> dict[str, str
     Raises:
         ModelError: A network is missing or cannot be loaded.
     """
-    fingerprints = {"vqvae": model_fingerprint(load_autoencoder(str(folder)))}
+    networks = {"vqvae": load_autoencoder(str(folder))}
     if generation:
-        index = read_json(folder / "model_index.json")
-        names = ["unet", *(["class_embedding"] if (index.get("class_embedding") or [None])[0] else [])]
-        fingerprints |= {name: model_fingerprint(_network(folder, name, index.get(name))) for name in names}
-    return fingerprints
-
-
-def _network(folder: Path, name: str, entry: list[str] | None):
-    library, kind = entry or (None, None)
-    network = getattr({"diffusers": diffusers, "looc_ldm": looc_ldm}.get(library), str(kind), None)
-    if network is None:
-        raise ModelError(f"{str(folder)!r}: its model_index.json names {entry} as {name}, which cannot be loaded.")
-    try:
-        return network.from_pretrained(folder / name, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise ModelError(f"cannot load {str(folder / name)!r}: {' '.join(str(error).split())[:400]}") from error
+        networks["unet"] = load_network(folder / "unet")
+        if (folder / "class_embedding").is_dir():
+            networks["class_embedding"] = load_network(folder / "class_embedding")
+    return {name: model_fingerprint(network) for name, network in networks.items()}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from diffusers.utils import logging as diffusers_logging
 
-from looc_ldm.models.loading import model_folder
+from looc_ldm.models.loading import load_network, model_folder
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
-from looc_ldm.utils.errors import ModelError
+from looc_ldm.utils.errors import ModelError, one_line
+from looc_ldm.utils.files import read_json
 
 
 def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> LooCLDMPipeline:
@@ -27,9 +28,17 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> LooCLDMPipel
     shown = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()  # of loading a handful of files
     try:
-        return LooCLDMPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        # diffusers alone would take networks that lack weights.
+        networks = {
+            component: load_network(folder / component, dtype)
+            for component, entry in read_json(folder / "model_index.json").items()
+            if isinstance(entry, list) and (folder / component / "config.json").is_file()
+        }
+        return LooCLDMPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **networks)
+    except ModelError:
+        raise
     except (OSError, ValueError, RuntimeError, AttributeError, TypeError, KeyError) as error:
-        raise ModelError(f"cannot load {name!r}: {' '.join(str(error).split())[:400]}") from error
+        raise ModelError(f"cannot load {name!r}: {one_line(error)[:400]}") from error
     finally:
         if shown:
             diffusers_logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""Uploads of checkpoints to the hub while training goes on.
+"""Upload checkpoints to the hub while training goes on.
 
 Each upload is a process: the hub's client may wait for ever for a silent network, and a thread cannot be ended.
 """
@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from looc_ldm.hub.upload import push
-from looc_ldm.utils.distributed import disk_problem
 from looc_ldm.utils.errors import one_line_errors
 
 WAIT_AT_END_SECONDS = 300
@@ -23,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Pusher:
-    """Uploads folders, one at a time. Only `push_result` and `finish` wait for the network.
+    """Upload folders, one at a time. Only `push_result` and `finish` wait for the network.
 
     Args:
         folder (`Path`): Holds the snapshot that is being uploaded; removed afterwards.
@@ -48,17 +47,8 @@ class Pusher:
             logger.info("not pushed to %s, because the last upload still runs: %s", self.repo_id, message)
             return
         self.finish()
-        try:
-            self.folder.mkdir(parents=True)
-            folder = save(self.folder)
-        except Exception as error:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            problem = disk_problem(error, self.folder.parent)
-            if problem is None:
-                raise
-            logger.warning("not pushed to %s: %s: %s", self.repo_id, message, problem)
-        else:
-            self._begin(folder, message)
+        self.folder.mkdir(parents=True)
+        self._begin(save(self.folder), message)
 
     def push_result(self, folder: Path, message: str, seconds: float = WAIT_AT_END_SECONDS) -> None:
         """Upload the finished model and wait for it. An upload under way is ended."""
@@ -79,14 +69,13 @@ class Pusher:
             pass
         finally:  # after Ctrl-C, too
             process.kill()
-            printed = process.communicate()[1].strip().splitlines()
+            printed = process.communicate()[1].strip() or "the upload was ended before it was complete"
             shutil.rmtree(self.folder, ignore_errors=True)
         if process.returncode == 0:
             logger.info("pushed to %s: %s", self.repo_id, self._message)
-            return True
-        reason = printed[-1].removeprefix("error: ") if printed else "the upload was ended before it was complete"
-        logger.warning("not pushed to %s: %s: %s", self.repo_id, self._message, reason)
-        return False
+        else:
+            logger.warning("not pushed to %s: %s: %s", self.repo_id, self._message, printed.splitlines()[-1])
+        return process.returncode == 0
 
     def _begin(self, folder: Path, message: str) -> None:
         """Begin to upload a folder, which must stay as it is until the upload has ended."""

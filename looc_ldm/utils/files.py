@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
@@ -38,6 +38,19 @@ def check_name(file: Path) -> None:
         )
     if len(os.fsencode(partial.absolute())) >= PATH_BYTES:
         raise UserError(f"cannot write {str(file)!r}: paths may have {PATH_BYTES - 1} bytes.")
+
+
+def is_relative_name(name: str) -> bool:
+    """Whether a name with `/` from elsewhere names a file inside the folder that it is put into, on any system."""
+    path = PurePosixPath(name)
+    return not (
+        path.is_absolute()
+        or ".." in path.parts
+        or not path.name
+        or "\\" in name
+        or ":" in path.parts[0]
+        or any(len(part.encode()) > NAME_BYTES for part in path.parts)
+    )
 
 
 def make_folder(folder: Path) -> None:

@@ -6,17 +6,14 @@ import glob
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 
 from looc_ldm.utils.errors import ModelError, UserError
-from looc_ldm.utils.files import check_folder, read_json
+from looc_ldm.utils.files import check_folder, is_relative_name
 from looc_ldm.utils.hub_errors import HTTPError, hub_errors
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -37,18 +34,17 @@ def download(repo_id: str, revision: str | None = None, component: str | None = 
         ModelError: No such repository or revision, no access, no model in it, a pickle instead of
             safetensors, or a file that does not have the checksum that the hub states.
     """
-    with hub_errors(repo_id, revision):
+    with hub_errors(repo_id):
         try:
-            sha, files = _wanted(repo_id, revision, component=component)
-        except Exception as error:
-            folder = _cached(repo_id, revision) if _is_out_of_reach(error) else None
-            if folder is None:
-                raise
-            return folder
-        new = [file for file in files if not isinstance(try_to_load_from_cache(repo_id, file, revision=sha), str)]
-        folder = _to_cache(repo_id, revision, sha, files)
-        _verify(repo_id, sha, new, cache_dir=constants.HF_HUB_CACHE)
-    return folder
+            return _fetch(repo_id, revision, component=component)[0]
+        except (HTTPError, ConnectionError) as error:
+            answer = getattr(error, "response", None)
+            if answer is None or answer.status_code >= 500:  # no network, HF_HUB_OFFLINE, or a hub that is down
+                for name in ("model_index.json", "config.json"):
+                    file = try_to_load_from_cache(repo_id, name, revision=revision)
+                    if isinstance(file, str):
+                        return Path(file).parent
+            raise
 
 
 def pull(
@@ -58,12 +54,11 @@ def pull(
     variant: str | None = None,
     token: str | None = None,
 ) -> Path:
-    """Download a model into a folder, or the cache, and verify every checksum. Goes on after an interruption.
+    """Download a model into the cache, and copy it into a folder if one is given. Goes on after an interruption.
 
     Args:
         repo_id, revision: See `download`.
-        output (`Path`, *optional*): Folder that must not exist yet, or be empty; it appears when it is complete. The
-            cache if not given.
+        output (`Path`, *optional*): Folder that must not exist yet, or be empty; it appears when it is complete.
         variant (`str`, *optional*): Take the weights of this variant ("non_ema", "fp16") where there are any.
         token (`str`, *optional*): By default what `hf auth login` stored, or HF_TOKEN.
 
@@ -79,134 +74,85 @@ def pull(
         check_folder(target)
         if target.is_dir() and any(target.iterdir()):
             raise UserError(f"--output {str(output)!r} is not empty: give another folder, or delete it.")
-    with hub_errors(repo_id, revision):
-        sha, files = _wanted(repo_id, revision, variant, token=token)
-        if output is None:
-            folder = _to_cache(repo_id, revision, sha, files, token)
-            _verify(repo_id, sha, files, token, cache_dir=constants.HF_HUB_CACHE)
-            return folder
-        partial = target.with_name(f".{target.name}.partial")
-        snapshot_download(repo_id, revision=sha, token=token, allow_patterns=_exactly(files), local_dir=partial)
-        _verify(repo_id, sha, files, token, local_dir=partial)
-    shutil.rmtree(partial / ".cache")  # the client's notes
-    for file in partial.rglob("*"):
-        if file.is_file() and file.relative_to(partial).as_posix() not in files:
-            file.unlink()  # left by an interrupted download of an older revision
+    with hub_errors(repo_id):
+        folder, files = _fetch(repo_id, revision, variant, token=token)
+    if output is None:
+        return folder
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for file in files:
+        (partial / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / file, partial / file)
     with suppress(OSError):
         target.rmdir()  # an empty one
     os.replace(partial, target)
     return output
 
 
-def _wanted(
+def _fetch(
     repo_id: str,
     revision: str | None,
     variant: str | None = None,
     component: str | None = None,
     token: str | None = None,
-) -> tuple[str, list[str]]:
-    """Return the commit of a revision, and those of its files that a model needs.
-
-    Raises:
-        ModelError: No model, no such variant, or a pickle instead of safetensors.
-    """
+) -> tuple[Path, list[str]]:
+    """Download what a model needs into the cache, and verify it. Return the folder and the files."""
     info = HfApi().model_info(repo_id, revision=revision, token=token)
-    files = [sibling.rfilename for sibling in info.siblings]
-    is_pipeline = "model_index.json" in files
-    if not is_pipeline and "config.json" not in files:
-        raise ModelError(f"no model in {repo_id}: it holds neither a model_index.json nor a config.json.")
-    if is_pipeline and component is not None:
-        files = [file for file in files if file == "model_index.json" or file.startswith(f"{component}/")]
-    try:
-        wanted, unusable = wanted_files(files, variant)
-    except ValueError:
-        raise ModelError(f"{repo_id} has no variant {variant!r} of its weights.") from None
-    if unusable and is_pipeline:
-        unusable = {name: unusable[name] for name in unusable.keys() & _components(repo_id, info.sha, token)}
-    elif unusable:
-        unusable = {name: file for name, file in unusable.items() if name == "."}
-    for folder, file in sorted(unusable.items()):
-        place = "it" if folder == "." else folder
-        raise ModelError(
-            f"{repo_id} has {file}, but {place} has no safetensors to load: pickles can run any code and are refused; "
-            "`looc-ldm pull --variant` takes a variant."
-        )
-    if not any(file.endswith(".safetensors") for file in wanted):
-        raise ModelError(f"no model in {repo_id}: it holds no safetensors.")
-    return info.sha, wanted
+    names = [sibling.rfilename for sibling in info.siblings]
+    if "model_index.json" in names and component is not None:
+        names = [name for name in names if name == "model_index.json" or name.startswith(f"{component}/")]
+    files = wanted_files(repo_id, names, variant)
+    # By branch or tag, so that the cache knows it by that name when the hub cannot be reached.
+    patterns = [glob.escape(file) for file in files]
+    folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
+    _verify(repo_id, folder, files, token)
+    return folder, files
 
 
-def wanted_files(files: Iterable[str], variant: str | None = None) -> tuple[list[str], dict[str, str]]:
-    """Choose the files that a model needs: one variant of its weights, no pickle, nothing hidden.
-
-    Returns:
-        The files, and by folder a file of weights that cannot be taken where no other can: a pickle, or a variant.
+def wanted_files(repo_id: str, files: list[str], variant: str | None = None) -> list[str]:
+    """Choose the files of a repository that a model needs: one variant of its weights, no pickle, nothing hidden.
 
     Raises:
-        ValueError: No file has the variant.
+        ModelError: No model, no such variant, a component without safetensors, or a file name that cannot be used.
     """
+    if not {"model_index.json", "config.json"} & set(files):
+        raise ModelError(f"no model in {repo_id}: it holds neither a model_index.json nor a config.json.")
+    for file in files:
+        if not is_relative_name(file):
+            raise ModelError(f"{repo_id} is refused: {file[:100]!r} is no usable name of a file.")
     files = sorted(file for file in files if not any(part.startswith(".") for part in PurePosixPath(file).parts))
     pickles = {file for file in files if file.lower().endswith(PICKLES)}
     weights = {file for file in files if file.endswith(".safetensors") or ".safetensors.index." in file}
-    chosen, _ = variant_compatible_siblings(weights, variant and re.escape(variant))
-    usable = {str(PurePosixPath(file).parent) for file in chosen}
-    unusable = {str(PurePosixPath(file).parent): file for file in files if file in pickles | weights}
-    unusable = {folder: file for folder, file in unusable.items() if folder not in usable}
-    return [file for file in files if file in chosen or file not in pickles | weights], unusable
+    try:
+        chosen, _ = variant_compatible_siblings(weights, variant and re.escape(variant))
+    except ValueError:
+        raise ModelError(f"{repo_id} has no variant {variant!r} of its weights.") from None
+    usable = {PurePosixPath(file).parent for file in chosen}
+    for file in sorted((pickles | weights) - set(chosen)):
+        folder = PurePosixPath(file).parent
+        if str(folder / "config.json") in files and folder not in usable:
+            raise ModelError(
+                f"{repo_id} has {file}, but no safetensors beside it to load: pickles can run any code and are "
+                "refused; `looc-ldm pull --variant` takes a variant."
+            )
+    if not usable:
+        raise ModelError(f"no model in {repo_id}: it holds no safetensors.")
+    return [file for file in files if file in chosen or file not in pickles | weights]
 
 
-def _components(repo_id: str, sha: str, token: str | None) -> set[str]:
-    """Return the components in a pipeline's model_index.json. Not by the cache, where it would count as verified."""
-    with tempfile.TemporaryDirectory() as folder:
-        index = read_json(
-            Path(hf_hub_download(repo_id, "model_index.json", revision=sha, token=token, local_dir=folder))
-        )
-    return {name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
-
-
-def _to_cache(repo_id: str, revision: str | None, sha: str, files: list[str], token: str | None = None) -> Path:
-    # By branch or tag, so that the cache knows it by that name when the hub cannot be reached.
-    folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=_exactly(files)))
-    if folder.name != sha:  # the branch has moved on since it was listed
-        folder = Path(snapshot_download(repo_id, revision=sha, token=token, allow_patterns=_exactly(files)))
-    return folder
-
-
-def _exactly(files: list[str]) -> list[str]:
-    return [glob.escape(file) for file in files]
-
-
-def _is_out_of_reach(error: Exception) -> bool:
-    """Whether there is no network, no answer or none allowed, in contrast to a hub that refuses."""
-    response = getattr(error, "response", None)
-    if response is not None:
-        return response.status_code >= 500
-    return isinstance(error, HTTPError | ConnectionError | LocalEntryNotFoundError)
-
-
-def _cached(repo_id: str, revision: str | None) -> Path | None:
-    """Return the folder of a revision in the cache, complete or not."""
-    for name in ("model_index.json", "config.json"):
-        file = try_to_load_from_cache(repo_id, name, revision=revision)
-        if isinstance(file, str):
-            return Path(file).parent
-    return None
-
-
-def _verify(repo_id: str, sha: str, files: list[str], token: str | None = None, **place) -> None:
-    """Compare files with the checksums that the hub states: its client compares only their sizes.
+def _verify(repo_id: str, folder: Path, files: list[str], token: str | None) -> None:
+    """Compare files in the cache with the checksums that the hub states: its client compares only their sizes.
 
     Raises:
         ModelError: A file differs; it is deleted, so that the next download fetches it again.
     """
-    if not files:
-        return
-    verification = HfApi().verify_repo_checksums(repo_id, revision=sha, token=token, **place)
+    verification = HfApi().verify_repo_checksums(
+        repo_id, revision=folder.name, token=token, cache_dir=constants.HF_HUB_CACHE
+    )
     wrong = [mismatch for mismatch in verification.mismatches if mismatch["path"] in files]
     for mismatch in wrong:
-        file = Path(verification.verified_path) / mismatch["path"]
-        file.resolve().unlink()
-        file.unlink(missing_ok=True)
+        (folder / mismatch["path"]).resolve().unlink()
+        (folder / mismatch["path"]).unlink()
     for first in wrong:
         raise ModelError(
             f"{first['path']} of {repo_id} is damaged: its {first['algorithm']} is {first['actual'][:12]}..., the hub "

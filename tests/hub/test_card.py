@@ -229,13 +229,9 @@ def test_a_model_that_is_no_autoencoder_is_refused(pipeline_folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fingerprints": None}, "does not say of which model the figures are"),
-        ({"fingerprints": {}}, "holds figures of another model"),
-        ({"bits_per_pixel": None}, "states no bits_per_pixel"),
-        ({"height": "16"}, "height is '16'"),
-        ({"data": ["a"]}, r"data is \['a'\]"),
+        ({"fingerprints": None}, "holds no figures that `looc-ldm evaluate"),
+        ({"fingerprints": {}}, "holds figures of a different model"),
         ({"command": None}, "holds no figures that `looc-ldm evaluate"),
-        ({"psnr": float("nan")}, "psnr is nan"),
     ],
 )
 def test_figures_that_do_not_belong_here_are_refused(pipeline_folder, figures, changes, message):
@@ -251,11 +247,11 @@ def test_figures_of_other_weights_are_refused(pipeline_folder, figures, make_pip
     torch.nn.init.normal_(pipe.unet.conv_in.weight)
     pipe.unet.save_pretrained(pipeline_folder / "unet")
     write_card(pipeline_folder, metrics=records[:1])  # the first stage is the same
-    with pytest.raises(UserError, match="holds figures of another model"):
+    with pytest.raises(UserError, match="holds figures of a different model"):
         write_card(pipeline_folder, metrics=records[1:])
     torch.nn.init.normal_(pipe.vqvae.quant_conv.weight)
     pipe.vqvae.save_pretrained(pipeline_folder / "vqvae")
-    with pytest.raises(UserError, match="holds figures of another model"):
+    with pytest.raises(UserError, match="holds figures of a different model"):
         write_card(pipeline_folder, metrics=records[:1])
 
 

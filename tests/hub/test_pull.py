@@ -65,7 +65,7 @@ def test_a_revision_is_pulled(pushed, say, tmp_path):
     assert (tmp_path / "pets" / "README.md").read_bytes() == b"another\n"
     status, _, errors = say("pull", ID, "--output", "more", "--revision", "nothing")
     assert (status, errors.count("\n")) == (2, 1)
-    assert "ada/pets has no revision 'nothing': give a branch, a tag or a commit that it has." in errors
+    assert "Revision Not Found" in errors
 
 
 def test_a_private_repository_is_pulled_with_a_token_only(pushed, say, tmp_path, monkeypatch):
@@ -74,7 +74,7 @@ def test_a_private_repository_is_pulled_with_a_token_only(pushed, say, tmp_path,
     monkeypatch.delenv("HF_TOKEN")
     status, _, errors = say("pull", ID, "--output", "pets")
     assert status == 2
-    assert errors.startswith(f"error: no repository '{ID}' that you may see at {pushed.url}: check the name; if it is")
+    assert "make sure you are authenticated" in errors
     assert say("pull", ID, "--output", "pets", "--token", token)[0] == 0
 
 
@@ -84,8 +84,10 @@ HALF = ["model.fp16-00001-of-00001.safetensors", "model.safetensors.index.fp16.j
 
 @pytest.mark.parametrize(("variant", "weights"), [(None, SHARDS), ("fp16", HALF), ("ema", ["model.ema.safetensors"])])
 def test_shards_and_their_index_belong_to_a_variant_too(variant, weights):
-    files, unusable = wanted_files(["config.json", *SHARDS, *HALF, "model.ema.safetensors"], variant)
-    assert (files, unusable) == (["config.json", *weights], {})
+    assert wanted_files(ID, ["config.json", *SHARDS, *HALF, "model.ema.safetensors"], variant) == [
+        "config.json",
+        *weights,
+    ]
 
 
 # What goes wrong ------------------------------------------------------------------------------------------------------
@@ -125,7 +127,7 @@ def test_a_repository_with_a_pickle_instead_of_safetensors_is_refused(pushed, sa
     status, _, errors = say("pull", "eve/pets")
     assert status == 2
     assert "error: eve/pets has unet/diffusion_pytorch_model." in errors
-    assert "unet has no safetensors to load: pickles can run any code and are refused" in errors
+    assert "no safetensors beside it to load: pickles can run any code and are refused" in errors
     assert errors.count("\n") == 1
     assert not (tmp_path / "cache").exists()
 
@@ -136,16 +138,12 @@ def test_a_pickle_beside_safetensors_is_left_there(pushed, say, tmp_path):
     assert not [path for path in files_in(tmp_path / "pets") if path.endswith(".bin")]
 
 
-STRAY = {"training_args.bin", "checkpoints/optimizer.pt", "old_unet/config.json", "old_unet/model.bin"}
-
-
 def test_pickles_that_no_component_is_loaded_from_are_left_there(pushed, say, tmp_path):
-    unlisted = {"old_unet/model.fp16.safetensors": b""}  # nor is a variant missed there
-    stray = dict.fromkeys(STRAY, b"")
-    pushed.add(ID, pushed.repositories[ID].files() | stray | {"old_vae/config.json": b""} | unlisted)
+    stray = {"training_args.bin", "checkpoints/optimizer.pt", "old_unet/model.bin", "old_unet/model.fp16.safetensors"}
+    pushed.add(ID, pushed.repositories[ID].files() | dict.fromkeys(stray, b"") | {"old_vae/config.json": b""})
     status, _, errors = say("pull", ID, "--output", "pets")
     assert status == 0, errors
-    assert not files_in(tmp_path / "pets") & (STRAY - {"old_unet/config.json"})
+    assert not files_in(tmp_path / "pets") & stray
     LooCLDMPipeline.from_pretrained(tmp_path / "pets")
 
 
@@ -158,29 +156,29 @@ def test_pickles_in_folders_of_an_autoencoder_are_left_there_and_in_its_root_ref
     hub.add("ada/old", {"config.json": b"{}", "model.bin": b"", f"old/{weights}": b""})
     status, _, errors = say("pull", "ada/old")
     assert status == 2
-    assert "ada/old has model.bin, but it has no safetensors to load" in errors
+    assert "ada/old has model.bin, but no safetensors beside it to load" in errors
 
 
 def test_a_component_without_plain_weights_is_refused(hub, say, tmp_path):
-    index = b'{"unet": ["diffusers", "UNet2DModel"], "vqvae": ["looc_ldm", "LooCVQModel"]}'
-    weights = {f"unet/diffusion_pytorch_model.{name}.safetensors": b"" for name in ("ema", "fp16")}
-    weights |= {f"vqvae/diffusion_pytorch_model{name}.safetensors": b"" for name in ("", ".non_ema")}
-    hub.add(ID, {"model_index.json": index} | weights)
+    files = {"model_index.json": b"{}", "unet/config.json": b"{}", "vqvae/config.json": b"{}"}
+    files |= {f"unet/diffusion_pytorch_model.{name}.safetensors": b"" for name in ("ema", "fp16")}
+    files |= {f"vqvae/diffusion_pytorch_model{name}.safetensors": b"" for name in ("", ".non_ema")}
+    hub.add(ID, files)
     for variant in ([], ["--variant", "non_ema"]):
         status, _, errors = say("pull", ID, *variant)
         assert status == 2
-        assert "but unet has no safetensors to load" in errors
+        assert "has unet/diffusion_pytorch_model.ema.safetensors, but no safetensors beside it to load" in errors
         assert "`looc-ldm pull --variant` takes a variant" in errors
 
 
-def test_what_was_listed_is_what_comes_when_the_branch_moves_on_meanwhile(pushed):
-    listed = pushed.repositories[ID].branches["main"]
-    moved = pushed.repositories[ID].files() | {"README.md": b"another\n"}
-    pushed.after_listing = lambda: pushed.add(ID, moved)
-    folder = download(ID)
-    assert pushed.repositories[ID].branches["main"] != listed
-    assert folder.name == listed
-    assert (folder / "README.md").read_bytes() == pushed.repositories[ID].commits[listed]["README.md"]
+@pytest.mark.parametrize("name", ["/absolute.json", "..\\parent.json", "../parent.json", "long" * 75 + ".json"])
+def test_a_file_name_that_cannot_be_used_is_refused_in_one_line(pushed, say, tmp_path, name):
+    pushed.add(ID, pushed.repositories[ID].files() | {name: b"{}"})
+    for command in (["pull", ID, "--output", "pets"], ["sample", ID, "--steps", 1]):
+        status, _, errors = say(*command)
+        assert (status, errors.count("\n")) == (2, 1)
+        assert f"ada/pets is refused: {name[:100]!r} is no usable name of a file." in errors
+    assert not (tmp_path / "pets").exists()
 
 
 @pytest.mark.parametrize("command", ["pull", "sample", "reconstruct", "evaluate reconstruction"])
@@ -188,39 +186,37 @@ def test_a_missing_repository_is_one_line_that_says_what_to_do(hub, say, command
     rest = {"reconstruct": ["fashion_mnist"], "evaluate reconstruction": ["--data", "fashion_mnist"]}
     status, _, errors = say(*command.split(), "ada/nothing", *rest.get(command, []))
     assert (status, errors.count("\n")) == (2, 1)
-    assert errors.startswith(f"error: no repository 'ada/nothing' that you may see at {hub.url}: check the name; if it")
+    assert "Repository Not Found" in errors
     assert errors.endswith(" There is no folder 'ada/nothing' either.\n") or command == "pull"
 
 
 @pytest.mark.parametrize("command", ["pull", "sample"])
-def test_a_refused_token_is_one_line_that_says_what_to_do(pushed, say, monkeypatch, command):
-    monkeypatch.setenv("HF_TOKEN", "hf_bad")
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        ("token", "Invalid credentials in Authorization header"),
+        ("nobody", "Connection refused"),
+        ("offline", "HF_HUB_OFFLINE"),
+    ],
+)
+def test_what_keeps_the_hub_out_of_reach_is_said_in_one_line(pushed, say, monkeypatch, command, trouble, message):
+    if trouble == "token":
+        monkeypatch.setenv("HF_TOKEN", "hf_bad")
+    elif trouble == "nobody":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the port of discarded packets
+    else:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     status, _, errors = say(command, ID)
     assert (status, errors.count("\n")) == (2, 1)
-    assert errors.startswith(f"error: {ID}: the hub does not accept the token (401): make one at {pushed.url}/settings")
-
-
-@pytest.mark.parametrize("command", ["pull", "sample"])
-def test_no_network_is_one_line_that_says_what_to_do(hub, say, monkeypatch, command):
-    nobody = "http://127.0.0.1:9"  # the port of discarded packets: nothing listens there
-    monkeypatch.setattr(constants, "ENDPOINT", nobody)
-    status, _, errors = say(command, ID)
-    assert (status, errors.count("\n")) == (2, 1)
-    assert errors.startswith(f"error: cannot reach the hub at {nobody} for {ID} (")
-
-
-def test_offline_is_one_line_that_says_what_to_do(pushed, say, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    status, _, errors = say("pull", ID)
-    assert (status, errors.count("\n")) == (2, 1)
-    assert errors == f"error: {ID} is not in the cache, and HF_HUB_OFFLINE forbids to download it: unset it once.\n"
+    assert errors.startswith(f"error: {ID} at {constants.ENDPOINT}: ")
+    assert message in errors
 
 
 def test_what_is_in_the_cache_is_used_when_the_hub_cannot_be_reached(pushed, monkeypatch):
     folder = download(ID)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert download(ID) == folder
-    with pytest.raises(ModelError, match="cannot reach the hub"):
+    with pytest.raises(ModelError, match="Connection refused"):
         download("ada/other")
 
 
