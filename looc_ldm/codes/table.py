@@ -1,21 +1,20 @@
-"""Tables of code sequences: parquet files that `datasets.load_dataset` reads, a row an image.
+"""Tables of code sequences, to train autoregressive priors on: parquet files with one row per image.
 
-`docs/looc_format.md` describes the columns. What autoregressive priors are trained on.
+`datasets.load_dataset` reads them. `docs/looc_format.md` describes the columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from looc_ldm.codes.looc_file import CodesError, ImageCodes, index_dtype
+from looc_ldm.utils.errors import DataError, one_line
 from looc_ldm.utils.files import is_relative_name, renamed_when_complete
 
 CODES_PER_GROUP = 2**22  # of a row group: what is held in memory, at 1 to 4 bytes a code
@@ -39,23 +38,35 @@ class TableRow:
 
 
 def write_code_table(file: Path, rows: Iterable[TableRow], num_codevectors: int, classes: list[str]) -> None:
-    """Write rows to a parquet file, beside its place and then renamed, a row group at a time.
+    """Write rows to a parquet file, beside its place and then renamed, one row group at a time.
 
     Args:
         file: Parquet file.
         rows: All of one codebook, with a label if there are `classes`.
         num_codevectors: K. Codes are stored as the smallest unsigned integers that hold them.
         classes: Names of the classes; empty for a table without the column `label`.
+
+    Raises:
+        DataError: The name of a class or of an image is not UTF-8, which parquet asks for.
     """
+    for name in classes:
+        _check_utf8(name)
     features = _features(num_codevectors, classes)
     schema = features.arrow_schema  # with the features in its metadata, so that `datasets` finds the names of classes
     with renamed_when_complete(file) as partial, pq.ParquetWriter(partial, schema, write_page_checksum=True) as writer:
         for group in _groups(rows):
-            writer.write_table(_table(group, schema))
+            writer.write_table(pa.Table.from_pylist(group, schema))
+
+
+def _check_utf8(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"the name {name!r} is not UTF-8, which --format parquet asks for: rename it.") from None
 
 
 def read_code_table(file: Path) -> Iterator[TableRow]:
-    """The rows of a table that `write_code_table` wrote, a few at a time, without their labels.
+    """Yield the rows of a table that `write_code_table` wrote, a few at a time, without their labels.
 
     Raises:
         CodesError: Another kind of file, or one that is damaged.
@@ -76,7 +87,7 @@ def read_code_table(file: Path) -> Iterator[TableRow]:
 
 
 def file_names(file: Path) -> list[PurePosixPath]:
-    """The names of the images in a table, in order.
+    """Return the names of the images in a table, in order.
 
     Raises:
         CodesError: Another kind of file, one that is damaged, or a name that points out of the folder it is put into.
@@ -95,10 +106,10 @@ def file_names(file: Path) -> list[PurePosixPath]:
 
 
 def image_names(names: list[PurePosixPath]) -> list[PurePosixPath]:
-    """The names of the PNG files that the images in a table become.
+    """Return the names of the PNG files that the images in a table become.
 
-    `.png` takes the place of the suffix. Where then two images would become one file, or one a file and another a file
-    in a folder of that name, `.png` is appended to all names of the table.
+    `.png` takes the place of the suffix. If a name would then stand for two images, or for an image and a folder,
+    `.png` is appended to all names of the table.
     """
     replaced = [name.with_suffix(".png") for name in names]
     distinct = set(replaced)
@@ -122,33 +133,29 @@ def _features(num_codevectors: int, classes: list[str]) -> datasets.Features:
     )
 
 
-def _groups(rows: Iterable[TableRow]) -> Iterator[list[TableRow]]:
+def _groups(rows: Iterable[TableRow]) -> Iterator[list[dict]]:
+    """Yield the rows of each row group, by column."""
     group, size = [], 0
     for row in rows:
-        group.append(row)
-        size += row.codes.indices.size
+        _check_utf8(row.file)
+        codes = row.codes
+        columns = {
+            "codes": codes.indices.reshape(-1),
+            "label": row.label,
+            "height": codes.height,
+            "width": codes.width,
+            "latent_shape": codes.indices.shape,
+            "num_codevectors": codes.num_codevectors,
+            "file": row.file,
+            "fingerprint": codes.fingerprint,
+        }
+        group.append(columns)
+        size += codes.indices.size
         if size >= CODES_PER_GROUP:
             yield group
             group, size = [], 0
     if group:
         yield group
-
-
-def _table(rows: list[TableRow], schema: pa.Schema) -> pa.Table:
-    flat = [row.codes.indices.reshape(-1) for row in rows]
-    offsets = pa.array([0, *accumulate(len(codes) for codes in flat)], pa.int32())
-    values = pa.array(np.concatenate(flat), schema.field("codes").type.value_type)
-    columns = {
-        "codes": pa.ListArray.from_arrays(offsets, values),
-        "label": [row.label for row in rows],
-        "height": [row.codes.height for row in rows],
-        "width": [row.codes.width for row in rows],
-        "latent_shape": [row.codes.indices.shape for row in rows],
-        "num_codevectors": [row.codes.num_codevectors for row in rows],
-        "file": [row.file for row in rows],
-        "fingerprint": [row.codes.fingerprint for row in rows],
-    }
-    return pa.table({name: columns[name] for name in schema.names}, schema)
 
 
 def _is_text(found: pa.DataType) -> bool:
@@ -183,4 +190,4 @@ def _record_batches(file: Path, columns: tuple[str, ...]) -> Iterator[pa.RecordB
                     )
             yield from table.iter_batches(ROWS_AT_ONCE, columns=list(columns))
     except (OSError, pa.ArrowException) as error:
-        raise CodesError(f"cannot read {str(file)!r}: {' '.join(str(error).split())}") from None
+        raise CodesError(f"cannot read {str(file)!r}: {one_line(error)}") from None

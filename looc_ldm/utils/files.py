@@ -43,14 +43,7 @@ def check_name(file: Path) -> None:
 def is_relative_name(name: str) -> bool:
     """Whether a name with `/` from elsewhere names a file inside the folder that it is put into, on any system."""
     path = PurePosixPath(name)
-    return not (
-        path.is_absolute()
-        or ".." in path.parts
-        or not path.name
-        or "\\" in name
-        or ":" in path.parts[0]
-        or any(len(part.encode()) > NAME_BYTES for part in path.parts)
-    )
+    return not (path.is_absolute() or ".." in path.parts or not path.name or "\\" in name or ":" in path.parts[0])
 
 
 def make_folder(folder: Path) -> None:

@@ -13,7 +13,7 @@ from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblin
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 
 from looc_ldm.utils.errors import ModelError, UserError
-from looc_ldm.utils.files import check_folder, is_relative_name
+from looc_ldm.utils.files import NAME_BYTES, check_folder, is_relative_name
 from looc_ldm.utils.hub_errors import HTTPError, hub_errors
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -118,7 +118,7 @@ def wanted_files(repo_id: str, files: list[str], variant: str | None = None) -> 
     if not {"model_index.json", "config.json"} & set(files):
         raise ModelError(f"no model in {repo_id}: it holds neither a model_index.json nor a config.json.")
     for file in files:
-        if not is_relative_name(file):
+        if not is_relative_name(file) or any(len(os.fsencode(part)) > NAME_BYTES for part in PurePosixPath(file).parts):
             raise ModelError(f"{repo_id} is refused: {file[:100]!r} is no usable name of a file.")
     files = sorted(file for file in files if not any(part.startswith(".") for part in PurePosixPath(file).parts))
     pickles = {file for file in files if file.lower().endswith(PICKLES)}

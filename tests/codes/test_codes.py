@@ -189,6 +189,18 @@ def test_a_table_is_written_a_group_at_a_time_and_read_back(tmp_path):
     assert pq.ParquetFile(tmp_path / "train.parquet").num_row_groups == 2
 
 
+@pytest.mark.parametrize(("classes", "file"), [(["caf\udce9"], None), ([], "caf\udce9")])
+def test_a_name_that_is_not_utf8_is_refused_before_anything_more_is_computed(tmp_path, classes, file):
+    def rows():
+        assert file is not None, "a row is computed"
+        yield TableRow(some_codes(100), file)
+        pytest.fail("another row is computed")
+
+    with pytest.raises(DataError, match=r"the name 'caf\\udce9' is not UTF-8"):
+        write_code_table(tmp_path / "train.parquet", rows(), 100, classes)
+    assert not list(tmp_path.iterdir())
+
+
 # Whose codes ----------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,6 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -52,7 +51,6 @@ class Hub:
         uploads: SHA-256 of every object that arrived completely, in order.
         failing_upload: From which upload on (counted from 1) connections are cut in the middle; None for never.
         corrupted: Paths whose contents are served with a flipped bit.
-        after_listing: Called once, when the files of a repository have been listed.
         messages: Of the commits, in order.
         refused_yaml: What `validate-yaml` answers with an error, if not empty.
     """
@@ -67,7 +65,6 @@ class Hub:
         self.failing_upload: int | None = None
         self.corrupted: set[str] = set()
         self.refused_yaml = ""
-        self.after_listing: Callable[[], object] | None = None
         self.lock = threading.Lock()
         hub = self
 
@@ -281,9 +278,6 @@ class _Handler(BaseHTTPRequestHandler):
             return
         siblings = [{"rfilename": path} for path in sorted(repository.commits[sha])]
         self.answer(200, {"id": repo_id, "sha": sha, "private": repository.private, "siblings": siblings, "tags": []})
-        after_listing, self.hub.after_listing = self.hub.after_listing, None
-        if after_listing is not None:
-            after_listing()
 
     def tree(self, repo_id, revision):
         repository = self.repository(repo_id)
