@@ -11,7 +11,7 @@ from PIL import Image
 
 import looc_ldm
 from looc_ldm import LooCSmallVQModel, LooCVQModel
-from looc_ldm.hub.card import MARK, title, write_card
+from looc_ldm.hub.card import MARK, write_card
 from looc_ldm.models.fingerprint import model_fingerprint
 from looc_ldm.models.registration import AUTOENCODERS
 from looc_ldm.models.stored_fingerprints import stored_fingerprints
@@ -313,8 +313,3 @@ def test_what_evaluate_writes_is_what_the_card_reads(autoencoder_folder, say, tm
     assert own["dataset"] == {"name": "animals", "type": "animals", "split": "test"}
     assert own["metrics"][0]["value"] == measured["psnr"]
     assert own["metrics"][0]["args"]["images"] == 3
-
-
-def test_figures_that_are_new_are_stated_under_their_own_name():
-    assert title("precision@192") == "precision (192 features)"
-    assert title("lpips") == "LPIPS"
