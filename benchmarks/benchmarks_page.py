@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from looc_ldm import LooCVQModel, configs
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import construct, load_config
-from looc_ldm.training.diffusion import Denoiser
+from looc_ldm.training.denoiser import Denoiser
 from looc_ldm.utils.errors import UserError, one_line_errors
 
 BYTES_PER_PARAMETER = 20  # float32 weight, gradient, two moments of AdamW, average

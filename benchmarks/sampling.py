@@ -25,7 +25,7 @@ from results import RESULTS, circumstances, replace_results
 from looc_ldm import LooCLDMPipeline, LooCVQModel
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import construct, load_config
-from looc_ldm.training.diffusion import Denoiser, make_scheduler
+from looc_ldm.training.denoiser import Denoiser, make_scheduler
 
 TURNS = 5
 

@@ -38,7 +38,7 @@ from torchvision.models import vgg16
 from looc_ldm import LooCVQModel
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import construct, load_config
-from looc_ldm.training.diffusion import Denoiser, make_scheduler
+from looc_ldm.training.denoiser import Denoiser, make_scheduler
 from looc_ldm.training.losses import (
     PatchDiscriminator,
     adaptive_adversarial_weight,

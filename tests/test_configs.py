@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention
 from looc_ldm import FixedHeadsUNet2DModel, LooCLDMPipeline, LooCVQModel, configs
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import construct, load_config
-from looc_ldm.training.diffusion import Denoiser, make_scheduler
+from looc_ldm.training.denoiser import Denoiser, make_scheduler
 from tiny import tiny_autoencoder
 
 AUTOENCODERS = [name for name in configs.names() if name.split("/")[1].startswith("autoencoder")]

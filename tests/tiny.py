@@ -180,7 +180,7 @@ def launch(*command: str | Path, processes: int = 2) -> str:
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
     command = [*launcher, *map(str, command)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return ended.stdout
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from looc_ldm.images.open import folder_of
 from looc_ldm.metrics.extractors import InceptionFeatures
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, EvaluationConfig
 from looc_ldm.utils.errors import ConfigError, one_line
@@ -19,7 +20,8 @@ def check_config(config: AutoencoderConfig | DiffusionConfig) -> None:
     """
     data, output_dir = config.data, Path(config.output_dir)
     check_folder(output_dir)
-    if Path(data.path).is_dir() and output_dir.resolve().is_relative_to(Path(data.path).resolve()):
+    images = folder_of(data)
+    if images is not None and output_dir.resolve().is_relative_to(images.resolve()):
         raise ConfigError(
             f"output_dir={config.output_dir!r} is inside data.path={data.path!r}: the run's own image grids would "
             "become training images. Give an output_dir elsewhere."

@@ -1,10 +1,11 @@
-"""Settings from the command line and YAML, and whether a run may go on with them."""
+"""Settings from the command line and YAML."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import inspect
+import os
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,33 +18,6 @@ from looc_ldm.utils.errors import ConfigError, one_line
 
 T = TypeVar("T")
 
-# Settings that may differ when a run is resumed: the length of the run, and how it is reported.
-RESUMABLE = {
-    "mixed_precision",  # `auto` may become the value that it stood for; checkpoints are compared by that
-    "total_images",
-    "log_every_images",
-    "preview_every_images",
-    "checkpoint_every_images",
-    "keep_last",
-    "keep_every_images",
-    "max_skipped_steps",
-    "push_to_hub",
-    "push_private",
-    "tracker",
-    "data.num_workers",
-    "data.max_unreadable_share",
-    "evaluation.every_images",
-    "evaluation.images",
-    "evaluation.fid",
-    "evaluation.inception_weights",
-    "evaluation.feature_layer",
-    "preview_steps",
-    "preview_guidance_scale",
-    "output_dir",
-    "latents",  # which are compared with the autoencoder and the data
-}
-# Settings that say where something lies, which may have moved since.
-MOVABLE = {"data.path", "autoencoder", "loss.lpips_weights"}
 # Settings of earlier versions that stored configs still hold, with the only value that is left.
 WITHDRAWN = {
     "data.validation_labels": None,
@@ -102,22 +76,6 @@ def to_dict(config) -> dict:
 def config_text(config) -> str:
     """Return the resolved config as YAML, which `--config` reads."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-def differences(old: dict, new: dict) -> list[str]:
-    """Return the settings that may not differ when a run is resumed, and do, each as `name: old -> new`."""
-    return [change for name, change in _changes(old, new).items() if name not in RESUMABLE | MOVABLE]
-
-
-def moves(old: dict, new: dict) -> list[str]:
-    """Return the settings of places that have changed, each as `name: old -> new`."""
-    return [change for name, change in _changes(old, new).items() if name in MOVABLE]
-
-
-def _changes(old: dict, new: dict) -> dict[str, str]:
-    old, new = _flatten(old), _flatten(new)
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return {name: f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names}
 
 
 def construct(cls, arguments: dict[str, Any], what: str):
@@ -196,8 +154,8 @@ def _read_config(config_class: type, name: str) -> str:
     for group, default in defaults.items():
         if isinstance(default, dict) and not isinstance(settings.get(group, {}), dict):
             raise ConfigError(f"{group} must be a mapping of settings in {str(file)!r}, got {settings[group]!r}.")
-    defaults = _flatten(defaults)
-    for name, value in _flatten(settings).items():
+    defaults = flatten(defaults)
+    for name, value in flatten(settings).items():
         _refuse_unknown(config_class, name)
         if value is None and defaults.get(name) is not None:
             raise ConfigError(f"{name} has no value in {str(file)!r}.")
@@ -221,19 +179,23 @@ def _one_line(error: Exception) -> str:
 
 
 def _unrestricted(value):
-    """Return numbers and strings as what Python, YAML and pickle know, instead of the parser's restricted types."""
+    """Return numbers and strings as what Python, YAML and pickle know, instead of the parser's restricted types.
+
+    A string that begins with `~` is a path: that becomes the user's folder.
+    """
     if is_dataclass(value):
         return replace(value, **{f.name: _unrestricted(getattr(value, f.name)) for f in fields(value)})
     if isinstance(value, tuple):
         return tuple(map(_unrestricted, value))
-    return next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), value)
+    if isinstance(value, str):
+        return os.path.expanduser(str(value))
+    return next((kind(value) for kind in (bool, int, float) if isinstance(value, kind)), value)
 
 
 def _setting_names(config_class: type) -> list[str]:
     names = []
-    for name, value in vars(config_class()).items():
-        nested = _setting_names(type(value)) if is_dataclass(value) else []
-        names += [name, *(f"{name}.{inner}" for inner in nested)]
+    for name, value in asdict(config_class()).items():
+        names += [name, *(f"{name}.{inner}" for inner in value)] if isinstance(value, dict) else [name]
     return names
 
 
@@ -242,11 +204,12 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}."
 
 
-def _flatten(values: dict, prefix: str = "") -> dict:
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Return nested settings as one dict of dotted names."""
     flat = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
+            flat.update(flatten(value, f"{prefix}{name}."))
         else:
             flat[f"{prefix}{name}"] = value
     return flat

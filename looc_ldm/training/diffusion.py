@@ -18,11 +18,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import diffusers
 import torch
-import torch.nn as nn
 from accelerate.utils import set_seed
-from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch.utils.data import Subset
@@ -31,15 +28,13 @@ from tqdm.auto import tqdm
 from looc_ldm.images.image_set import ImageSet, spread
 from looc_ldm.images.pixels import to_float, to_pil
 from looc_ldm.models.autoencoder import LooCVQModel
-from looc_ldm.models.class_embedding import ClassEmbedding
 from looc_ldm.models.loading import load_autoencoder
 from looc_ldm.models.scaling import encode_latents
-from looc_ldm.models.unet import FixedHeadsUNet2DModel
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.training.checks import check_config, check_evaluation
 from looc_ldm.training.config import DiffusionConfig
-from looc_ldm.training.config_parsing import construct, parse_command_line
+from looc_ldm.training.config_parsing import parse_command_line
 from looc_ldm.training.data import (
     OnlineLatentStream,
     float_batches,
@@ -47,6 +42,7 @@ from looc_ldm.training.data import (
     make_stream,
     stream_loader,
 )
+from looc_ldm.training.denoiser import Denoiser, make_scheduler
 from looc_ldm.training.ema import EMA
 from looc_ldm.training.init_from import denoiser_from
 from looc_ldm.training.latent_encoding import cache_latents, latent_side
@@ -66,11 +62,6 @@ from looc_ldm.utils.files import replace_text
 logger = logging.getLogger(__name__)
 
 PROG = "looc-ldm train diffusion"
-UNETS = {
-    "UNet2DModel": UNet2DModel,
-    "UNet2DConditionModel": UNet2DConditionModel,
-    "FixedHeadsUNet2DModel": FixedHeadsUNet2DModel,
-}
 PREVIEW_IMAGES = 40
 
 
@@ -89,7 +80,7 @@ def train(config: DiffusionConfig) -> Path:
     if config.class_conditional and not classes:
         raise ConfigError(f"class_conditional=true, but {config.data.path} has no classes.")
     if config.init_from:
-        denoiser = denoiser_from(config, lambda settings: Denoiser.from_config(settings, vqvae, len(classes)), classes)
+        denoiser = denoiser_from(config, vqvae, classes)
     else:
         denoiser = Denoiser.from_config(config, vqvae, len(classes))
     scheduler = make_scheduler(config.scheduler)
@@ -245,70 +236,6 @@ def measured_once(vqvae: LooCVQModel, images: ImageSet | Subset, run: Run) -> Mo
         return moments
 
     return on_main(run.accelerator, measure)
-
-
-class Denoiser(nn.Module):
-    """A UNet and, if it attends to one, its class token: the network that stage 2 trains.
-
-    Attributes:
-        null_label (`int`, *optional*): The label of the null class; None without classes or without dropout.
-    """
-
-    def __init__(self, unet: nn.Module, class_embedding: ClassEmbedding | None, null_label: int | None):
-        super().__init__()
-        self.unet = unet
-        self.class_embedding = class_embedding
-        self.null_label = null_label
-        # The parts that FSDP gathers one at a time (Accelerate's name for them): they hold nearly all weights.
-        parts = {type(module).__name__ for module in unet.modules()}
-        self._no_split_modules = sorted({"ResnetBlock2D", "BasicTransformerBlock"} & parts)
-
-    @classmethod
-    def from_config(cls, config: DiffusionConfig, vqvae: LooCVQModel, num_classes: int) -> Denoiser:
-        """Build the networks for the latents of `vqvae` and the classes of the data (0: unconditional)."""
-        arguments = dict(config.unet)
-        kind = arguments.pop("type", "UNet2DModel")
-        if kind not in UNETS:
-            raise ConfigError(f"unet.type must be one of {', '.join(UNETS)}, got {kind!r}.")
-        channels = vqvae.quantize.vq_embed_dim
-        null_label = num_classes if num_classes and config.class_dropout else None
-        num_class_embeds = num_classes + (null_label is not None)
-        of_data = {
-            "sample_size": latent_side(vqvae, config.data),
-            "in_channels": channels,
-            "out_channels": channels,
-            "num_class_embeds": num_class_embeds if kind != "UNet2DConditionModel" and num_classes else None,
-        }
-        for name, value in of_data.items():
-            if arguments.setdefault(name, value) != value:
-                raise ConfigError(f"unet.{name} is {arguments[name]} in the config, but {value} by the data.")
-        class_embedding = None
-        if kind == "UNet2DConditionModel":
-            if not num_classes or config.class_embedding_dim is None:
-                raise ConfigError("unet.type=UNet2DConditionModel needs class_conditional and class_embedding_dim.")
-            class_embedding = ClassEmbedding(num_class_embeds, config.class_embedding_dim)
-            arguments["cross_attention_dim"] = config.class_embedding_dim
-        return cls(construct(UNETS[kind], arguments, "unet"), class_embedding, null_label)
-
-    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """Return the prediction `(B, c, h, w)` for noisy latents of that shape, timesteps `(B,)` and labels `(B,)`."""
-        if self.class_embedding is not None:
-            return self.unet(noisy, timesteps, encoder_hidden_states=self.class_embedding(labels)).sample
-        if labels is not None:
-            return self.unet(noisy, timesteps, class_labels=labels).sample
-        return self.unet(noisy, timesteps).sample
-
-
-def make_scheduler(settings: dict):
-    """Return the scheduler of a config. Latents are not images: nothing is clipped unless the config says so."""
-    arguments = dict(settings)
-    kind = arguments.pop("type", "DDIMScheduler")
-    scheduler_class = getattr(diffusers, str(kind), None)
-    if scheduler_class is None or not kind.endswith("Scheduler"):
-        raise ConfigError(f"scheduler.type must be the name of a diffusers scheduler, got {kind!r}.")
-    if kind in ("DDIMScheduler", "DDPMScheduler"):
-        arguments = {"clip_sample": False, **arguments}
-    return construct(scheduler_class, arguments, "scheduler")
 
 
 def preview(pipe: LooCLDMPipeline, config: DiffusionConfig) -> Image.Image:

@@ -15,6 +15,7 @@ from looc_ldm.models.loading import load_autoencoder
 from looc_ldm.pipelines.loading import load_pipeline
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import construct
+from looc_ldm.training.denoiser import Denoiser
 from looc_ldm.utils.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
@@ -51,11 +52,12 @@ def autoencoder_from(config: AutoencoderConfig) -> LooCVQModel:
     return model
 
 
-def denoiser_from(config: DiffusionConfig, build, classes: list[str]):
+def denoiser_from(config: DiffusionConfig, vqvae: LooCVQModel, classes: list[str]) -> Denoiser:
     """Load the UNet and class token of the pipeline `config.init_from`. With other classes their embeddings start anew.
 
     Args:
-        build: Makes the `Denoiser` of a config.
+        config (`DiffusionConfig`): The settings.
+        vqvae (`LooCVQModel`): The first stage, on whose latents it is trained.
         classes (`list[str]`): Names of the classes that are trained on.
 
     Raises:
@@ -73,7 +75,8 @@ def denoiser_from(config: DiffusionConfig, build, classes: list[str]):
     dimension = config.class_embedding_dim
     if trained.class_embedding is not None:
         dimension = trained.class_embedding.config.embedding_dim
-    denoiser = build(replace(config, unet={"type": kind, **unet, **config.unet}, class_embedding_dim=dimension))
+    settings = replace(config, unet={"type": kind, **unet, **config.unet}, class_embedding_dim=dimension)
+    denoiser = Denoiser.from_config(settings, vqvae, len(classes))
 
     channels = trained.unet.config.in_channels
     if denoiser.unet.config.in_channels != channels:

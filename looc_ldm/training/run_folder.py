@@ -13,7 +13,8 @@ from pathlib import Path
 
 from looc_ldm.training.checkpoints import checkpoints_in
 from looc_ldm.training.config import RunConfig
-from looc_ldm.training.config_parsing import config_text, differences, moves, read_settings, to_dict
+from looc_ldm.training.config_parsing import config_text, read_settings, to_dict
+from looc_ldm.training.resumable import differences, moves
 from looc_ldm.utils.errors import ConfigError
 from looc_ldm.utils.files import check_folder, read_json, replace_folder, replace_text
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import threading
@@ -67,14 +67,14 @@ def stopped_by(number: int, message: str) -> KeyboardInterrupt:
 
 
 class SteadyLoader(DataLoader):
-    """A loader that neither loses a signal nor loses a worker to one.
+    """A loader that loses neither signals nor batches.
 
     A signal that comes while the workers are forked is handled when all are there: what its handler raises in the
     functions that Python calls around a fork is printed and forgotten.
     """
 
     def __init__(self, *arguments, **options):
-        super().__init__(*arguments, worker_init_fn=leave_signals_to_the_trainer, **options)
+        super().__init__(*arguments, worker_init_fn=start_worker, **options)
 
     def __iter__(self):
         with _signals_delayed():
@@ -97,14 +97,17 @@ def _signals_delayed() -> Iterator[None]:
         signal.raise_signal(number)
 
 
-def _leave_signals(worker: int, over: ctypes.c_bool) -> None:
+def _start_worker(worker: int, over: ctypes.c_bool) -> None:
     """Let a loader's worker go on while the trainer, which gets the same signals, finishes its step.
 
     When no training is under way, SIGTERM ends the worker at once: the loader sends it to a worker that is slow to end.
+    A worker that cannot send a batch, as when /dev/shm is full, ends. Python's queue would print a traceback and lose
+    the batch, for which the trainer would wait for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if over.value else None)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
 
 
-leave_signals_to_the_trainer = partial(_leave_signals, over=_over)  # also for workers that are not forked
+start_worker = partial(_start_worker, over=_over)  # also for workers that are not forked

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
+# Errors of bad input or a failing network that do not derive from OSError or ValueError.
+FOREIGN_ERRORS = (("yaml", "YAMLError"), ("wandb", "Error"))
+
 
 class UserError(ValueError):
     """Bad input. The message is one line that names the value and what is allowed."""
@@ -63,7 +66,8 @@ def one_line_errors() -> Iterator[None]:
     """Command lines run in this: bad input ends in one line and exit status 2, Ctrl-C in one line and status 130.
 
     Bad input is a UserError, and what the system, a library or YAML say of files and values: OSError, ValueError (of
-    which UnicodeError is one) and YAMLError. SIGTERM during training ends in one line and status 143.
+    which UnicodeError is one) and `FOREIGN_ERRORS`; also a loader's worker process that ended, for lack of memory.
+    SIGTERM during training ends in one line and status 143.
     """
     try:
         yield
@@ -72,10 +76,16 @@ def one_line_errors() -> Iterator[None]:
             print_once(f"\n{str(interrupt) or 'interrupted'}", file=sys.stderr)
         sys.exit(143 if isinstance(interrupt, Terminated) else 130)
     except Exception as error:
-        yaml = sys.modules.get("yaml")  # which need not have been imported
-        if not isinstance(error, (OSError, ValueError) + ((yaml.YAMLError,) if yaml else ())):
-            raise
+        # Base classes of packages' errors, if they have been imported.
+        theirs = [getattr(sys.modules.get(package), name, ()) for package, name in FOREIGN_ERRORS]
         message = str(error).strip() or type(error).__name__
+        if isinstance(error, RuntimeError) and re.search(r"DataLoader worker \(pid|shared memory", message):
+            message = (
+                "a process that loads images ended. Most often memory or /dev/shm is too small: give "
+                "--data.num_workers 0 or a smaller batch, or make /dev/shm larger (docker run --shm-size 8g)."
+            )
+        elif not isinstance(error, (OSError, ValueError, *theirs)):
+            raise
         # From a loader's worker process the message comes with the worker's traceback in front.
         if message.startswith("Caught "):
             message = re.sub(r"^[\w.]+: ", "", message.splitlines()[-1])

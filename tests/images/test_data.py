@@ -22,6 +22,7 @@ from looc_ldm.training.data import (
     make_stream,
     stream_loader,
 )
+from looc_ldm.training.stopping import SteadyLoader
 from looc_ldm.utils.errors import ConfigError, DataError, UnreadableImage, one_line_errors
 
 
@@ -273,3 +274,29 @@ class ThreadCounts(Dataset):
 
     def __getitem__(self, position):
         return torch.get_num_threads(), Report()
+
+
+class Unsendable:
+    """Ends like a tensor when /dev/shm is full: in the thread of a worker that sends batches."""
+
+    def __reduce__(self):
+        raise OSError("No space left on device")
+
+
+def test_a_batch_that_a_worker_cannot_send_ends_in_one_line(capsys):
+    loader = SteadyLoader([Unsendable()], None, num_workers=1, multiprocessing_context="fork")
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        next(iter(loader))
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "/dev/shm" in message
+    assert "--data.num_workers 0" in message
+
+
+def test_workers_send_bytes_of_which_the_process_that_asked_makes_numbers():
+    rows = [(torch.full((1, 2, 2), value, dtype=torch.uint8), 0) for value in (0, 255)]
+    loader = float_batches(rows, batch_size=2)
+    assert loader.collate_fn(rows).dtype == torch.uint8
+    (batch,) = loader
+    assert batch.unique().tolist() == [-1, 1]

@@ -375,7 +375,7 @@ def train_on_a_hub_id(folder: Path, **environment: str) -> list[str]:
     command = [sys.executable, "-m", "looc_ldm.training.autoencoder", "--config", "fashion_mnist/autoencoder"]
     command += ["--data.path", "nobody/nothing", "--output_dir", str(folder)]
     others = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    ended = subprocess.run(command, env=others | environment, capture_output=True, text=True, timeout=100)
+    ended = subprocess.run(command, env=others | environment, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 2
     assert not folder.exists()
     return ended.stderr.strip().splitlines()

@@ -12,11 +12,11 @@ from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, Optimiz
 from looc_ldm.training.config_parsing import (
     config_text,
     construct,
-    differences,
     load_config,
     parse_config,
     to_dict,
 )
+from looc_ldm.training.resumable import differences
 from looc_ldm.utils.errors import ConfigError
 
 
@@ -158,6 +158,12 @@ def test_a_config_is_read_in_utf_8_or_utf_16_and_else_refused_in_one_line(tmp_pa
         assert parse("--config", str(file)).output_dir == "läufe"
     file.write_bytes("output_dir: läufe\n".encode("cp1252"))
     assert re.search("cannot read the config '.*', YAML in UTF-8: ", error_of("--config", str(file)))
+
+
+def test_paths_may_begin_with_the_users_folder(write_config, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parse("--config", write_config("output_dir: ~/runs\n"), "--data.path=~/images")
+    assert (config.output_dir, config.data.path) == ("/home/me/runs", "/home/me/images")
 
 
 def test_lists_become_tuples():

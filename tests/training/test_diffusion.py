@@ -16,7 +16,7 @@ from looc_ldm.models.loading import load_autoencoder
 from looc_ldm.training import diffusion
 from looc_ldm.training.checks import check_config
 from looc_ldm.training.config import EvaluationConfig
-from looc_ldm.training.diffusion import Denoiser, make_scheduler
+from looc_ldm.training.denoiser import Denoiser, make_scheduler
 from looc_ldm.training.latents import LatentCache, LatentStream
 from looc_ldm.training.run import Run
 from looc_ldm.utils.errors import ConfigError, ModelError

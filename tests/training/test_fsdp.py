@@ -5,7 +5,6 @@ for it; everything after it is Accelerate's and PyTorch's own.
 """
 
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from looc_ldm import LooCLDMPipeline
 from looc_ldm.training import diffusion
 from looc_ldm.training.config import DiffusionConfig
 from looc_ldm.training.config_parsing import config_text, load_config
+from tiny import launch
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -32,13 +32,10 @@ FSDP = {
 pytestmark = pytest.mark.slow
 
 
-def launch(config: DiffusionConfig, folder: Path) -> None:
+def run(config: DiffusionConfig, folder: Path) -> None:
     file = folder / f"{Path(config.output_dir).name}.yaml"
     file.write_text(config_text(config))
-    environment = {**os.environ, **FSDP, "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    ended = subprocess.run([*command, str(file)], env=environment, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    launch(__file__, file)
 
 
 def weights(pipeline: Path) -> dict[str, torch.Tensor]:
@@ -53,8 +50,8 @@ def divided(diffusion_config, tmp_path_factory) -> tuple[DiffusionConfig, Path]:
     folder = tmp_path_factory.mktemp("fsdp")
     config = diffusion_config(folder / "divided", class_conditional=True, total_images=96, checkpoint_every_images=24)
     config = replace(config, optimizer=replace(config.optimizer, learning_rate=0.05))
-    launch(replace(config, total_images=24), folder)
-    launch(config, folder)
+    run(replace(config, total_images=24), folder)
+    run(config, folder)
     return config, folder
 
 
@@ -98,6 +95,7 @@ def divide_on_cpus() -> None:
 
 
 def main(file: Path) -> None:
+    os.environ.update(FSDP)
     divide_on_cpus()
     diffusion.adamw = sgd
     prepare = diffusion.prepare_fsdp

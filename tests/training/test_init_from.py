@@ -9,7 +9,6 @@ from looc_ldm import LooCLDMPipeline, LooCVQModel
 from looc_ldm.training import autoencoder, diffusion
 from looc_ldm.training.config import AutoencoderConfig
 from looc_ldm.training.config_parsing import parse_config
-from looc_ldm.training.diffusion import Denoiser
 from looc_ldm.training.init_from import autoencoder_from, denoiser_from
 from looc_ldm.utils.errors import ConfigError, ModelError
 
@@ -97,8 +96,7 @@ def test_flags_may_be_typed_with_dashes():
 
 
 def start(config, classes, autoencoder_run):
-    vqvae = LooCVQModel.from_pretrained(autoencoder_run / "model")
-    return denoiser_from(config, lambda settings: Denoiser.from_config(settings, vqvae, len(classes)), classes)
+    return denoiser_from(config, LooCVQModel.from_pretrained(autoencoder_run / "model"), classes)
 
 
 @pytest.mark.parametrize("repeated", [True, False])

@@ -180,7 +180,7 @@ def test_the_slurm_script_trains_on_two_nodes_saves_at_the_time_limit_and_goes_o
         with suppress(subprocess.TimeoutExpired):
             script.wait(0.5)
     script.send_signal(signal.SIGUSR1)
-    _, errors = script.communicate(timeout=120)
+    _, errors = script.communicate(timeout=600)
     assert script.returncode != 0
     assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n", errors[-3000:]
     (checkpoint,) = checkpoints_in(run / "checkpoints")
@@ -189,7 +189,7 @@ def test_the_slurm_script_trains_on_two_nodes_saves_at_the_time_limit_and_goes_o
 
     # The job is started again; here it only has 64 images to go
     script = submit(os.getpid() + 1, stopped_at + 64)
-    _, errors = script.communicate(timeout=240)
+    _, errors = script.communicate(timeout=600)
     assert script.returncode == 0, errors[-3000:]
     assert (run / "model" / "training.json").is_file()
     assert (tmp_path / "requeued").read_text().count("\n") == 1  # a run that is finished is not

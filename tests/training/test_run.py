@@ -15,8 +15,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from looc_ldm.training.config import DiffusionConfig
-from looc_ldm.training.config_parsing import differences, moves, to_dict
+from looc_ldm.training.config_parsing import to_dict
 from looc_ldm.training.optimization import clip_gradients
+from looc_ldm.training.resumable import differences, moves
 from looc_ldm.training.run import Run
 from looc_ldm.utils.errors import ConfigError, Terminated, TrainingError, UserError
 from tiny import import_file, log_lines

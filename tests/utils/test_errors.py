@@ -1,5 +1,8 @@
 """What the command lines make of bad input and of interruptions."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import yaml
 
@@ -32,6 +35,15 @@ def test_one_line_and_a_status(raised, status, line, capsys):
         raise raised
     assert stopped.value.code == status
     assert capsys.readouterr().err.strip().startswith(line)
+
+
+def test_an_error_of_wandb_such_as_a_missing_login_is_one_line(monkeypatch, capsys):
+    wandb = ModuleType("wandb")
+    wandb.Error = type("Error", (Exception,), {})
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(SystemExit), one_line_errors():
+        raise wandb.Error("No API key configured.\nUse `wandb login` to log in.")
+    assert capsys.readouterr().err == "error: No API key configured. Use `wandb login` to log in.\n"
 
 
 def test_an_error_of_the_program_keeps_its_traceback():
