@@ -40,7 +40,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Findings:
-    """Results of `collect`. Everything but `sample` covers all images.
+    """Results of `collect`, over all images but for `sample`.
 
     Attributes:
         statistics (`CodebookStatistics`): Counts of codevectors by segment.

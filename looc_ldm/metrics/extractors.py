@@ -54,7 +54,6 @@ class InceptionFeatures:
 
     Raises:
         ValueError: An unknown layer.
-        FileNotFoundError: `weights` is not a file.
     """
 
     layer: str = "2048"
@@ -65,8 +64,6 @@ class InceptionFeatures:
     def __post_init__(self):
         if self.layer not in LAYERS:
             raise ValueError(f"layer must be one of {', '.join(map(repr, LAYERS))}, got {self.layer!r}.")
-        if self.weights is not None and not Path(self.weights).is_file():
-            raise FileNotFoundError(f"No Inception weights at {self.weights}.")
 
     @property
     def name(self) -> str:
@@ -80,6 +77,7 @@ class InceptionFeatures:
         """Load the network, downloading it if no `weights` were given, and run it once.
 
         Raises:
+            FileNotFoundError: `weights` is not a file.
             ValueError: The file is not a state dict of the FID Inception network, holds more than tensors, or does not
                 hold `layer` or the logits (they are not finite).
             ConnectionError: The network could not be downloaded.
@@ -142,16 +140,9 @@ class VGG16Features:
     Args:
         weights (`Path`, *optional*): torchvision's state dict (`.pth`) of the whole network. With it nothing is ever
             downloaded; without it torchvision downloads its own once (528 MB).
-
-    Raises:
-        FileNotFoundError: `weights` is not a file.
     """
 
     weights: Path | None = None
-
-    def __post_init__(self):
-        if self.weights is not None and not Path(self.weights).is_file():
-            raise FileNotFoundError(f"No VGG16 weights at {self.weights}.")
 
     name: ClassVar[str] = "vgg16"
     dim: ClassVar[int] = 4096
@@ -160,6 +151,7 @@ class VGG16Features:
         """Load the network, downloading it if no `weights` were given.
 
         Raises:
+            FileNotFoundError: `weights` is not a file.
             ValueError: The file is not a state dict of torchvision's VGG16, or holds more than tensors.
             ConnectionError: The network could not be downloaded.
         """

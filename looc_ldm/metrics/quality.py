@@ -29,17 +29,7 @@ def psnr(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
 
 
 def l1(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-    """Return the mean absolute error of each image.
-
-    Args:
-        images, reconstructions (`torch.Tensor` of shape `(B, C, H, W)`): Float images in [0, 1].
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`, float64, in [0, 1].
-
-    Raises:
-        ValueError: Different shapes, integers, or values outside [0, 1].
-    """
+    """Return the mean absolute error of each image, `(B,)` float64 in [0, 1]. Takes and raises what `psnr` does."""
     images, reconstructions = _checked_pair(images, reconstructions)
     return (images - reconstructions).abs().mean(dim=(1, 2, 3))
 

@@ -55,9 +55,8 @@ def evaluate_reconstruction(
         batches: Float images in [-1, 1], `(B, C, H, W)` each, all of one height and width. Process r of R gives the
             batches r, r + R, ... of all (`looc_ldm.metrics.shares`).
         measured_size (`tuple[int, int]`, *optional*): Height and width of the centre that is measured, for images that
-            were padded to fit the network (Fashion-MNIST's 28x28 in 32x32): padding is easy to reconstruct and must
-            not flatter the figures. If the margin is odd, the smaller half is above and to the left. The whole image
-            if not given.
+            were padded to fit the network (Fashion-MNIST's 28x28 in 32x32): padding is easy to reconstruct. The whole
+            image if not given.
         features (`InceptionFeatures`, *optional*): The network of rFID and KID. The "paper" protocol uses
             `pil_resize=229`.
         lpips (`Mapping`, *optional*): Distances of two batches of RGB images in [-1, 1], such as
@@ -77,10 +76,9 @@ def evaluate_reconstruction(
         - The figures of `lpips`, on whole images with their padding, since their networks need some size.
         - `rfid@<layer>`: FID of the reconstructions against the originals. `kid@<layer>`, `kid_std@<layer>`: mean and
           standard deviation of KID over subsets.
-        - `codebook_use`: the share of the codevectors that were used at least once over all images, in [0, 1];
-          `dead_codes`: how many were not. `perplexity`: exp of the entropy of the codes of all images, in [1, K];
-          `code_entropy`: that entropy in bits per code, in [0, log2 K]. With several codebooks the codevectors of all
-          count, and the entropy is the mean over codes.
+        - `codebook_use`: the share of the codevectors of all codebooks that were used at least once, in [0, 1];
+          `dead_codes`: the number of the others. `perplexity`: exp of the entropy of the codes of all images, in
+          [1, K]; `code_entropy`: that entropy in bits per code, in [0, log2 K], the mean over codebooks.
         - `bits_per_image`: the rate of the image the network was given, padding included, at log2(K) bits per code.
         - `bits_per_pixel`: `bits_per_image` per *measured* pixel: padding costs bits but is not wanted.
           `bits_per_pixel_entropy`: the same at `code_entropy` bits per code, which an ideal entropy coder that knows

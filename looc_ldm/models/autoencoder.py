@@ -97,7 +97,7 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
     Attributes:
         use_slicing (`bool`): Whether images of a batch pass encoder and decoder one at a time; see `enable_slicing`.
         use_tiling (`bool`): Whether large images pass them in tiles; see `enable_tiling`.
-        tile_sample_min_size (`int`, 128): Side of a tile in pixels. Smaller images are not cut.
+        tile_sample_min_size (`int`, 128): Side of a tile in pixels, even. Smaller images are not cut.
 
     Raises:
         ValueError: Sizes that do not fit together, see `LooCQuantizer`; `latents_mean` or `latents_std` that are not
@@ -126,7 +126,7 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
 
     use_slicing = False
     use_tiling = False
-    _tile_sample_min_size = 128
+    tile_sample_min_size = 128
 
     @register_to_config
     def __init__(
@@ -259,30 +259,15 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
         """f, the ratio of the image's side to the latents' side."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
-    @property
-    def tile_sample_min_size(self) -> int:
-        """Side of a tile in pixels, a positive even number; see `enable_tiling`."""
-        return self._tile_sample_min_size
-
-    @tile_sample_min_size.setter
-    def tile_sample_min_size(self, size: int) -> None:
-        if size < 2 or size % 2:
-            raise ValueError(f"tile_sample_min_size must be a positive even number, got {size!r}.")
-        self._tile_sample_min_size = size
-
     def enable_tiling(self, tile_sample_min_size: int | None = None) -> None:
         """Encode and decode images larger than a tile in tiles, for inference in little memory.
 
-        Not an approximation: results are those of untiled calls but for rounding, codes included as far as rounding
-        allows, and no seam can be seen. Only `tile_sample_min_size` is to be chosen: how far tiles overlap follows from
-        the architecture. See `models.tiling`. Attention, at latent resolution, still sees the whole image, and a
-        model with f = 1 gains nothing.
-
-        Tiled results carry no gradient.
+        Not an approximation: results differ from those of untiled calls by rounding only (`looc_ldm.models.tiling`).
+        Attention, at latent resolution, still sees the whole image, and a model with f = 1 gains nothing. Tiled results
+        carry no gradient.
 
         Args:
-            tile_sample_min_size (`int`, *optional*): Side of a tile in pixels, even; as it was, at first 128, if not
-                given.
+            tile_sample_min_size (`int`, *optional*): Side of a tile in pixels, even; unchanged if not given.
 
         Raises:
             NotImplementedError: Encoder and decoder are other networks than diffusers'.
@@ -291,6 +276,8 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
         if not isinstance(self.decoder, Decoder):
             raise NotImplementedError(f"Tiling is not implemented for {type(self).__name__}.")
         if tile_sample_min_size is not None:
+            if tile_sample_min_size < 2 or tile_sample_min_size % 2:
+                raise ValueError(f"tile_sample_min_size must be a positive even number, got {tile_sample_min_size!r}.")
             self.tile_sample_min_size = tile_sample_min_size
         super().enable_tiling()
 
@@ -348,26 +335,22 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
     @apply_forward_hook
     @torch.no_grad()
     def encode_indices(self, x: torch.Tensor) -> torch.Tensor:
-        """Codes of images `(B, in_channels, H, W)` in [-1, 1], as int64 `(B, H / f, W / f, C)`."""
+        """Return the codes of images `(B, in_channels, H, W)` in [-1, 1], int64 `(B, H / f, W / f, C)`."""
         return self.quantize.encode_indices(self.encode(x).latents)
 
     @apply_forward_hook
     @torch.no_grad()
     def decode_indices(self, indices: torch.Tensor) -> LooCDecoderOutput:
-        """The image of codes `(B, h, w, C)`. Raises ValueError for codes of another shape or out of range."""
+        """Decode codes `(B, h, w, C)`. Raises ValueError for codes of a different shape or out of range."""
         quantized = self.quantize.decode_indices(indices).to(self.dtype)
         return LooCDecoderOutput(sample=self._decode_quantized(quantized), indices=indices)
 
     def bits_per_image(self, height: int, width: int) -> float:
-        """The rate in bits, h * w * C * log2(K), of an image of `height` x `width` pixels.
-
-        With another quantizer than LooC it is h * w times its `bits_per_position`.
-        """
+        """Return the rate in bits, h * w * C * log2(K), of an image of `height` x `width` pixels."""
         f = self.downsampling_factor
         if height % f or width % f:
             raise ValueError(f"height and width must be divisible by {f}, got {height}x{width}.")
-        positions = (height // f) * (width // f)
-        return positions * self.quantize.bits_per_position
+        return (height // f) * (width // f) * self.quantize.bits_per_position
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> LooCDecoderOutput | tuple[torch.Tensor, ...]:
         """Encode, quantize and decode images `(B, in_channels, H, W)` in [-1, 1]; returns what `decode` returns."""

@@ -115,14 +115,6 @@ class LooCSmallVQModel(LooCVQModel):
         """f, the ratio of the image's side to the latents' side: two convolutions of stride 2."""
         return 4
 
-    def enable_tiling(self, tile_sample_min_size: int | None = None) -> None:
-        """Not of this model.
-
-        Raises:
-            NotImplementedError: Always, as diffusers' models without tiling do.
-        """
-        raise NotImplementedError("LooCSmallVQModel is too small to need tiling; enable_slicing() saves memory.")
-
 
 class _Encoder(nn.Module):
     """Images `(B, in_channels, H, W)` to features `(B, hidden, H / 4, W / 4)`."""
@@ -154,7 +146,7 @@ class _Decoder(nn.Module):
         self.conv_out = nn.ConvTranspose2d(hidden // 2, out_channels, 4, stride=2, padding=1)
 
     def forward(self, z: torch.Tensor, spatial: None = None) -> torch.Tensor:
-        """`spatial` is of the signature of diffusers' decoder: what its spatial norms look at."""
+        """Decode; `spatial` is for the signature of diffusers' decoder and not used."""
         x = self.conv_in(z)
         for layer in self.layers:
             x = layer(x)
@@ -163,10 +155,9 @@ class _Decoder(nn.Module):
 
 
 class _ResidualLayer(nn.Module):
-    """r + f(r) with r = relu(x).
+    """r + f(r) with r = relu(x): the sum takes the rectified input.
 
-    Of the *rectified* input: in both papers' code the layer's first activation works in place, so that the sum sees
-    its result too. Weights trained there need it.
+    In both papers' code the layer's first activation works in place. Weights trained there need it.
     """
 
     def __init__(self, channels: int, residual: int):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch.overrides import TorchFunctionMode
 
-# Of a tile and what is known at its place (see `_latents_at`), its part of the stage's result.
+# From a tile and the latents at its place (see `_latents_at`) to its part of the stage's result.
 Compute = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
@@ -85,7 +85,7 @@ def _has_attention(block: nn.Module) -> bool:
 
 
 def _before_resampling(block: nn.Module, sample: torch.Tensor, latents: torch.Tensor | None) -> torch.Tensor:
-    """A block of encoder or decoder without its downsampler or upsampler."""
+    """Run a block of encoder or decoder without its downsampler or upsampler."""
     for number, resnet in enumerate(block.resnets):
         sample = resnet(sample, temb=latents)
         if _has_attention(block):
@@ -94,8 +94,9 @@ def _before_resampling(block: nn.Module, sample: torch.Tensor, latents: torch.Te
 
 
 def _check_hooks(part: Encoder | Decoder, blocks: nn.ModuleList) -> None:
-    """What moves weights when a whole block is called would not see a stage's calls of its layers."""
-    if any(_is_hooked(module) for module in (part, *blocks)):
+    """Refuse hooks that move weights when a whole block is called: a stage calls the block's layers."""
+    hooks = [getattr(getattr(module, "_diffusers_hook", None), "hooks", ()) for module in (part, *blocks)]
+    if any(hooks) or any(hasattr(module, "_hf_hook") for module in (part, *blocks)):
         raise RuntimeError(
             f"Blocks of the {type(part).__name__.lower()} are offloaded or spread over devices as wholes, which tiling "
             'cannot follow: offload layer by layer (offload_type="leaf_level", enable_sequential_cpu_offload), the '
@@ -103,20 +104,15 @@ def _check_hooks(part: Encoder | Decoder, blocks: nn.ModuleList) -> None:
         )
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    of_diffusers = getattr(module, "_diffusers_hook", None)
-    return hasattr(module, "_hf_hook") or (of_diffusers is not None and len(of_diffusers.hooks) > 0)
-
-
 @dataclass
 class _Tile:
-    """Ranges (top, bottom, left, right): what a tile reads of the stage's input, and the core that only it writes."""
+    """Ranges (top, bottom, left, right) of a stage's input: those a tile reads, and the core that only it writes."""
 
     read: tuple[int, int, int, int]
     core: tuple[int, int, int, int]
 
     def core_in(self, part: torch.Tensor, scale: float) -> torch.Tensor:
-        """The core, cut from what was made of the tile at `scale` times the input's resolution."""
+        """Return the core of the tile's output, which has `scale` times the input's resolution."""
         top, bottom, left, right = (
             round((c - r) * scale) for c, r in zip(self.core, (self.read[0],) * 2 + (self.read[2],) * 2, strict=True)
         )
@@ -139,7 +135,7 @@ def _run_stage(
     scale: tuple[int, int],
     latents: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`compute(sample, latents)` by tiles: (B, C, H, W) -> (B, C', H * scale, W * scale), scale a fraction."""
+    """Return `compute(sample, latents)`, in tiles: (B, C, H, W) -> (B, C', H * scale, W * scale), scale a fraction."""
     batch, _, height, width = sample.shape
     result, known = None, []
     while result is None:
@@ -163,7 +159,7 @@ def _run_stage(
 
 
 def _latents_at(latents: torch.Tensor, read: tuple[int, int, int, int], ratio: int) -> torch.Tensor:
-    """Latents, enlarged by `ratio` to the nearest, at a tile: what a spatial norm would have enlarged."""
+    """Return the latents, enlarged by `ratio` to the nearest as a spatial norm does it, at a tile."""
     top, bottom, left, right = read
     rows = torch.arange(top, bottom, device=latents.device) // ratio
     columns = torch.arange(left, right, device=latents.device) // ratio
@@ -171,7 +167,7 @@ def _latents_at(latents: torch.Tensor, read: tuple[int, int, int, int], ratio: i
 
 
 class _Measured(Exception):
-    """The tile's share of the next norm's statistics is collected: no error, but the end of this pass."""
+    """Ends a pass: the tile's share of the next norm's statistics is collected."""
 
 
 class _Moments:
@@ -181,7 +177,7 @@ class _Moments:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     def add(self, groups: torch.Tensor) -> None:
-        """Of (B, G, values)."""
+        """Add values `(B, G, values)`."""
         variance, mean = torch.var_mean(groups.float(), dim=-1, correction=0)
         count = groups.shape[-1]
         total = self.count + count

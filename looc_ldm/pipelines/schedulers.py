@@ -44,7 +44,7 @@ FITTING = tuple(
         "TCDScheduler",
     )
 )
-# These know no UNets that predict the clean latents, and say so only when the UNet has run.
+# These do not fit UNets that predict the clean latents, and say so only when the UNet has run.
 WITHOUT_SAMPLE = (
     PNDMScheduler,
     EulerAncestralDiscreteScheduler,
@@ -57,7 +57,7 @@ NOT_MIDWAY = (KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler, DPMSolver
 
 
 def prediction_type_of(scheduler: SchedulerMixin) -> str:
-    """Return what a scheduler takes the UNet's output for, one of `PREDICTION_TYPES`.
+    """Return the kind of UNet output that a scheduler expects, one of `PREDICTION_TYPES`.
 
     Raises:
         ValueError: It is for another kind of model.
@@ -65,12 +65,6 @@ def prediction_type_of(scheduler: SchedulerMixin) -> str:
     name = type(scheduler).__name__
     if not isinstance(scheduler, SchedulerMixin):
         raise ValueError(f"the scheduler must be a diffusers scheduler, got {name}.")
-    if name.startswith("EDM"):
-        raise ValueError(
-            f"{name} takes the UNet for one with EDM's preconditioning, whose input and output are scaled by the noise "
-            "level; with this one it would draw garbage. EulerDiscreteScheduler and DPMSolverMultistepScheduler take "
-            "the same steps."
-        )
     if not isinstance(scheduler, FITTING):
         raise ValueError(
             f"{name} is for another kind of model; these fit: {', '.join(sorted(kind.__name__ for kind in FITTING))}."
@@ -114,7 +108,7 @@ def check_scheduler(scheduler: SchedulerMixin, prediction_type: str, noise_sched
     if changed:
         # Also after `from_config`: diffusers leaves out what was a default of the old class, and takes the new class's.
         logger.warning(
-            "%s has another noise schedule than the UNet came with, %s; give from_config also %s.",
+            "%s has a different noise schedule from the one the UNet came with, %s; give from_config also %s.",
             name,
             ", ".join(f"{k}={v!r}" for k, v in changed.items()),
             ", ".join(f"{k}={noise_schedule[k]!r}" for k in changed),

@@ -18,8 +18,7 @@ DISTANCE_EDGES = 10 ** torch.linspace(-6, 4, 51, dtype=torch.float64)
 
 @dataclass(frozen=True, repr=False)
 class CodebookStatistics:
-    """What `codebook_statistics` returns; counts are int64 tensors on the CPU. Read `use`, `perplexity`, `dead`,
-    `segment_use` and `segments_per_codevector`.
+    """Output of `codebook_statistics`; counts are int64 tensors on the CPU.
 
     Attributes:
         counts (`torch.Tensor` of shape `(segments, K)`): How often each segment chose each codevector. Segments are
@@ -59,12 +58,12 @@ class CodebookStatistics:
 
     @property
     def segment_use(self) -> torch.Tensor:
-        """(segments,): the share of the codevectors that each segment chose at least once (paper, figure 7)."""
+        """Share of the codevectors that each segment chose at least once, `(segments,)` (paper, figure 7)."""
         return (self.counts > 0).double().mean(1)
 
     @property
     def segments_per_codevector(self) -> torch.Tensor:
-        """(K,): how many segments chose each codevector at least once (paper, figure 8)."""
+        """Number of segments that chose each codevector at least once, `(K,)` (paper, figure 8)."""
         return (self.counts > 0).sum(0)
 
 
@@ -74,22 +73,11 @@ def codebook_statistics(quantizer: LooCQuantizer, feature_maps: Iterable[torch.T
 
     Args:
         quantizer (`LooCQuantizer`): The quantizer.
-        feature_maps: An iterable of feature maps as `quantizer` takes them, for instance `model.encode(x).latents` of
-            every batch.
-
-    Returns:
-        `CodebookStatistics`: With `use`, `perplexity`, `dead`, `segment_use`, `segments_per_codevector`, `counts` and
-        the histogram `distances`.
+        feature_maps: Feature maps as `quantizer` takes them, for instance `model.encode(x).latents` of every batch.
 
     Raises:
         ValueError: There are no feature maps, or the quantizer refuses one.
-        TypeError: It is no `LooCQuantizer`. Codes of the others are counted by their `code_counts`.
     """
-    if not hasattr(quantizer, "search"):  # which a compiled one has too
-        raise TypeError(
-            f"codebook_statistics takes a LooCQuantizer, as model.quantize is, got {type(quantizer).__name__}. "
-            "quantizer.code_counts(quantizer.encode_indices(z)) counts the codes of other quantizers."
-        )
     counter = CodeCounter(quantizer)
     for z in feature_maps:
         counter.update(*quantizer.search(z))
@@ -99,11 +87,7 @@ def codebook_statistics(quantizer: LooCQuantizer, feature_maps: Iterable[torch.T
 
 
 class CodeCounter:
-    """Counts for `codebook_statistics`, for who has the codes of one batch after another.
-
-    Args:
-        quantizer (`LooCQuantizer`): The quantizer. It is only read.
-    """
+    """Counts the codes of one batch after another for `CodebookStatistics`; changes nothing in the quantizer."""
 
     def __init__(self, quantizer: LooCQuantizer):
         self.quantizer = quantizer
@@ -113,7 +97,7 @@ class CodeCounter:
         self.distances = torch.zeros(len(DISTANCE_EDGES) - 1, dtype=torch.int64)
 
     def update(self, indices: torch.Tensor, rows: torch.Tensor) -> None:
-        """Count what `quantizer.search` gave: codes (B, H, W, C) and vectors (B, H, W, C, d)."""
+        """Count the results of `quantizer.search`: codes (B, H, W, C) and vectors (B, H, W, C, d)."""
         segment = torch.arange(indices.shape[-1], device=indices.device) % self.segments
         slot_and_code = (segment * self.quantizer.num_codevectors + indices).flatten()
         self.counts += torch.bincount(slot_and_code, minlength=len(self.counts)).cpu()
@@ -126,6 +110,6 @@ class CodeCounter:
         self.distances += torch.bincount(bins, minlength=len(self.distances))
 
     def statistics(self) -> CodebookStatistics:
-        """What was counted so far."""
+        """Return the counts so far."""
         counts = self.counts.view(self.segments, self.quantizer.num_codevectors)
         return CodebookStatistics(counts.clone(), self.distances.clone(), DISTANCE_EDGES)

@@ -81,18 +81,6 @@ def test_a_dead_codebook_and_images_of_one_grey_are_drawn_as_what_they_are():
     assert figures["rate_distortion"]["codecs"] == {}
 
 
-def test_the_codes_that_are_said_to_be_dead_are_dead():
-    model, images = model_with(num_vq_embeddings=200), noise(2)
-    findings = found_in(model, images)
-    used = set(model.encode_indices(to_float(images)).flatten().tolist())
-    drawings, figures = analyze(findings, model)
-    assert set(figures["dead"]) == set(range(200)) - used
-    assert figures["dead_codes"] == 200 - len(used) > 0
-    use = next(drawing for drawing in drawings if drawing.name == "codebook_use")
-    assert any(f"{200 - len(used)} dead" in text for text in words(use.svg()))
-    assert f"<td>{200 - len(used)} dead</td>" in page(drawings, figures, "model", "data", "looc-ldm analyze")
-
-
 # What they show -------------------------------------------------------------------------------------------------------
 
 

@@ -139,8 +139,8 @@ def test_files_of_other_networks_are_refused_and_not_executed(extractor, title, 
             extractor(tmp_path / name).check()
         assert "\n" not in str(error.value)
     assert not (tmp_path / "touched").exists()
-    with pytest.raises(FileNotFoundError, match=rf"No {title} weights at .*nowhere\.pth"):
-        extractor(tmp_path / "nowhere.pth")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        extractor(tmp_path / "nowhere.pth").check()
 
 
 def test_a_download_that_fails_is_one_line_that_says_to_give_a_path(monkeypatch, tmp_path):

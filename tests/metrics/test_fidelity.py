@@ -20,13 +20,6 @@ def unbiased_cubic_mmd(first: torch.Tensor, second: torch.Tensor) -> float:
     return float(sum(own) - 2 * xy.mean())
 
 
-def test_kid_of_equally_many_images_is_the_unbiased_formula():
-    first, second = drawn(200, 1), drawn(200, 2, mean=0.4)
-    mean, deviation = kid(first, second)
-    assert mean == pytest.approx(unbiased_cubic_mmd(first, second), rel=1e-9)
-    assert deviation < 1e-12  # each subset is the whole
-
-
 def test_kid_is_the_mean_over_subsets_of_the_size_of_the_smaller_set():
     first, second = drawn(120, 1), drawn(90, 2, mean=0.4)
     generator = np.random.RandomState(2020)
@@ -35,10 +28,6 @@ def test_kid_is_the_mean_over_subsets_of_the_size_of_the_smaller_set():
         chosen = generator.choice(120, 90, replace=False), generator.choice(90, 90, replace=False)
         values.append(unbiased_cubic_mmd(first[chosen[0]], second[chosen[1]]))
     assert kid(first, second) == pytest.approx((np.mean(values), np.std(values)), rel=1e-9)
-
-
-def test_kid_of_one_distribution_is_zero_on_average():
-    assert abs(kid(drawn(1500, 1), drawn(1500, 2))[0]) < 0.1 * kid(drawn(1500, 1), drawn(1500, 2, mean=0.2))[0]
 
 
 def test_the_inception_score_is_from_one_to_the_number_of_classes():
@@ -51,12 +40,6 @@ def test_narrow_images_are_precise_and_wide_ones_recall():
     narrow, wide = precision_recall(drawn(500, 1, 0.5), reference), precision_recall(drawn(500, 1, 2.0), reference)
     assert narrow[0] > 0.9 > 0.3 > narrow[1]
     assert wide[1] > 0.9 > 0.3 > wide[0]
-
-
-def test_equal_sets_have_precision_and_recall_one_and_distant_ones_zero():
-    rows = drawn(100, 1)
-    assert precision_recall(rows, rows) == (1, 1)
-    assert precision_recall(rows + 100, rows) == (0, 0)
 
 
 def test_precision_and_recall_never_hold_a_whole_distance_matrix(largest_tensor, monkeypatch):

@@ -9,30 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from looc_ldm.metrics import InceptionFeatures, evaluate_generation, fid_and_kid
 
 KEYS_AT_64 = {"protocol", "images_first", "images_second", "fid@64", "kid@64", "kid_std@64"}
-
-
-@pytest.fixture(scope="module")
-def random_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Inception network with random weights up to Mixed_6e and NaN beyond: nothing needs to be downloaded."""
-
-    class Untrained(FeatureExtractorInceptionV3):
-        def load_state_dict(self, state_dict):
-            pass
-
-    folder = tmp_path_factory.mktemp("inception")
-    torch.save({}, folder / "nothing.pth")
-    torch.manual_seed(0)
-    state = Untrained("untrained", ["64"], feature_extractor_weights_path=str(folder / "nothing.pth")).state_dict()
-    for name, value in state.items():
-        if name.startswith(("Mixed_7", "fc")) and value.is_floating_point():
-            value.fill_(torch.nan)
-    torch.save(state, folder / "random.pth")
-    return folder / "random.pth"
 
 
 def noise(count: int, channels: int = 3, seed: int = 0, high: int = 256) -> torch.Tensor:
@@ -55,22 +35,22 @@ def test_two_halves_of_real_photos_have_the_reference_figure(photos, inception_w
     assert report["images_first"] == report["images_second"] == 100
 
 
-def test_the_layer_is_in_every_key_and_the_protocol_is_named(random_weights):
-    report = fid_and_kid(noise(4), noise(5, seed=1), InceptionFeatures("64", random_weights))
+def test_the_layer_is_in_every_key_and_the_protocol_is_named(untrained_inception):
+    report = fid_and_kid(noise(4), noise(5, seed=1), InceptionFeatures("64", untrained_inception))
     assert set(report) == KEYS_AT_64
     assert (report["protocol"], report["images_first"], report["images_second"]) == ("clean", 4, 5)
-    assert "fid@192" in fid_and_kid(noise(2), noise(2), InceptionFeatures("192", random_weights))
+    assert "fid@192" in fid_and_kid(noise(2), noise(2), InceptionFeatures("192", untrained_inception))
 
 
-def test_equal_sets_are_at_distance_zero_and_different_ones_are_not(random_weights):
-    features = InceptionFeatures("64", random_weights)
+def test_equal_sets_are_at_distance_zero_and_different_ones_are_not(untrained_inception):
+    features = InceptionFeatures("64", untrained_inception)
     different = fid_and_kid(noise(8), noise(8, seed=1, high=128), features)["fid@64"]
     assert different > 0.01
     assert abs(fid_and_kid(noise(8), noise(8), features)["fid@64"]) < 1e-4 * different
 
 
-def test_the_same_images_give_the_same_figures_also_from_a_generator(random_weights):
-    features = InceptionFeatures("64", random_weights)
+def test_the_same_images_give_the_same_figures_also_from_a_generator(untrained_inception):
+    features = InceptionFeatures("64", untrained_inception)
     expected = fid_and_kid(noise(6), noise(9, seed=1), features)
     assert expected["kid_std@64"] > 0  # else no subset was drawn, and nothing could differ
     assert fid_and_kid((x for x in noise(6)), list(noise(9, seed=1)), features) == expected
@@ -81,8 +61,8 @@ def labelled(images: torch.Tensor, labels: list[int], size: int = 3):
     return zip(images.split(size), torch.tensor(labels).split(size), strict=True)
 
 
-def test_many_figures_come_from_one_pass_over_batches(random_weights):
-    networks = {"inception": InceptionFeatures("64", random_weights)}
+def test_many_figures_come_from_one_pass_over_batches(untrained_inception):
+    networks = {"inception": InceptionFeatures("64", untrained_inception)}
     first, second, labels = noise(8), noise(8, seed=1), [0] * 4 + [1] * 4
     metrics = ("fid", "kid", "precision_recall", "class_fid")
     figures = evaluate_generation(
@@ -98,8 +78,8 @@ def test_many_figures_come_from_one_pass_over_batches(random_weights):
     assert {"precision@64", "recall@64", "kid@64", "kid_std@64"} <= figures.keys()
 
 
-def test_what_figures_need_is_asked_for(random_weights):
-    networks = {"inception": InceptionFeatures("64", random_weights)}
+def test_what_figures_need_is_asked_for(untrained_inception):
+    networks = {"inception": InceptionFeatures("64", untrained_inception)}
     unlabelled = [(noise(4), None)]
     with pytest.raises(ValueError, match="class_fid needs labels with every batch of the first set"):
         evaluate_generation(unlabelled, unlabelled, ["class_fid"], networks)
@@ -111,8 +91,8 @@ def test_what_figures_need_is_asked_for(random_weights):
         evaluate_generation(unlabelled, unlabelled, ["fid", "is"], networks)
 
 
-def test_no_image_is_kept(random_weights):
-    networks = {"inception": InceptionFeatures("64", random_weights)}
+def test_no_image_is_kept(untrained_inception):
+    networks = {"inception": InceptionFeatures("64", untrained_inception)}
     alive: list[weakref.ref] = []
 
     def batches():
@@ -125,18 +105,14 @@ def test_no_image_is_kept(random_weights):
     evaluate_generation(batches(), batches(), ("fid", "kid"), networks)
 
 
-def test_a_layer_that_the_weights_do_not_hold_is_refused(random_weights):
+def test_a_layer_that_the_weights_do_not_hold_is_refused(inception_weights):
     with pytest.raises(ValueError, match="does not hold layer 2048") as error:
-        fid_and_kid(noise(2), noise(2), InceptionFeatures(weights=random_weights))
+        fid_and_kid(noise(2), noise(2), InceptionFeatures(weights=inception_weights))
     assert "\n" not in str(error.value)
 
 
-def test_the_standard_features_are_the_default():
-    assert InceptionFeatures().layer == "2048"
-
-
-def test_sets_that_cannot_be_compared_are_refused(random_weights):
-    features = InceptionFeatures("64", random_weights)
+def test_sets_that_cannot_be_compared_are_refused(untrained_inception):
+    features = InceptionFeatures("64", untrained_inception)
     with pytest.raises(ValueError, match="at least 2 images on each side, got 1"):
         fid_and_kid(noise(2), noise(1), features)
     with pytest.raises(ValueError, match="no images"):

@@ -9,9 +9,7 @@ import torch
 from huggingface_hub import constants
 from transformers import BitImageProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
 
-from looc_ldm.metrics import vision_transformers
 from looc_ldm.metrics.extractors import CLIPFeatures, DINOv2Features
-from tiny import import_file
 
 IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 KINDS = {"dinov2": DINOv2Features, "clip": CLIPFeatures}
@@ -100,34 +98,12 @@ def test_clip_is_the_projected_embedding_of_length_one(folders, size):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pixels_are_those_of_pillow_to_one_in_255(kind):
-    """Which the features above would show only to those who know how much one level matters."""
-    for size, target in (((60, 80), 224), ((300, 260), 224), ((60, 80), 48)):
-        square = {"size": {"height": target, "width": target}, "do_center_crop": False}
-        if kind == "dinov2":
-            processor, mean, std = BitImageProcessor(**square, **IMAGENET), *IMAGENET.values()
-        else:
-            processor = CLIPImageProcessor(**square)
-            mean, std = vision_transformers.CLIP_MEAN, vision_transformers.CLIP_STD
-        ours = vision_transformers._normalized(noise(*size), target, mean, std)
-        levels = (ours - processed(processor, noise(*size))).abs() * torch.tensor(std).view(3, 1, 1) * 255
-        assert levels.max() < 2.1
-        assert (levels > 0.5).float().mean() < 0.02
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_grey_image_counts_as_its_rgb_copy(folders, kind):
+def test_a_grey_image_counts_as_its_rgb_copy_and_autocast_changes_nothing(folders, kind):
     features = KINDS[kind](folders[kind]).load("cpu")
     grey = noise(40, 50, channels=1)
-    assert torch.equal(features(grey)["features"], features(grey.repeat(1, 3, 1, 1))["features"])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_autocast_around_the_network_changes_nothing(folders, kind):
-    features = KINDS[kind](folders[kind]).load("cpu")
-    expected = features(noise(40, 50))["features"]
+    expected = features(grey.repeat(1, 3, 1, 1))["features"]
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(features(noise(40, 50))["features"], expected)
+        assert torch.equal(features(grey)["features"], expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,13 +143,6 @@ def test_name_dimension_and_identity_are_the_models(folders, tmp_path):
 
 def test_the_published_models_are_the_default():
     assert (DINOv2Features().name, CLIPFeatures().name) == ("dinov2-large", "clip-vit-large-patch14-336")
-
-
-def test_images_of_another_kind_are_refused(folders):
-    features = DINOv2Features(folders["dinov2"]).load("cpu")
-    for images in (noise(20, 20).float(), noise(20, 20)[0], noise(20, 20, channels=4)):
-        with pytest.raises(ValueError, match=r"uint8 tensors of shape \(batch, 1 or 3, height, width\), got torch"):
-            features(images)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -217,40 +186,3 @@ def test_a_model_that_cannot_be_found_or_downloaded_is_one_line_that_says_what_t
                 ask()
             assert repr(model) in str(error.value)
             assert "\n" not in str(error.value)
-
-
-# A hub on loopback --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(no_network, monkeypatch, tmp_path):
-    """Run an empty hub with an empty cache."""
-    server = import_file(Path(__file__).parents[1] / "hub" / "server.py")
-    with server.Hub() as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", running.url)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("DISABLE_SAFETENSORS_CONVERSION", "1")
-        yield running
-
-
-def test_a_model_of_the_hub_is_downloaded_without_its_other_formats(hub, folders, tmp_path):
-    files = {file.name: file.read_bytes() for file in folders["dinov2"].iterdir()}
-    hub.add("somebody/dinov2-tiny", files | {"pytorch_model.bin": b"pickle", "tf_model.h5": b"tensorflow"})
-    features = DINOv2Features("somebody/dinov2-tiny")
-    features.check()
-    assert (features.name, features.dim) == ("dinov2-tiny", 32)
-    assert features.identity() == DINOv2Features(folders["dinov2"]).identity() | {"weights": "somebody/dinov2-tiny"}
-    there = {file.name for file in (tmp_path / "cache").rglob("snapshots/*/*")}
-    assert there == {"config.json", "model.safetensors"}
-
-
-def test_a_repository_of_pickles_is_refused(hub, folders):
-    config = (folders["clip"] / "config.json").read_bytes()
-    hub.add("somebody/clip-old", {"config.json": config, "pytorch_model.bin": b"pickle"})
-    with pytest.raises(ValueError, match=r"'somebody/clip-old' cannot be loaded.*safetensors"):
-        CLIPFeatures("somebody/clip-old").check()

@@ -96,14 +96,6 @@ def test_decode_quantizes_unless_told_not_to():
     assert raw.perplexity is None
 
 
-def test_plain_tuples_are_those_of_vqmodel():
-    model, x = tiny_model(), images()
-    expected = model(x)
-    sample, loss = model(x, return_dict=False)
-    assert torch.equal(sample, expected.sample)
-    assert torch.equal(loss, expected.commit_loss)
-
-
 @pytest.mark.parametrize("kwargs", NORM_TYPES)
 def test_decoding_the_codes_is_the_reconstruction(kwargs):
     model, x = tiny_model(**kwargs), images()
@@ -138,11 +130,6 @@ def test_bits_per_image_of_known_models(n_q, k, s, blocks, side, bits):
         blocks=blocks, vq_embed_dim=n_q, num_vq_embeddings=k, codevector_dim=4, interpolation_factor=s
     )
     assert model.bits_per_image(side, side) == bits
-
-
-def test_bits_per_image_are_the_bits_of_the_codes():
-    model = tiny_model()
-    assert model.bits_per_image(8, 12) == model.encode_indices(images(1)).numel() * 4  # log2(16)
 
 
 def test_sizes_that_do_not_divide_are_refused():

@@ -8,7 +8,6 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DDIMScheduler, LDMPipeline, VQModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
 from looc_ldm import LooCLDMImg2ImgPipeline, LooCLDMPipeline, LooCVQModel
 from looc_ldm.models.scaling import scale_latents, unscale_latents
@@ -96,16 +95,6 @@ def test_a_mean_and_a_deviation_a_channel_are_applied_to_the_latents(make_pipeli
     torch.testing.assert_close(draw(pipe), (decoded / 2 + 0.5).clamp(0, 1))
 
 
-def test_decoding_in_slices_gives_the_same_images_one_at_a_time(make_pipeline):
-    pipe = make_pipeline("unconditional")
-    whole = draw(pipe, batch_size=3)
-    batches = []
-    pipe.vqvae.decoder.register_forward_pre_hook(lambda _, arguments: batches.append(len(arguments[0])))
-    pipe.vqvae.enable_slicing()
-    torch.testing.assert_close(draw(pipe, batch_size=3), whole, atol=1e-5, rtol=0)
-    assert batches == [1, 1, 1]
-
-
 # Callbacks ------------------------------------------------------------------------------------------------------------
 
 
@@ -144,19 +133,6 @@ def test_a_callback_may_switch_guidance_off(make_pipeline):
 # Speed and memory -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["num_class_embeds", "cross_attention"])
-def test_attention_processors_and_slicing_give_the_same_images(kind, make_pipeline):
-    pipe = make_pipeline(kind)
-    images = draw(pipe, class_labels=[0, 1])
-    for processor in (AttnProcessor(), AttnProcessor2_0()):
-        for module in pipe.unet.modules():
-            if isinstance(module, Attention):
-                module.set_processor(processor)
-        torch.testing.assert_close(draw(pipe, class_labels=[0, 1]), images, atol=1e-4, rtol=0)
-    pipe.enable_attention_slicing(1)
-    torch.testing.assert_close(draw(pipe, class_labels=[0, 1]), images, atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_compiled_unet_draws_and_saves_the_same_images(in_place, make_pipeline, tmp_path):
     pipe = make_pipeline("cross_attention")
@@ -170,26 +146,6 @@ def test_a_compiled_unet_draws_and_saves_the_same_images(in_place, make_pipeline
     for one in (*made, LooCLDMPipeline.from_pretrained(tmp_path)):
         one.set_progress_bar_config(disable=True)
         torch.testing.assert_close(draw(one, class_labels=[0, 1], guidance_scale=2.0), images, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("kind", ["num_class_embeds", "cross_attention"])
-def test_a_unet_wrapped_by_peft_draws_until_it_is_merged_and_saved(kind, make_pipeline, tmp_path):
-    peft = pytest.importorskip("peft")
-    pipe = make_pipeline(kind)
-    images = draw(pipe, class_labels=[0, 1], guidance_scale=2.0)
-    pipe.unet = peft.get_peft_model(pipe.unet, peft.LoraConfig(target_modules=["to_q", "to_v"], r=2))
-    unwrapped = make_pipeline(kind)
-    unwrapped.save_pretrained(tmp_path / "unwrapped")
-    loaded = LooCLDMPipeline.from_pretrained(tmp_path / "unwrapped", unet=pipe.unet)
-    for one in (pipe, LooCLDMPipeline.from_pipe(pipe), loaded):
-        one.set_progress_bar_config(disable=True)
-        torch.testing.assert_close(draw(one, class_labels=[0, 1], guidance_scale=2.0), images, atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="merge_and_unload"):
-        pipe.save_pretrained(tmp_path)
-    pipe.unet = pipe.unet.merge_and_unload()
-    pipe.save_pretrained(tmp_path)
-    loaded = LooCLDMPipeline.from_pretrained(tmp_path)
-    torch.testing.assert_close(draw(loaded, class_labels=[0, 1], guidance_scale=2.0), images, atol=1e-4, rtol=0)
 
 
 def test_threads_draw_the_same_images_with_a_pipeline_and_a_scheduler_each(make_pipeline):

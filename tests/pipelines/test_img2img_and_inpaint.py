@@ -10,13 +10,9 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import ExifTags
 
 from looc_ldm import LooCLDMImg2ImgPipeline, LooCLDMInpaintPipeline, LooCLDMPipeline
+from looc_ldm.pipelines import schedulers
 
-NOT_MIDWAY = {
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "DPMSolverSDEScheduler",
-    "LMSDiscreteScheduler",
-}
+NOT_MIDWAY = {kind.__name__ for kind in schedulers.NOT_MIDWAY}
 SCHEDULERS = sorted(
     {kind.name for kind in KarrasDiffusionSchedulers} - NOT_MIDWAY - {"EDMEulerScheduler"} | {"LCMScheduler"}
 )
@@ -75,20 +71,6 @@ def test_they_are_made_from_a_pipeline_and_load_from_its_folder(kind, make_pipel
         assert torch.equal(run(made, *inputs), run(loaded, *inputs))
         back = LooCLDMPipeline.from_pipe(made)
         assert back.vqvae is pipe.vqvae
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_little_strength_stays_at_the_image_and_more_goes_further(name, pipelines):
-    pipe, _ = pipelines("unconditional")
-    midway = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
-    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **midway)
-    clean = pipe.prepare_image_latents(pipe.preprocess_image(image()), 1)
-    change = [
-        (run(pipe, image(), strength, steps=20, output_type="latent") - clean).abs().mean().item()
-        for strength in (0.1, 0.5, 1.0)
-    ]
-    assert change[0] < change[1] < change[2]
-    assert change[0] < 0.5 * change[2]
 
 
 @pytest.mark.parametrize("name", [*sorted(NOT_MIDWAY), "PNDMScheduler"])
@@ -252,7 +234,6 @@ def test_a_latent_is_drawn_anew_if_any_of_its_pixels_is(pipelines):
         ((image(), 0.0), {}, "strength must be at most 1 and leave one of 4 steps, got 0.0"),
         ((image(), 1.5), {}, "strength must be at most 1 and leave one of 4 steps, got 1.5"),
         ((image(), 0.2), {}, "strength must be at most 1 and leave one of 4 steps, got 0.2"),
-        ((image(), "0.5"), {}, "strength must be at most 1 and leave one of 4 steps, got '0.5'"),
         ((torch.rand(1, 2, 16, 16),), {}, "image must have 3 channels, got 2"),
         ((np.zeros((1, 16, 16, 3), np.uint8),), {}, r"image arrays must be floats in \[0, 1\], got uint8"),
         ((image() * 255,), {}, r"image arrays must be in \[0, 1\], got values up to"),

@@ -10,13 +10,10 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     DDPMScheduler,
-    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
     UNet2DModel,
-    UniPCMultistepScheduler,
 )
 from diffusers.callbacks import PipelineCallback
 
@@ -262,12 +259,6 @@ def test_an_image_drawn_alone_is_the_one_drawn_in_a_batch(kind, make_pipeline):
     torch.testing.assert_close(alone[0], batch[1], atol=1e-3, rtol=0)
 
 
-def test_the_same_generator_gives_the_same_images_and_another_one_others(make_pipeline):
-    pipe = make_pipeline()
-    assert torch.equal(draw(pipe, seed=1), draw(pipe, seed=1))
-    assert not torch.equal(draw(pipe, seed=1), draw(pipe, seed=2))
-
-
 def test_given_latents_are_the_noise_that_is_denoised(make_pipeline):
     pipe = make_pipeline()
     drawn = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -277,30 +268,6 @@ def test_given_latents_are_the_noise_that_is_denoised(make_pipeline):
 def test_eta_adds_noise_to_ddim(make_pipeline):
     pipe = make_pipeline()
     assert not torch.equal(draw(pipe, "latent", eta=1.0), draw(pipe, "latent", eta=0.0))
-
-
-@pytest.mark.parametrize(
-    "scheduler",
-    [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler],
-)
-def test_other_schedulers_draw_and_a_call_does_not_depend_on_the_calls_before(scheduler, make_pipeline):
-    pipe = make_pipeline()
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
-    first = draw(pipe, "latent", class_labels=[0, 1], guidance_scale=2.0, num_inference_steps=3)
-    draw(pipe, num_inference_steps=7)
-    again = draw(pipe, "latent", class_labels=[0, 1], guidance_scale=2.0, num_inference_steps=3)
-    assert first.isfinite().all()
-    assert torch.equal(first, again)
-
-
-def test_the_noise_has_the_deviation_that_the_scheduler_starts_from(make_pipeline):
-    pipe = make_pipeline()
-    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
-    inputs = []
-    pipe.unet.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
-    draw(pipe, latents=noise(1), num_inference_steps=3)
-    # Euler's latents are x0 + sigma * noise, and its UNet sees them divided by sqrt(sigma**2 + 1).
-    torch.testing.assert_close(inputs[0].std(), noise(1).std(), atol=0.01, rtol=0)
 
 
 # Outputs --------------------------------------------------------------------------------------------------------------
@@ -421,24 +388,14 @@ class Foreign(PipelineCallback):
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "must be of latents, model_output, got noise"),
         ({"guidance_interval": (0.6, 0.2)}, "guidance_interval must be 0 <= low <= high <= 1"),
         ({"guidance_interval": (0.0, 1.2)}, "guidance_interval must be 0 <= low <= high <= 1"),
-        ({"guidance_interval": 0.3}, "guidance_interval must be 0 <= low <= high <= 1, got 0.3"),
-        ({"guidance_interval": (0.1,)}, "guidance_interval must be 0 <= low <= high <= 1"),
         ({"guidance_rescale": 1.5}, r"guidance_rescale must be in \[0, 1\], got 1.5"),
-        ({"guidance_rescale": None}, r"guidance_rescale must be in \[0, 1\], got None"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a number, got nan"),
-        ({"guidance_scale": "2"}, "guidance_scale must be a number, got '2'"),
         ({"eta": 2.0}, r"eta must be in \[0, 1\], got 2.0"),
-        ({"eta": None}, r"eta must be in \[0, 1\], got None"),
         ({"class_labels": 1.5}, r"class label must be in \[0, 4\) or a class name, got 1.5"),
-        ({"generator": 5}, "generator must be a torch.Generator or a list of them, got 5"),
-        ({"generator": [5]}, "generator must be a torch.Generator or a list of them"),
         ({"generator": (torch.Generator(),) * 3}, "3 generators for 1 images"),
-        ({"latents": np.zeros((1, 4, 8, 8))}, "latents must be a tensor, got ndarray"),
         ({"callback_on_step_end": Foreign()}, "must be of latents, model_output, got prompt_embeds"),
         ({"class_labels": 4}, r"class label must be in \[0, 4\) or a class name, got 4"),
         ({"class_labels": [0, -1]}, r"class label must be in \[0, 4\) or a class name, got -1"),
-        ({"class_labels": True}, r"class label must be in \[0, 4\) or a class name, got True"),
-        ({"class_labels": [1.5]}, r"class label must be in \[0, 4\) or a class name, got 1.5"),
         ({"class_labels": []}, "0 class_labels do not fit 1 images"),
         ({"class_labels": [0, 1, 2], "batch_size": 2}, "3 class_labels do not fit 2 images"),
         ({"class_labels": "trouser"}, "unknown class name 'trouser'"),
@@ -520,9 +477,6 @@ def test_components_that_do_not_fit_each_other_are_refused_at_once(make_pipeline
         fitting = f"vqvae must be a LooCVQModel, a LooCSmallVQModel or a VQModel, got {type(other).__name__}"
         with pytest.raises(ValueError, match=fitting):
             LooCLDMPipeline(other, plain.unet, plain.scheduler)
-    plain.unet = torch.nn.Identity()
-    with pytest.raises(AttributeError, match="'Identity' object has no attribute 'config'"):
-        _ = plain.num_class_embeds
 
 
 @pytest.mark.parametrize(
@@ -538,23 +492,6 @@ def test_components_that_do_not_fit_each_other_are_refused_at_once(make_pipeline
 def test_a_setting_that_does_not_fit_the_model_is_refused(argument, message, make_pipeline):
     with pytest.raises(ValueError, match=message):
         make_pipeline(**argument)
-
-
-def test_a_mean_of_a_wrong_length_is_refused_before_the_unet_runs(make_pipeline):
-    pipe = make_pipeline()
-    pipe.vqvae.register_to_config(latents_mean=[0.0, 1.0])
-    batches = unet_batches(pipe)
-    with pytest.raises(ValueError, match="latents_mean must be vq_embed_dim=4 finite numbers"):
-        draw(pipe)
-    assert batches == []
-
-
-def test_the_class_token_is_made_once(make_pipeline):
-    pipe = make_pipeline("cross_attention")
-    calls = []
-    pipe.class_embedding.register_forward_pre_hook(lambda _, arguments: calls.append(arguments[0].tolist()))
-    draw(pipe, class_labels=[0, 1], guidance_scale=2.0, num_inference_steps=4)
-    assert calls == [[0, 1, 3, 3]]
 
 
 def test_the_models_are_let_go_at_the_end(make_pipeline):

@@ -44,11 +44,6 @@ def test_image_i_is_the_same_in_a_longer_set(make_pipeline):
     assert torch.equal(drawn(pipe, labels=LABELS[:2], batch_size=2), drawn(pipe, batch_size=2)[:2])
 
 
-def test_no_label_is_the_null_class(make_pipeline):
-    pipe = make_pipeline()
-    assert torch.equal(drawn(pipe, labels=[None, None]), drawn(pipe, labels=[3, 3]))
-
-
 def test_an_unconditional_model_draws_without_labels_and_refuses_them(make_pipeline):
     pipe = make_pipeline("unconditional")
     assert drawn(pipe, labels=[None] * 3).shape == (3, 3, 16, 16)

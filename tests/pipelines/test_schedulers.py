@@ -16,7 +16,6 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
-    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -28,7 +27,7 @@ from diffusers import (
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from looc_ldm import LooCLDMImg2ImgPipeline, LooCLDMInpaintPipeline, LooCLDMPipeline
-from looc_ldm.pipelines.schedulers import NOT_MIDWAY
+from looc_ldm.pipelines.schedulers import NOT_MIDWAY, WITHOUT_SAMPLE
 
 MEAN, DEVIATION = 0.4, 0.6
 NAMES = [kind.name for kind in KarrasDiffusionSchedulers if kind.name != "EDMEulerScheduler"]
@@ -36,13 +35,6 @@ OTHERS = ["DDIMParallelScheduler", "DDPMParallelScheduler", "SASolverScheduler"]
 SETTINGS = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195, "timestep_spacing": "trailing"}
 IMAGES = 32
 MIDWAY = [name for name in NAMES if name not in {kind.__name__ for kind in NOT_MIDWAY}]
-WITHOUT_SAMPLE = {
-    "PNDMScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "DPMSolverSDEScheduler",
-}
 
 
 class GaussianUNet(UNet2DModel):
@@ -120,22 +112,15 @@ def latents_of(pipe, steps: int = 50, count: int = IMAGES, **arguments) -> torch
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("name", [*NAMES, *OTHERS])
 def test_every_scheduler_draws_from_the_distribution_the_unet_knows(name, prediction_type, gaussian_pipeline):
-    if prediction_type == "sample" and name in WITHOUT_SAMPLE:
-        pytest.skip("diffusers' own does not know it")
+    if prediction_type == "sample" and issubclass(getattr(diffusers, name), WITHOUT_SAMPLE):
+        with pytest.raises(ValueError, match=f'{name} does not know UNets that predict "sample"'):
+            latents_of(gaussian_pipeline(scheduler_from(name, "sample"), "sample"))
+        return
     # First-order samplers come close with many steps only; torchsde's noise is slow to draw.
     steps, count, tolerance = (25, 8, 0.12) if name == "DPMSolverSDEScheduler" else (200, IMAGES, 0.05)
     latents = latents_of(gaussian_pipeline(scheduler_from(name, prediction_type), prediction_type), steps, count)
     assert latents.mean().item() == pytest.approx(MEAN, abs=0.03)
     assert latents.std().item() == pytest.approx(DEVIATION, rel=tolerance)
-
-
-@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
-def test_few_steps_suffice_for_schedulers_of_higher_order(name, gaussian_pipeline):
-    scheduler = getattr(diffusers, name).from_config(scheduler_from(name).config, use_karras_sigmas=True)
-    few = latents_of(gaussian_pipeline(scheduler), steps=20).std().item()
-    ddim = latents_of(gaussian_pipeline(scheduler_from("DDIMScheduler")), steps=20).std().item()
-    assert few == pytest.approx(DEVIATION, rel=0.03)
-    assert ddim < 0.85 * DEVIATION
 
 
 @pytest.mark.parametrize(
@@ -240,8 +225,7 @@ def test_while_inpainting_the_unet_sees_the_known_part_with_the_noise_of_each_ti
 @pytest.mark.parametrize(
     ("scheduler", "reason"),
     [
-        (EDMEulerScheduler(), "EDM's preconditioning"),
-        (EDMDPMSolverMultistepScheduler(), "EDM's preconditioning"),
+        (EDMEulerScheduler(), "for another kind of model"),
         (CMStochasticIterativeScheduler(), "for another kind of model"),
         (CMStochasticIterativeScheduler.from_config(DDIMScheduler().config), "for another kind of model"),
         (DDIMInverseScheduler.from_config(DDIMScheduler().config), "for another kind of model"),
@@ -267,12 +251,6 @@ def test_a_scheduler_of_a_wrong_kind_is_refused_before_the_unet_runs(scheduler, 
     assert ran == []
 
 
-@pytest.mark.parametrize("name", sorted(WITHOUT_SAMPLE))
-def test_schedulers_that_know_no_sample_prediction_are_refused_for_it(name, gaussian_pipeline):
-    with pytest.raises(ValueError, match=f'{name} does not know UNets that predict "sample"'):
-        latents_of(gaussian_pipeline(scheduler_from(name, "sample"), "sample"))
-
-
 def test_what_the_unet_predicts_is_saved_with_the_pipeline(make_pipeline, tmp_path):
     pipe = make_pipeline()
     pipe = LooCLDMPipeline(pipe.vqvae, pipe.unet, DDIMScheduler(prediction_type="v_prediction", clip_sample=False))
@@ -291,7 +269,7 @@ def test_what_the_unet_predicts_is_saved_with_the_pipeline(make_pipeline, tmp_pa
         (DDIMScheduler(**SETTINGS, clip_sample=True), "clip_sample=True"),
         (
             LCMScheduler(beta_end=0.012),
-            "another noise schedule than the UNet came with, beta_start=0.00085, beta_end=0.012",
+            "different noise schedule from the one the UNet came with, beta_start=0.00085, beta_end=0.012",
         ),
         (LCMScheduler(beta_end=0.012), "give from_config also beta_start=0.0015, beta_end=0.0195."),
     ],

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from looc_ldm.baselines import ProductQuantizer
 from looc_ldm.quantizer.loocq import INPUT_LAYOUTS, SEGMENT_LAYOUTS
 from looc_ldm.quantizer.search import DISTANCES
 from looc_ldm.quantizer.statistics import DISTANCE_EDGES, CodebookStatistics, codebook_statistics
@@ -132,8 +131,3 @@ def test_without_feature_maps_there_is_nothing_to_count():
         codebook_statistics(small_quantizer(), [])
     with pytest.raises(ValueError, match="batch, 8, height, width"):
         codebook_statistics(small_quantizer(), [torch.randn(2, 7, 4, 4)])
-
-
-def test_another_quantizer_is_refused():
-    with pytest.raises(TypeError, match=r"takes a LooCQuantizer, .* got ProductQuantizer"):
-        codebook_statistics(ProductQuantizer(8, 16, 4), [torch.randn(2, 8, 4, 4)])
