@@ -52,7 +52,6 @@ class Findings:
         error_map (`torch.Tensor` of shape `(height, width)`, float64): Mean absolute error at each pixel, in [0, 1],
             over images and channels.
         content_size (`tuple[int, int]`): Height and width of the images without padding.
-        latent_size (`tuple[int, int]`): h and w.
         bits_per_pixel (`float`): log2 K for every code, per pixel without padding.
         sample (`Sample`): Some of the images.
     """
@@ -67,7 +66,6 @@ class Findings:
     l1: float
     error_map: torch.Tensor
     content_size: tuple[int, int]
-    latent_size: tuple[int, int]
     bits_per_pixel: float
     sample: Sample
 
@@ -176,37 +174,9 @@ def collect(
         l1=error_map.mean().item(),
         error_map=error_map,
         content_size=content_size or size,
-        latent_size=tuple(codes.shape[1:3]),
         bits_per_pixel=model.bits_per_image(*size) / math.prod(content_size or size),
         sample=Sample(*(torch.stack(parts) for parts in stacked), torch.cat(vectors)),
     )
-
-
-def occurrences(findings: Findings, code: int, count: int) -> list[tuple[torch.Tensor, int, int]]:
-    """Find positions in the sample where a codevector is chosen, most codes first, in different images if possible.
-
-    Args:
-        findings: Results of `collect`.
-        code: The codevector's index.
-        count: Number of positions, at most.
-
-    Returns:
-        For each position: the image, and the latent position (y, x) in it.
-    """
-    height, width = findings.latent_size
-    share = torch.stack([(codes == code).double().mean(-1).flatten() for codes in findings.sample.codes])  # (S, h * w)
-    # Among equals, the one nearest to the middle: its neighbours can be seen.
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    central = 1e-6 * (2 - y.square() - x.square()).double().flatten()
-    each = min(-(-count // len(share)), height * width)
-    best, place = (share + central).topk(each, dim=1)
-    order = best.flatten().argsort(descending=True, stable=True)[:count].tolist()
-    places = [(i // each, int(place.flatten()[i])) for i in order]
-    return [
-        (findings.sample.originals[image], *divmod(position, width))
-        for image, position in places
-        if share[image, position] > 0
-    ]
 
 
 def _draw(images: int, values: int, codes: int, random: np.random.Generator) -> tuple[set[int], int]:

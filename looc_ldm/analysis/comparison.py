@@ -118,14 +118,11 @@ def difference_factor(originals: torch.Tensor, models: Sequence[Compared]) -> in
     Each model has a largest factor that clips little, at least 2. The middle one is taken, so that one model that is
     far better or worse than the others does not hide their differences.
     """
-    return median_low(_own_factor(_difference(originals, model.reconstructions)) for model in models)
-
-
-def _own_factor(differences: torch.Tensor) -> int:
-    for factor in DIFFERENCE_FACTORS:
-        if (differences * factor > 255).double().mean() <= CLIPPED_SHARE:
-            break
-    return factor
+    own = []
+    for model in models:
+        clipped = {f: (_difference(originals, model.reconstructions) * f > 255) for f in DIFFERENCE_FACTORS}
+        own.append(max((f for f in clipped if clipped[f].double().mean() <= CLIPPED_SHARE), default=2))
+    return median_low(own)
 
 
 def _difference(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -1,26 +1,17 @@
-"""Figures of images: rate and distortion, where the errors are, and what codevectors decode to."""
+"""Figures of images: rate and distortion, and where the errors are."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from looc_ldm.analysis.collect import Findings, occurrences
+from looc_ldm.analysis.collect import Findings
 from looc_ldm.analysis.rate_distortion import ModelPoint, codec_curve, draw_rate_distortion
 from looc_ldm.analysis.style import BLUE, HEAT, SKY, Drawing, new_figure, picture, style
-from looc_ldm.images.pixels import to_uint8
 from looc_ldm.metrics.quality import SSIM_WINDOW
-from looc_ldm.metrics.reconstruction import eval_mode
-from looc_ldm.models.autoencoder import LooCVQModel
 
 MOST_CODED = 64  # images that JPEG and WebP compress
 EXAMPLES = 8  # images shown with their errors
-SHOWN_CODES = 8  # codevectors shown of the most used, and of the least used
-OCCURRENCES = 8  # patches of each codevector
-BEYOND = 217  # light grey: outside the image
-CONTEXT = 1  # latent positions around the one of a patch
 
 
 def compared_with_codecs(findings: Findings) -> dict:
@@ -122,94 +113,6 @@ def draw_examples(findings: Findings) -> Drawing:
         "colour stands for the highest 0.5 %."
     )
     return Drawing("examples", "Reconstructions and their errors", caption, figure)
-
-
-def shown_codes(findings: Findings) -> tuple[list[int], list[int]]:
-    """Return the most used codevectors, and the least used ones of the others that were used at all."""
-    counts = findings.statistics.counts.sum(0)
-    order = [code for code in counts.argsort(descending=True, stable=True).tolist() if counts[code]]
-    most = order[:SHOWN_CODES]
-    return most, order[len(most) :][-SHOWN_CODES:][::-1]
-
-
-@torch.no_grad()
-def swatches(model: LooCVQModel, codes: Sequence[int], findings: Findings) -> torch.Tensor:
-    """Decode maps in which every code is the same, as uint8 `(codes, channels, side, side)`.
-
-    Only the middle is kept, as large as the patches beside it: the network's padding reaches it least.
-    """
-    size, side = findings.latent_size, _patch_side(findings)
-    decoded = []
-    with eval_mode(model):
-        for code in codes:
-            indices = torch.full((1, *size, model.quantize.codes_per_position), code, device=model.device)
-            decoded.append(to_uint8(model.decode_indices(indices).sample)[0].cpu())
-    images = torch.stack(decoded)
-    top, left = ((length - side) // 2 if length > side else 0 for length in images.shape[-2:])
-    return images[..., top : top + side, left : left + side]
-
-
-def draw_codes(findings: Findings, model: LooCVQModel) -> Drawing:
-    """Draw the most and the least used codevectors: the decoded constant map of each, and where they are chosen."""
-    most, least = shown_codes(findings)
-    groups = [("most used", most)] + ([("least used", least)] if least else [])
-    with style():
-        rows = max(len(codes) for _, codes in groups)
-        figure = new_figure(0.55 + 0.36 * rows, width=4.0 * len(groups))
-        for axes, (name, codes) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-            _draw_group(axes, name, codes, rows, findings, model)
-    f = findings.downsampling_factor
-    caption = (
-        "Codevectors by number, with their share of all codes, or their count below 0.1 %. Map: what the decoder makes "
-        f"of this codevector at every place. In images: the {f}x{f} pixels (framed) of positions where most codes are "
-        "this one, in the sample of images, with their neighbours; grey is outside the image."
-    )
-    return Drawing("codes", "What codevectors stand for", caption, figure)
-
-
-def _patch_side(findings: Findings) -> int:
-    return findings.downsampling_factor * (1 + 2 * CONTEXT)
-
-
-def _draw_group(axes, name: str, codes: list[int], rows: int, findings: Findings, model: LooCVQModel) -> None:
-    """Draw one row of squares per codevector: what it decodes to, and where it is chosen."""
-    from matplotlib.patches import Rectangle
-
-    f, side, counts = findings.downsampling_factor, _patch_side(findings), findings.statistics.counts.sum(0)
-    gap = max(1, side // 12)
-    step, first = side + gap, 2 * gap  # a wider gap after the first column
-    sheet = torch.full((3, rows * step - gap, first + (OCCURRENCES + 1) * step - gap), 255, dtype=torch.uint8)
-    frames, most = [], 0  # upper left corners of the positions; patches in a row
-    for row, (code, swatch) in enumerate(zip(codes, swatches(model, codes, findings), strict=True)):
-        squares, found = [(0, swatch)], occurrences(findings, code, OCCURRENCES)
-        most = max(most, len(found))
-        for column, (image, y, x) in enumerate(found):
-            left = first + (column + 1) * step
-            squares.append((left, _patch(image, y, x, findings)))
-            frames.append((left + CONTEXT * f, row * step + CONTEXT * f))
-        for left, square in squares:
-            sheet[:, row * step : row * step + square.shape[1], left : left + square.shape[2]] = square
-    picture(axes, sheet)
-    for left, top in frames:
-        for color, width in (("black", 1.6), ("white", 0.7)):  # seen on any image
-            axes.add_patch(Rectangle((left - 0.5, top - 0.5), f, f, fill=False, edgecolor=color, linewidth=width))
-    shares = {code: counts[code].item() / counts.sum().item() for code in codes}
-    often = [f"{share:.1%}" if share >= 0.001 else f"{counts[code]:,} ×" for code, share in shares.items()]
-    axes.set_yticks(
-        [row * step + side / 2 for row in range(len(codes))],
-        [f"{code}\n{text}" for code, text in zip(codes, often, strict=True)],
-        fontsize=7.5,
-    )
-    axes.set_xticks([side / 2, first + (1 + most / 2) * step], ["map", "in images"], fontsize=8)
-    axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False, pad=3)
-    axes.set_title(name)
-
-
-def _patch(image: torch.Tensor, y: int, x: int, findings: Findings) -> torch.Tensor:
-    """Cut out a latent position's pixels and those around it `(channels, side, side)`; light grey outside the image."""
-    f, side, margin = findings.downsampling_factor, _patch_side(findings), CONTEXT * findings.downsampling_factor
-    wide = torch.nn.functional.pad(image, [margin] * 4, value=BEYOND)
-    return wide[:, y * f : y * f + side, x * f : x * f + side]
 
 
 def _spread(length: int, most: int) -> torch.Tensor:

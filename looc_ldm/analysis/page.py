@@ -20,14 +20,11 @@ from looc_ldm.analysis.codebook_figures import (
 from looc_ldm.analysis.collect import Findings
 from looc_ldm.analysis.image_figures import (
     compared_with_codecs,
-    draw_codes,
     draw_error_map,
     draw_examples,
     draw_rate,
-    shown_codes,
 )
 from looc_ldm.analysis.style import Drawing
-from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.utils.files import replace_bytes, replace_text
 from looc_ldm.utils.report import Report
 
@@ -35,12 +32,11 @@ NUMBERS, PAGE = "analysis.json", "analysis.html"
 OF_SEVERAL_SEGMENTS = [f"{name}.{kind}" for name in ("segment_use", "code_sharing") for kind in ("png", "svg")]
 
 
-def analyze(findings: Findings, model: LooCVQModel, seed: int = 0) -> tuple[list[Drawing], dict]:
+def analyze(findings: Findings, seed: int = 0) -> tuple[list[Drawing], dict]:
     """Draw all figures.
 
     Args:
         findings: What `collect` found in the images.
-        model: The model that was analyzed.
         seed: Seed of t-SNE.
 
     Returns:
@@ -56,7 +52,6 @@ def analyze(findings: Findings, model: LooCVQModel, seed: int = 0) -> tuple[list
         draw_rate(findings, compared),
         draw_error_map(findings),
         draw_examples(findings),
-        draw_codes(findings, model),
     ]
     return drawings, numbers(findings, compared)
 
@@ -68,7 +63,6 @@ def numbers(findings: Findings, compared: dict) -> dict:
     """
     statistics = findings.statistics
     height, width = findings.content_size
-    most, least = shown_codes(findings)
     f = findings.downsampling_factor
     rows = torch.nn.functional.avg_pool2d(findings.error_map[None], f, ceil_mode=True, count_include_pad=False)[0]
     return {
@@ -90,8 +84,6 @@ def numbers(findings: Findings, compared: dict) -> dict:
         "bits_per_pixel_entropy": findings.bits_per_pixel_entropy,
         "counts": statistics.counts.sum(0).tolist(),
         "dead": statistics.dead.tolist(),
-        "most_used": most,
-        "least_used": least,
         "segment_use": statistics.segment_use.tolist(),
         "segment_perplexity": segment_perplexity(statistics.counts).tolist(),
         "segments_per_codevector": statistics.segments_per_codevector.tolist(),

@@ -36,7 +36,7 @@ def analyze(options: Analyze) -> None:
     batches = float_batches(Subset(images, chosen), batch_of_squares(device.type, side, 64))
     with tqdm(batches, desc="analyzing", unit="batch", delay=1) as bar:
         findings = collect(model, bar, len(chosen), images.content_size, options.seed)
-    drawings, figures = draw_figures(findings, model, options.seed)
+    drawings, figures = draw_figures(findings, options.seed)
 
     data = f"{options.data}, {images.config.split}" if images.config.split else options.data
     html = page(drawings, figures, options.model, data, options.command_line)

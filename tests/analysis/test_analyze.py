@@ -15,7 +15,7 @@ from looc_ldm.models.fingerprint import model_fingerprint
 from tiny import noise, tiny_autoencoder, tiny_pipeline
 
 FIGURES = ["codebook_use", "segment_use", "code_sharing", "embedding"]
-FIGURES += ["rate_distortion", "error_map", "examples", "codes"]
+FIGURES += ["rate_distortion", "error_map", "examples"]
 FILES = {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")} | {"analysis.html", "analysis.json"}
 
 

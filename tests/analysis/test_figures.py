@@ -17,10 +17,10 @@ from looc_ldm.analysis import image_figures
 from looc_ldm.analysis.codebook_figures import draw_embedding, draw_segment_use, draw_sharing, draw_use
 from looc_ldm.analysis.collect import Findings, collect
 from looc_ldm.analysis.embedding import in_the_plane
-from looc_ldm.analysis.image_figures import draw_error_map, draw_rate, shown_codes, swatches
+from looc_ldm.analysis.image_figures import draw_error_map, draw_rate
 from looc_ldm.analysis.page import analyze, page
 from looc_ldm.analysis.rate_distortion import QUALITIES
-from looc_ldm.images.pixels import to_float, to_uint8
+from looc_ldm.images.pixels import to_float
 from tiny import noise, tiny_autoencoder
 
 
@@ -58,8 +58,8 @@ def words(svg: bytes) -> list[str]:
 def test_every_figure_is_drawn(count, channels, settings):
     images = noise(count, channels)
     model = model_with(channels=channels, **settings)
-    drawings, figures = analyze(found_in(model, images), model)
-    assert len({drawing.name for drawing in drawings}) == (8 if figures["segments"] > 1 else 6)
+    drawings, figures = analyze(found_in(model, images))
+    assert len({drawing.name for drawing in drawings}) == (7 if figures["segments"] > 1 else 5)
     for drawing in drawings:
         assert np.asarray(Image.open(io.BytesIO(drawing.png())).convert("L")).std() > 0
         assert drawing.caption
@@ -70,13 +70,11 @@ def test_every_figure_is_drawn(count, channels, settings):
 def test_a_dead_codebook_and_images_of_one_grey_are_drawn_as_what_they_are():
     model, images = model_with(), torch.full((2, 1, 8, 8), 99, dtype=torch.uint8)  # smaller than the window of SSIM
     nn.init.zeros_(model.quantize.embedding.weight)
-    drawings, figures = analyze(found_in(model, images), model)
-    assert len(drawings) == 8
+    drawings, figures = analyze(found_in(model, images))
+    assert len(drawings) == 7
     assert all(drawing.png() for drawing in drawings)
     assert figures["codebook_use"] == 1 / 16
     assert figures["dead"] == list(range(1, 16))
-    assert figures["most_used"] == [0]
-    assert figures["least_used"] == []
     assert figures["bits_per_pixel_entropy"] == 0
     assert figures["rate_distortion"]["codecs"] == {}
 
@@ -117,7 +115,7 @@ def test_the_map_of_errors_is_drawn_over_its_pixels():
 def test_the_model_stands_at_its_two_rates_beside_codecs_on_the_same_images():
     images, model = noise(2), model_with()
     findings = found_in(model, images)
-    _, figures = analyze(findings, model)
+    _, figures = analyze(findings)
     compared = figures["rate_distortion"]
     assert compared["images"] == 2
     assert compared["psnr"] == pytest.approx(findings.psnr)
@@ -135,26 +133,6 @@ def test_codecs_get_images_from_all_of_the_data_not_from_its_first_class(monkeyp
     findings = found_in(model_with(), noise(9))
     compared = image_figures.compared_with_codecs(findings)
     assert [psnr for _, psnr in compared["by_image"]] == findings.sample.psnr[[0, 4, 8]].tolist()
-
-
-def test_the_shown_codes_are_the_most_and_the_least_used():
-    findings = found_in(model_with(num_vq_embeddings=64), noise(4))
-    counts = findings.statistics.counts.sum(0).tolist()
-    most, least = shown_codes(findings)
-    others = [count for code, count in enumerate(counts) if count and code not in most + least]
-    assert len(most) == len(least) == 8
-    assert min(counts[code] for code in most) >= max(others)
-    assert 0 < max(counts[code] for code in least) <= min(others)
-
-
-def test_a_codevector_alone_is_the_middle_of_a_map_of_nothing_else():
-    model = model_with()
-    findings = found_in(model, noise(1))
-    decoded = to_uint8(model.decode_indices(torch.full((1, 8, 8, 2), 5)).sample)
-    assert torch.equal(swatches(model, [5], findings), decoded[..., 5:11, 5:11])  # three positions of f = 2
-
-
-# t-SNE ----------------------------------------------------------------------------------------------------------------
 
 
 def test_one_seed_gives_one_embedding():
@@ -215,12 +193,12 @@ class Tags(HTMLParser):
 
 def test_the_page_holds_everything_and_asks_for_nothing():
     images, model = noise(2), model_with()
-    drawings, figures = analyze(found_in(model, images), model)
+    drawings, figures = analyze(found_in(model, images))
     html = page(drawings, figures, "mine & <yours>", "folder", "looc-ldm analyze MODEL --data 'a <b>'")
     tags = Tags()
     tags.feed(html)
     sources = [attrs["src"] for tag, attrs in tags.found if tag == "img"]
-    assert len(sources) == 8
+    assert len(sources) == 7
     assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
     assert not [attrs for tag, attrs in tags.found if tag in ("link", "script") or "href" in attrs]
     assert all(attrs["alt"] for tag, attrs in tags.found if tag == "img")
