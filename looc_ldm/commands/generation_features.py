@@ -69,7 +69,7 @@ def reference_features(
     if "fid" in compared and has_usable_statistics(measures, reference):
         statistics = reference.images.statistics
         if not rows["inception"]:
-            found["inception"] = Features(statistics, None, None, len(reference.images))
+            found["inception"] = Features(statistics, rows=None, logits=None)
     keys = {name: _cache_key(reference, measures, name) for name in rows}
     if is_main:
         for name in rows.keys() - found.keys():

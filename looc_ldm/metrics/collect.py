@@ -25,14 +25,12 @@ class Features:
         moments (`FeatureMoments`): Count, mean and covariance over all images.
         rows (`torch.Tensor` or `None`): Features `(n, D)`, float32 on the CPU, if they were kept.
         logits (`torch.Tensor` or `None`): `(n, classes)`, float32 on the CPU, if the network gave them.
-        count (`int`): n.
         labels (`torch.Tensor` or `None`): Classes, int64 `(n,)`, if the caller has set them.
     """
 
     moments: FeatureMoments
     rows: torch.Tensor | None
     logits: torch.Tensor | None
-    count: int
     labels: torch.Tensor | None = None
 
 
@@ -88,7 +86,7 @@ class FeatureCollector:
             moments.reduce(accelerator)
         if not moments.mean.isfinite().all():
             raise ValueError("the features are not finite.")
-        return Features(moments, kept.get("rows"), kept.get("logits"), moments.count)
+        return Features(moments, kept.get("rows"), kept.get("logits"))
 
 
 def _gather(kept: dict[str, torch.Tensor], count: int, accelerator: Accelerator) -> dict[str, torch.Tensor]:

@@ -231,7 +231,7 @@ def evaluate_generation(
                 raise ValueError(f"class_fid needs labels with every batch of the {side} set.")
             features["inception"].labels = torch.cat(labels)
         sides.append(features)
-    counts = [next(iter(side.values())).count for side in sides]
+    counts = [next(iter(side.values())).moments.count for side in sides]
     return {
         "protocol": "clean",
         "images_first": counts[0],

@@ -7,7 +7,6 @@ import json
 import os
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -52,7 +51,7 @@ class ReferenceCache:
         except SafetensorError as error:
             raise UserError(f"cannot read {str(self.file(key))!r}: {one_line(error)}; delete it.") from error
         moments = {name.removeprefix(PREFIX): x for name, x in tensors.items() if name.startswith(PREFIX)}
-        return Features(FeatureMoments.from_tensors(moments), tensors.get("rows"), None, int(tensors["count"]))
+        return Features(FeatureMoments.from_tensors(moments), tensors.get("rows"), logits=None)
 
     def save(self, key: dict, features: Features) -> None:
         """Store features, without logits, under a key; a file of this key is replaced when the new one is complete.
@@ -65,7 +64,6 @@ class ReferenceCache:
         tensors = {f"{PREFIX}{name}": x.contiguous() for name, x in features.moments.tensors().items()}
         if features.rows is not None:
             tensors["rows"] = features.rows.contiguous()
-        tensors["count"] = torch.tensor(features.count)
         make_folder(self.folder)
         file = self.file(key)
         # The process is in the name: two runs may compute the same reference at a time.

@@ -26,7 +26,7 @@ TREE_ROWS = 2**16  # vectors a k-d tree is asked for at a time: its float64 copi
 
 @cache
 def numba_available() -> bool:
-    """Whether the fused loop can be had. Without numba the search is the same, and slower."""
+    """Whether numba, which compiles the fused loop, is installed. Without it the same search is slower."""
     try:
         import numba  # noqa: F401
     except ImportError:  # also raised by a numba that does not know this NumPy
@@ -37,7 +37,7 @@ def numba_available() -> bool:
 def search_fused(
     vectors: np.ndarray, keys: np.ndarray, bias: np.ndarray, offset: np.ndarray, threads: int
 ) -> np.ndarray:
-    """Index (N,) of the largest similarity; see `looc_ldm.quantizer.search.Query`."""
+    """Return the index (N,) of the largest similarity; see `looc_ldm.quantizer.search.Query`."""
     group = 4 if vectors.shape[1] <= 4 else 2
     padding = -len(keys) % group
     keys = np.pad(keys, ((0, padding), (0, 0)))
@@ -66,7 +66,7 @@ def closest_fused(
 
 
 def search_tree(vectors: np.ndarray, keys: np.ndarray, offset: np.ndarray, cosine: bool, threads: int) -> np.ndarray:
-    """Index (N,) of the nearest key by a k-d tree: O(log K) a vector, for few dimensions."""
+    """Return the index `(N,)` of the nearest key by a k-d tree: O(log K) per vector, for few dimensions."""
     from scipy.spatial import cKDTree
 
     if cosine:
@@ -102,7 +102,7 @@ def search_tree(vectors: np.ndarray, keys: np.ndarray, offset: np.ndarray, cosin
 
 
 def _in_threads(work: Callable, num_vectors: int, num_codevectors: int, threads: int) -> list:
-    """`work(start, stop)` over parts of the vectors, side by side; the results in the order of the parts.
+    """Run `work(start, stop)` on parts of the vectors in parallel; return the results in the order of the parts.
 
     Threads of our own rather than numba's: those abort the process when two Python threads use them, or after a fork.
     """
@@ -117,7 +117,7 @@ def _in_threads(work: Callable, num_vectors: int, num_codevectors: int, threads:
 
 @cache
 def _search_loop(dim: int, group: int) -> Callable:
-    """The loop for `dim` dimensions, which compares `group` codevectors at a time; both are constants to the compiler.
+    """Return the loop for `dim` dimensions that compares `group` codevectors at a time, both constants to the compiler.
 
     Only the best *group* of each vector is remembered; which of its codevectors it was is found at the end.
     """
@@ -161,7 +161,7 @@ def _search_loop(dim: int, group: int) -> Callable:
 
 @cache
 def _closest_loop(dim: int) -> Callable:
-    """The loop for `dim` dimensions that finds the vector closest to each codevector.
+    """Return the loop for `dim` dimensions that finds the vector closest to each codevector.
 
     Like the search, it remembers only the best *block* of vectors of each codevector.
     """

@@ -32,7 +32,7 @@ GUIDANCE_SCALE = 2.0
 FID_SAMPLES = 1000
 
 
-def quickstart(output: Path, features: InceptionFeatures | None, say=print) -> Path:
+def quickstart(output: Path, features: InceptionFeatures | None, log=print) -> Path:
     """Train both stages on bundled images, sample, evaluate, and write `report.html`; return its path.
 
     The same call resumes an interrupted run. After a finished one, it only evaluates and reports again.
@@ -40,25 +40,25 @@ def quickstart(output: Path, features: InceptionFeatures | None, say=print) -> P
     Args:
         output (`Path`): Folder of all results.
         features (`InceptionFeatures`, *optional*): Without them, FID is left out and nothing is downloaded.
-        say (`Callable`): Takes lines about the progress.
+        log (`Callable`): Takes lines about the progress.
     """
     started, from_scratch = time.monotonic(), not output.exists()
     first = load_config(AutoencoderConfig, "fashion_mnist/autoencoder", output_dir=output / "autoencoder")
-    say("1/4 training the autoencoder: images to 8x8 positions of two codes each, and back")
+    log("1/4 training the autoencoder: images to 8x8 positions of two codes each, and back")
     autoencoder_folder = autoencoder.train(first)
     folders = {"output_dir": output / "diffusion", "autoencoder": autoencoder_folder}
     second = load_config(DiffusionConfig, "fashion_mnist/diffusion", **folders)
-    say("2/4 training the class-conditional UNet on the autoencoder's latents")
+    log("2/4 training the class-conditional UNet on the autoencoder's latents")
     pipeline_folder = diffusion.train(second)
 
-    say("3/4 sampling every class")
+    log("3/4 sampling every class")
     pipe = LooCLDMPipeline.from_pretrained(pipeline_folder)
     names = [pipe.config.id2label[label] for label in sorted(pipe.config.id2label)]
     labels = [label for label in range(len(names)) for _ in range(SAMPLES_PER_CLASS)]
     settings = {"num_inference_steps": SAMPLING_STEPS, "guidance_scale": GUIDANCE_SCALE}
     samples = list(sample_images(pipe, labels, seed=1, batch_size=50, **settings))
 
-    say("4/4 evaluating")
+    log("4/4 evaluating")
     model = load_autoencoder(str(autoencoder_folder))
     _, validation = load_image_sets(first.data, model.config.in_channels)
     reconstruction = evaluate_reconstruction(model, float_batches(validation), validation.content_size, features)
@@ -88,7 +88,7 @@ def quickstart(output: Path, features: InceptionFeatures | None, say=print) -> P
             "FID was left out: it needs Inception weights, and quickstart downloads nothing. Give a local file with "
             "<code>--inception-weights FILE</code> (and <code>--feature-layer</code> for other than 2,048 features)."
         )
-        say("FID was left out: it needs Inception weights, given by --inception-weights FILE")
+        log("FID was left out: it needs Inception weights, given by --inception-weights FILE")
     report.heading("Loss")
     report.curves("autoencoder", _curves(output / "autoencoder", ("loss_pixel", "loss_quantizer")))
     report.curves("diffusion", _curves(output / "diffusion", ("loss",)))

@@ -162,13 +162,13 @@ def generation_figures(
         drawn = features_of_share(network, draw, count, accelerator)
 
     def measure() -> dict[str, float | int]:
-        if reference.count < 2:
-            raise DataError(f"FID needs at least 2 images that can be read, got {reference.count}.")
+        if reference.moments.count < 2:
+            raise DataError(f"FID needs at least 2 images that can be read, got {reference.moments.count}.")
         sides = {"inception": drawn}, {"inception": reference}
         figures = generation_figures_of(("fid", "kid"), *sides, {"inception": features.name})
         return {name: value for name, value in figures.items() if not name.startswith("kid_std")} | {
-            "samples": drawn.count,
-            "reference_images": reference.count,
+            "samples": drawn.moments.count,
+            "reference_images": reference.moments.count,
             "steps": config.preview_steps,
             "guidance_scale": guidance,
         }
