@@ -185,6 +185,8 @@ Extractor = InceptionFeatures | VGG16Features | DINOv2Features | CLIPFeatures
 def _torch_fidelity_network(
     kind: type[nn.Module], name: str, layers: list[str], weights: Path | None, title: str
 ) -> nn.Module:
+    if weights is not None and not Path(weights).is_file():
+        raise FileNotFoundError(f"No {title} weights at {weights}.")
     try:
         if weights is not None:
             # torch-fidelity unpickles whatever the file holds; this load refuses anything but tensors.
