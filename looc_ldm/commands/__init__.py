@@ -1,1 +1,1 @@
-"""Commands of `looc-ldm`, a file a subject; `add_parsers` of each says what can be typed."""
+"""Commands of `looc-ldm`, one file per subject."""

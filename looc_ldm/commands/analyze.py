@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from pathlib import Path
 
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
@@ -21,12 +20,14 @@ from looc_ldm.images.image_set import spread
 from looc_ldm.training.data import float_batches
 from looc_ldm.utils.devices import choose_device
 from looc_ldm.utils.errors import UserError
-from looc_ldm.utils.files import check_folder, check_name, make_folder
+from looc_ldm.utils.files import check_folder, make_folder
 
 
 def analyze(options: Analyze) -> None:
     """Write figures, a page and numbers."""
-    _check_output(options.output)
+    check_folder(options.output)
+    if options.output.is_dir() and any(options.output.iterdir()) and not (options.output / PAGE).is_file():
+        raise UserError(f"--output {str(options.output)!r} holds something else than an analysis: give a new folder.")
     device = choose_device(options.device)
     model, fingerprint = load_model(options.model, device, options.dtype)
     images = load_images(options.data, options, options.model, model)
@@ -49,13 +50,3 @@ def analyze(options: Analyze) -> None:
     rates = f"{findings.bits_per_pixel:.4g} bits per pixel ({findings.bits_per_pixel_entropy:.4g} entropy-coded)"
     print(f"{findings.images:,} images, {findings.psnr:.2f} dB at {rates}; {findings.statistics.use:.1%} codebook use")
     print(f"{options.output / PAGE}, {len(drawings)} figures as PNG and SVG, {NUMBERS}")
-
-
-def _check_output(folder: Path) -> None:
-    """Refuse, before any work, a folder that cannot be written to, or that holds anything but an analysis."""
-    check_name(folder / "rate_distortion.png")  # the longest of them
-    check_folder(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).is_file() for name in (NUMBERS, PAGE)):
-        raise UserError(
-            f"--output {str(folder)!r} holds something else than an analysis: give a new or an empty folder."
-        )

@@ -123,8 +123,6 @@ def _encode_data_set(options: Encode) -> None:
     if len(options.images) > 1:
         raise UserError(f"--format parquet takes one data set, got {len(options.images)}.")
     own_size = options.fit == "none"
-    if own_size and options.resolution is not None:
-        raise UserError("--fit none leaves images at their own size: --resolution goes with crop, adm and pad.")
     data, split = options.images[0], options.split or "train"
     file = options.output / f"{split}.parquet"
     check_targets([(data, file)], options.overwrite)

@@ -25,27 +25,15 @@ from looc_ldm.models.scaling import check_scaling
 from looc_ldm.utils.errors import UserError
 from looc_ldm.utils.files import check_folder, check_name, partial_of
 
-# Flags that not every kind uses.
-KINDS_OF_FLAGS = {
-    "no_ema": ("vqgan", "ldm"),
-    "interpolation_factor": ("looc", "vqgan", "ldm"),
-    "num_heads": ("ldm",),
-    "num_head_channels": ("ldm",),
-    "prediction_type": ("ldm",),
-    "scaling_factor": ("ldm",),
-    "null_class_label": ("ldm",),
-}
-
 
 def convert(options: Convert) -> None:
-    """Write a folder of ours, and print what is in it."""
+    """Write the converted model to a new folder, and print its main properties."""
     if options.output.exists() or options.output.is_symlink():
         raise UserError(f"--output {str(options.output)!r} exists already: give a new folder.")
     check_name(options.output)
     check_folder(options.output)
     tensors = read_checkpoint(options.checkpoint)
     kind = options.kind or kind_of(tensors)
-    _check_flags(options, kind, tensors)
     settings = Settings()
     if options.original_config is not None:
         settings = settings_of(read_original_config(options.original_config), kind)
@@ -54,25 +42,6 @@ def convert(options: Convert) -> None:
     write = _write_pipeline if kind == "ldm" else _write_autoencoder
     notes = write(tensors, kind, settings, options)
     print("\n".join([*notes, f"{kind}: {options.output}"]))
-
-
-def _check_flags(options: Convert, kind: str, tensors: dict) -> None:
-    """Refuse flags that would change nothing."""
-    for name, kinds in KINDS_OF_FLAGS.items():
-        if getattr(options, name) not in (None, False) and kind not in kinds:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} goes with {' and '.join(kinds)} only, and this is of the kind {kind}.")
-    quantizer = "_vq_vae" if kind in ("looc", "cvq") else "quantize"
-    kept = {key.rpartition(".")[2] for key in tensors if f"{quantizer}." in key}
-    if kept and "embed_prob" not in kept:
-        for name in ("distance", "interpolation_factor"):
-            if getattr(options, name) is not None:
-                raise UserError(
-                    f"--{name.replace('_', '-')} goes with quantizers of LooC and CVQ-VAE only: this one keeps no use "
-                    "of its codevectors (embed_prob), as theirs do, and has euclidean distance and no interpolation."
-                )
-    if "scale_factor" in tensors and options.scaling_factor is not None:
-        raise UserError("--scaling-factor: the weights hold it already (scale_factor).")
 
 
 def _write_autoencoder(tensors: dict, kind: str, settings: Settings, options: Convert) -> list[str]:
@@ -118,7 +87,7 @@ def _notes_on_model(model) -> list[str]:
             f"{model.bits_per_image(side, side) / side**2:.3f} bits per pixel."
         )
         notes.append(
-            f"Of further training only, from the original config or their code: anchor {config.anchor}, "
+            f"Further training uses, from the original config or code: anchor {config.anchor}, "
             f"codebook_update {config.codebook_update}, gradient {config.gradient}."
         )
     return notes

@@ -1,7 +1,6 @@
 """`looc-ldm evaluate reconstruction`: how well a first stage reconstructs, and at which rate.
 
-By several processes: `accelerate launch -m looc_ldm.cli evaluate ...`. They divide the images; figures are those of
-one.
+Several processes (`accelerate launch -m looc_ldm.cli evaluate ...`) divide the images and get the same figures.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from looc_ldm.commands.measures import reconstruction_measures
 from looc_ldm.commands.options import EvaluateReconstruction
 from looc_ldm.commands.record import bias_note, machine, make_record, print_record, write_record
 from looc_ldm.commands.shared import check_file, data_of, load_images, load_model
-from looc_ldm.images.image_set import spread
 from looc_ldm.images.pixels import to_float
 from looc_ldm.metrics.shares import share_of_batches
 from looc_ldm.utils.distributed import start_processes
@@ -33,7 +31,7 @@ def evaluate_reconstruction(options: EvaluateReconstruction) -> None:
     images = load_images(options.data, options, options.model, model)
     side = images.config.resolution
     set_tiling(model, side**2, pixel_budget(device.type))
-    chosen = StoredImages(images, spread(len(images), options.images or len(images)).tolist())
+    chosen = StoredImages(images, options.images)
     shares = share_of_batches(len(chosen), batch_of_squares(device.type, side, READ_BATCH), accelerator)
     with tqdm(
         chosen.batches(shares), desc="reconstructing", unit="batch", total=len(shares), delay=1, disable=not is_main
@@ -53,8 +51,6 @@ def evaluate_reconstruction(options: EvaluateReconstruction) -> None:
         machine=machine(device, accelerator),
     )
     notes = list(measures.not_measured)
-    if options.images is not None and options.images > len(images):
-        notes.append(f"note: there are only {len(images):,} images")
     if measures.features is not None and "rfid" in measures.metrics:
         notes.append(bias_note(figures["images"], measures.features.dim, f"rfid@{measures.features.name}"))
     record["notes"] = [note for note in notes if note]

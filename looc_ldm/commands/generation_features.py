@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from looc_ldm.commands.image_sets import DrawnImages, NpzImages, StoredImages
 from looc_ldm.commands.measures import GenerationMeasures
 from looc_ldm.commands.options import EvaluateGeneration
 from looc_ldm.metrics.collect import Features
+from looc_ldm.metrics.frechet import FeatureMoments
 from looc_ldm.metrics.generation import METRICS, collect_features, rows_needed
 from looc_ldm.metrics.reference import ReferenceCache, default_cache_folder
 from looc_ldm.metrics.samples import NpzWriter, npz_writer
@@ -23,25 +24,9 @@ from looc_ldm.metrics.shares import share_of_batches
 from looc_ldm.utils.files import check_folder, make_folder
 
 READ_BATCH = 50  # images that are read at a time
-# Of published statistics: torch-fidelity's network is theirs.
-STATISTICS_LAYER = "2048"
 
-Samples = DrawnImages | NpzImages | StoredImages
-
-
-@dataclass
-class Reference:
-    """The real images, and what their features are kept under.
-
-    Attributes:
-        images: The set.
-        key: Fingerprint of the data and of what is done to it, for the cache and the record.
-        about: `data`, `split` and `fit`, for the record.
-    """
-
-    images: StoredImages | NpzImages
-    key: dict
-    about: dict
+Reference = NpzImages | StoredImages
+Samples = DrawnImages | Reference
 
 
 def open_cache(options: EvaluateGeneration) -> ReferenceCache:
@@ -65,11 +50,9 @@ def reference_features(
     compared = [name for name in measures.metrics if not METRICS[name].logits]
     rows = {METRICS[name].network: rows_needed(compared, METRICS[name].network) for name in compared}
     found: dict[str, Features] = {}
-    statistics = None
-    if "fid" in compared and has_usable_statistics(measures, reference):
-        statistics = reference.images.statistics
-        if not rows["inception"]:
-            found["inception"] = Features(statistics, rows=None, logits=None)
+    statistics = stored_statistics(measures, reference)
+    if statistics is not None and not rows["inception"]:
+        found["inception"] = Features(statistics, rows=None, logits=None)
     keys = {name: _cache_key(reference, measures, name) for name in rows}
     if is_main:
         for name in rows.keys() - found.keys():
@@ -82,9 +65,14 @@ def reference_features(
     if accelerator is not None:
         (missing,) = broadcast_object_list([missing])  # as the main process sees it
     if missing:
-        shares = share_of_batches(len(reference.images), READ_BATCH, accelerator)
-        batches = reference.images.batches(shares)
-        with tqdm(batches, "real images", len(shares), unit="batch", delay=1, disable=not is_main) as bar:
+        if is_main:
+            fewer = "" if isinstance(reference, NpzImages) else " (--reference-images N reads fewer)"
+            kept = "" if cache.folder is None else "; their features are kept for further runs"
+            print(f"reading {len(reference):,} real images to compare the samples with{fewer}{kept}", file=sys.stderr)
+        shares = share_of_batches(len(reference), READ_BATCH, accelerator)
+        with tqdm(
+            reference.batches(shares), "real images", len(shares), unit="batch", delay=1, disable=not is_main
+        ) as bar:
             needed = {name: networks[name] for name in missing}
             keep = [name for name in missing if rows[name]]
             collected = collect_features(bar, needed, keep, accelerator, logits=False, device=device)
@@ -97,11 +85,18 @@ def reference_features(
     return found
 
 
-def _cache_key(reference: Reference, measures: GenerationMeasures, network: str) -> dict:
-    """Return all that the features depend on.
+def stored_statistics(measures: GenerationMeasures, reference: Reference) -> FeatureMoments | None:
+    """Return the statistics in the reference if FID can be measured against them: of the usual FID's features."""
+    usual = "fid" in measures.metrics and measures.protocol.name == "clean"
+    if not usual or not isinstance(reference, NpzImages) or not reference.has_statistics:
+        return None
+    fits = reference.statistics.dim == measures.extractors["inception"].dim
+    return reference.statistics if fits else None
 
-    Not where weights lie, nor whether logits were computed beside the features.
-    """
+
+def _cache_key(reference: Reference, measures: GenerationMeasures, network: str) -> dict:
+    """Return everything that the features depend on."""
+    # The place of the weights is not part of it, nor that logits were computed beside the features.
     identity = {k: v for k, v in measures.extractors[network].identity().items() if k not in ("weights", "logits")}
     return {**reference.key, "features": identity}
 
@@ -151,13 +146,3 @@ def _exported(
         if batch is not None:
             yield batch
     next(iterator, None)  # there is none; it completes the bar
-
-
-def has_usable_statistics(measures: GenerationMeasures, reference: Reference) -> bool:
-    return (
-        isinstance(reference.images, NpzImages)
-        and reference.images.has_statistics
-        and measures.protocol.name == "clean"
-        and "inception" in measures.extractors
-        and measures.extractors["inception"].name == STATISTICS_LAYER
-    )

@@ -12,10 +12,10 @@ from looc_ldm.utils import hub_download
 
 def push(options: Push) -> None:
     """Upload a model with its card and print its address."""
-    logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its own warnings
     license = options.license
     if license is None and sys.stdin.isatty():
-        license = input("licence of the weights (mit, cc-by-4.0, ...; empty: not stated): ").strip() or None
+        license = input("License of the weights, for example mit or cc-by-4.0 (empty to state none): ").strip() or None
     address = hub.push(
         options.folder,
         options.repo_id,

@@ -1,26 +1,29 @@
-"""Sets of images that are measured, wherever they come from: drawn from a model, a data set, or an .npz.
+"""Sets of images that are measured: drawn from a model, of a data set, or of an .npz.
 
 Each has a length, `labels` (int64 `(n,)` or None), `classes` (names of the labels, or none), and `batches(shares)`:
-uint8 images `(B, C, H, W)` for each range of places, so that each of several processes asks for its own.
+uint8 images `(B, C, H, W)` for each range of places, so that each of several processes asks for its own. Stored ones
+also have `shape` (C, H, W), `key` (what their features depend on) and `about` (for the record).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from io import BytesIO
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 
-import PIL.Image
 import torch
 
 from looc_ldm.commands.many_files import READERS, read_ahead
 from looc_ldm.commands.options import SamplingOptions
-from looc_ldm.images.image_set import ImageSet
+from looc_ldm.commands.shared import data_of
+from looc_ldm.images.image_set import ImageSet, spread
 from looc_ldm.images.transforms import to_pixels
 from looc_ldm.metrics.samples import NpzSamples
+from looc_ldm.metrics.weights import file_sha256
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
+from looc_ldm.training.latent_fingerprint import reference_fingerprint
 from looc_ldm.utils.errors import DataError
 
 
@@ -29,18 +32,16 @@ class StoredImages:
 
     Args:
         images: The data set.
-        chosen: Indices of the images to take; all if not given.
+        count: Take only this many, at even distances; all if not given.
         at_own_size: Take images as they are stored, which must be one size, instead of bringing them to the set's size.
     """
 
-    def __init__(self, images: ImageSet, chosen: Iterable[int] | None = None, at_own_size: bool = False):
-        self.images, self.at_own_size = images, at_own_size
-        self.chosen = list(range(len(images)) if chosen is None else chosen)
+    def __init__(self, images: ImageSet, count: int | None = None, at_own_size: bool = False):
+        self.images = images
+        self.chosen = spread(len(images), count or len(images)).tolist()
         self.classes: Mapping[int, str] = dict(enumerate(images.classes))
         self.labels = torch.tensor(images.labels())[self.chosen] if images.classes else None
-        if at_own_size and self.chosen:
-            first, stored = images.open(self.chosen[0])
-            self._size, self._first_name = first.size, stored.name
+        self._first = images.open(self.chosen[0]) if at_own_size else None
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -55,37 +56,29 @@ class StoredImages:
         for share in shares:
             yield torch.stack([future.result() for _, future in islice(reading, len(share))])
 
-    def check_sizes(self) -> None:
-        """Raise DataError where images that must have one size have several: by their headers, without decoding."""
-        for index in self.chosen:
-            stored = self.images.source.read(index)
-            try:
-                with PIL.Image.open(
-                    BytesIO(stored.content) if isinstance(stored.content, bytes) else stored.content
-                ) as image:
-                    size = image.size
-            except Exception:  # what cannot be read is named when it is read
-                continue
-            if sorted(size) != sorted(self._size):  # upright it may have them the other way round
-                raise self._size_mismatch(stored.name, size)
-
-    def _size_mismatch(self, name: str, size: tuple[int, int]) -> DataError:
-        return DataError(
-            f"{name} is {size[0]}x{size[1]} and {self._first_name} {self._size[0]}x{self._size[1]}: samples must have "
-            "one size."
-        )
-
     @property
     def shape(self) -> tuple[int, int, int]:
-        """C, H, W."""
         return tuple(self._read(self.chosen[0]).shape)
 
+    @cached_property
+    def key(self) -> dict:
+        subset = {} if len(self) == len(self.images) else {"images": len(self)}
+        return reference_fingerprint(self.images) | subset
+
+    @property
+    def about(self) -> dict:
+        return data_of(self.images)
+
     def _read(self, index: int) -> torch.Tensor:
-        if not self.at_own_size:
+        if self._first is None:
             return self.images.read(index)[0]
         image, stored = self.images.open(index)
-        if image.size != self._size:
-            raise self._size_mismatch(stored.name, image.size)
+        first, stored_first = self._first
+        if image.size != first.size:
+            raise DataError(
+                f"{stored.name} is {image.width}x{image.height} and {stored_first.name} {first.width}x{first.height}: "
+                "samples must have one size."
+            )
         return to_pixels(image)
 
 
@@ -93,6 +86,14 @@ class NpzImages(NpzSamples):
     """Images of an .npz, whose labels are numbers without names."""
 
     classes: Mapping[int, str] = {}
+
+    @cached_property
+    def key(self) -> dict:
+        return {"data": {"sha256": file_sha256(self.file)}}
+
+    @property
+    def about(self) -> dict:
+        return {"data": str(self.file), "split": None, "fit": None}
 
 
 class DrawnImages:

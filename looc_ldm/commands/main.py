@@ -11,39 +11,31 @@ from importlib import import_module
 from looc_ldm import __version__
 from looc_ldm.utils.errors import UserError, one_line_errors
 
-# The class of the options and the function that takes them, both below `looc_ldm`, and one line of help.
+# The class of the options in `commands.options`, the function in `commands`, and one line of help.
 COMMANDS = {
-    "quickstart": ("commands.options:Quickstart", "commands.quickstart:run", "run the whole chain in miniature"),
-    "train autoencoder": ("training.config:AutoencoderConfig", "commands.train:train", "train the first stage"),
-    "train diffusion": ("training.config:DiffusionConfig", "commands.train:train", "train the second stage"),
-    "cache-latents": (
-        "utils.arguments:CacheLatents",
-        "training.latents:cache_data_set",
-        "encode a data set once, for stage 2",
-    ),
-    "sample": ("commands.options:Sample", "commands.sample:sample", "draw images from a trained model"),
-    "reconstruct": (
-        "commands.options:Reconstruct",
-        "commands.reconstruct:reconstruct",
-        "show originals beside reconstructions",
-    ),
-    "encode": ("commands.options:Encode", "commands.codes:encode", "encode images as packed codes or a table of codes"),
-    "decode": ("commands.options:Decode", "commands.codes:decode", "decode packed codes to images"),
+    "quickstart": ("Quickstart", "quickstart:run", "run the whole chain in miniature"),
+    "train autoencoder": ("AutoencoderConfig", "train:train", "train the first stage"),
+    "train diffusion": ("DiffusionConfig", "train:train", "train the second stage"),
+    "cache-latents": ("CacheLatents", "train:cache_latents", "encode a data set once, for stage 2"),
+    "sample": ("Sample", "sample:sample", "draw images from a trained model"),
+    "reconstruct": ("Reconstruct", "reconstruct:reconstruct", "show originals beside reconstructions"),
+    "encode": ("Encode", "codes:encode", "encode images as packed codes or a table of codes"),
+    "decode": ("Decode", "codes:decode", "decode packed codes to images"),
     "evaluate reconstruction": (
-        "commands.options:EvaluateReconstruction",
-        "commands.evaluate_reconstruction:evaluate_reconstruction",
+        "EvaluateReconstruction",
+        "evaluate_reconstruction:evaluate_reconstruction",
         "measure reconstructions and their rate",
     ),
     "evaluate generation": (
-        "commands.options:EvaluateGeneration",
-        "commands.evaluate_generation:evaluate_generation",
+        "EvaluateGeneration",
+        "evaluate_generation:evaluate_generation",
         "measure samples against real images",
     ),
-    "analyze": ("commands.options:Analyze", "commands.analyze:analyze", "draw the paper's figures for a model"),
-    "compare": ("commands.options:Compare", "commands.compare:compare", "measure several models on the same images"),
-    "convert": ("commands.options:Convert", "commands.convert:convert", "convert weights of other projects"),
-    "push": ("commands.options:Push", "commands.hub:push", "upload a model with its card to the hub"),
-    "pull": ("commands.options:Pull", "commands.hub:pull", "download a model from the hub, and verify it"),
+    "analyze": ("Analyze", "analyze:analyze", "draw the paper's figures for a model"),
+    "compare": ("Compare", "compare:compare", "measure several models on the same images"),
+    "convert": ("Convert", "convert:convert", "convert weights of other projects"),
+    "push": ("Push", "hub:push", "upload a model with its card to the hub"),
+    "pull": ("Pull", "hub:pull", "download a model from the hub, and verify it"),
 }
 
 
@@ -56,8 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(shown)
             sys.exit(0)
         name, options = parse_command(arguments)
-        run = _imported(COMMANDS[name][1])
-        if not name.startswith("train"):  # which logs more
+        module, _, function = COMMANDS[name][1].partition(":")
+        run = getattr(import_module(f"looc_ldm.commands.{module}"), function)
+        if not name.startswith("train"):  # training has its own log
             logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         run(options)
 
@@ -75,20 +68,12 @@ def parse_command(arguments: list[str]):
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         known = f"did you mean {close[0]!r}?" if close else f"give a COMMAND: {', '.join(COMMANDS)}."
         raise UserError(f"no command {name!r}; {known}")
-    options_class = _imported(COMMANDS[name][0])
-    prog = f"looc-ldm {name}"
-    if words == 2 and arguments[0] == "train":
-        from looc_ldm.training.config_parsing import parse_command_line
-
-        return name, parse_command_line(options_class, arguments[words:], prog)
-    from looc_ldm.utils.arguments import parse_options
-
-    return name, parse_options(options_class, arguments[words:], prog)
-
-
-def _imported(place: str):
-    module, _, name = place.partition(":")
-    return getattr(import_module(f"looc_ldm.{module}"), name)
+    options_class = getattr(import_module("looc_ldm.commands.options"), COMMANDS[name][0])
+    if name.startswith("train"):
+        from looc_ldm.training.config_parsing import parse_command_line as parse
+    else:
+        from looc_ldm.utils.arguments import parse_options as parse
+    return name, parse(options_class, arguments[words:], f"looc-ldm {name}")
 
 
 def _groups() -> set[str]:
@@ -96,7 +81,7 @@ def _groups() -> set[str]:
 
 
 def _help_or_version(arguments: list[str]) -> str | None:
-    """Return what `--version`, or `--help` before a whole command, prints."""
+    """Return the output of `--version`, or of `--help` before a whole command; None for other arguments."""
     if arguments[:1] == ["--version"]:
         return _versions()
     group = arguments[0] if arguments and arguments[0] in _groups() else ""
@@ -109,7 +94,7 @@ def _help_or_version(arguments: list[str]) -> str | None:
 
 
 def _versions() -> str:
-    """Versions and devices, for bug reports."""
+    """Return versions and devices, for bug reports."""
     import torch
 
     from looc_ldm.commands.record import versions

@@ -1,6 +1,6 @@
 """Options of every command: what can be typed, with units and defaults. Imports nothing heavy.
 
-`looc_ldm.commands.main` names class and function of each command; `looc_ldm.training.config` has those of the trainers.
+`looc_ldm.commands.main` names the class and the function of each command.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Literal
 from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
 
 from looc_ldm.images.config import Fit
+from looc_ldm.training.config import AutoencoderConfig as AutoencoderConfig
+from looc_ldm.training.config import DiffusionConfig as DiffusionConfig
+from looc_ldm.utils.arguments import CacheLatents as CacheLatents
 from looc_ldm.utils.arguments import DeviceOptions, Dtype, Options, Seed, positional
 from looc_ldm.utils.errors import UserError
 
@@ -48,13 +51,14 @@ class DataOptions(Options):
     """Images
 
     Args:
-        split: Which split. If not given, test, validation, or the first there is.
-        resolution: Side of the images in pixels. If not given, that of the model's training; of the first model's
-            where there are several.
-        fit: How images become square; random_crop is crop here, adm the centre crop that most published FIDs are
-            measured with. If not given, as in the model's training, as far as its folder says, else crop.
+        data: Bundled name, folder of images, parquet files, WebDataset shards or LSUN's LMDBs, or hub id.
+        split: Split of the data. If not given, test, validation, or the first there is.
+        resolution: Side of the images in pixels. If not given, that of the (first) model's training, or of the samples.
+        fit: How images become square: crop (at the centre), adm (the centre crop of most published FIDs) or pad. If
+            not given, as in the model's training.
     """
 
+    data: str
     split: str | None = None
     resolution: PositiveInt | None = None
     fit: Fit | None = None
@@ -65,11 +69,9 @@ class MeasuredImageOptions(DataOptions):
     """Images
 
     Args:
-        data: Bundled name, folder of images, parquet files, WebDataset shards or LSUN's LMDBs, or hub id.
         images: Measure only N images, at even distances. If not given, all.
     """
 
-    data: str
     images: PositiveInt | None = None
 
 
@@ -95,8 +97,7 @@ class InceptionOptions(Options):
     """Inception network
 
     Args:
-        inception_weights: File of torch-fidelity's Inception network. If not given, evaluate generation downloads it
-            and other commands leave FID and KID out, unless --metrics asks for them.
+        inception_weights: File of torch-fidelity's Inception network. If not given and needed, it is downloaded.
         feature_layer: Its features; only 2048 compares with published FIDs.
     """
 
@@ -106,17 +107,13 @@ class InceptionOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionMetricOptions(InceptionOptions):
-    """What is measured
+    """Metrics
 
-    The codebook (use, perplexity, dead codes, entropy), the rate and the parameters always are. Figures whose weights
-    are not there are left out, and named, unless --metrics asks for them: then the weights are downloaded, which is
-    tried before anything is computed.
+    Rate and use of the codebook are always measured. Weights that --metrics needs and no option gives are downloaded.
 
     Args:
-        metrics: Any of psnr, ssim, l1, lpips_vgg, lpips_alex, rfid and kid, or all. If not given, psnr, ssim, l1 and
-            those whose weights are given.
-        protocol: clean: floats, the usual SSIM and FID; paper: as in the LooC paper's tables, of JPEGs, SSIM with a
-            uniform window, FID after a resize to 229.
+        metrics: psnr, ssim, l1, lpips_vgg, lpips_alex, rfid, kid or all. If not given, those that need no download.
+        protocol: clean: floats, the usual SSIM and FID; paper: as in the LooC paper's tables (of JPEGs).
         lpips_vgg_weights: torchvision's VGG16, .safetensors or .pth. If not given, lpips_vgg is left out.
         lpips_alex_weights: torchvision's AlexNet, .safetensors or .pth. If not given, lpips_alex is left out.
     """
@@ -129,15 +126,13 @@ class ReconstructionMetricOptions(InceptionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationMetricOptions(InceptionOptions):
-    """What is measured
+    """Metrics
 
-    fid, kid, is (Inception score), precision_recall and class_fid (FID within each class, averaged) by Inception
-    features; fd@dinov2 (FD-DINOv2), kd@dinov2 and precision_recall@dinov2 by DINOv2; precision_recall@vgg as
-    torch-fidelity has it; cmmd by CLIP. Figures of one network come from one pass over the images. Weights that are not
-    given are downloaded, which is tried before anything is drawn or measured.
+    Weights that are needed and not given are downloaded.
 
     Args:
-        metrics: Any of those. If not given, fid and kid.
+        metrics: Any of fid, kid, is, precision_recall, class_fid (FID within each class, averaged), fd@dinov2,
+            kd@dinov2, precision_recall@dinov2, precision_recall@vgg and cmmd (CLIP). If not given, fid and kid.
         protocol: clean: the usual FID; paper: as in the LooC paper's tables, FID after a resize to 229.
         dinov2: Folder or hub id of a DINOv2 of transformers. If not given, facebook/dinov2-large.
         clip: Folder or hub id of a CLIP of transformers. If not given, openai/clip-vit-large-patch14-336.
@@ -183,11 +178,10 @@ class Sample(SamplingOptions, ComputeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reconstruct(ModelOptions, DataOptions, DeviceOptions):
+class Reconstruct(DataOptions, ModelOptions, DeviceOptions):
     """Show originals beside reconstructions.
 
     Args:
-        data: Bundled name, folder of images, parquet files, WebDataset shards or LSUN's LMDBs, or hub id.
         images: Images in the grid.
         output: PNG file.
     """
@@ -204,8 +198,7 @@ class _CodeOptions(ComputeOptions):
     Args:
         output: Folder of the results; sub-folders are kept. encode writes one NAME.looc per image, or SPLIT.parquet.
         overwrite: Replace files that are there.
-        batch_size: Images of one size that go through the network at a time. If not given, as many as make 2**18
-            pixels on a CPU, 2**21 on others.
+        batch_size: Images of one size computed at a time. If not given, 2**18 pixels on a CPU, 2**21 on others.
     """
 
     output: Path
@@ -217,19 +210,18 @@ class _CodeOptions(ComputeOptions):
 class Encode(ModelOptions, _CodeOptions):
     """Encode images as packed codes (.looc), or as a table of code sequences.
 
-    --format looc makes one .looc file per image, at the image's own size. --format parquet makes one table of a data
-    set, with labels, that datasets.load_dataset reads, of images of one size. Images are taken as a viewer shows them:
-    turned as their EXIF data says, transparent ones on white, the first frame of several.
+    --format looc writes one .looc file per image, at the image's own size. --format parquet writes one table of a data
+    set, with labels, that datasets.load_dataset reads. Images are taken as a viewer shows them: turned as their EXIF
+    data says, transparent ones on white, the first frame of several.
 
     Args:
         images: Image files and folders of images. With --format parquet one data set: bundled name, folder of images,
             parquet files, WebDataset shards or LSUN's LMDBs, or hub id.
         format: Format of the codes.
-        split: Split of the data set, with --format parquet. If not given, train.
-        resolution: Side of the images in pixels, with --format parquet. If not given, that of the model's training.
-        fit: How images become square, with --format parquet; random_crop crops at the centre; none leaves each image at
-            its own size, so that sequences differ in length. If not given, as in the model's training, as far as its
-            folder says, else crop.
+        split: Split of the data set (parquet). If not given, train.
+        resolution: Side of the images in pixels (parquet). If not given, that of the model's training.
+        fit: How images become square (parquet): crop, adm, pad, or none, which leaves each image at its own size. If
+            not given, as in the model's training.
     """
 
     images: list[str] = field(metadata=positional("IMAGES"))
@@ -243,8 +235,8 @@ class Encode(ModelOptions, _CodeOptions):
 class Decode(ModelOptions, _CodeOptions):
     """Decode packed codes to images.
 
-    Reads .looc files, and tables of `looc-ldm encode --format parquet`, and writes PNG files. Codes that are damaged or
-    of another model are named and left out.
+    Reads .looc files and tables of `looc-ldm encode --format parquet`, and writes PNG files. Codes that are damaged or
+    of a different model are named and left out.
 
     Args:
         codes: .looc or .parquet files, or folders of them.
@@ -257,7 +249,7 @@ class Decode(ModelOptions, _CodeOptions):
 class EvaluateReconstruction(ModelOptions, ReconstructionMetricOptions, MeasuredImageOptions, ComputeOptions):
     """Measure how well images are reconstructed, and at which rate.
 
-    By several processes: accelerate launch -m looc_ldm.cli evaluate ..., with the same options and figures.
+    On several GPUs: accelerate launch -m looc_ldm.cli evaluate ..., with the same options and figures.
 
     Args:
         output: JSON file for the figures. If not given, they are only printed.
@@ -267,63 +259,41 @@ class EvaluateReconstruction(ModelOptions, ReconstructionMetricOptions, Measured
 
 
 @dataclass(frozen=True, kw_only=True)
-class _DrawnSampleOptions(Options):
-    """Samples that a model draws
-
-    Args:
-        images: How many; of each class in its share of the real images. If not given, 10000.
-        steps: Denoising steps. If not given, 50.
-        guidance_scale: Classifier-free guidance; 1 is none. If not given, 1.
-        batch_size: Images drawn at a time. If not given, 100.
-        seed: Same seed, same images. If not given, 0.
-    """
-
-    images: PositiveInt | None = None
-    steps: PositiveInt | None = None
-    guidance_scale: float | None = None
-    batch_size: PositiveInt | None = None
-    seed: Seed | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateGeneration(GenerationMetricOptions, DataOptions, _DrawnSampleOptions, ComputeOptions):
+class EvaluateGeneration(GenerationMetricOptions, DataOptions, SamplingOptions, ComputeOptions):
     """Measure how close generated images are to real ones.
 
-    They are drawn from a model, without a detour over files, or are read from a folder or an npz; then real images are
-    brought to the side of these, cropped to squares. By several processes: accelerate launch -m looc_ldm.cli
-    evaluate ..., with the same options and figures.
+    A model draws the samples, or they are read from a folder or an .npz. On several GPUs: accelerate launch -m
+    looc_ldm.cli evaluate ..., with the same options and figures.
 
     Args:
-        model: Pipeline (folder, hub id or starter) that draws samples; or folder of images; or .npz in ADM's layout.
-        reference: The real images (also --data): bundled name, folder of images, parquet files, WebDataset shards or
-            LSUN's LMDBs, or hub id; or .npz of ADM's reference batches, whose statistics (mu, sigma) FID is measured
-            against.
-        cache: Folder where features of the real images are kept for further runs. If not given, $LOOC_LDM_CACHE, or
-            looc_ldm in the user's cache folder.
+        samples: Pipeline (folder, hub id or starter) that draws samples; or folder of images; or .npz in ADM's layout.
+        data: The real images (also --reference): bundled name, folder of images, parquet files, WebDataset shards or
+            LSUN's LMDBs, or hub id; or .npz of ADM's reference batches, with images or statistics (mu, sigma).
+        reference_images: Read only N real images, at even distances. If not given, all.
+        images: Samples that a model draws, of each class in its share of the real images. If not given, 10000.
+        cache: Folder of features of real images. If not given, $LOOC_LDM_CACHE, or looc_ldm in the user's cache folder.
         no_cache: Neither read nor keep features of the real images.
-        export_npz: File to write the samples to, too, in ADM's layout. If not given, they are not kept.
+        export_npz: File to write the samples to, in ADM's layout. If not given, they are not kept.
         output: JSON file for the figures. If not given, they are only printed.
     """
 
-    model: str = field(metadata=positional("SAMPLES"))
-    reference: str = field(metadata={"aliases": ["data"]})
+    samples: str = field(metadata=positional("SAMPLES"))
+    data: str = field(metadata={"aliases": ["reference"]})
+    reference_images: PositiveInt | None = None
+    images: PositiveInt | None = None
+    batch_size: PositiveInt = 100
     cache: Path | None = None
     no_cache: bool = False
     export_npz: Path | None = None
     output: Path | None = None
-
-    def __post_init__(self):
-        if self.no_cache and self.cache is not None:
-            raise UserError("--cache and --no-cache exclude each other.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Analyze(ModelOptions, MeasuredImageOptions, ComputeOptions):
     """Draw the paper's figures for a model: codebook use, sharing, t-SNE, rate and distortion, errors.
 
-    Shows how the codebook is used, overall and by each segment, how codevectors are shared and where they lie among the
-    features, rate and distortion beside JPEG and WebP, where errors are, and what codevectors stand for. Every figure
-    as PNG and SVG, one page with all of them (analysis.html), and the numbers (analysis.json).
+    Every figure is written as PNG and SVG, one page shows them all (analysis.html), and analysis.json holds the
+    numbers.
 
     Args:
         output: Folder: new, empty, or of an earlier analysis, which is replaced.
@@ -340,14 +310,12 @@ class Compare(ReconstructionMetricOptions, MeasuredImageOptions, ComputeOptions)
 
     Writes comparison.md (the table), comparison.json (every figure), comparison.png and .svg (reconstructions and
     amplified differences), rate_distortion.png and .svg (the models beside JPEG and WebP). PSNR is always measured.
-    Models are loaded one after the other.
 
     Args:
         models: Autoencoders or pipelines of any kind and rate: folders, hub ids or starter.
         names: Names of the models, in their order. If not given, what tells their paths apart.
         show: Images in the picture.
-        codec_images: Images that JPEG and WebP are measured on, at even distances among those of the models; about half
-            a second each at 256x256.
+        codec_images: Images that JPEG and WebP are measured on; about half a second each at 256x256.
         output: Folder of the results.
     """
 
@@ -362,22 +330,22 @@ class Compare(ReconstructionMetricOptions, MeasuredImageOptions, ComputeOptions)
 class Convert(Options):
     """Convert weights of other projects to a folder of ours.
 
-    Reads weights of the authors' LooC and CVQ-VAE (small VQ-VAE), of taming's VQGAN and of CompVis LDM. What neither
-    weights nor the original config show is asked for, never guessed.
+    Reads weights of the authors' LooC and CVQ-VAE, of taming's VQGAN and of CompVis LDM. An option is required if
+    neither the weights nor the original config show its value.
 
     Args:
         checkpoint: File: .safetensors, .ckpt, .pt or .pth.
         output: New folder: an autoencoder, or for ldm a whole pipeline.
-        kind: What it is. If not given, found out from the keys.
-        original_config: YAML file it was trained with; the options below win over it.
+        kind: Kind of the weights. If not given, found out from their keys.
+        original_config: YAML file of their training; the options below win over it.
         resolution: Side of the images in pixels.
         no_ema: Take the live weights instead of the averaged ones.
         distance: Distance by which a quantizer of LooC or CVQ-VAE chooses codes (cos, l2).
-        interpolation_factor: s of a quantizer of LooC, their shuffle_scale; 1 is off. Not asked for with CVQ-VAE.
+        interpolation_factor: s of a quantizer of LooC, their shuffle_scale; 1 is off.
         num_heads: Attention heads of the UNet (ldm), the same at all resolutions.
         num_head_channels: Channels of each attention head of the UNet (ldm), at all resolutions.
         prediction_type: What the UNet predicts (ldm: eps, x0, v).
-        scaling_factor: What latents are multiplied by (ldm); not asked for where the weights hold it.
+        scaling_factor: Factor that latents are multiplied by (ldm).
         null_class_label: Label that stands for no class (ldm), which guidance needs. If not given, there is none.
     """
 

@@ -19,11 +19,9 @@ from looc_ldm.models.loading import load_autoencoder, model_folder
 from looc_ldm.utils.errors import DataError, ModelError, UserError
 from looc_ldm.utils.files import check_folder
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def load_model(name: str, device: torch.device, dtype: str = "float32") -> tuple[LooCVQModel, str]:
-    """Return an autoencoder of images, and its fingerprint, which is that of the weights as they are stored."""
+    """Return an autoencoder of images, and the fingerprint of its weights as they are stored."""
     model = load_autoencoder(name)
     if model.config.in_channels not in MODES:
         raise ModelError(f"images have 1 (grey) or 3 channels, {name!r} asks for {model.config.in_channels}.")
@@ -32,8 +30,8 @@ def load_model(name: str, device: torch.device, dtype: str = "float32") -> tuple
 
 
 def cast(network: nn.Module, device: torch.device, dtype: str) -> nn.Module:
-    """Move a network; a quantizer in it stays float32 by itself, of which diffusers' own `to` would warn."""
-    return nn.Module.to(network, device, DTYPES[dtype])
+    """Move a network. A quantizer in it stays float32; diffusers' own `to` would warn about that."""
+    return nn.Module.to(network, device, getattr(torch, dtype))
 
 
 def load_images(data: str, options: DataOptions | Encode, name: str, model: LooCVQModel) -> ImageSet:
@@ -45,15 +43,16 @@ def load_images(data: str, options: DataOptions | Encode, name: str, model: LooC
     resolution = options.resolution or model.config.sample_size
     model.bits_per_image(resolution, resolution)  # refuses a side that the model cannot take
     fit = options.fit or fit_in_training(name)
-    images = square_images(data, options.split, resolution, fit, model.config.in_channels)
-    if not len(images):
-        raise DataError(f"no images in {data!r}, split {images.config.split!r}.")
-    return images
+    return square_images(data, options.split, resolution, fit, model.config.in_channels)
 
 
 def square_images(data: str, split: str | None, resolution: int, fit: str, channels: int) -> ImageSet:
-    fit = "crop" if fit == "random_crop" else fit  # what that is where nothing is trained
-    return load_image_set(DataConfig(path=data, split=split or "", resolution=resolution, fit=fit), channels)
+    """Return images of one size; if no split is given, test, validation, or the first there is."""
+    fit = "crop" if fit == "random_crop" else fit  # random only in training
+    images = load_image_set(DataConfig(path=data, split=split or "", resolution=resolution, fit=fit), channels)
+    if not len(images):
+        raise DataError(f"no images in {data!r}, split {images.config.split!r}.")
+    return images
 
 
 def fit_in_training(name: str) -> str:
@@ -66,20 +65,19 @@ def fit_in_training(name: str) -> str:
 
 
 def rate_of(model: LooCVQModel, images: ImageSet) -> tuple[float, int]:
-    """Return the bits an image costs, and the pixels it has; padding costs bits, but is nothing anybody wanted."""
+    """Return the bits per image, and its pixels without padding, for which bits are spent, too."""
     side = images.config.resolution
     return model.bits_per_image(side, side), math.prod(images.content_size or (side, side))
 
 
 def data_of(images: ImageSet) -> dict[str, str]:
-    """Return what was measured on, for the record."""
+    """Return the data that was measured, for the record."""
     return {"data": images.config.path, "split": images.config.split, "fit": images.config.fit}
 
 
 def check_file(file: Path | None) -> None:
-    """Refuse, before any work, a file that cannot be written. None is no file."""
-    if file is None:
-        return
-    if file.is_dir():
-        raise UserError(f"cannot write {str(file)!r}: it is a folder.")
-    check_folder(file.parent)
+    """Refuse, before any work, a file that cannot be written."""
+    if file is not None:
+        if file.is_dir():
+            raise UserError(f"cannot write {str(file)!r}: it is a folder.")
+        check_folder(file.parent)

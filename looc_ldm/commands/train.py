@@ -1,11 +1,14 @@
-"""`looc-ldm train autoencoder` and `looc-ldm train diffusion`."""
+"""`looc-ldm train autoencoder`, `looc-ldm train diffusion` and `looc-ldm cache-latents`."""
 
 from __future__ import annotations
 
 from looc_ldm.training import autoencoder, diffusion
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
+from looc_ldm.training.latents import cache_data_set as cache_latents
 from looc_ldm.training.log import show_log_lines
 from looc_ldm.utils.errors import print_once
+
+__all__ = ["cache_latents", "train"]
 
 
 def train(config: AutoencoderConfig | DiffusionConfig) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from looc_ldm.metrics.frechet import FeatureMoments
+from looc_ldm.utils.errors import one_line
 from looc_ldm.utils.files import renamed_when_complete
 
 
@@ -88,8 +89,8 @@ class NpzSamples:
     def _name_file_in_errors(self) -> Iterator[None]:
         try:
             yield
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:
-            raise ValueError(f"cannot read {str(self.file)!r}: {' '.join(str(error).split()).rstrip('.')}.") from error
+        except Exception as error:  # errors of zipfile on damaged files have no common base
+            raise ValueError(f"cannot read {str(self.file)!r}: {one_line(error).rstrip('.')}.") from error
 
 
 def _read_image_header(member: BinaryIO) -> tuple[int, int, int, int]:

@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch.overrides import TorchFunctionMode
+from tqdm.auto import tqdm
 
 # From a tile and the latents at its place (see `_latents_at`) to its part of the stage's result.
 Compute = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -140,7 +141,8 @@ def _run_stage(
     result, known = None, []
     while result is None:
         collected = _Moments()
-        for tile in _tiles(height, width, core, halo):
+        tiles = list(_tiles(height, width, core, halo))
+        for tile in tqdm(tiles, f"stage of {width}x{height}", leave=False, delay=2, unit="tile"):
             top, bottom, left, right = tile.read
             at_tile = None if latents is None else _latents_at(latents, tile.read, height // latents.shape[2])
             try:

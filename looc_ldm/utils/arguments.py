@@ -52,8 +52,8 @@ class DeviceOptions(Options):
 class CacheLatents(DeviceOptions):
     """Encode a data set once, for stage 2.
 
-    Interrupted, the same command goes on. By several processes: accelerate launch -m looc_ldm.training.latents, with
-    the same options.
+    After an interruption the same command goes on. On several GPUs: accelerate launch -m looc_ldm.training.latents,
+    with the same options.
 
     Args:
         config: Diffusion config: name or file.
@@ -62,8 +62,7 @@ class CacheLatents(DeviceOptions):
             the config's.
         output: Folder. If not given, the config's `latents`, or latents in its output_dir.
         batch_size: Images that a process encodes at a time. If not given, by device and resolution.
-        dtype: Data type of the encoder; latents are stored as float16. If not given, float32, or that of a complete
-            cache.
+        dtype: Data type of the encoder. If not given, float32, or that of a complete cache.
     """
 
     config: str
@@ -90,45 +89,39 @@ def parse_options(options_class: type[T], arguments: list[str], prog: str) -> T:
 def make_parser(options_class: type[Options], prog: str) -> ArgumentParser:
     """Return the parser of a command."""
     docs = {part: docstring_parser.parse(inspect.getdoc(part)) for part in options_class.__mro__ if part is not object}
-    helps = {param.arg_name: param.description for doc in reversed(docs.values()) for param in doc.params}
-    types_ = get_type_hints(options_class)
-    owners: dict[str, type] = {}  # a field that a subclass gives another default stays in the group of its base class
-    for part in reversed(docs):
-        owners = dict.fromkeys(vars(part).get("__annotations__", {}), part) | owners
+    explained = {param.arg_name: (part, param) for part in reversed(docs) for param in docs[part].params}
     own = docs[options_class]
     description = "\n\n".join(filter(None, (own.short_description, own.long_description)))
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     groups = {own.short_description: parser}
-    for part, doc in docs.items():
-        if part in owners.values() and doc.short_description not in groups:
-            title, text = doc.short_description, doc.long_description
-            groups[title] = parser.add_argument_group(title, text)
+    for doc in docs.values():
+        if doc.params and doc.short_description not in groups:
+            group = parser.add_argument_group(doc.short_description, doc.long_description)
+            groups[doc.short_description] = group
+    hints = get_type_hints(options_class)
     for item in fields(options_class):
-        if item.name in helps:
-            group = parser if item.metadata.get("positional") else groups[docs[owners[item.name]].short_description]
-            _add_argument(group, item, types_[item.name], " ".join(helps[item.name].split()))
+        if item.name in explained:
+            part, param = explained[item.name]
+            group = parser if item.metadata.get("positional") else groups[docs[part].short_description]
+            _add_argument(group, item, hints[item.name], " ".join(param.description.split()))
     return parser
 
 
 def _add_argument(group, item: Field, hint: Any, help: str) -> None:
-    settings: dict[str, Any] = {"help": help}
+    names = ["--" + name.replace("_", "-") for name in (item.name, *item.metadata.get("aliases", ()))]
     if get_origin(hint) in (Union, types.UnionType):  # X | None: not given
         hint = next(part for part in get_args(hint) if part is not types.NoneType)
+    settings: dict[str, Any] = {"help": help, "type": hint}
     if get_origin(hint) is list:
-        (hint,) = get_args(hint)
-        settings["nargs"] = "+"
-    if "metavar" in item.metadata:
-        settings["metavar"] = item.metadata["metavar"]
+        settings |= {"type": get_args(hint)[0], "nargs": "+"}
     if item.metadata.get("positional"):
-        group.add_argument(item.name, type=hint, **settings)
-        return
-    names = ["--" + name.replace("_", "-") for name in (item.name, *item.metadata.get("aliases", ()))]
-    if hint is bool:
-        group.add_argument(*names, action="store_true", **settings)
-    elif item.default is MISSING:
-        group.add_argument(*names, type=hint, required=True, **settings)
+        names = [item.name]
+        settings["metavar"] = item.metadata["metavar"]
+    elif hint is bool:
+        settings = {"help": help, "action": "store_true"}
     else:
-        group.add_argument(*names, type=hint, default=item.default, **settings)
+        settings |= {"required": True} if item.default is MISSING else {"default": item.default}
+    group.add_argument(*names, **settings)
 
 
 class _Parser(ArgumentParser):

@@ -16,6 +16,7 @@ from diffusers import UNet2DModel
 
 import looc_ldm
 from looc_ldm import LooCLDMPipeline
+from looc_ldm.commands.class_labels import class_folders
 from looc_ldm.commands.main import COMMANDS, main, parse_command
 from looc_ldm.training.latents import LatentCache
 from looc_ldm.utils.errors import UserError
@@ -130,9 +131,36 @@ def test_sample_writes_each_image_and_a_grid_with_a_row_a_class(pipeline, capsys
     assert "warning" not in printed
     fewer = run(capsys, "sample", pipeline, "--steps", 2, "--images", 1, "--output", "new/samples")
     # Numbers count over all classes: of the six, those of the last two classes have others now.
-    assert "warning: new/samples held images before: 1 replaced, 5 still there" in fewer
+    assert "warning: new/samples had images before: 1 were replaced, 5 are still there" in fewer
     second_of_class_1 = grid.crop((16, 16, 32, 32)).convert("L")
     assert second_of_class_1.tobytes() == PIL.Image.open("new/samples/square/00003.png").tobytes()
+
+
+def test_class_names_decide_nothing_but_the_name_of_a_folder(pipeline, capsys):
+    hostile = LooCLDMPipeline.from_pretrained(pipeline)
+    hostile.register_to_config(id2label={0: "..", 1: "n" * 300, 2: "/a\0b"})
+    hostile.save_pretrained("hostile")
+    run(capsys, "sample", "hostile", "--steps", 1, "--images", 1, "--output", "new/samples")
+    files = sorted(str(path.relative_to("new")) for path in Path("new").rglob("*.png"))
+    assert files == ["samples.png", "samples/-a-b/00002.png", "samples/0/00000.png", f"samples/{'n' * 90}/00001.png"]
+
+
+def test_folders_of_classes_are_unique_and_at_most_100_bytes():
+    names = dict(enumerate(["crane", "Crane", "crane (1)", ".", "__x", "\u4e2d" * 99, "\u4e2d" * 98, "a/b", "COL: 1?"]))
+    folders = class_folders(names)
+    expected = [
+        "crane",
+        "Crane (1)",
+        "crane (1) (2)",
+        "3",
+        "x",
+        "\u4e2d" * 30,
+        "\u4e2d" * 30 + " (6)",
+        "a-b",
+        "COL- 1-",
+    ]
+    assert list(folders.values()) == expected
+    assert all(len(folder.encode()) <= 100 for folder in folders.values())
 
 
 def test_labels_are_names_or_indices_and_a_name_comes_before_an_index(pipeline, capsys):

@@ -452,10 +452,6 @@ def test_where_memory_runs_out_for_a_batch_its_images_are_computed_in_smaller_on
         (["encode", "grey", "fotos", "--output", "o", "--format", "parquet"], "'fotos'"),
         (["encode", "grey", "photos", "--output", "o", "--format", "parquet", "--split", "tain"], "'tain'"),
         (["encode", "grey", "photos", "--output", "o", "--format", "parquet", "--resolution", "7"], "divisible by 2"),
-        (
-            ["encode", "grey", "photos", "--output", "o", "--format", "parquet", "--fit", "none", "--resolution", "8"],
-            "--resolution goes with crop, adm and pad",
-        ),
         (["encode", "grey", "photos", "--output", "full", "--format", "parquet"], "'full/train.parquet'"),
         (["decode", "grey", "photos", "--output", "o"], "nothing to read in the folder photos (looked for .looc"),
         (["decode", "grey", "codes.looc", "--output", "o"], "no file or folder 'codes.looc'"),

@@ -27,12 +27,14 @@ FIGURES = {
 @pytest.fixture
 def options() -> EvaluateGeneration:
     return EvaluateGeneration(
-        model="ada/pets", reference="ada/animals", command_line="looc-ldm evaluate generation ada/pets"
+        samples="ada/pets", data="ada/animals", command_line="looc-ldm evaluate generation ada/pets"
     )
 
 
 def test_it_holds_the_figures_flat_and_all_that_was_used(options):
-    record = make_record(FIGURES, options, options.model, weights={"inception": {"sha256": "0"}}, seeds={"samples": 0})
+    record = make_record(
+        FIGURES, options, options.samples, weights={"inception": {"sha256": "0"}}, seeds={"samples": 0}
+    )
     assert record.items() >= FIGURES.items()
     assert (record["command"], record["version"]) == (options.command_line, looc_ldm.__version__)
     assert record["dtype"] == "float32"
@@ -54,7 +56,7 @@ def test_the_table_names_no_folder_of_this_machine(tmp_path):
 
 
 def test_small_figures_keep_their_digits_where_they_are_printed(options, capsys):
-    print_record(make_record(FIGURES, options, options.model), ["warning: so few"])
+    print_record(make_record(FIGURES, options, options.samples), ["warning: so few"])
     printed = capsys.readouterr().out
     assert f"{'fid@2048':24} 12.2500\n" in printed
     assert f"{'kid@2048':24} 0.000331\n" in printed

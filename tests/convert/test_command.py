@@ -282,31 +282,6 @@ def test_weights_of_another_rank_in_an_ldm_are_named(diffusion, key, wrong, caps
     assert f"{name} is {tuple(wrong.shape)}" in error
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--kind cvq --scaling-factor 2", "--scaling-factor goes with ldm only, and this is of the kind cvq"),
-        ("--num-heads 5", "--num-heads goes with ldm only, and this is of the kind looc"),
-        ("--num-head-channels 5", "--num-head-channels goes with ldm only"),
-        ("--null-class-label 3", "--null-class-label goes with ldm only"),
-        ("--prediction-type sample", "--prediction-type goes with ldm only"),
-        ("--no-ema", "--no-ema goes with vqgan and ldm only"),
-        ("--kind cvq --interpolation-factor 2", "--interpolation-factor goes with looc and vqgan and ldm only"),
-    ],
-)
-def test_flags_that_would_change_nothing_are_refused(small, flags, message, capsys):
-    command = f"convert best.pt --output ours --resolution 32 --distance cosine {flags}"
-    assert message in error_of(command, capsys)
-
-
-def test_flags_for_what_an_ldms_weights_hold_are_refused(diffusion, capsys):
-    error = error_of(f"convert model.ckpt --output ours {LDM_FLAGS} --distance cosine", capsys)
-    assert "--distance goes with quantizers of LooC and CVQ-VAE only" in error
-    torch.save({**diffusion, "scale_factor": torch.tensor(0.5)}, "scaled.ckpt")
-    error = error_of(f"convert scaled.ckpt --output ours {LDM_FLAGS}", capsys)
-    assert "--scaling-factor: the weights hold it already" in error
-
-
 def test_an_output_that_is_a_dangling_link_is_refused_before_any_work(small, capsys):
     Path("ours").symlink_to("nowhere")
     assert "'ours' exists already" in error_of("convert missing.pt --output ours", capsys)

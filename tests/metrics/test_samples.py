@@ -126,3 +126,7 @@ def test_files_that_are_no_npz_or_damaged_are_refused(tmp_path):
         archive.writestr("arr_0.npy", whole.read("arr_0.npy")[:-100])
     with pytest.raises(ValueError, match=r"short\.npz.*cut off"):
         list(NpzSamples(tmp_path / "short.npz").batches([range(0, 50)]))
+    content = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "gap.npz").write_bytes(content[:1000] + content[1100:])
+    with pytest.raises(ValueError, match=r"cannot read .*gap\.npz"):
+        NpzSamples(tmp_path / "gap.npz")

@@ -9,6 +9,7 @@ from diffusers.hooks import apply_group_offloading
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+from tqdm.auto import tqdm
 
 from looc_ldm import LooCSmallVQModel, LooCVQModel
 from tiny import tiny_autoencoder
@@ -238,3 +239,11 @@ def test_a_model_with_other_networks_says_that_it_has_no_tiles():
     expected = model(x).sample
     model.enable_slicing()
     torch.testing.assert_close(model(x).sample, expected, rtol=0, atol=1e-5)
+
+
+def test_the_tiles_of_a_large_image_have_a_progress_bar(monkeypatch, capsys):
+    monkeypatch.setattr("looc_ldm.models.tiling.tqdm", lambda *args, **settings: tqdm(*args, **settings | {"delay": 0}))
+    model = model_with()
+    model.enable_tiling()
+    model.encode(uneven_images(1, 40, 600))
+    assert "stage of 600x40" in capsys.readouterr().err
