@@ -18,6 +18,7 @@ from looc_ldm.images.source import IMAGE_SUFFIXES, SPLIT_NAMES, FileSource, Sour
 from looc_ldm.images.tables import label_error
 from looc_ldm.utils.errors import DataError
 
+MOST_CLASSES = 1_000_000  # larger labels are numbers of something else
 ALL = "all"  # the split of all images of a folder, however its sub-folders are called
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ def _walk(
             if entry.name.startswith(".") or entry.name == "__MACOSX" or entry.name.lower() in leave_out:
                 continue
             name = os.path.join(below, entry.name)
-            if entry.is_dir():
+            # Links in a circle are an error to `entry.is_dir()`.
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 yield from _walk(entry.path, (), name, (*above, place))
             else:
                 yield name, not entry.is_symlink() or os.path.exists(entry.path)
@@ -95,6 +97,8 @@ def image_folder(folder: Path, split_folders: list[tuple[Path, str]], config: Da
         raise DataError(f"data.image_column={config.image_column!r}: {config.path} has image, label.")
     if split_folders:
         _check_beside(folder, [place.name for place, _ in split_folders])
+        for file in (*folder.glob("metadata.csv"), *folder.glob("metadata.jsonl"), *folder.glob("dataset.json")):
+            logger.warning("%s is not used: each split may have one in its own folder", file)
     whole = ALL if config.split == ALL else "train"
     places = {split: place for place, split in split_folders} or {whole: folder.resolve()}
     files = {split: found for split, place in places.items() if (found := files_in(place))}
@@ -106,6 +110,10 @@ def image_folder(folder: Path, split_folders: list[tuple[Path, str]], config: Da
     labels = {split: _labels(places[split], names, config) for split, names in files.items()}
     known = {label for of_split in labels.values() for label in of_split if label is not None}
     numbered = bool(known) and all(isinstance(label, int) for label in known)
+    if numbered and max(known) >= MOST_CLASSES:
+        raise DataError(
+            f"{folder}: a label is {max(known)}; numbers of classes count from 0, up to {MOST_CLASSES - 1}."
+        )
     if numbered:
         classes = [str(number) for number in range(config.num_classes or max(known) + 1)]
     else:
@@ -149,6 +157,9 @@ def _labels(place: Path, names: list[str], config: DataConfig) -> list[int | str
     stated = _stated_labels(place, config)
     if stated:
         labels = [stated.get(name.replace(os.sep, "/")) for name in names]
+        if not any(name.replace(os.sep, "/") in stated for name in names):
+            first = next(iter(stated))
+            logger.warning("%s: the labels are those of other files, such as %s: there are no classes", place, first)
         return [None if label == "" else label for label in labels]
     beside = [name for name in names if os.sep not in name]
     if config.label_column != "label" or len(beside) == len(names):
@@ -170,7 +181,10 @@ def _stated_labels(place: Path, config: DataConfig) -> dict[str, Any]:
     file = place / "dataset.json"
     if file.is_file() and config.label_column == "label":
         content = json.loads(file.read_text())
-        stated = dict((content.get("labels") if isinstance(content, dict) else None) or [])
+        try:
+            stated = dict((content.get("labels") if isinstance(content, dict) else None) or [])
+        except (TypeError, ValueError):
+            raise DataError(f"{file}: labels must be a list of [file name, label].") from None
         if any(type(label) not in (int, str) for label in stated.values()):
             raise DataError(f"{file}: labels must be numbers or names; data.label_column='' reads without labels.")
         return stated
@@ -178,8 +192,10 @@ def _stated_labels(place: Path, config: DataConfig) -> dict[str, Any]:
         file = place / name
         if file.is_file():
             table = read(file)
-            if {"file_name", config.label_column} <= set(table.column_names):
-                columns = (table["file_name"], table[config.label_column])
-                return dict(zip(*(column.to_pylist() for column in columns), strict=True))
-            logger.warning("%s is not used: it has no columns file_name and %s", file, config.label_column)
+            if all(table.column_names.count(column) == 1 for column in ("file_name", config.label_column)):
+                files, labels = (table[column].to_pylist() for column in ("file_name", config.label_column))
+                if any(type(label) not in (int, float, str, type(None)) for label in labels):
+                    raise DataError(f"{file}: labels must be numbers or names; data.label_column='' reads without.")
+                return dict(zip((os.path.normpath(str(name)) for name in files), labels, strict=True))
+            logger.warning("%s is not used: it lacks one column file_name and one %s", file, config.label_column)
     return {}

@@ -143,10 +143,11 @@ def test_the_first_of_nested_folders_is_the_class_and_hidden_files_are_left_out(
 def test_links_that_lead_nowhere_and_files_of_other_kinds_are_said(tmp_path, config, caplog):
     write_image(tmp_path / "a" / "1.png")
     (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "a" / "self").symlink_to("self")
     (tmp_path / "a" / "notes.txt").write_text("no image")
     (tmp_path / "raw.cr2").write_bytes(b"no image")
     assert len(load_image_set(config, channels=3)) == 1
-    assert f"{tmp_path}: 1 links lead nowhere, the first is a/gone.png" in caplog.text
+    assert f"{tmp_path}: 2 links lead nowhere, the first is a/gone.png" in caplog.text
     assert f"{tmp_path}: 2 files with other suffixes are not read" in caplog.text
 
 
@@ -188,7 +189,37 @@ def test_labels_in_dataset_json_and_metadata_come_before_folders(tmp_path, confi
     (tmp_path / "metadata.csv").unlink()
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": "a"}) + "\n" for n in names))
     assert load_image_set(config, channels=3).classes == ["00000", "00001"]
-    assert "metadata.jsonl is not used: it has no columns file_name and label" in caplog.text
+    assert "metadata.jsonl is not used: it lacks one column file_name and one label" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("dataset.json", '{"labels": 5}'),
+        ("dataset.json", '{"labels": [[["1.png"], 0]]}'),
+        ("metadata.jsonl", '{"file_name": "1.png", "label": [1, 2]}'),
+        ("metadata.csv", "file_name,label\n1.png,0\n2.png,99999999999"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused_with_the_place(tmp_path, config, name, content):
+    for image in ("1.png", "2.png"):
+        write_image(tmp_path / image)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=re.escape(str(tmp_path))):
+        open_sources(replace(config, path=str(tmp_path)))
+
+
+def test_labels_of_other_files_are_said(tmp_path, config, caplog):
+    for image in ("train/1.png", "train/2.png", "val/1.png"):
+        write_image(tmp_path / image)
+    (tmp_path / "metadata.csv").write_text("file_name,label\n1.png,a")
+    file = tmp_path / "train" / "metadata.csv"
+    file.write_text("file_name,label\n./1.png,a\n./2.png,b")
+    assert open_sources(replace(config, path=str(tmp_path)))["train"].classes == ["a", "b"]
+    assert f"{tmp_path / 'metadata.csv'} is not used" in caplog.text
+    file.write_text("file_name,label\nx/1.png,a\nx/2.png,b")
+    assert not open_sources(replace(config, path=str(tmp_path)))["train"].classes
+    assert "the labels are those of other files, such as x/1.png" in caplog.text
 
 
 def test_an_image_without_a_label_counts_as_unreadable_only_if_labels_are_needed(tmp_path, config):
