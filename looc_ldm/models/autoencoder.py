@@ -302,6 +302,7 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
                 f"images must have the shape (batch, {self.config.in_channels}, height, width) with height and width "
                 f"divisible by {f}, got {tuple(x.shape)}."
             )
+        self._tell_quantizer()  # also for a caller who then calls `quantize` itself
         slices = x.split(1) if self.use_slicing else [x]
         latents = torch.cat([self._encode(images) for images in slices])
         return VQEncoderOutput(latents=latents) if return_dict else (latents,)
@@ -324,8 +325,7 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
         if force_not_quantize:
             quantized, loss, perplexity, indices = h, torch.zeros((), device=h.device), None, None
         else:
-            # Seen from here: the codebook of a moving average never requires a gradient, so it cannot tell by itself.
-            self.quantize.owner_frozen = not any(parameter.requires_grad for parameter in self.parameters())
+            self._tell_quantizer()
             quantized, loss, (perplexity, _, indices) = self.quantize(h)
         sample = self._decode_quantized(quantized)
         if not return_dict:
@@ -355,6 +355,10 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> LooCDecoderOutput | tuple[torch.Tensor, ...]:
         """Encode, quantize and decode images `(B, in_channels, H, W)` in [-1, 1]; returns what `decode` returns."""
         return self.decode(self.encode(sample).latents, return_dict=return_dict)
+
+    def _tell_quantizer(self) -> None:
+        """Tell the quantizer if the model is frozen: a codebook that is an average never requires a gradient."""
+        self.quantize.owner_frozen = not any(parameter.requires_grad for parameter in self.parameters())
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         if self._needs_tiles(*x.shape[2:]):

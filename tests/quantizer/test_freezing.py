@@ -73,6 +73,16 @@ def test_a_model_of_which_no_parameter_requires_a_gradient_keeps_its_codebook(up
 
 
 @pytest.mark.parametrize("update", UPDATES)
+def test_the_quantizer_of_a_frozen_model_is_frozen_also_where_it_is_called_by_itself(update):
+    model = tiny_autoencoder(codebook_update=update).train().requires_grad_(False)
+    before = state_of(model.quantize)
+    x = torch.randn(2, 3, 16, 16).requires_grad_()
+    model.quantize(model.encode(x).latents)
+    model.quantize.revive()
+    assert not moved(model.quantize, before)
+
+
+@pytest.mark.parametrize("update", UPDATES)
 def test_a_frozen_quantizer_still_gives_the_encoder_its_gradient(update):
     free, frozen = small_quantizer(codebook_update=update), small_quantizer(codebook_update=update)
     frozen.requires_grad_(False)
