@@ -107,14 +107,15 @@ class LooCLDMImg2ImgPipeline(LooCLDMPipeline):
             if isinstance(one, np.ndarray | torch.Tensor):
                 if "float" not in str(one.dtype):
                     raise ValueError(f"image arrays must be floats in [0, 1], got {one.dtype}; PIL images need not.")
-                if one.ndim == 3 and one.shape[-1 if isinstance(one, np.ndarray) else 0] == 3:
+                if -0.01 < one.min() < 0:
+                    one = one.clip(0)  # rounding: the processor would take the whole array for one in [-1, 1]
+                if one.ndim == 3 and one.shape[-1 if isinstance(one, np.ndarray) else 0] in (3, 4):
                     one = one[None]  # one colour image: for grey models the processor would take it for a batch
-            batches.append(self.resized(one, "image", self.image_processor, "L" if channels == 1 else "RGB"))
+            batch = self.resized(one, "image", self.image_processor, "L" if channels == 1 else "RGB").float()
+            batches.append(rgb_to_grayscale(batch) if channels == 1 and batch.shape[1] == 3 else batch)
         if not batches:
             raise ValueError("image must not be an empty list.")
-        pixels = torch.cat(batches).float()
-        if channels == 1 and pixels.shape[1] == 3:
-            pixels = rgb_to_grayscale(pixels)
+        pixels = torch.cat(batches)
         if pixels.shape[1] != channels:
             raise ValueError(f"image must have {channels} channels, got {pixels.shape[1]}.")
         if pixels.max() > 1.01:

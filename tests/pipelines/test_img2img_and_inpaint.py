@@ -128,6 +128,16 @@ def test_images_come_in_every_form_and_are_resized(pipelines):
     assert run(pipe, pil.convert("L")).shape == (1, 3, SIDE, SIDE)
 
 
+def test_an_array_that_rounding_left_below_0_is_in_0_1_all_the_same(pipelines):
+    pipe, _ = pipelines()
+    tensor = image()
+    tensor[..., 0, 0] = 0
+    expected = pipe.preprocess_image(tensor)
+    tensor[..., 0, 0] = -1e-6
+    assert torch.equal(pipe.preprocess_image(tensor), expected)
+    assert torch.equal(pipe.preprocess_image(tensor.permute(0, 2, 3, 1).numpy()), expected)
+
+
 def test_a_grey_model_takes_colour_images(pipelines):
     pipe, inpaint = pipelines(channels=1)
     expected = pipe.preprocess_image(as_pil(image()))
@@ -135,6 +145,9 @@ def test_a_grey_model_takes_colour_images(pipelines):
     for form in (array, array[0], [array[0]], image(), image()[0]):
         torch.testing.assert_close(pipe.preprocess_image(form), expected, atol=0.02, rtol=0)
         assert run(pipe, form).shape == run(inpaint, form, left_half()).shape == (1, 1, SIDE, SIDE)
+    assert pipe.preprocess_image([as_pil(image()), array[0]]).shape == (2, 1, SIDE, SIDE)
+    with pytest.raises(ValueError, match="image must have 1 channels, got 4"):
+        pipe.preprocess_image(np.zeros((SIDE, SIDE, 4), np.float32))
     grey = image(channels=1)
     for form in (grey, grey[0], grey[0, 0], grey.numpy()[0, 0], grey.permute(0, 2, 3, 1).numpy()[0]):
         assert run(pipe, form).shape == (1, 1, SIDE, SIDE)
