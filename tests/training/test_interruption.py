@@ -444,7 +444,8 @@ def test_a_checkpoint_of_fsdp_is_refused_under_ddp_by_all_processes_in_one_line(
 def test_under_fsdp_what_cannot_be_loaded_ends_all_processes_at_once(diffusion_config, tmp_path, damage, message):
     config = diffusion_config(tmp_path / "run", total_images=24)
     file = tmp_path / "config.yaml"
-    environment = {**os.environ, **test_fsdp.FSDP, "ACCELERATE_USE_CPU": "true"}
+    path = os.pathsep.join([str(Path(tiny.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, **test_fsdp.FSDP, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [test_fsdp.__file__, str(file)]
     for images in (24, 48):
