@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from looc_ldm.training.config import RunConfig
 from looc_ldm.training.ema import EMA
-from looc_ldm.training.latent_fingerprint import another_origin
+from looc_ldm.training.latent_fingerprint import provenance_mismatch
 from looc_ldm.utils.distributed import any_problem, write_or_stop_all
 from looc_ldm.utils.errors import ConfigError, TrainingError
 from looc_ldm.utils.files import replace_folder
@@ -116,7 +116,7 @@ class Checkpoints:
                     f"was trained with mixed_precision={then['mixed_precision']}, this start has "
                     f"{now['mixed_precision']}: give --mixed_precision {then['mixed_precision']}"
                 )
-            return another_origin(then["made_from"], self.provenance)
+            return provenance_mismatch(then["made_from"], self.provenance)
 
         found = any_problem(self.accelerator, difference, self.folder, main_only=True)
         if found is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from looc_ldm.images.open import folder_of
 from looc_ldm.metrics.extractors import InceptionFeatures
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, EvaluationConfig
+from looc_ldm.training.latent_encoding import check_cacheable
 from looc_ldm.utils.errors import ConfigError, one_line
 from looc_ldm.utils.files import check_folder
 
@@ -39,8 +40,8 @@ def check_config(config: AutoencoderConfig | DiffusionConfig) -> None:
     if config.tracker == "wandb" and find_spec("wandb") is None:
         raise ConfigError("tracker=wandb needs the package wandb: pip install wandb.")
     if isinstance(config, DiffusionConfig):
-        if config.cache_latents and (data.streaming or data.fit == "random_crop"):
-            raise ConfigError("cache_latents must be false for data that is streamed or cropped at random.")
+        if config.cache_latents:
+            check_cacheable(data)
     elif config.loss.adversarial_weight:
         layers = config.loss.discriminator_layers
         smallest = 3 * 2**layers  # each strided layer halves the side; of the rest, two convolutions of 4x4 take 2

@@ -1,4 +1,4 @@
-"""What cached latents, and runs, were made from: enough to notice another model, data set or transform."""
+"""Fingerprints of what cached latents, runs and reference figures depend on: model, data set and transform."""
 
 from __future__ import annotations
 
@@ -17,39 +17,30 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SAMPLED_IMAGES = 256  # whose stored bytes are compared
-PARTS = {"model": "autoencoder", "data": "data set", "transform": "transform"}  # with what a message calls them
-# Of the autoencoder's config, what the encoder is built from; much of it shows in its weights as well.
+SAMPLED_IMAGES = 256  # images whose stored bytes are compared
+PARTS = {"model": "autoencoder", "data": "data set", "transform": "transform"}  # with their names in messages
+# The settings that the encoder is built from.
 ENCODER_SETTINGS = (
-    "in_channels",
-    "down_block_types",
-    "block_out_channels",
-    "layers_per_block",
-    "act_fn",
-    "latent_channels",
-    "norm_num_groups",
-    "mid_block_add_attention",
-    "vq_embed_dim",
-    "hidden_channels",
-    "residual_channels",
+    *("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "act_fn", "latent_channels"),
+    *("norm_num_groups", "mid_block_add_attention", "vq_embed_dim", "hidden_channels", "residual_channels"),
 )
-STORED = "stored images"  # which may have been damaged then, or now
-DIGEST = "sha256:"  # of values too long to be shown
+STORED = "stored images"
+DIGEST = "sha256:"  # marks values that are too long to be shown
 
 
 def cache_fingerprint(model: LooCVQModel, images: ImageSet) -> dict[str, dict]:
-    """What the latents of a data set depend on, as plain JSON values, in the parts `model`, `data` and `transform`.
+    """Return what the latents of a data set depend on, in the parts `model`, `data` and `transform`, as JSON values.
 
-    The model is its encoder: another codebook or decoder leaves latents valid. The data are the number of images, the
-    classes, all labels and the stored bytes of up to 256 images at even distances; where the data lies does not matter.
+    The model is its encoder: a different codebook or decoder leaves latents valid. The data are the number of images,
+    the classes, all labels and the stored bytes of up to 256 images at even distances, wherever the data lies.
     """
     return {"model": _of_model(model), "data": _of_data(images), "transform": _of_transform(images)}
 
 
 def run_fingerprint(images: ImageSet | StreamedSet, model: LooCVQModel | None = None) -> dict[str, dict]:
-    """What a run depends on beside its settings: the parts `data` and, for stage 2, `model` of `cache_fingerprint`.
+    """Return what a run depends on besides its settings: the part `data` and, for stage 2, `model`.
 
-    Of streamed images it is the number of shards alone.
+    Streamed images have the number of shards alone.
     """
     streamed = hasattr(images, "num_shards")
     data = {"number of shards": images.num_shards} if streamed else _of_data(images)
@@ -57,18 +48,15 @@ def run_fingerprint(images: ImageSet | StreamedSet, model: LooCVQModel | None = 
 
 
 def reference_fingerprint(images: ImageSet) -> dict[str, dict]:
-    """What figures against these images depend on: the parts `data` and `transform` of `cache_fingerprint`, and the
-    stored sizes of all images where they are files, so that one that is replaced is noticed."""
+    """Return what figures against these images depend on: `data` and `transform`, and the stored size of each file."""
     sizes = images.source.sizes()
-    stored = (
-        {} if sizes is None else {"sizes of files": DIGEST + hashlib.sha256(sizes.astype("<i8").tobytes()).hexdigest()}
-    )
-    transform = {name: value for name, value in _of_transform(images).items() if name != "flip"}  # of training alone
+    stored = {} if sizes is None else {"sizes of files": _digest(sizes.astype("<i8").tobytes())}
+    transform = {name: value for name, value in _of_transform(images).items() if name != "flip"}  # training only
     return {"data": _of_data(images) | stored, "transform": transform}
 
 
 def differences(old: dict[str, dict], new: dict[str, dict]) -> list[str]:
-    """The parts of two fingerprints that differ, each with what differs in it."""
+    """Return the parts of two fingerprints that differ, each with its differences."""
     found = []
     for part, name in PARTS.items():
         before, after = old.get(part, {}), new.get(part, {})
@@ -79,10 +67,10 @@ def differences(old: dict[str, dict], new: dict[str, dict]) -> list[str]:
     return found
 
 
-def another_origin(then: dict[str, dict] | None, now: dict[str, dict] | None) -> str | None:
-    """In words, why a run made from `then` does not go on with `now`, two `run_fingerprint`s; None if it does.
+def provenance_mismatch(then: dict[str, dict] | None, now: dict[str, dict] | None) -> str | None:
+    """Return why a run of the `run_fingerprint` `then` cannot go on with that of `now`; None if it can.
 
-    Other bytes under the same labels are a warning: damaged files may have been replaced.
+    Different bytes under the same labels are a warning only: damaged files may have been replaced.
     """
     if not then or not now:
         return None
@@ -99,9 +87,11 @@ def another_origin(then: dict[str, dict] | None, now: dict[str, dict] | None) ->
 
 
 def _change(key: str, old, new) -> str:
-    if any(str(value).startswith(DIGEST) for value in (old, new)):
-        return key
-    return f"{key}: {old} -> {new}"
+    return key if any(str(value).startswith(DIGEST) for value in (old, new)) else f"{key}: {old} -> {new}"
+
+
+def _digest(content: bytes) -> str:
+    return DIGEST + hashlib.sha256(content).hexdigest()
 
 
 def _of_model(model: LooCVQModel) -> dict:
@@ -116,25 +106,20 @@ def _of_model(model: LooCVQModel) -> dict:
 
 
 def _of_data(images: ImageSet) -> dict:
-    labels = hashlib.sha256(images.labels().astype("<i8").tobytes())
-    classes = hashlib.sha256(json.dumps(images.classes).encode())
     stored = hashlib.sha256()
     for index in spread(len(images), SAMPLED_IMAGES).tolist():
-        stored.update(hashlib.sha256(_stored_bytes(images, index)).digest())
+        image = images.source.read(index)
+        try:
+            content = read_bytes(image.content, image.name)
+        except UnreadableImage:  # one that is left out of the cache, too
+            content = b""
+        stored.update(hashlib.sha256(content).digest())
     return {
         "number of images": len(images),
-        "names of classes": DIGEST + classes.hexdigest(),
-        "labels": DIGEST + labels.hexdigest(),
+        "names of classes": _digest(json.dumps(images.classes).encode()),
+        "labels": _digest(images.labels().astype("<i8").tobytes()),
         STORED: DIGEST + stored.hexdigest(),
     }
-
-
-def _stored_bytes(images: ImageSet, index: int) -> bytes:
-    stored = images.source.read(index)
-    try:
-        return read_bytes(stored.content, stored.name)
-    except UnreadableImage:  # one that is left out of the cache, too
-        return b""
 
 
 def _of_transform(images: ImageSet) -> dict:

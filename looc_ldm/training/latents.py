@@ -22,7 +22,7 @@ from looc_ldm.models.scaling import scale_latents
 from looc_ldm.training.config import DiffusionConfig
 from looc_ldm.training.config_parsing import load_config
 from looc_ldm.training.data import Stream, draws_at, load_image_sets
-from looc_ldm.training.latent_cache import LatentCache, check_cache_folder
+from looc_ldm.training.latent_cache import LatentCache
 from looc_ldm.training.latent_encoding import cache_latents, check_cacheable
 from looc_ldm.training.moments import measure_scaling_factor as measure_scaling_factor  # documented to be here
 from looc_ldm.utils.arguments import CacheLatents, parse_options
@@ -63,16 +63,14 @@ def cache_data_set(options: CacheLatents) -> None:
     folder = Path(config.latents or Path(config.output_dir) / "latents")
     check_cacheable(config.data)
     check_folder(folder)
-    check_cache_folder(folder)
     accelerator = make_accelerator(options.device)
     model = load_autoencoder(config.autoencoder).to(accelerator.device)
     images, _ = load_image_sets(config.data, model.config.in_channels, config.class_conditional)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    cache = cache_latents(model, images, folder, accelerator, options.batch_size, dtype)
+    cache = cache_latents(model, images, folder, accelerator, options.batch_size)
     if accelerator.is_main_process:
         print(
-            f"{folder}: {len(cache)} images, standard deviation {cache.standard_deviation:.4g}, "
-            f"{cache.unreadable} unreadable, {cache.size / 2**20:.1f} MiB, encoded in {cache.precision}"
+            f"{folder}: {len(cache)} images, standard deviation {cache.moments.standard_deviation:.4g}, "
+            f"{cache.unreadable} unreadable, {cache.size / 2**20:.1f} MiB"
         )
     accelerator.end_training()
 

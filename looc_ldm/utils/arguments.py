@@ -62,7 +62,6 @@ class CacheLatents(DeviceOptions):
             the config's.
         output: Folder. If not given, the config's `latents`, or latents in its output_dir.
         batch_size: Images that a process encodes at a time. If not given, by device and resolution.
-        dtype: Data type of the encoder. If not given, float32, or that of a complete cache.
     """
 
     config: str
@@ -70,7 +69,6 @@ class CacheLatents(DeviceOptions):
     data: str | None = None
     output: str | None = None
     batch_size: PositiveInt | None = None
-    dtype: Dtype | None = None
 
 
 def parse_options(options_class: type[T], arguments: list[str], prog: str) -> T:

@@ -30,7 +30,7 @@ HELP = {
     "quickstart": ["--output", "--inception-weights", "--feature-layer"],
     "train autoencoder": ["--config", "--data.path", "--model", "images per optimizer step"],
     "train diffusion": ["--config", "--data.path", "--unet", "images per optimizer step"],
-    "cache-latents": ["--config", "--autoencoder", "--batch-size", "--dtype", "--device", "accelerate launch"],
+    "cache-latents": ["--config", "--autoencoder", "--batch-size", "--device", "accelerate launch"],
     "sample": ["MODEL", "--labels", "--images", "--steps", "--seed", "--device", "--dtype"],
     "reconstruct": ["MODEL", "IMAGES", "--images", "side of the images in pixels", "--device"],
     "encode": ["MODEL", "IMAGES", "--output", "--format", "--fit", "--overwrite", "--batch-size", "--dtype"],

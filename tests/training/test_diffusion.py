@@ -161,7 +161,7 @@ def test_latents_encoded_in_the_loop_keep_the_scale_that_was_measured_at_the_sta
 def test_random_crops_are_encoded_in_the_loop_or_refused(diffusion_config, small_data, tmp_path):
     data = replace(small_data, fit="random_crop")
     diffusion.train(diffusion_config(tmp_path, data=data, cache_latents=False, total_images=8))
-    with pytest.raises(ConfigError, match="cache_latents must be false"):
+    with pytest.raises(ConfigError, match="set cache_latents=false"):
         check_config(diffusion_config(tmp_path, data=data))
 
 
@@ -313,14 +313,14 @@ def test_a_first_stage_without_scaling_factor_gets_the_measured_one(diffusion_co
     config = json.loads((autoencoder / "config.json").read_text())
     (autoencoder / "config.json").write_text(json.dumps({**config, "scaling_factor": None}))
     folder = diffusion.train(diffusion_config(tmp_path / "run", autoencoder=str(autoencoder), total_images=8))
-    measured = 1 / LatentCache(tmp_path / "run" / "latents").standard_deviation
+    measured = 1 / LatentCache(tmp_path / "run" / "latents").moments.standard_deviation
     assert LooCLDMPipeline.from_pretrained(folder).vqvae.config.scaling_factor == pytest.approx(measured)
 
 
 def test_channels_are_whitened_on_demand_and_the_pipeline_knows(diffusion_config, tmp_path, calls):
     config = diffusion_config(tmp_path, latent_scaling="channel", total_images=8)
     pipe = LooCLDMPipeline.from_pretrained(diffusion.train(config))
-    cache = LatentCache(tmp_path / "latents")
+    cache = LatentCache(tmp_path / "latents").moments
     assert pipe.vqvae.config.scaling_factor == 1
     assert pipe.vqvae.config.latents_mean == pytest.approx(cache.channel_mean)
     assert pipe.vqvae.config.latents_std == pytest.approx(cache.channel_std)
@@ -359,16 +359,6 @@ def test_a_finished_run_returns_at_once_and_changes_nothing(conditional_run, dif
     config = diffusion_config(conditional_run, class_conditional=True, class_dropout=0.5)
     assert diffusion.train(config) == conditional_run / "pipeline"
     assert contents(conditional_run) == before
-
-
-def test_a_changed_config_is_refused_with_the_difference(conditional_run, diffusion_config):
-    before = contents(conditional_run)
-    with pytest.raises(ConfigError, match=r"other settings \(class_dropout: 0.5 -> 0.1\)"):
-        diffusion.train(diffusion_config(conditional_run, class_conditional=True))
-    assert contents(conditional_run) == before
-
-
-# Bad input -------------------------------------------------------------------------------------------------------
 
 
 def test_classes_that_the_data_does_not_have_are_refused(diffusion_config, garments, small_data, tmp_path):
