@@ -13,7 +13,7 @@ Fit = Literal["crop", "random_crop", "adm", "pad"]
 
 @dataclass
 class DataConfig:
-    """The images: where they come from, and how they are brought to one size.
+    """Source of the images, and how they are brought to one size.
 
     Args:
         path: A bundled set (`fashion_mnist`), a folder of images (one sub-folder per class, or none), of parquet files,

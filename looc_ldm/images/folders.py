@@ -1,4 +1,4 @@
-"""Folders of image files, with or without classes, as sources."""
+"""Open folders of image files, with or without classes."""
 
 from __future__ import annotations
 
@@ -27,20 +27,15 @@ logger = logging.getLogger(__name__)
 def files_in(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
     """Return paths, relative to the folder, of the files with some suffixes in it and below it, sorted.
 
-    Links are followed. Hidden files and `__MACOSX` are left out. A warning names links that lead nowhere, another one
-    counts files with other suffixes.
+    Links are followed. Hidden files and `__MACOSX` are left out. A warning counts files with other suffixes.
     """
-    found, dangling, others = [], [], Counter()
-    for name, exists in _walk(folder):
+    found, others = [], Counter()
+    for name in _walk(folder):
         suffix = os.path.splitext(name)[1].lower()
-        if not exists:
-            dangling.append(name)
-        elif suffix in suffixes:
+        if suffix in suffixes:
             found.append(name)
         else:
             others[suffix or "none"] += 1
-    if dangling:
-        logger.warning("%s: %d links lead nowhere, the first is %s", folder, len(dangling), min(dangling))
     if found and others:
         counts = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common())
         logger.warning("%s: %d files with other suffixes are not read (%s)", folder, others.total(), counts)
@@ -49,14 +44,13 @@ def files_in(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[s
 
 def first_image(folder: Path, leave_out: Collection[str] = ()) -> str | None:
     """Return the path of any image in or below a folder; `leave_out` are names in it, in small letters."""
-    found = (name for name, exists in _walk(folder, leave_out) if exists and name.lower().endswith(IMAGE_SUFFIXES))
-    return next(found, None)
+    return next((name for name in _walk(folder, leave_out) if name.lower().endswith(IMAGE_SUFFIXES)), None)
 
 
 def _walk(
     folder: Path | str, leave_out: Collection[str] = (), below: str = "", above: tuple[str, ...] = ()
-) -> Iterator[tuple[str, bool]]:
-    """Yield the relative path of each file, and whether it exists: a link may lead nowhere."""
+) -> Iterator[str]:
+    """Yield the relative path of each file."""
     place = os.path.realpath(folder)
     if place in above:  # a link that leads back
         return
@@ -69,7 +63,7 @@ def _walk(
             if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 yield from _walk(entry.path, (), name, (*above, place))
             else:
-                yield name, not entry.is_symlink() or os.path.exists(entry.path)
+                yield name
 
 
 def split_folders_of(folder: Path) -> list[tuple[Path, str]]:

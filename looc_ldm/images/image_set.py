@@ -1,4 +1,4 @@
-"""Sets of images, each brought to one size when it is read, and the random numbers of training.
+"""Read the images of a set, each brought to one size, and draw the random numbers of training.
 
 Order, crops and flips of training are functions of (seed, position in the stream of images) alone. A run that resumes
 at position p, or that is divided over a different number of processes, sees the same images with the same flips.
@@ -6,7 +6,7 @@ at position p, or that is divided over a different number of processes, sees the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,9 +17,8 @@ from torch.utils.data import Dataset
 from looc_ldm.images.config import DataConfig
 from looc_ldm.images.folders import ALL
 from looc_ldm.images.open import names_of_split, open_sources, split_name
-from looc_ldm.images.pixels import MODES, read_image
+from looc_ldm.images.pixels import CENTRE, MODES, read_image, to_pixels, to_square
 from looc_ldm.images.source import Source, Stored
-from looc_ldm.images.transforms import CENTRE, to_pixels, to_square
 from looc_ldm.images.unreadable import first_readable, warn_of
 from looc_ldm.utils.errors import ConfigError, DataError, UnreadableImage
 
@@ -34,11 +33,11 @@ def random_at(seed: int, use: int, position: int) -> np.random.Generator:
 
 @dataclass
 class Report:
-    """What an item of a stream, or a batch of them, says besides its tensors.
+    """Notes on an item of a stream, or on a batch, next to its tensors.
 
     Attributes:
         unreadable (`list[str]`): One line for each image that could not be read; see `first_readable`.
-        cursor (`tuple[int, ...]`, *optional*): Where the lane of a streamed data set goes on after this batch.
+        cursor (`tuple[int, ...]`, *optional*): The place at which the lane of a streamed data set goes on.
     """
 
     unreadable: list[str] = field(default_factory=list)
@@ -46,7 +45,7 @@ class Report:
 
 
 class ImageReader:
-    """Turns encoded images into tensors of one size.
+    """Turn encoded images into tensors of one size.
 
     Args:
         config (`DataConfig`): Their settings.
@@ -108,8 +107,7 @@ class ImageSet(ImageReader, Dataset):
 
     Args:
         source (`Source`): The images, encoded.
-        config (`DataConfig`): Their settings.
-        channels (`int`): 1 (grey) or 3.
+        config, channels: See `ImageReader`.
         skip_unreadable (`bool`, default False): If an item cannot be read, return the next readable one and log a
             warning. Otherwise reading it raises `UnreadableImage`.
 
@@ -143,16 +141,16 @@ class ImageSet(ImageReader, Dataset):
         return self.decode(stored), stored
 
     def indices_from(self, index: int) -> Iterator[int]:
-        """All indices, beginning with `index`: itself and those that may take its place."""
+        """Return all indices, beginning with `index`: the others may take its place."""
         return ((index + offset) % len(self) for offset in range(len(self)))
 
     def labels(self) -> np.ndarray:
         """Return all labels, int64 `(len,)`; -1 without classes."""
         return self.source.labels()
 
-    def pixels(self) -> Sequence[torch.Tensor]:
-        """Return the images alone, without labels, read when they are asked for."""
-        return _Pixels(self)
+    def pixels(self) -> Iterator[torch.Tensor]:
+        """Yield the images alone, without labels."""
+        return (pixels for pixels, _ in self)
 
     def _readable(self, read: Callable, index: int):
         if not self.skip_unreadable:
@@ -162,21 +160,10 @@ class ImageSet(ImageReader, Dataset):
         return item
 
 
-class _Pixels(Sequence):
-    def __init__(self, images: ImageSet):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.images[index][0]
-
-
 def load_image_set(config: DataConfig, channels: int) -> ImageSet:
-    """Return the images of `config.split`; if that is empty, of the test, validation or only split there is.
+    """Return the images of `config.split`; if that is empty, of the test, validation or only split.
 
-    `all` is that, too, for data that is not a folder of images.
+    For data that is not a folder of images, `all` means the same as an empty split.
 
     Raises:
         DataError: No such data, a folder without images, an unknown split or column.

@@ -1,4 +1,4 @@
-"""How the shards of a data set are divided, shuffled and entered anywhere.
+"""Divide and shuffle the shards of a data set, so that reading can start anywhere.
 
 What is read is divided by *lanes*, one for each worker of each process's loader. The batches of one forward pass are
 dealt out to them in turn, so that a worker meets one lane only. Shards are numbered through all epochs: number `g` of a
@@ -8,11 +8,7 @@ are. A shard is read in blocks of `data.shuffle_images` images, each permuted by
 exactly where a lane goes on: `(lane, number of a shard, images of it already given)`, and, after the number of lanes
 has changed, further pairs of number and images. The lane goes on in steps of `L` from the last one.
 
-The division of `datasets` itself (`split_dataset_by_node`, and by worker within a loader) is not used: where it goes on
-depends on the state of each process's iterator, and its shuffle buffer is filled anew after an interruption, which
-loses what was in it.
-
-Resuming opens each lane's shard and reads it up to the end of the block that was left: at most one shard a worker.
+The division of `datasets` itself is not used: its shuffle buffer is lost in an interruption.
 """
 
 from __future__ import annotations
@@ -56,13 +52,13 @@ def _pairs(cursor: Cursor) -> list[tuple[int, int]]:
 
 
 class Lane(Iterator[Stored]):
-    """The examples of one lane from a cursor on, without end.
+    """Iterate over the examples of one lane from a cursor on, without end.
 
     Args:
         images: The shards, with `num_shards`, `config` and `read(shard, start)` as `StreamedSet` has them.
         seed (`int`): Seed of the order.
         lanes (`int`): Number of all lanes.
-        cursor (`Cursor`): Where it starts.
+        cursor (`Cursor`): Its start.
         read_ahead (`bool`): Read the next block in a thread while one is given. For loaders' workers, which end without
             waiting for it and without tidying up.
 
@@ -72,7 +68,7 @@ class Lane(Iterator[Stored]):
 
     def __init__(self, images, seed: int, lanes: int, cursor: Cursor, read_ahead: bool = False):
         self.cursor = cursor
-        self._examples: list[Stored] = []  # of the present block, the next one last
+        self._examples: list[Stored] = []  # the rest of the present block, the next one last
         self._blocks = _blocks(images, seed, lanes, cursor)
         self._ahead = _Ahead(self._blocks) if read_ahead else None
         if not read_ahead:  # before Python takes its modules apart, which readers that are open then would fail at
@@ -92,7 +88,7 @@ class Lane(Iterator[Stored]):
 
 
 class _Ahead(threading.Thread):
-    """The next item of an iterator, on its way. Executors are not used: Python waits for their threads at its end."""
+    """Fetch the next item of an iterator in a thread. Python does not wait for it at its end, as for an executor's."""
 
     def __init__(self, items: Iterator):
         super().__init__(name="shards", daemon=True)

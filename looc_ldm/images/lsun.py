@@ -1,4 +1,4 @@
-"""LSUN as it is distributed: one LMDB a scene and split (`church_outdoor_train_lmdb/data.mdb`), of encoded images.
+"""Read LSUN as it is distributed: one LMDB of encoded images per scene and split (`church_outdoor_train_lmdb`).
 
 https://github.com/fyu/lsun; the images are WebP or JPEG of 256 pixels or more at the shorter side, without classes.
 """
@@ -6,7 +6,6 @@ https://github.com/fyu/lsun; the images are WebP or JPEG of 256 pixels or more a
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -20,13 +19,11 @@ from looc_ldm.images.source import SPLIT_NAMES, Source, Stored
 from looc_ldm.utils.errors import DataError
 from looc_ldm.utils.files import make_folder, renamed_when_complete
 
-logger = logging.getLogger(__name__)
-
-KEYS_AT_ONCE = 100_000  # of Python's objects, before they become an array
+KEYS_AT_ONCE = 100_000  # Python objects that are held at a time
 
 
 def find_lmdbs(folder: Path) -> dict[str, Path] | None:
-    """The LMDB of each split of a folder, which is one itself or holds them as sub-folders; None where there is none.
+    """Return the LMDB of each split of a folder, which is one itself or holds them as sub-folders; None without any.
 
     The split is the word of a folder's name that is one (`bedroom_val_lmdb`: `validation`); without one it is `train`.
 
@@ -49,7 +46,7 @@ def find_lmdbs(folder: Path) -> dict[str, Path] | None:
 
 
 class LmdbSource(Source):
-    """The images of one LMDB, in the order of its keys, read when they are asked for.
+    """Images of one LMDB, in the order of its keys, read when they are asked for.
 
     The keys are listed once and kept beside the prepared data sets of `datasets`, from where all processes map the same
     memory (bedroom: 3 million keys of 40 bytes). Each process opens the database itself.
@@ -79,7 +76,7 @@ _open: dict[Path, tuple[int, object]] = {}  # the process that opened it, and lm
 
 
 def _environment(folder: Path):
-    """The open database of this process. LMDB forbids to open one twice in a process, and to use one across a fork."""
+    """Return the open database of this process. LMDB forbids to open one twice, and to use one across a fork."""
     owner, environment = _open.get(folder, (None, None))
     if owner == os.getpid():
         return environment
@@ -109,16 +106,13 @@ def _opened(folder: Path):
 
 
 def _keys(folder: Path) -> np.ndarray:
-    """All keys in their order, `(n,)` bytes, mapped from a file, which is written if it is not there."""
+    """Return all keys in their order, `(n,)` bytes, mapped from a file, which is written if it is not there."""
     place = Path(datasets.config.HF_DATASETS_CACHE) / "lsun"
     state = (folder / "data.mdb").stat()
     name = hashlib.sha256(f"{folder}\0{state.st_size}\0{state.st_mtime_ns}".encode()).hexdigest()[:32]
     file = place / f"{name}.npy"
     if file.is_file():
-        try:
-            return np.load(file, mmap_mode="r")
-        except (ValueError, EOFError) as error:  # cut off, as by a disk that was full
-            logger.warning("%s cannot be read (%s); the keys of %s are listed anew", file, error, folder)
+        return np.load(file, mmap_mode="r")
     make_folder(place)
     # A name of its own for each process that may be listing them now; all write the same.
     own = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
@@ -132,6 +126,4 @@ def _key_arrays(folder: Path) -> Iterator[np.ndarray]:
     with _environment(folder).begin() as transaction:
         keys = iter(transaction.cursor().iternext(keys=True, values=False))
         while some := list(islice(keys, KEYS_AT_ONCE)):
-            if any(key.endswith(b"\0") for key in some):  # which NumPy would drop
-                raise DataError(f"{folder} is not one of LSUN's: its keys are not text.")
             yield np.array(some)

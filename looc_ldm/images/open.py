@@ -1,4 +1,4 @@
-"""Finding out what `data.path` names: a folder of images, tables, shards, LMDBs, or a data set on the hub."""
+"""Open what `data.path` names: a folder of images, tables, shards, LMDBs, or a data set on the hub."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import RepositoryNotFoundError
 
 import looc_ldm
 from looc_ldm.images import lsun
@@ -17,7 +15,7 @@ from looc_ldm.images.folders import ALL, first_image, image_folder, split_folder
 from looc_ldm.images.shards import find_shards
 from looc_ldm.images.source import SPLIT_NAMES, Source
 from looc_ldm.images.tables import open_tables
-from looc_ldm.utils.errors import DataError, one_line
+from looc_ldm.utils.errors import DataError
 
 BUNDLED = Path(looc_ldm.__file__).resolve().parent / "data"  # one folder of parquet files a data set
 
@@ -71,7 +69,6 @@ def open_sources(config: DataConfig, wanted: Collection[str] | None = None) -> d
 def _open_sources(config: DataConfig, wanted: Collection[str] | None) -> dict[str, Source]:
     folder = folder_of(config)
     if folder is None:
-        check_on_hub(config.path)
         rows = datasets.load_dataset(config.path, config.name, revision=config.revision)
         return open_tables(rows, config, wanted)
     if (folder / "dataset_dict.json").is_file():
@@ -82,8 +79,8 @@ def _open_sources(config: DataConfig, wanted: Collection[str] | None) -> dict[st
     if shards is not None:
         if first_image(folder) is not None:
             raise DataError(f"{folder} holds images beside {shards.builder} files: give a folder of only one kind.")
-        rows = datasets.load_dataset(shards.builder, data_files=shards.files, features=shards.features)
-        return open_tables(rows, config, wanted, shards.images)
+        rows = datasets.load_dataset(shards.builder, data_files=shards.files)
+        return open_tables(rows, config, wanted)
     lmdbs = lsun.find_lmdbs(folder)
     if lmdbs is not None:
         return {split: lsun.LmdbSource(lmdb) for split, lmdb in lmdbs.items()}
@@ -107,23 +104,7 @@ def folder_of(config: DataConfig) -> Path | None:
     return None
 
 
-def check_on_hub(path: str) -> None:
-    """Raise DataError if the hub has no data set of that name, at once: loading it would try again for a long time."""
-    try:
-        HfApi().dataset_info(path, timeout=10)
-    except RepositoryNotFoundError:
-        raise DataError(f"data.path={path!r}: there is no folder of that name, nor a data set on the hub.") from None
-    except Exception as error:  # errors of networks have no common base
-        user, name = path.split("/")
-        prepared = Path(datasets.config.HF_DATASETS_CACHE) / f"{user}___{datasets.naming.camelcase_to_snakecase(name)}"
-        if not constants.HF_HUB_OFFLINE and not prepared.is_dir():
-            raise DataError(
-                f"data.path={path!r}: there is no folder of that name, and the hub cannot be asked for a data set: "
-                f"{one_line(error)}"
-            ) from None
-
-
 def _reason(error: Exception) -> str:
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
-        error = error.__cause__  # what happened; the error itself only says that something did
+        error = error.__cause__  # the error itself only says that something happened
     return " ".join(str(error).strip().split("\n")[:2]) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Pixels between their forms: encoded, PIL, uint8 in [0, 255], float in [-1, 1].
+"""Convert images between encoded, PIL, uint8 in [0, 255] and float in [-1, 1], and bring them to one size.
 
 `read_image` reads every image of the package.
 """
@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import fsspec
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from looc_ldm.utils.errors import DataError, UnreadableImage, one_line
 
-MODES = {1: "L", 3: "RGB"}  # of PIL, by channels
-# How an image is stored, by the EXIF orientation, and what turns it upright.
+if TYPE_CHECKING:
+    from looc_ldm.images.config import DataConfig
+
+CENTRE = (0.5, 0.5)
+MODES = {1: "L", 3: "RGB"}  # PIL modes, by number of channels
+# The transposition that turns an image upright, by its EXIF orientation.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -29,19 +34,20 @@ UPRIGHT = {
 
 
 def to_float(image: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels in [0, 255] as float32 in [-1, 1]."""
+    """Return uint8 pixels in [0, 255] as float32 in [-1, 1]."""
     # In place: memory for a batch of photographs costs more than the arithmetic.
     return image.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
 def to_uint8(image: torch.Tensor) -> torch.Tensor:
-    """Float pixels in [-1, 1] as uint8 in [0, 255], rounded; values outside are clamped."""
+    """Return float pixels in [-1, 1] as uint8 in [0, 255], rounded; values outside are clamped."""
     return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def centre_crop(images: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
-    """The middle of images `(..., H, W)`, `size` = (height, width); where the margin is odd, the smaller half is above
-    and to the left. The whole images if `size` is None. Raises ValueError if it does not lie inside.
+    """Return the centre of images `(..., H, W)`, `size` = (height, width); all of them if `size` is None.
+
+    If the margin is odd, its smaller half is above and to the left. Raises ValueError if the size is too large.
     """
     if size is None:
         return images
@@ -53,7 +59,7 @@ def centre_crop(images: torch.Tensor, size: tuple[int, int] | None) -> torch.Ten
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:
-    """A uint8 image `(C, H, W)`, C = 1 or 3, as a grey or RGB PIL image."""
+    """Return a uint8 image `(C, H, W)`, C = 1 or 3, as a grey or RGB PIL image."""
     pixels = image.cpu().permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
@@ -114,7 +120,7 @@ def read_image(content: bytes | str | Path | None, mode: str, name: str) -> Imag
 
 
 def as_shown(image: Image.Image, mode: str, background: str = "white") -> Image.Image:
-    """A PIL image as a viewer shows it, in mode `L` or `RGB`.
+    """Return a PIL image as a viewer shows it, in mode `L` or `RGB`.
 
     It is turned as its EXIF data says, transparency is put on `background`, and 16 bits become 8. Palettes, CMYK and
     other modes are converted; colour profiles are not applied; of several frames the first is taken. Damaged EXIF data
@@ -125,7 +131,7 @@ def as_shown(image: Image.Image, mode: str, background: str = "white") -> Image.
     """
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # what Pillow raises on damaged EXIF data has no common base
+    except Exception:  # Pillow's errors on damaged EXIF data have no common base
         turn = None
     if image.mode in ("I", "F"):
         raise DataError(f"its pixels have 32 bits (mode {image.mode}), whose range is not known; 8 or 16 are read.")
@@ -137,3 +143,70 @@ def as_shown(image: Image.Image, mode: str, background: str = "white") -> Image.
     image.load()  # truncated data is found here
     image = image if image.mode == mode else image.convert(mode)
     return image if turn is None else image.transpose(turn)
+
+
+def to_square(
+    image: Image.Image, fit: str, side: int, name: str = "the image", place: tuple[float, float] = CENTRE
+) -> Image.Image:
+    """Bring an image to `side` x `side` pixels, as `DataConfig.fit` names it.
+
+    Args:
+        image: In mode `L` or `RGB`.
+        fit: `crop`, `random_crop`, `adm` or `pad`.
+        side: In pixels.
+        name: Name of the image in errors.
+        place: For `random_crop`: the share of what is cropped that goes at the left and at the top, in [0, 1].
+
+    Raises:
+        DataError: `pad` of an image that is larger.
+    """
+    if fit == "crop":
+        return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+    if fit == "random_crop":
+        return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS, centering=place)
+    return adm_crop(image, side) if fit == "adm" else pad(image, side, name)
+
+
+def adm_crop(image: Image.Image, side: int) -> Image.Image:
+    """Return the centre crop of ADM (Dhariwal & Nichol 2021), which most published FIDs on ImageNet are measured with.
+
+    The image is halved by box filters while its shorter side is at least twice `side`, resized (bicubic) until the
+    shorter side is `side`, and cropped at the centre, rounded towards the upper left.
+    """
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, upper = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, upper, left + side, upper + side))
+
+
+def pad(image: Image.Image, side: int, name: str = "the image") -> Image.Image:
+    """Return the image in the centre of a black one. Raises DataError if it is larger."""
+    if max(image.size) > side:
+        raise DataError(
+            f"{name} is {image.width}x{image.height}: fit=pad needs images of at most {side}x{side} (the "
+            "resolution); fit=crop takes any."
+        )
+    canvas = Image.new(image.mode, (side, side))
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return canvas
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """Return a contiguous uint8 tensor `(C, H, W)` of an image in mode `L` or `RGB`."""
+    return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))
+
+
+def describe_transform(config: DataConfig) -> str:
+    """Describe the transform in one sentence: FID depends on it."""
+    side = config.resolution
+    square = {
+        "crop": f"centred square of the shorter side, resized to {side}x{side} (Lanczos)",
+        "random_crop": "square of the shorter side, at a random place in training and centred elsewhere, resized to "
+        f"{side}x{side} (Lanczos)",
+        "adm": f"halved by box filters while the shorter side is at least {2 * side}, shorter side resized to {side} "
+        f"(bicubic), centre crop {side}x{side}",
+        "pad": f"not resized, in the centre of {side}x{side} black pixels",
+    }[config.fit]
+    return square + ("; mirrored at random in training" if config.flip else "")

@@ -1,7 +1,4 @@
-"""The images of one split, by index: what every kind of data is read through.
-
-`looc_ldm.images.open` finds out what `data.path` names; `tables.py` and `lsun.py` hold further kinds of sources.
-"""
+"""Sources: the encoded images of one split, by index. `tables.py` and `lsun.py` hold further kinds."""
 
 from __future__ import annotations
 

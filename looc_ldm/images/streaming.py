@@ -1,9 +1,9 @@
-"""Data sets in shards (parquet files, WebDataset's tars, the hub), read as they come, without a copy on the disk.
+"""Stream data sets in shards (parquet files, WebDataset's tars, the hub) without a copy on the disk.
 
-Which images a process reads, and how it goes on after an interruption: `looc_ldm.images.lanes`. What it costs: each
-worker holds up to two blocks of `data.shuffle_images` encoded images, the one that is given and the one that is read
-ahead, and a run that is resumed reads, without decoding, the head of one shard for each worker (1 to 2 seconds for
-10,000 JPEGs of 256 pixels on a local disk).
+`looc_ldm.images.lanes` decides which images a process reads, and how it goes on after an interruption. Each worker
+holds up to two blocks of `data.shuffle_images` encoded images: the one that is given and the one that is read ahead. A
+run that is resumed reads, without decoding, the head of one shard for each worker (1 to 2 seconds for 10,000 JPEGs of
+256 pixels on a local disk).
 """
 
 from __future__ import annotations
@@ -22,33 +22,28 @@ from torch.utils.data import Dataset
 from looc_ldm.images.config import DataConfig
 from looc_ldm.images.image_set import ImageReader, ImageSet, Report
 from looc_ldm.images.lanes import Cursor, Lane, starting_cursors
-from looc_ldm.images.open import check_on_hub, folder_of, split_name
-from looc_ldm.images.pixels import read_bytes
+from looc_ldm.images.open import folder_of, split_name
 from looc_ldm.images.shards import find_shards, has_images
 from looc_ldm.images.source import Source, Stored
 from looc_ldm.images.tables import (
-    Columns,
     class_names,
     find_columns,
-    is_text,
     label_error,
     stored_image,
 )
 from looc_ldm.images.unreadable import first_readable
-from looc_ldm.utils.errors import ConfigError, DataError, UnreadableImage, one_line
+from looc_ldm.utils.errors import ConfigError, DataError, one_line
 
 logger = logging.getLogger(__name__)
 
 
 class StreamedSet(ImageReader):
-    """The shards of one split, as they lie on the disk or on the hub. Their images are not counted: there is no length.
+    """Shards of one split, on the disk or on the hub. Their images are not counted: there is no length.
 
     Args:
         rows (`datasets.IterableDataset`): The split.
         shard_names (`list[str]`): Names of its shards, for messages.
-        config (`DataConfig`): Settings of the data.
-        channels (`int`): 1 (grey) or 3.
-        images (`tuple[str, ...]`): Columns of which each row has its image in one; the config says if empty.
+        config, channels: See `ImageReader`.
 
     Attributes:
         classes (`list[str]`): Names of the classes; empty if the data has none.
@@ -64,17 +59,16 @@ class StreamedSet(ImageReader):
         shard_names: list[str],
         config: DataConfig,
         channels: int,
-        images: tuple[str, ...] = (),
     ):
         super().__init__(config, channels)
         self.num_shards = rows.num_shards
         self.shard_names = shard_names
-        self.columns = find_columns(rows.features or {}, config, images)
-        self.classes = _class_names(self.columns, config)
-        self.rows = rows.select_columns([*self.columns.images, *(self.columns.label[:1] if self.classes else ())])
-        for image in self.columns.images:
-            # Undecoded: images of a shard's head that are only passed over cost nothing, and a broken one can be named.
-            self.rows = self.rows.cast_column(image, datasets.Image(decode=False))
+        self.columns = find_columns(rows.features or {}, config)
+        self.classes = class_names(self.columns.feature, config)
+        image = self.columns.image
+        used = rows.select_columns([image, *(self.columns.label[:1] if self.classes else ())])
+        # Undecoded: images of a shard's head that are only passed over cost nothing, and a broken one can be named.
+        self.rows = used.cast_column(image, datasets.Image(decode=False))
 
     def read(self, shard: int, start: int = 0) -> Iterator[Stored]:
         """Yield the images of a shard from a place on.
@@ -100,7 +94,7 @@ class StreamedSet(ImageReader):
     def _stored(self, row: dict, shard: int, index: int) -> Stored:
         label = self.columns.label_in(row) if self.classes else None
         label = -1 if label is None else label
-        stored = stored_image([row[name] for name in self.columns.images], index, self.shard_names[shard], label)
+        stored = stored_image(row[self.columns.image], index, self.shard_names[shard], label)
         if self.shard_names[shard] not in stored.name:
             stored = stored._replace(name=f"{stored.name} of {self.shard_names[shard]}")
         if self.classes and not -1 <= label < len(self.classes):
@@ -138,10 +132,8 @@ def open_streamed(config: DataConfig, channels: int) -> tuple[StreamedSet, Image
             "data.streaming needs data.validation_split: images cannot be held out of what is not counted."
         )
     folder = folder_of(config)
-    images: tuple[str, ...] = ()
     try:
         if folder is None:
-            check_on_hub(config.path)
             builder = datasets.load_dataset_builder(config.path, config.name, revision=config.revision)
         else:
             shards = find_shards(folder, config)
@@ -150,8 +142,7 @@ def open_streamed(config: DataConfig, channels: int) -> tuple[StreamedSet, Image
                     f"data.streaming=true: {folder} holds neither parquet files nor WebDataset shards (.tar); "
                     "other data is read as it lies without streaming."
                 )
-            images = shards.images
-            builder = datasets.load_dataset_builder(shards.builder, data_files=shards.files, features=shards.features)
+            builder = datasets.load_dataset_builder(shards.builder, data_files=shards.files)
         splits = builder.as_streaming_dataset()
     except DataError:
         raise
@@ -161,26 +152,14 @@ def open_streamed(config: DataConfig, channels: int) -> tuple[StreamedSet, Image
     for setting in ("split", "validation_split"):
         split = split_name(splits, setting, config)
         sets[setting] = StreamedSet(
-            splits[split], _shard_names(builder, splits[split], split, config), config, channels, images
+            splits[split], _shard_names(builder, splits[split], split, config), config, channels
         )
     train, held_out = sets.values()
     every = chain.from_iterable(held_out.read(shard) for shard in range(held_out.num_shards))
-    validation = ImageSet(
-        InMemory([_fetched(stored) for stored in islice(every, config.validation_images)], held_out.classes),
-        config,
-        channels,
-        skip_unreadable=True,
-    )
+    source = InMemory(list(islice(every, config.validation_images)), held_out.classes)
+    validation = ImageSet(source, config, channels, skip_unreadable=True)
     train.content_size = validation.content_size
     return train, validation
-
-
-def _fetched(stored: Stored) -> Stored:
-    """Bring the content into memory, also from elsewhere. A missing file stays an unreadable image."""
-    try:
-        return stored._replace(content=read_bytes(stored.content, stored.name))
-    except UnreadableImage:
-        return stored
 
 
 def _shard_names(builder, rows: datasets.IterableDataset, split: str, config: DataConfig) -> list[str]:
@@ -188,15 +167,6 @@ def _shard_names(builder, rows: datasets.IterableDataset, split: str, config: Da
     if len(files) == rows.num_shards:
         return [str(file) for file in files]
     return [f"shard {shard} of {config.path} ({split})" for shard in range(rows.num_shards)]
-
-
-def _class_names(columns: Columns, config: DataConfig) -> list[str]:
-    if is_text(columns.feature):
-        logger.warning(
-            "%s: labels that are text make no classes when streaming, which does not know them all.", config.path
-        )
-        return []
-    return class_names(columns.feature, config)
 
 
 class StreamedImages(Dataset):
@@ -212,10 +182,10 @@ class StreamedImages(Dataset):
         per_forward (`int`): Images of one forward pass of one process.
         processes (`int`): Number of processes.
         num_workers (`int`): Workers of the loader that reads the stream.
-        cursors (`dict[int, Cursor]`): Lane -> where it goes on, from a checkpoint; see `starting_cursors`.
+        cursors (`dict[int, Cursor]`): Cursor of each lane from a checkpoint; see `starting_cursors`.
 
     Attributes:
-        cursors (`dict[int, Cursor]`): Where every lane of this run starts, also those of other processes.
+        cursors (`dict[int, Cursor]`): Start of every lane of this run, also those of other processes.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Tables of images, as `datasets` reads them from parquet files, WebDataset shards and the hub, as sources."""
+"""Open tables of images, which `datasets` reads from parquet files, WebDataset shards and the hub."""
 
 from __future__ import annotations
 
@@ -23,31 +23,26 @@ def open_tables(
     splits: dict[str, datasets.Dataset],
     config: DataConfig,
     wanted: Collection[str] | None = None,
-    images: tuple[str, ...] = (),
 ) -> dict[str, Source]:
-    """The splits of a data set. The classes of labels that are text are those of all splits together.
+    """Return the splits of a data set. The classes of labels that are text are those of all splits together.
 
     Args:
         splits: Their rows.
         config: Settings of the data.
         wanted: Names of the splits that need labels; all if not given. Others are not refused for theirs.
-        images: Columns of which each row has its image in one; the config says if empty.
 
     Raises:
         DataError: No such column of images, or a label that is none of the classes.
     """
-    columns = {split: find_columns(rows.features, config, images) for split, rows in splits.items()}
+    columns = {split: find_columns(rows.features, config) for split, rows in splits.items()}
     text = [split for split in splits if is_text(columns[split].feature)]
     named = sorted(set().union(*(columns[split].names(splits[split]) for split in text)))
-    classes: dict[str, list[str]] = {}  # by the feature: that there are none is logged once, not for every split
-    for column in columns.values():
-        key = repr(column.feature)
-        if key not in classes:
-            classes[key] = named if is_text(column.feature) else class_names(column.feature, config)
     sources: dict[str, Source] = {}
     for split, rows in splits.items():
-        own = classes[repr(columns[split].feature)] if wanted is None or split in wanted else []
-        sources[split] = TableSource(rows, columns[split], own, f"{config.path} ({split})")
+        classes = []
+        if wanted is None or split in wanted:
+            classes = named if split in text else class_names(columns[split].feature, config)
+        sources[split] = TableSource(rows, columns[split], classes, f"{config.path} ({split})")
     return sources
 
 
@@ -56,7 +51,7 @@ class TableSource(Source):
 
     Args:
         rows: The rows.
-        columns: Where the image and the class are in a row.
+        columns: The columns of the image and the class.
         classes: Names of the classes; empty without.
         name: What the split is called in messages.
 
@@ -72,10 +67,7 @@ class TableSource(Source):
             self.classes, self._labels = [], np.full(len(rows), -1)
         # Undecoded, so that an image that cannot be read can be named. As Arrow's tables, which are read without the
         # detours of rows as dictionaries.
-        used = [image for image in columns.images if rows.data.column(image).null_count < len(rows)]
-        images = rows.select_columns(used or list(columns.images[:1]))
-        for image in images.column_names:
-            images = images.cast_column(image, datasets.Image(decode=False))
+        images = rows.select_columns([columns.image]).cast_column(columns.image, datasets.Image(decode=False))
         self._images = images.with_format("arrow")
 
     def __len__(self) -> int:
@@ -83,7 +75,7 @@ class TableSource(Source):
 
     def read(self, index: int) -> Stored:
         row = self._images[index]
-        return stored_image([column[0].as_py() for column in row.columns], index, self.name, int(self._labels[index]))
+        return stored_image(row.column(0)[0].as_py(), index, self.name, int(self._labels[index]))
 
     def labels(self) -> np.ndarray:
         return self._labels
@@ -91,27 +83,26 @@ class TableSource(Source):
     def sizes(self) -> np.ndarray | None:
         sizes = []
         for rows in self._images.iter(1000):  # as Arrow keeps the lengths apart, no image is read
-            lengths = [pa.compute.binary_length(pa.compute.struct_field(column, "bytes")) for column in rows.columns]
-            sizes.append(pa.compute.coalesce(*lengths).to_numpy())
+            sizes.append(pa.compute.binary_length(pa.compute.struct_field(rows.column(0), "bytes")).to_numpy())
         sizes = np.concatenate([np.empty(0), *sizes])
         return None if np.isnan(sizes).any() else sizes.astype(np.int64)  # not of images that are only named
 
 
 class Columns(NamedTuple):
-    """Where the image and the class are in a row of a table.
+    """The columns of a table that hold the image and the class.
 
     Attributes:
-        images (`tuple[str, ...]`): Columns of which each row has its image in one.
+        image (`str`): Column of the image.
         label (`tuple[str, ...]`): Column of the class, and where that holds fields, the field; empty without classes.
-        feature: What `datasets` knows of the label; None without classes.
+        feature: The label's type in `datasets`; None without classes.
     """
 
-    images: tuple[str, ...]
+    image: str
     label: tuple[str, ...]
     feature: Any
 
     def label_in(self, row: dict) -> Any:
-        """The class as a row holds it, a number or a name."""
+        """Return the class as a row holds it, a number or a name."""
         for name in self.label:
             row = None if row is None else row[name]
         return row
@@ -140,7 +131,7 @@ class Columns(NamedTuple):
         return labels
 
     def names(self, rows: datasets.Dataset) -> set[str]:
-        """The classes that the rows name, where the label is text."""
+        """Return the classes that the rows name, if the label is text."""
         return {value for value in self._values(rows).unique().to_pylist() if value is not None}
 
     def _values(self, rows: datasets.Dataset) -> pa.Array:
@@ -149,44 +140,42 @@ class Columns(NamedTuple):
 
 
 def label_error(image: str, label: Any, classes: list[str]) -> str:
-    """What is wrong with a label that is none of the classes."""
+    """Return the message for a label that is none of the classes."""
     return f"{image} has the label {label!r}: the {len(classes)} classes are {classes[0]!r} to {classes[-1]!r}."
 
 
-def stored_image(images: list[dict | None], index: int, place: str, label: int) -> Stored:
-    """Return the image of a row of the table `place`, from the columns that may hold it."""
-    image = next(filter(None, images), {"bytes": None, "path": None})
+def stored_image(image: dict | None, index: int, place: str, label: int) -> Stored:
+    """Return the image in row `index` of the table `place`."""
+    image = image or {"bytes": None, "path": None}
     content = image["path"] if image["bytes"] is None else image["bytes"]
     return Stored(content, image["path"] or f"image {index} of {place}", label)
 
 
-def find_columns(features: datasets.Features, config: DataConfig, images: tuple[str, ...] = ()) -> Columns:
-    """Where a table has its images and classes: in the columns that the config names.
+def find_columns(features: datasets.Features, config: DataConfig) -> Columns:
+    """Return the columns that the config names.
 
-    WebDataset's files are columns named by their suffixes; there, the only image and `cls`, or a field of `json`, are
-    found by themselves.
+    WebDataset's columns are named by the suffixes of its files: if the config names none of them, they are the only
+    image, and `cls` or a field of `json`.
 
     Raises:
         DataError: No such column of images.
     """
     image, label = config.image_column, (config.label_column,)
     if "__key__" in features:  # WebDataset
-        typed = tuple(name for name, feature in features.items() if isinstance(feature, datasets.Image))
-        if not images and len(typed) == 1:
-            images = typed
+        typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        if image not in features and len(typed) == 1:
+            image = typed[0]
         fields = features.get("json")
         if label[0] not in features:
             label = ("json", label[0]) if isinstance(fields, dict) and label[0] in fields else ("cls",)
-    if image in features:
-        images = (image,)
-    if not images:
+    if image not in features:
         raise DataError(f"data.image_column={image!r}: {config.path} has {', '.join(features)}.")
-    if isinstance(features[images[0]], list | datasets.List | datasets.LargeList):
+    if isinstance(features[image], list | datasets.List | datasets.LargeList):
         raise DataError(f"data.image_column={image!r}: {config.path} has a list there, not one image per row.")
     feature: Any = features
     for name in label:
         feature = feature.get(name) if isinstance(feature, dict) else None
-    return Columns(images, label if feature is not None else (), feature)
+    return Columns(image, label if feature is not None else (), feature)
 
 
 def is_text(feature: Any) -> bool:
@@ -195,17 +184,15 @@ def is_text(feature: Any) -> bool:
 
 
 def class_names(feature: Any, config: DataConfig) -> list[str]:
-    """Names of the classes of a label that is a number; none where nothing names them, which is logged."""
+    """Return the names of the classes of a label that is a number; none, with a warning, if nothing names them."""
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
     is_number = isinstance(feature, datasets.Value) and re.match("u?int", feature.dtype)
     if is_number and config.num_classes is not None:
         return [str(index) for index in range(config.num_classes)]
-    if is_number:
+    if feature is not None:
         logger.warning(
-            "%s: the labels are numbers without names, so there are no classes; data.num_classes makes them classes.",
+            "%s: the labels have no names, so there are no classes; data.num_classes makes numbers classes.",
             config.path,
         )
-    elif feature is not None:
-        logger.warning("%s: the label column is neither numbers nor text, so there are no classes.", config.path)
     return []

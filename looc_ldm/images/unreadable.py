@@ -1,6 +1,4 @@
-"""Images that cannot be read: the next readable one takes the place, a warning names the file and the reason, and
-above a share the run stops.
-"""
+"""Replace unreadable images by the next readable one, name them in warnings, and stop a run that meets too many."""
 
 from __future__ import annotations
 
@@ -55,7 +53,7 @@ def too_many(bad: int, images: int, max_share: float, least: int = 1) -> str | N
 
 
 class UnreadableImages:
-    """Warns of each unreadable image that one process meets in training, and counts how often it meets any.
+    """Warn of each unreadable image that one process meets in training, and count the encounters.
 
     `started_at` is the position in the stream of images where the process started, `size` the number of images of the
     data set, None if it is streamed.

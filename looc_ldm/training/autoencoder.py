@@ -118,8 +118,6 @@ def train(config: AutoencoderConfig) -> Path:
     # 3. Training
     model.train()
     with run.training("autoencoder"):
-        if run.evaluation_pending:  # the run was stopped between a checkpoint and what was due with it
-            preview_and_evaluate()
         for pixels, _ in run.batches(loader):
             batch = to_float(pixels)
             learning_rate = run.learning_rate(config.optimizer)
@@ -196,10 +194,10 @@ def train(config: AutoencoderConfig) -> Path:
                 live.quantize.discard()
             if run.due(config.log_every_images):
                 run.write_log(learning_rate=run.learning_rate(config.optimizer), **codebook_use(live.quantize))
+            preview_and_evaluate()
             if run.due(config.checkpoint_every_images) and not run.skipping:
                 run.save_checkpoint()
                 run.push(save)
-            preview_and_evaluate()
             run.stop_if_asked()  # a collective
         run.save_checkpoint()
 
@@ -246,12 +244,12 @@ def _preview_and_evaluate(
 
 
 def as_rgb(*images: torch.Tensor) -> list[torch.Tensor]:
-    """Grey images `(B, 1, H, W)` repeated to three channels; others as they are."""
+    """Repeat grey images `(B, 1, H, W)` to three channels; leave others as they are."""
     return [image.expand(-1, 3, -1, -1) if image.shape[1] == 1 else image for image in images]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     show_log_lines()
     with one_line_errors():
         config = parse_command_line(AutoencoderConfig, sys.argv[1:] if arguments is None else arguments, PROG)

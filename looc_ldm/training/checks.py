@@ -1,4 +1,4 @@
-"""Settings that are refused before a run writes anything, because they do not go together or cannot work later."""
+"""Refuse settings that do not go together or cannot work later, before a run writes anything."""
 
 from __future__ import annotations
 

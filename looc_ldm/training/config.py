@@ -29,7 +29,7 @@ RepositoryId = restricted_string_type("RepositoryId", r"^[\w.-]+/[\w.-]+$")
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its learning rate, counted in images so that another batch size keeps the schedule.
+    """AdamW and its learning rate, counted in images so that a different batch size keeps the schedule.
 
     Args:
         learning_rate: Peak learning rate, for the batch size of the config (not scaled).
@@ -50,7 +50,7 @@ class OptimizerConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Measuring while training runs. Figures go to the log with the prefix `val_`.
+    """Evaluation during training. Figures go to the log with the prefix `val_`.
 
     Args:
         every_images: Interval; not at all if not given.

@@ -1,4 +1,4 @@
-"""Settings from the command line and YAML."""
+"""Parse settings from the command line and YAML."""
 
 from __future__ import annotations
 
@@ -117,16 +117,6 @@ def read_settings(file: Path) -> dict:
     return settings
 
 
-def find_config_file(name: str) -> Path:
-    """Return the file of a bundled config or of a path. Raises ConfigError if there is none."""
-    if Path(name).is_file():
-        return Path(name)
-    bundled = configs.names()
-    if name in bundled:
-        return configs.path(name)
-    raise ConfigError(f"no config {name!r}: not a file, and not one of {', '.join(bundled)}.")
-
-
 def _prepare(config_class: type, arguments: list[str]) -> list[str]:
     """Check the names of settings, in flags and files. Hyphens become underscores, files become what is in them."""
     prepared, after_config = [], False
@@ -148,7 +138,11 @@ def _prepare(config_class: type, arguments: list[str]) -> list[str]:
 
 def _read_config(config_class: type, name: str) -> str:
     """Return the YAML of a bundled config or a file, without withdrawn settings, with known names only."""
-    file = find_config_file(name)
+    file = Path(name)
+    if not file.is_file():
+        if name not in configs.names():
+            raise ConfigError(f"no config {name!r}: not a file, and not one of {', '.join(configs.names())}.")
+        file = configs.path(name)
     settings = read_settings(file)
     defaults = to_dict(config_class())
     for group, default in defaults.items():
@@ -216,7 +210,7 @@ def flatten(values: dict, prefix: str = "") -> dict:
 
 
 def _plain(value):
-    """Tuples, at any depth, as lists."""
+    """Turn tuples, at any depth, into lists."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,8 +1,7 @@
-"""Training images as an endless stream that any process can enter anywhere."""
+"""Endless streams of training images, which can start anywhere, and their loaders."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from functools import partial
 
@@ -16,10 +15,8 @@ from looc_ldm.images.open import names_of_split, open_sources, split_name
 from looc_ldm.images.pixels import to_float
 from looc_ldm.images.streaming import StreamedImages, StreamedSet, open_streamed
 from looc_ldm.images.unreadable import first_readable
-from looc_ldm.training.stopping import SteadyLoader
+from looc_ldm.training.stopping import start_worker
 from looc_ldm.utils.errors import ConfigError, DataError
-
-logger = logging.getLogger(__name__)
 
 
 def load_image_sets(
@@ -58,10 +55,6 @@ def _open_image_sets(config: DataConfig, channels: int) -> tuple[ImageSet, Image
     for source, split in ((images, config.split), (held_out, config.validation_split)):
         if not len(source):
             raise DataError(f"{config.path} has no images in the split {split}.")
-    untrained = np.setdiff1d(held_out.labels(), [*images.labels(), -1])
-    if images.classes and len(untrained):
-        names = ", ".join(held_out.classes[label] for label in untrained)
-        logger.warning("%s: no training image is of the validation images' classes %s", config.path, names)
     return ImageSet(images, config, channels, True), ImageSet(held_out, config, channels, True)
 
 
@@ -104,7 +97,7 @@ class ImageStream(Stream):
         images = self.images
         candidates = images.indices_from(self.index_at(position))
         item, problems = first_readable(candidates, partial(images.read, at=(self.seed, position)), images.config.path)
-        return *item, Report(problems[:1])  # those after the first one have positions of their own
+        return *item, Report(problems[:1])  # the problems after the first one have positions of their own
 
 
 class OnlineLatentStream(Dataset):
@@ -169,11 +162,8 @@ def make_stream(
     """Return the stream of training images.
 
     Args:
-        images: The training images.
-        seed: Seed of order, flips and crops.
-        batches: The batches of this process.
         num_workers: Workers of the loader that will read the stream.
-        cursors: For a streamed set: lane -> where it goes on, from the newest checkpoint. Replaced, in place, by the
+        cursors: For a streamed set: the cursor of each lane from the newest checkpoint. Replaced, in place, by the
             cursors of all lanes of this run, so that the next checkpoint's are complete.
     """
     if isinstance(images, ImageSet):
@@ -191,12 +181,13 @@ def stream_loader(stream: Dataset, batches: StreamBatches, num_workers: int, pin
 
     Items of the stream are tuples that end with a `Report`, and so are the batches: stacked tensors and one report.
     """
-    return SteadyLoader(
+    return DataLoader(
         stream,
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=collate,
+        worker_init_fn=start_worker,
         # Its own: a loader draws a number when it is made, which would part a resumed run from an uninterrupted one.
         generator=torch.Generator(),
     )
@@ -209,8 +200,8 @@ def collate(items: list[tuple]) -> tuple:
     return *default_collate(list(zip(*values, strict=True))), Report(unreadable, reports[-1].cursor)
 
 
-class _FloatBatches(SteadyLoader):
-    """Workers send uint8, a quarter of the bytes; this process makes numbers in [-1, 1] of them."""
+class _FloatBatches(DataLoader):
+    """Batches in [-1, 1]. Workers send uint8, a quarter of the bytes, which this process converts."""
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return map(to_float, super().__iter__())
@@ -223,9 +214,10 @@ def float_batches(images: ImageSet | Subset, batch_size: int = 64, num_workers: 
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_stacked_pixels,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # its own, as in `stream_loader`
     )
 
 
-def _stacked_pixels(rows: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
-    return default_collate([pixels for pixels, _ in rows])
+def _stacked_pixels(items: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
+    return default_collate([pixels for pixels, _ in items])

@@ -108,7 +108,7 @@ def train(config: DiffusionConfig) -> Path:
     optimizer = adamw(denoiser, config.optimizer)
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     live = accelerator.unwrap_model(denoiser)
-    ema.follow(live)
+    ema.shard_like(live)
     if config.compile:
         live.compile()  # in place: the names of its weights stay
     run.resume(partial(run_fingerprint, images, vqvae), ema)
@@ -167,8 +167,6 @@ def train(config: DiffusionConfig) -> Path:
     # 3. Training
     denoiser.train()
     with run.training("diffusion"):
-        if run.evaluation_pending:  # the run was stopped between a checkpoint and what was due with it
-            preview_and_evaluate()
         for latents, labels, noise, time, dropout in run.batches(loader):
             if not config.cache_latents:
                 latents = encode_latents(vqvae, to_float(latents))  # they were images
@@ -199,12 +197,12 @@ def train(config: DiffusionConfig) -> Path:
                 ema.update(live, run.images_seen, config.batch_size)
             if run.due(config.log_every_images):
                 run.write_log(learning_rate=run.learning_rate(config.optimizer))
+            preview_and_evaluate()  # a collective
             if run.due(config.checkpoint_every_images) and not run.skipping:
                 run.save_checkpoint()
                 if config.push_to_hub:
                     full = gather_full_model(denoiser, ema.model, accelerator)  # a collective
                     run.push(partial(save, pipe=pipeline(), live=full))
-            preview_and_evaluate()  # a collective
             run.stop_if_asked()  # a collective
         run.save_checkpoint()
 
@@ -257,7 +255,7 @@ def preview(pipe: LooCLDMPipeline, config: DiffusionConfig) -> Image.Image:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
+    """Run the command line."""
     show_log_lines()
     with one_line_errors():
         config = parse_command_line(DiffusionConfig, sys.argv[1:] if arguments is None else arguments, PROG)

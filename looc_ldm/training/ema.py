@@ -18,8 +18,8 @@ class EMA:
     Buffers and quantizer codebooks are those of the live model: usage counts are averages already, and an averaged
     codebook would lag behind codevectors that revival has moved.
 
-    Where FSDP has divided the live weights (`follow`), each process averages its part; then `gathered`, `state_dict`
-    and `load_state_dict` are collectives, and `model` is current after `gathered` only.
+    If FSDP shards the live weights (`shard_like`), each process averages its shard. Then `gathered`, `state_dict` and
+    `load_state_dict` are collectives, and `model` is current after `gathered` only.
 
     Args:
         model (`nn.Module`): The live model; the average starts as a copy of it.
@@ -35,8 +35,8 @@ class EMA:
         self._device = next(model.parameters()).device
         self._parts: list[torch.Tensor] | None = None
 
-    def follow(self, live: nn.Module) -> None:
-        """Average as the weights of `live` are divided. After `accelerator.prepare`, before a checkpoint is loaded."""
+    def shard_like(self, live: nn.Module) -> None:
+        """Shard the average as the live weights are. After `accelerator.prepare`, before a checkpoint is loaded."""
         if any(isinstance(parameter, DTensor) for parameter in live.parameters()):
             self._parts = [parameter.detach().clone() for parameter in live.parameters()]
             self.model.to("cpu")
@@ -50,7 +50,7 @@ class EMA:
         if averaged is None:
             averaged = list(self.model.parameters())
         elif next(self.model.parameters()).device.type != "cpu":
-            self.model.to("cpu")  # what it was gathered for is done
+            self.model.to("cpu")  # the full weights are no longer needed on the device
         torch._foreach_lerp_(averaged, live, 1 - decay)
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)
@@ -59,7 +59,7 @@ class EMA:
 
     @torch.no_grad()
     def gathered(self) -> nn.Module:
-        """The averaged model, whole and on its device."""
+        """Return the unsharded averaged model, on its device. Collective under FSDP."""
         if self._parts is not None:
             for parameter, part in zip(self.model.parameters(), self._parts, strict=True):
                 parameter.copy_(part.full_tensor())

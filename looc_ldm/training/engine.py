@@ -1,4 +1,4 @@
-"""The `Accelerator` of a training: which of Accelerate's engines are supported, precision, accumulation."""
+"""Make the `Accelerator` of a run: supported engines, precision, accumulation."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Starting a training from a finished model instead of random weights (`init_from`).
+"""Start training from a finished model instead of random weights (`init_from`).
 
-The networks are those of the checkpoint. The config's `model` or `unet` may leave them out, or repeat them; where it
-says something else, that is an error, since weights of another network cannot be used.
+The networks are those of the finished model. The config's `model` or `unet` may leave them out or repeat them; a
+different value is an error, since the weights would not fit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import logging
 from dataclasses import replace
 
 from looc_ldm.models.autoencoder import LooCVQModel
-from looc_ldm.models.fingerprint import model_fingerprint
 from looc_ldm.models.loading import load_autoencoder
 from looc_ldm.pipelines.loading import load_pipeline
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
@@ -20,8 +19,8 @@ from looc_ldm.utils.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
 
-# Of a LooCVQModel, what decides how it learns, and not what its weights mean. The config's values hold.
-LEARNING = {
+# Arguments of a LooCVQModel that decide how it learns, and not the meaning of its weights. The config's values hold.
+LEARNING_ARGUMENTS = {
     "sample_size",
     "commitment_weight",
     "anchor",
@@ -29,8 +28,8 @@ LEARNING = {
     "codebook_update",
     "gradient",
 }
-# Of a UNet, what follows from the data.
-OF_DATA = {"sample_size", "in_channels", "out_channels", "num_class_embeds", "cross_attention_dim"}
+# Arguments of a UNet that follow from the data.
+DATA_ARGUMENTS = {"sample_size", "in_channels", "out_channels", "num_class_embeds", "cross_attention_dim"}
 CLASS_WEIGHTS = ("unet.class_embedding.", "class_embedding.")
 
 
@@ -43,7 +42,7 @@ def autoencoder_from(config: AutoencoderConfig) -> LooCVQModel:
     """
     trained = load_autoencoder(config.init_from)
     of_checkpoint = {name: value for name, value in trained.config.items() if not name.startswith("_")}
-    _refuse_differences(config.model, of_checkpoint, LEARNING, "model")
+    _refuse_differences(config.model, of_checkpoint, LEARNING_ARGUMENTS, "model")
     arguments = {**of_checkpoint, "sample_size": config.data.resolution, **config.model}
     # Measured anew on the data of this training.
     arguments |= {name: None for name in ("scaling_factor", "latents_mean", "latents_std") if name in arguments}
@@ -70,8 +69,8 @@ def denoiser_from(config: DiffusionConfig, vqvae: LooCVQModel, classes: list[str
     if settings["type"] != kind:
         raise ConfigError(f"unet.type is {settings['type']} in the config and {kind} in {config.init_from!r}.")
     of_checkpoint = {name: value for name, value in trained.unet.config.items() if not name.startswith("_")}
-    _refuse_differences(config.unet, {**of_checkpoint, "type": kind}, OF_DATA | {"dropout"}, "unet")
-    unet = {name: value for name, value in of_checkpoint.items() if name not in OF_DATA}
+    _refuse_differences(config.unet, {**of_checkpoint, "type": kind}, DATA_ARGUMENTS | {"dropout"}, "unet")
+    unet = {name: value for name, value in of_checkpoint.items() if name not in DATA_ARGUMENTS}
     dimension = config.class_embedding_dim
     if trained.class_embedding is not None:
         dimension = trained.class_embedding.config.embedding_dim
@@ -87,14 +86,6 @@ def denoiser_from(config: DiffusionConfig, vqvae: LooCVQModel, classes: list[str
     predicts, asked = trained.config.prediction_type, config.scheduler.get("prediction_type", "epsilon")
     if predicts != asked:
         raise ConfigError(f"scheduler.prediction_type is {asked} in the config and {predicts} in init_from.")
-    for name, value in trained.config.noise_schedule.items():
-        if config.scheduler.get(name, value) != value:
-            given = config.scheduler[name]
-            logger.warning("scheduler.%s is %r, and init_from was trained with %r.", name, given, value)
-    if config.autoencoder and config.autoencoder != config.init_from:
-        first_stage = load_autoencoder(config.autoencoder)
-        if model_fingerprint(first_stage) != model_fingerprint(trained.vqvae):
-            logger.warning("init_from=%r was trained on the latents of another autoencoder.", config.init_from)
 
     # The pipeline's weights, except for embeddings of other classes
     weights = {f"unet.{name}": tensor for name, tensor in trained.unet.state_dict().items()}

@@ -46,7 +46,7 @@ class LatentCache:
         self.shape: tuple[int, int, int] = tuple(description["latent_shape"])  # c, h, w
         self.flipped: bool = description["flipped"]  # whether there are latents of the mirrored images, too
         self.unreadable: int = description["unreadable"]  # images that could not be read and have no latents
-        self.moments = Moments(**description["moments"])  # of all latents, those of mirrored images included
+        self.moments = Moments(**description["moments"])  # over all latents, including those of mirrored images
         self.size = sum(shard["bytes"] for shard in description["shards"])
         self._files = [self.folder / shard["file"] for shard in description["shards"]]
         self._ends = list(accumulate(shard["images"] for shard in description["shards"]))

@@ -60,10 +60,7 @@ def cache_latents(
     images are left out, with a warning that names them. Only the model's encoder runs, in the model's data type.
 
     Args:
-        model: Its encoder's weights and settings are part of the cache's fingerprint.
-        images: The images.
         folder: A folder that all processes see.
-        accelerator: The processes.
         batch_size: Images that a process encodes at a time; by device and resolution if not given.
         shard_bytes: Largest size of a file; small data sets have smaller ones.
 
@@ -150,9 +147,8 @@ def _complete(
     images: ImageSet, folder: Path, shards: list[tuple[Path, range]], shape: tuple[int, ...], about: dict
 ) -> None:
     """Write the description, which completes the cache, from the metadata of all shards."""
-    lacking = [file for file, _ in shards if not file.is_file()]
-    if lacking:
-        raise ConfigError(f"{str(lacking[0])!r} is missing: latents must be a folder that all processes see.")
+    if not all(file.is_file() for file, _ in shards):
+        raise ConfigError(f"latents={str(folder)!r} is not a folder that all processes see: some shards are missing.")
     found = [_metadata(file) for file, _ in shards]
     unreadable = sum(len(metadata["unreadable"]) for metadata in found)
     if problem := too_many(unreadable, len(images), images.config.max_unreadable_share):

@@ -36,7 +36,7 @@ class LatentStream(Stream):
 
     Item p is `(latents, label, noise, time, dropout, report)`: the scaled latents `(c, h, w)`, their class, noise of
     the same shape, two uniform numbers in [0, 1) that decide the timestep and whether the label is dropped, and an
-    empty `Report`. All random numbers belong to the position p, so that no loop or process has randomness of its own.
+    empty `Report`. All random numbers belong to the position p.
     """
 
     def __init__(self, cache: LatentCache, model: LooCVQModel, seed: int):

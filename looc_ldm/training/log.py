@@ -1,14 +1,14 @@
-"""The log of a run: one line per log interval for people, in `metrics.jsonl` and in the tracker; image grids."""
+"""Write the log of a run: a line per log interval on stderr, in `metrics.jsonl` and in the tracker; image grids."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +22,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from looc_ldm.training.config import RunConfig
 from looc_ldm.training.config_parsing import to_dict
-from looc_ldm.training.jsonl import append_line, cut_lines, has_figures
-from looc_ldm.training.means import Means, means_of
-from looc_ldm.utils.distributed import write_or_stop_all
-from looc_ldm.utils.errors import TrainingError, is_first_process
-from looc_ldm.utils.files import replace_text, write_image
+from looc_ldm.utils.distributed import writing
+from looc_ldm.utils.errors import is_first_process
+from looc_ldm.utils.files import replace_bytes, replace_text, write_image
 
 logger = logging.getLogger(__name__)
 
-# What depends on the machine and the moment, and so is not the same in a run that was interrupted.
+# These depend on the machine and the moment, and so are not the same in a run that was interrupted.
 VOLATILE_KEYS = ("images_per_second", "data_wait", "other_seconds", "memory_gib")
 
 
@@ -41,16 +39,55 @@ def show_log_lines() -> None:
         logging.getLogger("looc_ldm").setLevel(logging.INFO)
 
 
+class Means:
+    """Means of scalars that are recorded step by step. Values that are not finite are left out.
+
+    Sums stay on the device, so that recording does not wait for it.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._sums: dict[str, torch.Tensor] = {}  # sum and count, float32 (2,)
+        self._latest: dict[str, torch.Tensor] = {}
+
+    def record(self, **values: torch.Tensor | float) -> None:
+        """Take in scalars of one forward pass."""
+        for name, value in values.items():
+            value = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach().reshape(())
+            finite = value.isfinite()
+            added = torch.stack([torch.where(finite, value, 0), finite.float()])
+            self._sums[name] = self._sums[name] + added if name in self._sums else added
+            self._latest[name] = value
+
+    def not_finite(self) -> list[str]:
+        """Return the names of the scalars whose latest value is not finite. Waits for the device."""
+        return [name for name, value in self._latest.items() if not math.isfinite(value)]
+
+    def state(self) -> dict[str, list[float]]:
+        """Return sum and count of what was recorded since the last `reset`. Waits for the device."""
+        return {name: sums.tolist() for name, sums in self._sums.items()}
+
+    def reset(self, state: dict[str, list[float]] | None = None) -> None:
+        """Forget what was recorded, or go on from a `state`."""
+        self._sums = {name: torch.tensor(sums, device=self.device) for name, sums in (state or {}).items()}
+
+
+def means_of(states: list[dict[str, list[float]]]) -> dict[str, float]:
+    """Return the means over several processes' `Means.state`, without scalars that were never finite."""
+    means = {}
+    for name in dict.fromkeys(name for state in states for name in state):
+        total, count = map(sum, zip(*(state[name] for state in states if name in state), strict=True))
+        if count:
+            means[name] = total / count
+    return means
+
+
 class RunLog:
     """Scalars, speed, log lines and image grids of a run.
 
-    Args:
-        config (`RunConfig`): The settings of the run.
-        folder (`Path`): The folder of the run.
-        accelerator (`Accelerator`): The processes and their trackers.
-
     Attributes:
         means (`Means`): Scalars recorded since the last line.
+        waited (`float`): Seconds since the last line that training has waited for its data.
         bar (`tqdm`, *optional*): The progress bar, over images.
     """
 
@@ -63,11 +100,10 @@ class RunLog:
         self.bar: tqdm | None = None
         self._written_at = (0, time.monotonic())  # images seen, and when
         # Since the last line, of this process, in seconds:
-        self._waited = 0.0  # for data, while training
+        self.waited = 0.0  # for data, while training
         self._other = 0.0  # anything but training
-        self._paused = False  # whether that goes on now
 
-    def start(self, images_seen: int, means: list[dict] | None) -> None:
+    def start(self, images_seen: int, means: dict | None) -> None:
         """Go on after `images_seen` images, with what was recorded since the last line. On every process."""
         if self.accelerator.is_main_process:
             cut_lines(self.file, images_seen)
@@ -112,34 +148,18 @@ class RunLog:
             yield
 
     @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Measure the time that training waits for its data."""
-        began = time.monotonic()
-        yield
-        self._waited += time.monotonic() - began
-
-    @contextmanager
     def pause_timer(self) -> Iterator[None]:
         """Exclude a block that is no training, such as a grid or an evaluation, from speed and waiting."""
-        if self._paused:  # within another block
-            yield
-            return
-        began, self._paused = time.monotonic(), True
-        try:
-            yield
-        finally:
-            self._other += time.monotonic() - began
-            self._paused = False
+        began = time.monotonic()
+        yield
+        self._other += time.monotonic() - began
 
     def exclude_first_step(self, images_seen: int) -> None:
-        """Exclude the first step from images/s: it also starts workers, compiles and picks kernels.
-
-        Not if a line was written after that step.
-        """
-        if self._written_at[0] != images_seen:
+        """Exclude the first step from images/s: it also starts workers, compiles and picks kernels."""
+        if self._written_at[0] != images_seen:  # a line about this step alone is written already
             then = self._written_at[1]
             self._written_at = (images_seen, then)
-            self._waited, self._other = 0.0, time.monotonic() - then
+            self.waited, self._other = 0.0, time.monotonic() - then
 
     # Lines -----------------------------------------------------------------------------------------------------------
 
@@ -153,10 +173,12 @@ class RunLog:
         now = time.monotonic()
         self._written_at = (images_seen, now)
         trained = now - then - self._other
-        memory = memory_gib(self.accelerator.device)
-        parts = gather_object([(self.means.state(), trained, self._waited, self._other, memory)])
+        device = self.accelerator.device
+        on_gpu = device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
+        parts = gather_object([(self.means.state(), trained, self.waited, self._other, memory)])
         self.means.reset()
-        self._waited = self._other = 0.0
+        self.waited = self._other = 0.0
         states, trained, waits, others, memory = zip(*parts, strict=True)
         seconds = min(trained)  # others take it for training when they wait for the main process and its evaluation
         means = means_of(states)
@@ -164,29 +186,28 @@ class RunLog:
             "images_per_second": (images_seen - images) / seconds,
             "data_wait": min(1.0, max(waits) / seconds),  # the slowest process holds up the others
             "other_seconds": max(others),
-            "memory_gib": max(memory),
+            "memory_gib": max(memory) / 2**30,  # the peak on a GPU, the present on a CPU
             **means,
             **extra,
         }
-        append = partial(self._append, images_seen, values)
-        write_or_stop_all(self.accelerator, "the log", self.folder, append, main_only=True)
+        if self.accelerator.is_main_process:
+            self._append(images_seen, values)
         if self.bar is not None:
             self.bar.set_postfix({name: f"{value:.3g}" for name, value in means.items() if name.startswith("loss")})
 
     def write_evaluation(self, images_seen: int, figures: dict) -> None:
         """Write figures of an evaluation, with the prefix `val_`. Does nothing on other processes than the main one."""
         if self.accelerator.is_main_process:
-            try:
-                self._append(images_seen, {f"val_{name}": value for name, value in figures.items()})
-            except OSError as error:
-                raise TrainingError(f"cannot write the log in {str(self.folder)!r}: {error.strerror}.") from error
+            self._append(images_seen, {f"val_{name}": value for name, value in figures.items()})
 
     def _append(self, images_seen: int, values: dict) -> None:
         # JSON and trackers have no place for NaN.
         line = {key: value for key, value in values.items() if not isinstance(value, float) or math.isfinite(value)}
         self.accelerator.log(line, step=images_seen)
-        append_line(self.file, {"images": images_seen, **line})
-        logger.info(progress_line(images_seen, self.config.total_images, line))
+        with writing("the log", self.folder), self.file.open("a") as file:
+            file.write(json.dumps({"images": images_seen, **line}, allow_nan=False) + "\n")
+        words = [f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in line.items()]
+        logger.info(", ".join([f"{images_seen:,}/{self.config.total_images:,} images", *words]))
 
     # Grids -----------------------------------------------------------------------------------------------------------
 
@@ -206,34 +227,17 @@ class RunLog:
             elif tracker.name == "wandb":
                 tracker.log_images({"preview": [image]}, step=images_seen)
 
-    def has_evaluation(self, images_seen: int) -> bool:
-        """Whether the log holds figures of an evaluation after `images_seen` images."""
-        return has_figures(self.file, images_seen, "val_")
 
-
-def memory_gib(device: torch.device) -> float:
-    """Return this process's peak memory on its GPU so far, or its present memory on a CPU, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
-
-
-def progress_line(images: int, total: int, values: dict) -> str:
-    """Return one line for people with what a line of `metrics.jsonl` holds."""
-    known = (
-        ("images_per_second", lambda value: f"{value:.4g} images/s"),
-        ("data_wait", lambda value: f"data wait {value:.1%}"),
-        ("other_seconds", lambda value: f"besides {value:.0f} s" if value >= 1 else ""),
-        ("memory_gib", lambda value: f"{value:.1f} GiB"),
-        ("learning_rate", lambda value: f"learning rate {value:.3g}"),
-    )
-    parts = [f"{images:,}/{total:,} images"]
-    parts += [text(values[name]) for name, text in known if name in values]
-    shown = {name: value for name, value in values.items() if name not in dict(known)}
-    if not shown.get("skipped_steps"):
-        shown.pop("skipped_steps", None)
-    words = {name: value if isinstance(value, str) else f"{value:.4g}" for name, value in shown.items()}
-    return ", ".join([part for part in parts if part] + [f"{name} {word}" for name, word in words.items()])
+def cut_lines(file: Path, images: int) -> None:
+    """Remove the lines after `images` images, and one that was half written when the process was killed."""
+    content = file.read_bytes() if file.is_file() else b""
+    kept = []
+    for line in content.splitlines(keepends=True):
+        with suppress(ValueError):
+            if line.endswith(b"\n") and json.loads(line)["images"] <= images:
+                kept.append(line)
+    if b"".join(kept) != content:
+        replace_bytes(file, b"".join(kept))
 
 
 def data_line(images, held_out, classes: list[str], model: torch.nn.Module) -> str:

@@ -49,13 +49,13 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """`(B, C, H, W)` images in [-1, 1] to `(B, 1, h, w)` float32 logits, positive where a patch looks real."""
+        """Return float32 logits `(B, 1, h, w)` of images `(B, C, H, W)` in [-1, 1]: positive if a patch looks real."""
         with torch.autocast(images.device.type, enabled=False):
             return self.layers(images.float())
 
 
 def hinge_discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """(mean relu(1 - D(x)) + mean relu(1 + D(x'))) / 2, a scalar."""
+    """Return (mean relu(1 - D(x)) + mean relu(1 + D(x'))) / 2, a scalar."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 

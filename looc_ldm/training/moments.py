@@ -17,7 +17,7 @@ SCALING_IMAGES = 2_000  # images whose latents are measured if not all of them a
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over latents, from which means and deviations follow; sums of parts add up.
+    """Sums over latents, which give means and deviations. Sums of parts can be added.
 
     Attributes:
         count (`int`): Values of a channel.
@@ -42,18 +42,18 @@ class Moments:
 
     @property
     def channel_mean(self) -> list[float]:
-        """The mean of each channel."""
+        """Mean of each channel."""
         return [total / self.count for total in self.total]
 
     @property
     def channel_std(self) -> list[float]:
-        """The standard deviation of each channel about its mean."""
+        """Standard deviation of each channel about its mean."""
         pairs = zip(self.channel_mean, self.squares, strict=True)
         return [math.sqrt(max(squares / self.count - mean**2, 0.0)) for mean, squares in pairs]
 
     @property
     def standard_deviation(self) -> float:
-        """The standard deviation of all values about their common mean."""
+        """Standard deviation of all values about their common mean."""
         count = self.count * len(self.total)
         return math.sqrt(max(sum(self.squares) / count - (sum(self.total) / count) ** 2, 0.0))
 

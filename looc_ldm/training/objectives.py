@@ -1,7 +1,7 @@
-"""What a UNet learns in stage 2: noisy latents, what it is to predict from them, and how errors count.
+"""Objectives of stage 2: noisy latents, the UNet's target, and the weight of its errors.
 
-Every target determines the clean latents x0, the noise and the velocity, given the noisy latents; what differs is how
-errors at different noise levels weigh. Randomness comes from outside: noise and a uniform number for each example.
+Given the noisy latents, every target determines the clean latents x0, the noise and the velocity; the targets differ in
+the weight of errors at each noise level. Randomness comes from outside: noise and a uniform number for each example.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from looc_ldm.utils.errors import ConfigError
 
 
 class Example(NamedTuple):
-    """What one batch of latents teaches.
+    """Input and target of the UNet for one batch.
 
     Attributes:
         noisy (`torch.Tensor` of shape `(B, c, h, w)`): The UNet's input.
         timesteps (`torch.Tensor` of shape `(B,)`): Its timesteps: int64 in [0, T), or for flow matching float32 in
             (0, T].
-        target (`torch.Tensor` of shape `(B, c, h, w)`): What it is to predict.
-        weight (`torch.Tensor` of shape `(B,)`, *optional*): What the loss of each example counts; 1 if None.
+        target (`torch.Tensor` of shape `(B, c, h, w)`): The values to predict.
+        weight (`torch.Tensor` of shape `(B,)`, *optional*): Weight of the loss of each example; 1 if None.
     """
 
     noisy: torch.Tensor
@@ -40,10 +40,10 @@ class Example(NamedTuple):
 
 
 class Objective:
-    """The part that all objectives share. Made by `Objective.from_config`.
+    """Base of all objectives. `Objective.from_config` makes one.
 
     Attributes:
-        prediction_type (`str`): What the UNet predicts, one of `pipelines.schedulers.PREDICTION_TYPES`.
+        prediction_type (`str`): The UNet's target, one of `pipelines.schedulers.PREDICTION_TYPES`.
         num_timesteps (`int`): T, the scheduler's `num_train_timesteps`.
     """
 
@@ -55,7 +55,7 @@ class Objective:
 
     @staticmethod
     def from_config(config: DiffusionConfig, scheduler: SchedulerMixin) -> Objective:
-        """The objective of a config, for UNets that `scheduler` is to sample from.
+        """Return the objective of a config, for UNets that `scheduler` is to sample from.
 
         Raises:
             ConfigError: The scheduler is not one to train for, or the settings do not fit each other or it.
@@ -81,7 +81,7 @@ class Objective:
         return Diffusion(config, scheduler, prediction_type)
 
     def example(self, latents: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> Example:
-        """Noisy latents and what is to be predicted from them.
+        """Return noisy latents and the target.
 
         Args:
             latents (`torch.Tensor` of shape `(B, c, h, w)`): Scaled latents, float32.
@@ -91,12 +91,12 @@ class Objective:
         raise NotImplementedError
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        """The weighted mean error of predictions `(B, c, h, w)`, a float32 scalar."""
+        """Return the weighted mean error of predictions `(B, c, h, w)`, a float32 scalar."""
         errors = self._distance(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)  # (B,)
         return (errors if weight is None else errors * weight).mean()
 
-    def _share(self, time: torch.Tensor) -> torch.Tensor:
-        """Uniform numbers in [0, 1) as shares of the timesteps, in [0, 1), distributed as the config says."""
+    def _timestep_fraction(self, time: torch.Tensor) -> torch.Tensor:
+        """Turn uniform numbers in [0, 1) into fractions of T, in [0, 1), distributed as the config says."""
         # The inverse of the distribution function, so that one uniform number is enough.
         return torch.special.ndtri(time).sigmoid() if self._logit_normal else time
 
@@ -105,7 +105,7 @@ class Diffusion(Objective):
     """The noise (Ho et al. 2020), the velocity (Salimans & Ho 2022) or the clean latents, on a discrete schedule.
 
     With a the product of the alphas of a timestep: noisy = sqrt(a) x0 + sqrt(1 - a) noise. Timesteps are
-    floor(T * share).
+    floor(T * fraction).
     """
 
     def __init__(self, config: DiffusionConfig, scheduler: SchedulerMixin, prediction_type: str):
@@ -122,7 +122,7 @@ class Diffusion(Objective):
             _check_zero_terminal_snr(scheduler, prediction_type)
 
     def example(self, latents: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> Example:
-        timesteps = (self._share(time) * self.num_timesteps).long()
+        timesteps = (self._timestep_fraction(time) * self.num_timesteps).long()
         noisy = self.noise_schedule.add_noise(latents, noise, timesteps)
         if self.prediction_type == "epsilon":
             target = noise
@@ -140,7 +140,7 @@ class Diffusion(Objective):
 class FlowMatching(Objective):
     """The velocity noise - x0 of straight paths (Lipman et al. 2023; rectified flow), as diffusers samples it.
 
-    noisy = (1 - sigma) x0 + sigma * noise, and the UNet is given sigma * T as the timestep. Sigma is 1 - share, in
+    noisy = (1 - sigma) x0 + sigma * noise, and the UNet is given sigma * T as the timestep. Sigma is 1 - fraction, in
     (0, 1], moved towards 1 by the scheduler's `shift` s: s sigma / (1 + (s - 1) sigma) (Esser et al. 2024, equation
     23).
     """
@@ -155,17 +155,17 @@ class FlowMatching(Objective):
         self.shift = scheduler.config.shift
 
     def example(self, latents: torch.Tensor, noise: torch.Tensor, time: torch.Tensor) -> Example:
-        sigma = 1 - self._share(time)
+        sigma = 1 - self._timestep_fraction(time)
         sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
         noisy = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1))
         return Example(noisy, sigma * self.num_timesteps, noise - latents, None)
 
 
 def min_snr_weight(snr: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
-    """What a squared error counts, so that the one of x0 that it stands for counts min(SNR, gamma).
+    """Return the weight of a squared error that gives the error of x0 the weight min(SNR, gamma).
 
-    Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy". An error of the noise is SNR times
-    that of x0, one of the velocity SNR + 1 times.
+    Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy". A squared error of the noise is SNR
+    times that of x0, one of the velocity SNR + 1 times.
 
     Args:
         snr (`torch.Tensor`): Signal-to-noise ratios, in [0, inf].
@@ -183,7 +183,7 @@ def min_snr_weight(snr: torch.Tensor, gamma: float, prediction_type: str) -> tor
 
 
 def _check_zero_terminal_snr(scheduler: SchedulerMixin, prediction_type: str) -> None:
-    """Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed"."""
+    """Refuse settings that cannot work with zero terminal SNR (Lin et al. 2024, arXiv:2305.08891)."""
     if prediction_type == "epsilon":
         raise ConfigError(
             "scheduler.rescale_betas_zero_snr=true needs scheduler.prediction_type=v_prediction or sample: the last "

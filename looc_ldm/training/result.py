@@ -1,4 +1,4 @@
-"""training.json: what both trainers say about a finished model, beside its weights.
+"""Write `training.json`, the record of a finished model, beside its weights.
 
 `looc_ldm.hub.card` prints what it finds under "facts", "preview", "validation" and "first_stage", and knows no setting.
 """
@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from looc_ldm.images.config import DataConfig
-from looc_ldm.images.transforms import describe_transform
+from looc_ldm.images.pixels import describe_transform
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.training.config import RunConfig
 from looc_ldm.training.config_parsing import to_dict
@@ -60,7 +60,7 @@ def validation_data(data: DataConfig) -> dict[str, str]:
 def first_stage_figures(vqvae: LooCVQModel) -> dict:
     """Return the figures in the training.json of a loaded first stage; nothing if there are none."""
     folder = Path(vqvae.config["_name_or_path"])
-    for file in (folder / "training.json", folder.parent / "training.json"):  # of an autoencoder, of a pipeline
+    for file in (folder / "training.json", folder.parent / "training.json"):  # an autoencoder's, a pipeline's
         if file.is_file():
             training = read_json(file)
             return training.get("validation") or training.get("first_stage") or {}

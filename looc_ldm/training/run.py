@@ -1,4 +1,4 @@
-"""The part that both training loops share: counting, checkpoints, stopping and resuming.
+"""`Run`, shared by both training loops: counting, checkpoints, stopping and resuming.
 
 A run is resumed by repeating its command. It owns its output folder, which all processes must see:
 
@@ -7,11 +7,12 @@ A run is resumed by repeating its command. It owns its output folder, which all 
     checkpoints/000123/   Accelerate's state after that many images; see `training/checkpoints.py`
     metrics.jsonl         one line per log interval, cut back to the checkpoint on resuming
     previews/000123.png   image grids
+    upload.partial/       the model that is being uploaded, with `push_to_hub`
     logs/, wandb/         the tracker's files; wandb_id.txt names the run that W&B goes on with
     model/ or pipeline/   the result, written at the end; its training.json says after how many images
 
-The log line of a step comes before its checkpoint. Its grid and evaluation, which take long, come after it: a run that
-was killed meanwhile makes up for them when it goes on (`Run.evaluation_pending`).
+The log line of a step, its grid and its evaluation come before its checkpoint: a run that is killed meanwhile makes
+them again when it goes on.
 
 Methods marked *collective* must be called by every process.
 """
@@ -20,12 +21,14 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
 
 from looc_ldm.images.unreadable import UnreadableImages
@@ -36,11 +39,11 @@ from looc_ldm.training.ema import EMA
 from looc_ldm.training.engine import make_training_accelerator
 from looc_ldm.training.log import RunLog
 from looc_ldm.training.optimization import learning_rate_at
-from looc_ldm.training.pushing import Pusher
+from looc_ldm.training.pushing import WAIT_AT_END_SECONDS, Pusher
 from looc_ldm.training.run_folder import RunFolder
-from looc_ldm.training.stopping import StopSignals, stopped_by
+from looc_ldm.training.stopping import StopSignals
 from looc_ldm.utils.distributed import on_main, wait_for_gloo
-from looc_ldm.utils.errors import TrainingError
+from looc_ldm.utils.errors import Terminated, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +65,7 @@ class Run:
         record (`Callable`): Adds scalars of one forward pass to the next log line, without waiting for the device.
         images_seen (`int`): Progress, in images.
         skipped_steps (`int`): Optimizer steps that were left out because a gradient was not finite.
-        cursors (`dict`): For streamed data: lane -> where it goes on. Known after `resume`.
-        evaluation_pending (`bool`): Whether the checkpoint that the run goes on from lacks a grid or an evaluation that
-            was due there. Known after `resume`, and the same on all processes.
+        cursors (`dict`): For streamed data: the cursor of each lane. Known after `resume`.
 
     Raises:
         ConfigError: The folder holds another run's checkpoints, or cannot be written; or training does not support
@@ -79,23 +80,22 @@ class Run:
             on_main(self.accelerator, self.folder.lock)
         self.images_seen = 0
         self.skipped_steps = 0
-        self.evaluation_pending = False
         self._skipped_in_a_row = 0
         self.log = RunLog(config, self.folder.path, self.accelerator)
         self.record = self.log.means.record
         self.checkpoints = Checkpoints(self.folder.checkpoints, self.accelerator, config)
         self.cursors: dict[int, tuple[int, ...]] = {}
         self._unreadable = UnreadableImages(config.data.max_unreadable_share)
-        self._unreadable_count = 0  # of all processes, at the last log line
+        self._unreadable_count = 0  # over all processes, at the last log line
         self._stop = StopSignals()
         self._pusher = None
         if config.push_to_hub and self.accelerator.is_main_process:
-            self._pusher = Pusher(self.folder.path / "upload.partial", config.push_to_hub, config.push_private)
+            self._pusher = Pusher(config.push_to_hub, config.push_private)
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def resume(self, provenance: Callable[[], dict[str, dict]] | None = None, ema: EMA | None = None) -> None:
-        """Load the newest checkpoint that is complete, if there is one. Collective; after `accelerator.prepare`.
+        """Load the newest checkpoint, if there is one. Collective; after `accelerator.prepare`.
 
         With a different number of processes than before, the count of images and the schedule go on. Processes that
         were not there before draw their random numbers (dropout, random anchors) from seeds of their own.
@@ -105,9 +105,7 @@ class Run:
             ema: Averaged weights that checkpoints are to hold.
 
         Raises:
-            ConfigError: The checkpoint is of another precision, or of DDP where this is FSDP, or the other way round;
-                or the data or the first stage are not what they were.
-            TrainingError: There are checkpoints, and none of them can be used.
+            ConfigError, TrainingError: See `Checkpoints.load_newest`.
         """
         # Models are made by now, equal on all processes; dropout and random anchors must not be.
         self._seed(0)
@@ -124,41 +122,19 @@ class Run:
         if state is not None:
             self.images_seen, self.skipped_steps = state["images_seen"], state["skipped_steps"]
             self.cursors = {int(lane): tuple(cursor) for lane, cursor in state["cursors"].items()}
-            if len(state["means"]) == self.accelerator.num_processes:
-                means = state["means"][self.accelerator.process_index]
-        self._log_start(state is not None)
+            if len(state.get("sums", [])) == self.accelerator.num_processes:
+                means = state["sums"][self.accelerator.process_index]
+        begins = "a new run" if state is None else f"going on from checkpoint {self.images_seen}"
+        count, precision = self.accelerator.num_processes, self.accelerator.mixed_precision
+        logger.info("%s, processes: %d, %s, precision: %s", begins, count, self.accelerator.device.type, precision)
         self.log.start(self.images_seen, means)
-        pending = self.accelerator.is_main_process and state is not None and self._lacks_evaluation()
-        (self.evaluation_pending,) = broadcast_object_list([pending])
-
-    def _log_start(self, resumed: bool) -> None:
-        processes, precision = self.accelerator.num_processes, self.accelerator.mixed_precision
-        logger.info(
-            "%s with %d process%s on %s, precision %s%s",
-            f"going on from checkpoint {self.images_seen}" if resumed else "a new run",
-            processes,
-            "" if processes == 1 else "es",
-            self.accelerator.device.type,
-            {"no": "float32"}.get(precision, precision),
-            " (mixed_precision=auto)" if self.config.mixed_precision == "auto" else "",
-        )
-
-    def _lacks_evaluation(self) -> bool:
-        """Whether a grid or an evaluation was due at the checkpoint just loaded, and is not there."""
-        if self.due(self.config.preview_every_images) and not self.log.preview_file(self.images_seen).is_file():
-            return True
-        return self.due(self.config.evaluation.every_images) and not self.log.has_evaluation(self.images_seen)
 
     def _seed(self, images_seen: int) -> None:
         # NumPy's seeds end at 2**32, and the number of the process is added.
         set_seed((self.config.seed + images_seen) % 2**31, device_specific=True)
 
     def save_checkpoint(self) -> None:
-        """Write a checkpoint, unless there is one of this moment, or steps are being skipped. Collective.
-
-        Raises:
-            TrainingError: The disk is full or cannot be written, on any process.
-        """
+        """Write a checkpoint, unless there is one of this moment, or steps are being skipped. Collective."""
         if self.skipping or self.checkpoints.newest == self.images_seen:
             return
         with self.log.pause_timer():
@@ -166,7 +142,7 @@ class Run:
             # A process knows old cursors of the others' lanes from its start; lanes only go forward.
             known = sorted(cursor for part in gather_object([self.cursors]) for cursor in part.values())
             cursors = {cursor[0]: cursor for cursor in known}
-            state = {"skipped_steps": self.skipped_steps, "means": means, "cursors": cursors}
+            state = {"skipped_steps": self.skipped_steps, "sums": means, "cursors": cursors}
             self.checkpoints.save(self.images_seen, state)
 
     # The loop --------------------------------------------------------------------------------------------------------
@@ -174,14 +150,8 @@ class Run:
     def stream_batches(self) -> StreamBatches:
         """Return the positions of the batches that are left to this process. After `resume`."""
         config, accelerator = self.config, self.accelerator
-        return StreamBatches(
-            self.images_seen,
-            config.total_images,
-            config.batch_size,
-            config.gradient_accumulation_steps,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
+        length = (self.images_seen, config.total_images, config.batch_size, config.gradient_accumulation_steps)
+        return StreamBatches(*length, accelerator.process_index, accelerator.num_processes)
 
     def batches(self, loader: DataLoader) -> Iterator[list[torch.Tensor]]:
         """Yield the tensors of each batch, on the device; measure the time waited for data and keep the reports.
@@ -194,8 +164,9 @@ class Run:
         started_at, first_step = self.images_seen, True
         batches = iter(loader)
         while True:
-            with self.log.waiting_for_data():
-                batch = next(batches, None)
+            began = time.monotonic()
+            batch = next(batches, None)
+            self.log.waited += time.monotonic() - began
             if batch is None:
                 return
             *tensors, report = batch
@@ -224,12 +195,10 @@ class Run:
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         self.skipped_steps += not finite
         if self._skipped_in_a_row > self.config.max_skipped_steps:
-            newest = self.checkpoints.newest
-            good = "there is no checkpoint yet" if newest is None else f"checkpoint {newest} is the last good one"
             raise TrainingError(
                 f"{self._skipped_in_a_row} steps in a row, up to step {self.images_seen // self.config.batch_size + 1} "
                 f"({self.images_seen} images seen), were skipped because of what was not finite: "
-                f"{', '.join(self.log.means.not_finite())}; {good}."
+                f"{', '.join(self.log.means.not_finite())}; the last good checkpoint: {self.checkpoints.newest}."
             )
         self.images_seen += self.config.batch_size
         if self.log.bar is not None:
@@ -255,12 +224,12 @@ class Run:
                 yield
         except BaseException:
             if self._pusher is not None:
-                self._pusher.finish(seconds=0)
+                self._pusher.wait(0)
             wait_for_gloo(self.accelerator)
             raise
 
     def stop_if_asked(self) -> None:
-        """After an optimizer step: save and stop if a signal came to any process. Collective.
+        """Save and stop, after an optimizer step, if a signal came to any process. Collective.
 
         Several processes ask each other every `STOP_CHECK_STEPS` steps.
 
@@ -282,8 +251,9 @@ class Run:
             self.accelerator.wait_for_everyone()  # a launcher ends the others when the first one has ended
             self.accelerator.end_training()
             newest = self.checkpoints.newest
-            place = "there" if newest == self.images_seen else f"checkpoint {newest}" if newest else "the beginning"
-            raise stopped_by(received, f"stopped at {self.images_seen} images; the same command goes on from {place}")
+            place = f"checkpoint {newest}" if newest else "the beginning"
+            message = f"stopped at {self.images_seen} images; the same command goes on from {place}"
+            raise KeyboardInterrupt(message) if received == signal.SIGINT else Terminated(message)
 
     def write_log(self, **extra: float) -> None:
         """Write a log line with the means since the last one, and `extra`. Collective; waits for the device."""
@@ -293,28 +263,22 @@ class Run:
     # The hub ---------------------------------------------------------------------------------------------------------
 
     def push(self, save: Callable[[Path], None]) -> None:
-        """Upload a model to `push_to_hub`, in the background. Does nothing without that, and on other processes.
+        """Upload a model to `push_to_hub`, in the background. Main process only; does nothing without that setting.
 
-        It is saved at once and uploaded while training goes on. Nothing is done while an upload still runs, and after
-        the last step, when the result is uploaded soon; one that fails is a warning in the log.
+        Does nothing while an upload is under way, or after the last step, when the result is uploaded soon.
 
         Args:
             save: Writes the model as it is now into a folder that does not exist yet.
         """
         if self._pusher is None or self.images_seen >= self.config.total_images:
             return
-        name, preview = self.folder.result.name, self.log.preview_file(self.images_seen)
-
-        def snapshot(folder: Path) -> Path:
-            """Lay out the folder as that of the run, so that the model card finds the picture."""
-            if preview.is_file():
-                (folder / "previews").mkdir()
-                shutil.copyfile(preview, folder / "previews" / preview.name)
-            save(folder / name)
-            return folder / name
-
+        if self._pusher.busy:
+            logger.info("not pushed, because the last upload still runs: %s", self._commit_message)
+            return
         with self.log.pause_timer():
-            self._pusher.push_snapshot(snapshot, self._commit_message)
+            shutil.rmtree(self.folder.upload, ignore_errors=True)
+            save(self.folder.upload)
+            self._pusher.push(self.folder.upload, self._commit_message)
 
     @property
     def _commit_message(self) -> str:
@@ -323,7 +287,11 @@ class Run:
     def finish(self) -> None:
         """Upload the written result, wait for that some minutes, and end the trackers. Collective."""
         if self._pusher is not None:
-            self._pusher.push_result(self.folder.result, f"{self._commit_message}, the end of training")
+            self._pusher.push(self.folder.result, f"{self._commit_message}, the end of training")
+            logger.info("waiting for the upload to %s, at most %d s", self.config.push_to_hub, WAIT_AT_END_SECONDS)
+            if not self._pusher.wait():
+                logger.warning("not pushed: try `looc-ldm push %s %s`", self.folder.result, self.config.push_to_hub)
+            shutil.rmtree(self.folder.upload, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         wait_for_gloo(self.accelerator)
         self.accelerator.end_training()

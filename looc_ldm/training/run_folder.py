@@ -13,14 +13,23 @@ from pathlib import Path
 
 from looc_ldm.training.checkpoints import checkpoints_in
 from looc_ldm.training.config import RunConfig
-from looc_ldm.training.config_parsing import config_text, read_settings, to_dict
-from looc_ldm.training.resumable import differences, moves
+from looc_ldm.training.config_parsing import config_text, flatten, read_settings, to_dict
 from looc_ldm.utils.errors import ConfigError
 from looc_ldm.utils.files import check_folder, read_json, replace_folder, replace_text
 
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "run.lock"
+# Settings that may differ when a run goes on.
+RESUMABLE = {
+    # Length and reports
+    *("total_images", "log_every_images", "preview_every_images", "checkpoint_every_images", "keep_last"),
+    *("keep_every_images", "max_skipped_steps", "push_to_hub", "push_private", "tracker", "data.num_workers"),
+    *("data.max_unreadable_share", "evaluation.every_images", "evaluation.images", "evaluation.fid"),
+    *("evaluation.inception_weights", "evaluation.feature_layer", "preview_steps", "preview_guidance_scale"),
+    # Compared by content: `auto` may become the precision that it stood for, and files may have moved
+    *("mixed_precision", "output_dir", "latents", "data.path", "autoencoder", "loss.lpips_weights"),
+}
 
 
 class RunFolder:
@@ -31,7 +40,8 @@ class RunFolder:
         result (`str`): Name of the folder that the finished model is written to.
 
     Attributes:
-        path, checkpoints, result (`Path`): The folder, that of its checkpoints, and that of the finished model.
+        path, checkpoints, result, upload (`Path`): The folder, and those of its checkpoints, of the finished model and
+            of the model that is being uploaded.
 
     Raises:
         ConfigError: It holds a run with other settings, or cannot be written.
@@ -42,6 +52,7 @@ class RunFolder:
         self.path = Path(config.output_dir)
         self.checkpoints = self.path / "checkpoints"
         self.result = self.path / result
+        self.upload = self.path / "upload.partial"
         for folder in (self.checkpoints, self.path / "previews", self.result):
             check_folder(folder)
         try:
@@ -68,14 +79,12 @@ class RunFolder:
         try:
             # Not flock: the loader's workers would inherit it, and keep it for seconds when this process is killed.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # it depends on the system which
+        except OSError:
             self._lock.seek(0)
             raise ConfigError(
                 f"output_dir={str(self.path)!r} is in use by {self._lock.read().strip()}: wait for it, stop it, "
                 "or give another output_dir."
             ) from None
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): start no other run in it", self.path, error.strerror)
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
@@ -86,23 +95,13 @@ class RunFolder:
         file = self.result / "training.json"
         if not file.is_file():
             return False
-        images = read_json(file).get("images_seen")
-        if not isinstance(images, int):
-            raise ConfigError(f"{str(file)!r} is damaged; delete its folder, and the same command writes it anew.")
-        return images >= self.config.total_images
+        return read_json(file).get("images_seen", 0) >= self.config.total_images
 
     def warn_of_changes(self) -> None:
-        """Name in warnings the changes of settings that are allowed and that matter."""
-        for move in moves(self._stored, to_dict(self.config)) if self._stored else ():
-            logger.warning("what lies elsewhere now has to be the same as before: %s", move)
+        """Warn if the number of images has changed and the learning rate depends on it."""
         before, now = self._stored.get("total_images"), self.config.total_images
         if before != now and self.config.optimizer.schedule == "cosine":
-            logger.warning(
-                "total_images was %s and is %s: from here on the learning rate follows another cosine, and the run is "
-                "not the one that it would have been with that number from the start",
-                before,
-                now,
-            )
+            logger.warning("total_images was %s and is %s: the learning rate follows a different cosine", before, now)
 
     def write_settings(self) -> None:
         """Write the settings of this start as `config.yaml`."""
@@ -119,3 +118,10 @@ class RunFolder:
         for file in partial.rglob("*.safetensors"):
             file.chmod(usual)  # safetensors 0.8 keeps what it writes from other users
         replace_folder(partial, self.result)
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """Return the settings that may not differ when a run is resumed, and do, each as `name: old -> new`."""
+    old, new = flatten(old), flatten(new)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in RESUMABLE]
+    return [f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names]

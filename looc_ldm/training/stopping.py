@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes the step under way, saves, and ends. Loaders that signals cannot harm."""
+"""Stop a run on a signal: it finishes the step under way, saves, and ends."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import ctypes
 import multiprocessing.queues
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 
-from torch.utils.data import DataLoader
-
-from looc_ldm.utils.errors import Terminated, is_first_process
+from looc_ldm.utils.errors import is_first_process
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a batch system, a terminal that was closed
 # A launcher passes on signals that the system sends to every process anyway: what comes so soon is the same request.
@@ -61,48 +57,11 @@ class StopSignals:
             os.kill(os.getpid(), number)
 
 
-def stopped_by(number: int, message: str) -> KeyboardInterrupt:
-    """Return the exception that ends a run after a signal: `Terminated`, unless it was Ctrl-C."""
-    return (KeyboardInterrupt if number == signal.SIGINT else Terminated)(message)
-
-
-class SteadyLoader(DataLoader):
-    """A loader that loses neither signals nor batches.
-
-    A signal that comes while the workers are forked is handled when all are there: what its handler raises in the
-    functions that Python calls around a fork is printed and forgotten.
-    """
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, worker_init_fn=start_worker, **options)
-
-    def __iter__(self):
-        with _signals_delayed():
-            return super().__iter__()
-
-
-@contextmanager
-def _signals_delayed() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # no other thread handles signals
-        yield
-        return
-    received = []
-    previous = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    for number in received:
-        signal.raise_signal(number)
-
-
 def _start_worker(worker: int, over: ctypes.c_bool) -> None:
     """Let a loader's worker go on while the trainer, which gets the same signals, finishes its step.
 
     When no training is under way, SIGTERM ends the worker at once: the loader sends it to a worker that is slow to end.
-    A worker that cannot send a batch, as when /dev/shm is full, ends. Python's queue would print a traceback and lose
-    the batch, for which the trainer would wait for ever.
+    A worker that cannot send a batch, because /dev/shm is full, ends too; otherwise the trainer would wait for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

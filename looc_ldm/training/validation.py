@@ -1,4 +1,4 @@
-"""Measuring while training runs: reconstructions (stage 1), samples (stage 2), and the use of the codebook.
+"""Measure during training: reconstructions (stage 1), samples (stage 2), and the use of the codebook.
 
 Nothing here leaves a trace in the training: random number generators and the modes of models are put back.
 """
@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from looc_ldm.quantizer.loocq import LooCQuantizer
 from looc_ldm.training.checks import features_of_config
 from looc_ldm.training.config import DiffusionConfig, EvaluationConfig
 from looc_ldm.training.data import float_batches
-from looc_ldm.utils.distributed import on_main, write_or_stop_all
+from looc_ldm.utils.distributed import on_main
 from looc_ldm.utils.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -119,22 +118,20 @@ def generation_figures(
 ) -> dict[str, float | int]:
     """Measure FID and KID between `evaluation.images` samples and as many images. Collective; all get the figures.
 
-    Every process draws its share, and the samples are the same for any number of processes and at every call: same
-    seed, same labels (as many of each class, up to one), with the steps and the guidance of the sample grids. They are
-    compared with `evaluation.images` images of the set, at even distances, those that can be read and not mirrored;
-    their features are computed once and kept in the run's folder `reference`. So few images are for curves: FID falls
-    with their number, and published ones are of 50,000 samples against all training images. KID has no such bias.
+    The samples are the same for any number of processes and at every call: same seed, same labels (as many of each
+    class, up to one), with the steps and the guidance of the sample grids. Features of the images, at even distances in
+    the set, are computed once and kept in the run's folder `reference`. The figures are for curves: FID falls with
+    the number of images, and published ones compare 50,000 samples with all training images. KID has no such bias.
 
     Args:
         pipe (`LooCLDMPipeline`): The model.
-        images (`ImageSet`): What the samples should look like: the training images, or where these are streamed, the
-            validation images.
+        images (`ImageSet`): The training images; if these are streamed, the validation images.
         config (`DiffusionConfig`): Its `evaluation`, `preview_steps`, `preview_guidance_scale` and `seed`.
         accelerator (`Accelerator`): The processes.
 
     Returns:
-        `dict`: for instance `fid@2048` and `kid@2048` (the features they are computed with), and what they were
-        measured on and with: `samples`, `reference_images`, `steps`, `guidance_scale`.
+        `dict`: for instance `fid@2048` and `kid@2048` (2048 features), and `samples`, `reference_images`, `steps` and
+        `guidance_scale`.
 
     Raises:
         DataError: Fewer than 2 of the images can be read.
@@ -142,7 +139,8 @@ def generation_figures(
     count = config.evaluation.images
     guidance = config.preview_guidance_scale if pipe.config.null_class_label is not None else 1.0
     features = features_of_config(config.evaluation)
-    labels = _balanced_labels(pipe, count)
+    classes = [label for label in range(pipe.num_class_embeds) if label != pipe.config.null_class_label]
+    labels = [classes[i * len(classes) // count] if classes else None for i in range(count)]
 
     def draw(indices: list[int]) -> Iterator[torch.Tensor]:
         return sample_images(
@@ -176,11 +174,6 @@ def generation_figures(
     return on_main(accelerator, measure)
 
 
-def _balanced_labels(pipe: LooCLDMPipeline, count: int) -> list[int | None]:
-    classes = [label for label in range(pipe.num_class_embeds) if label != pipe.config.null_class_label]
-    return [classes[i * len(classes) // count] if classes else None for i in range(count)]
-
-
 def _reference_features(
     network: Network, images: ImageSet, config: DiffusionConfig, accelerator: Accelerator
 ) -> Features | None:
@@ -196,8 +189,8 @@ def _reference_features(
             yield from to_uint8(batch)
 
     features = features_of_share(network, read, len(chosen), accelerator)
-    save = partial(cache.save, key, features)
-    write_or_stop_all(accelerator, "the reference of FID", cache.folder, save, main_only=True)
+    if accelerator.is_main_process:
+        cache.save(key, features)
     return features
 
 
@@ -207,13 +200,9 @@ def features_of_share(
     count: int,
     accelerator: Accelerator,
 ) -> Features:
-    """Compute features of `count` images, a share on each process. Collective; complete on the main process.
+    """Compute features of `count` images, a part on each process. Collective; complete on the main process.
 
-    Args:
-        network: The network that `InceptionFeatures.load` returned.
-        images_at: Returns the images at some of the `count` places, uint8 `(C, H, W)`, in their order.
-        count: Number of all images.
-        accelerator: The processes.
+    `images_at` returns the images at some of the `count` places, uint8 `(C, H, W)`, in their order.
     """
     shares = share_of_batches(count, FEATURE_BATCH, accelerator)
     images = iter(images_at([place for share in shares for place in share]))
@@ -227,7 +216,7 @@ def _reference_key(images: ImageSet, config: DiffusionConfig) -> dict:
     """Return all that decides the reference features: the images, their transform, their number, and the network."""
     data = {k: v for k, v in asdict(config.data).items() if k not in ("num_workers", "max_unreadable_share")}
     network = features_of_config(config.evaluation).identity()
-    del network["weights"]  # where they lie does not matter
+    del network["weights"]  # their path does not matter
     return {"data": data, "length": len(images), "images": config.evaluation.images, "network": network}
 
 

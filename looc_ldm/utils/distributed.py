@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -17,11 +17,11 @@ from typing import TypeVar
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
 from safetensors import SafetensorError
 
 from looc_ldm.utils.devices import choose_device
-from looc_ldm.utils.errors import ConfigError, TrainingError, UserError
+from looc_ldm.utils.errors import ConfigError, TrainingError, UserError, one_line
 
 T = TypeVar("T")
 
@@ -97,94 +97,19 @@ def on_main(accelerator: Accelerator | None, make: Callable[[], T]) -> T:
     return result
 
 
-def any_problem(
-    accelerator: Accelerator, find: Callable[[], str | None], folder: Path, main_only: bool = False
-) -> str | None:
-    """Return, on all processes, the first problem that `find` returns on any of them. Collective.
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Raise TrainingError, in one line, if the disk refuses what is written in this block.
 
-    Args:
-        accelerator: Knows the processes.
-        find: Reads files in `folder`, and returns what is wrong with them.
-        folder: For the message.
-        main_only: Call it on the main process only.
-
-    Raises:
-        TrainingError: A process cannot read a file. The file itself may be good, so this is not a problem of its own.
+    A process that fails does not wait for the others: its launcher ends them.
     """
-    problem = unread = None
-    if accelerator.is_main_process or not main_only:
-        try:
-            problem = find()
-        except OSError as error:
-            unread = f"{error.filename or folder}: {error.strerror or error}"
-    everyone = gather_object([(problem, unread)])
-    for process, (_, reason) in enumerate(everyone):
-        if reason is not None:
-            raise TrainingError(f"process {process} cannot read {reason}. All machines must share output_dir.")
-    return next((problem for problem, _ in everyone if problem is not None), None)
-
-
-def write_or_stop_all(
-    accelerator: Accelerator,
-    what: str,
-    folder: Path,
-    write: Callable[[], object],
-    undo: Callable[[], object] = lambda: None,
-    main_only: bool = False,
-) -> None:
-    """Call `write` on every process, or on the main one; if it fails on any, raise on all. Collective.
-
-    Under FSDP the writing can itself be a collective. A process that fails then ends at once, and the launcher ends
-    the others, which wait for it.
-
-    Args:
-        accelerator: Knows the processes.
-        what: What is written, for the message.
-        folder: Where to, for the message.
-        write: Writes it.
-        undo: Called on the main process when all have ended writing, and it failed on one.
-        main_only: Write on the main process only.
-
-    Raises:
-        TrainingError: The disk is full or refuses something else, here or on another process.
-    """
-    error = None
-    if accelerator.is_main_process or not main_only:
-        try:
-            write()
-        except Exception as caught:
-            error = caught
-    problem = None if error is None else disk_problem(error, folder)  # before `undo` makes space again
-    alone = error is not None and accelerator.distributed_type == DistributedType.FSDP
-    failed = [True] if alone else gather_object([error is not None])
-    if not any(failed):
-        return
-    if accelerator.is_main_process:
-        undo()
-    if error is None:
-        raise TrainingError(f"stopped, because process {failed.index(True)} cannot write {what}.")
-    if problem is None:
-        raise error
-    raise TrainingError(f"cannot write {what} in {str(folder)!r}: {problem}.") from error
-
-
-def disk_problem(error: BaseException, folder: Path) -> str | None:
-    """Return one line for an error of writing to `folder`; None for any other error.
-
-    Writers hide the system's error in errors of their own: safetensors in a SafetensorError, torch.save in a
-    RuntimeError that does not say what happened.
-    """
-    cause = error.__cause__ or error.__context__
-    if isinstance(error, OSError):
-        return error.strerror or " ".join(str(error).split())
-    if isinstance(error, SafetensorError):
-        return " ".join(str(error).split())
-    if isinstance(cause, OSError) and isinstance(error, RuntimeError | UserError):
-        return disk_problem(cause, folder)
-    if isinstance(error, RuntimeError) and any(word in str(error) for word in _TORCH_WRITER):
-        free = shutil.disk_usage(folder).free / 2**20
-        return f"a file could not be written to its end ({free:,.0f} MiB are free)"
-    return None
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save reports what the disk refuses as a RuntimeError of its writer.
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_WRITER):
+            raise
+        raise TrainingError(f"cannot write {what} in {str(folder)!r}: {one_line(error)}.") from error
 
 
 # Weights divided over processes (FSDP 2), for UNets that are too large for DDP ---------------------------------------

@@ -22,7 +22,7 @@ from looc_ldm.training.data import (
     make_stream,
     stream_loader,
 )
-from looc_ldm.training.stopping import SteadyLoader
+from looc_ldm.training.stopping import start_worker
 from looc_ldm.utils.errors import ConfigError, DataError, UnreadableImage, one_line_errors
 
 
@@ -284,7 +284,8 @@ class Unsendable:
 
 
 def test_a_batch_that_a_worker_cannot_send_ends_in_one_line(capsys):
-    loader = SteadyLoader([Unsendable()], None, num_workers=1, multiprocessing_context="fork")
+    settings = {"num_workers": 1, "multiprocessing_context": "fork", "worker_init_fn": start_worker}
+    loader = DataLoader([Unsendable()], batch_size=None, **settings)
     with pytest.raises(SystemExit) as ended, one_line_errors():
         next(iter(loader))
     assert ended.value.code == 2

@@ -14,8 +14,7 @@ from PIL import Image, ImageOps
 
 from looc_ldm.images import pixels as images
 from looc_ldm.images.config import DataConfig
-from looc_ldm.images.pixels import read_image
-from looc_ldm.images.transforms import describe_transform, to_pixels, to_square
+from looc_ldm.images.pixels import describe_transform, read_image, to_pixels, to_square
 from looc_ldm.training.data import load_image_sets
 from looc_ldm.utils.errors import ConfigError, DataError, UnreadableImage
 

@@ -1,12 +1,7 @@
 """Stage 1 end to end: what a run leaves behind, and that neither an interruption nor more processes change it."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +13,7 @@ from safetensors.torch import load_file
 from looc_ldm import LooCVQModel
 from looc_ldm.training import autoencoder
 from looc_ldm.training.config import AutoencoderConfig, EvaluationConfig
-from looc_ldm.training.config_parsing import config_text, load_config
+from looc_ldm.training.config_parsing import load_config
 from looc_ldm.training.data import float_batches, load_image_sets
 from looc_ldm.training.log import VOLATILE_KEYS
 from looc_ldm.training.losses import PatchDiscriminator
@@ -327,11 +322,6 @@ def test_a_result_of_fewer_images_is_not_taken_for_the_finished_run(
     assert json.loads((tmp_path / "model" / "training.json").read_text())["images_seen"] == 48
 
 
-def test_only_the_newest_checkpoints_are_kept(autoencoder_config, tmp_path):
-    autoencoder.train(autoencoder_config(tmp_path, checkpoint_every_images=8, keep_last=1))
-    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["000000048"]
-
-
 def test_an_output_dir_that_cannot_be_written_is_refused(autoencoder_config, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match=r"cannot write to .*file/run': .*file' is not a folder"):
@@ -344,39 +334,6 @@ def test_a_resolution_that_does_not_divide_is_refused_before_anything_is_written
     with pytest.raises(ConfigError, match=r"data\.resolution must be a multiple of 2, .* got 31"):
         autoencoder.train(autoencoder_config(tmp_path / "run", data=replace(small_data, resolution=31)))
     assert not (tmp_path / "run").exists()
-
-
-def test_ctrl_c_ends_in_a_checkpoint_and_one_line_and_the_same_command_finishes(
-    autoencoder_config, small_data, tmp_path
-):
-    data = replace(small_data, num_workers=2)
-    config = autoencoder_config(tmp_path / "run", total_images=10**6, checkpoint_every_images=10**6, data=data)
-
-    def start(config):
-        (tmp_path / "config.yaml").write_text(config_text(config))
-        command = [sys.executable, "-m", "looc_ldm.training.autoencoder", "--config", str(tmp_path / "config.yaml")]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-
-    process = start(config)
-    deadline = time.monotonic() + 600
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the loader's workers, too
-    _, printed = process.communicate(timeout=600)
-    assert process.returncode == 130
-    assert "Traceback" not in printed
-    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert printed.splitlines()[-1] == f"stopped at {int(checkpoint.name)} images; the same command goes on from there"
-    again = start(replace(config, total_images=int(checkpoint.name) + 16))
-    result, _ = again.communicate(timeout=600)
-    assert again.returncode == 0
-    assert result.strip() == str(tmp_path / "run" / "model")
-    assert LooCVQModel.from_pretrained(result.strip()).config.scaling_factor > 0
-
-
-# The same step, divided ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", [{}, {**ADVERSARIAL, "adversarial_start_images": 0, "adaptive_weight": False}])

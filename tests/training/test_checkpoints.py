@@ -1,11 +1,9 @@
 """Which checkpoints are there, which one a run goes on from, and what it does with a damaged one."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -13,12 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from PIL import Image
 from safetensors.torch import load_file
 
 import tiny
-from looc_ldm.training.checkpoints import checkpoints_in, read_state, write_state
-from looc_ldm.training.config import EvaluationConfig
+from looc_ldm.training.checkpoints import checkpoints_in, images_of
 from looc_ldm.training.ema import EMA
 from looc_ldm.training.log import VOLATILE_KEYS
 from looc_ldm.training.optimization import resolve_precision
@@ -77,20 +73,7 @@ def test_with_batches_that_do_not_divide_the_interval_the_first_one_after_it_is_
 def test_the_newest_is_the_one_of_most_images_whatever_the_length_of_its_name(tmp_path):
     for images in (999_999_999, 1_000_000_000):
         (tmp_path / f"{images:09d}").mkdir()
-    assert checkpoints_in(tmp_path)[-1].name == "1000000000"
-
-
-def size_and_digest(file: Path) -> list:
-    return [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
-
-
-def test_a_checkpoint_states_the_sizes_and_digests_of_its_files(whole):
-    for checkpoint in checkpoints_in(whole / "checkpoints"):
-        state = read_state(checkpoint)
-        files = {file.name: size_and_digest(file) for file in checkpoint.iterdir() if file.name != "run.json"}
-        assert state["files"] == files
-        assert files.keys() == {"model.safetensors", "optimizer.bin", "random_states_0.pkl"}
-        assert state["images_seen"] == int(checkpoint.name)
+    assert max(checkpoints_in(tmp_path), key=images_of).name == "1000000000"
 
 
 def test_all_of_a_checkpoint_and_of_a_result_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -121,79 +104,15 @@ def test_what_was_being_written_when_a_process_was_killed_is_removed_and_files_a
 # Which one a run goes on from ------------------------------------------------------------------------------------
 
 
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def turn_a_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def garble(file: Path) -> None:
-    file.write_bytes(bytes(file.stat().st_size))
-
-
-@pytest.mark.parametrize(
-    ("name", "damage", "reason"),
-    [
-        ("model.safetensors", cut, r"model\.safetensors has \d+ bytes instead of \d+"),
-        ("optimizer.bin", Path.unlink, r"optimizer\.bin is missing"),
-        ("run.json", Path.unlink, r"it has no run\.json"),
-        ("run.json", cut, r"its run\.json is damaged"),
-        ("run.json", turn_a_bit, r"its run\.json is damaged"),
-        ("run.json", lambda file: file.write_text('{"files": 3, "means": "x"}'), r"its run\.json is damaged"),
-        ("run.json", lambda file: file.write_text("[1]"), r"its run\.json is damaged, or of an earlier version"),
-        ("model.safetensors", turn_a_bit, r"model\.safetensors is damaged: its SHA-256"),
-        ("optimizer.bin", turn_a_bit, r"optimizer\.bin is damaged: its SHA-256"),
-        ("random_states_0.pkl", garble, r"random_states_0\.pkl is damaged: its SHA-256"),
-    ],
-)
-def test_a_damaged_checkpoint_is_skipped_with_a_warning_and_the_run_ends_as_an_uninterrupted_one(
-    whole, half, caplog, name, damage, reason
-):
+def test_a_checkpoint_that_cannot_be_loaded_is_named_and_without_it_the_run_goes_on_from_the_one_before(whole, half):
     newest = half / "checkpoints" / "000000072"
-    damage(newest / name)
+    (newest / "optimizer.bin").write_bytes(b"damaged")
+    with pytest.raises(TrainingError, match=rf"^checkpoint '{newest}' cannot be loaded \(.*\); if .*, delete it"):
+        train(config_of(half, keep_last=3))
+    shutil.rmtree(newest)
     train(config_of(half, keep_last=3))
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert str(newest) in warning
-    assert re.search(reason, warning)
     assert_equal(result(half), result(whole))
     assert log_lines(half) == log_lines(whole)
-    assert names(half) == ["000000096", "000000120", "000000128"]
-
-
-def test_a_skipped_checkpoint_is_replaced_when_the_run_comes_by_and_costs_no_good_one_its_place(half):
-    cut(half / "checkpoints" / "000000072" / "optimizer.bin")
-    train(config_of(half, total_images=56, keep_last=2))
-    assert names(half) == ["000000048", "000000056", "000000072"]
-    train(config_of(half, total_images=72, keep_last=3))
-    assert names(half) == ["000000048", "000000056", "000000072"]
-    assert load_file(half / "checkpoints" / "000000072" / "model.safetensors")
-
-
-def test_without_any_usable_checkpoint_the_run_is_refused_and_nothing_is_touched(half):
-    for checkpoint in checkpoints_in(half / "checkpoints"):
-        cut(checkpoint / "optimizer.bin")
-    log = (half / "metrics.jsonl").read_text()
-    with pytest.raises(TrainingError, match=r"none of the checkpoints in '.*' can be used; delete the folder"):
-        train(config_of(half, keep_last=3))
-    assert names(half) == ["000000024", "000000048", "000000072"]
-    assert (half / "metrics.jsonl").read_text() == log
-
-
-def test_a_file_that_cannot_be_opened_stops_the_run_and_not_the_use_of_its_checkpoint(half):
-    file = half / "checkpoints" / "000000072" / "run.json"
-    content = file.read_text()
-    file.unlink()
-    file.symlink_to(file.name)  # as opening it for a disk that does not answer: an error of the system
-    with pytest.raises(TrainingError, match=r"process 0 cannot read .*run\.json: "):
-        train(config_of(half, keep_last=3))
-    file.unlink()
-    file.write_text(content)
-    train(config_of(half, keep_last=3))
-    assert log_lines(half)[-1]["images"] == 128
 
 
 class Harmful:
@@ -210,8 +129,6 @@ class Harmful:
 def test_no_code_of_a_checkpoint_is_executed(half, name):
     for checkpoint in checkpoints_in(half / "checkpoints"):
         torch.save(Harmful(half / "harm"), checkpoint / name)
-        state = read_state(checkpoint)
-        write_state(checkpoint, {**state, "files": {**state["files"], name: size_and_digest(checkpoint / name)}})
     with contextlib.suppress(TrainingError):
         train(config_of(half, keep_last=3))
     assert not (half / "harm").exists()
@@ -248,10 +165,10 @@ def restart():
     restart()
 
 
-def test_another_precision_is_refused_with_the_flag_that_keeps_the_old_one(half, restart):
+def test_another_precision_is_refused(half, restart):
     settings = (half / "config.yaml").read_text()
     restart()
-    with pytest.raises(ConfigError, match=r"mixed_precision=no, this start has bf16: give --mixed_precision no\b"):
+    with pytest.raises(ConfigError, match=r"has mixed_precision=no, this start bf16: keep to one"):
         train(config_of(half, keep_last=3, mixed_precision="bf16"))
     assert (half / "config.yaml").read_text() == settings
     assert names(half) == ["000000024", "000000048", "000000072"]
@@ -265,53 +182,10 @@ def test_what_auto_became_is_said_written_down_and_may_be_given_in_its_place(tmp
     caplog.set_level(logging.INFO, "looc_ldm")
     became = resolve_precision("auto")
     train(config_of(tmp_path, total_images=24, mixed_precision="auto"))
-    assert f"precision {'float32' if became == 'no' else became} (mixed_precision=auto)" in caplog.text
+    assert f"precision: {became}" in caplog.text
     assert json.loads((tmp_path / "checkpoints" / "000000024" / "run.json").read_text())["mixed_precision"] == became
     train(config_of(tmp_path, total_images=48, mixed_precision=became))
     assert log_lines(tmp_path)[-1]["images"] == 48
-
-
-# What was due at it ---------------------------------------------------------------------------------------------
-
-
-def look(run, loss):
-    """Grid and figures of the checkpoints 24 and 48, in the step after them."""
-    if run.images_seen in (24, 48):
-        run.log.write_preview(run.images_seen, Image.new("L", (8, 8)))
-        run.log.write_evaluation(run.images_seen, {"psnr": 20.0})
-    return loss
-
-
-@pytest.mark.parametrize(
-    ("preview", "evaluation", "kept", "pending"),
-    [
-        (24, 24, "both", False),
-        (24, 24, "grid", True),
-        (24, 24, "figures", True),
-        (24, None, "grid", False),
-        (24, None, "figures", True),
-        (1000, 24, "figures", False),
-        (1000, 24, "grid", True),
-        (1000, 1000, "none", False),
-    ],
-)
-def test_a_grid_or_an_evaluation_that_was_due_at_the_checkpoint_and_is_not_there_is_pending(
-    tmp_path, preview, evaluation, kept, pending
-):
-    settings = {"preview_every_images": preview, "evaluation": EvaluationConfig(evaluation, images=4)}
-    train(config_of(tmp_path, total_images=56, **settings), at_step=look)
-    shutil.rmtree(tmp_path / "checkpoints" / "000000056")
-    if kept not in ("both", "grid"):
-        (tmp_path / "previews" / "000000048.png").unlink()
-    if kept not in ("both", "figures"):  # those of 24 stay
-        lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
-        lines = [line for line in lines if json.loads(line)["images"] < 48 or "val_" not in line]
-        (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    run = Run(config_of(tmp_path, total_images=56, **settings), "model")
-    assert not run.evaluation_pending
-    run.resume()
-    assert run.images_seen == 48
-    assert run.evaluation_pending == pending
 
 
 # The log ---------------------------------------------------------------------------------------------------------
@@ -322,15 +196,6 @@ def test_a_half_written_last_line_does_not_break_resuming(whole, half):
         file.write('{"images": 80, "lo')
     train(config_of(half, keep_last=3))
     assert log_lines(half) == log_lines(whole)
-
-
-@pytest.mark.parametrize("line", [b"\0\0\0", b'{"images": "16"}', b'{"images": 16, "note": "\xff\xfe"}', b"[]"])
-def test_a_damaged_line_inside_is_left_out_with_a_warning(half, caplog, line):
-    file = half / "metrics.jsonl"
-    file.write_bytes(line + b"\n" + file.read_bytes())
-    train(config_of(half, keep_last=3))
-    assert f"{file}: line 1 is damaged" in caplog.text
-    assert [line["images"] for line in log_lines(half)] == list(range(16, 129, 16))
 
 
 def test_scalars_recorded_since_the_last_line_survive_a_checkpoint_between_two_lines(whole, half):

@@ -16,7 +16,7 @@ from looc_ldm.training.config_parsing import (
     parse_config,
     to_dict,
 )
-from looc_ldm.training.resumable import differences
+from looc_ldm.training.run_folder import differences
 from looc_ldm.utils.errors import ConfigError
 
 

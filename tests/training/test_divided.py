@@ -1,4 +1,4 @@
-"""The same training, divided: two processes with half the batch each, one with all of it or two accumulated halves.
+"""The same training, divided: two processes with half the batch each, and one with all of it.
 
 SGD takes the place of AdamW, whose normalization turns rounding errors of vanishing gradients into whole steps.
 This file is also the script that each of two processes runs.
@@ -121,14 +121,6 @@ def test_two_processes_end_with_the_weights_of_one(runs, name, result):
         codebook = next(key for key in before if key.endswith("non_ema.safetensors.quantize.embedding.weight"))
         assert (one[codebook] - before[codebook]).abs().max() > 1e-3
         assert apart(one, before) > 1e-3
-
-
-def test_two_accumulated_halves_end_with_the_weights_of_the_whole(runs, autoencoder_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(autoencoder, "adamw", sgd)
-    halves = weights(
-        autoencoder.train(settings(autoencoder_config, tmp_path / "halves", gradient_accumulation_steps=2))
-    )
-    assert apart(weights(runs / "1" / "plain" / "model"), halves) < 1e-5
 
 
 def test_going_on_with_another_number_of_processes_keeps_count_and_schedule(runs):

@@ -1,7 +1,6 @@
 """Real processes that are stopped, killed and started again with the same command, alone and in pairs."""
 
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import os
@@ -9,8 +8,6 @@ import random
 import runpy
 import signal
 import socket
-import subprocess
-import sys
 import termios
 import time
 from collections.abc import Iterator
@@ -27,11 +24,11 @@ from torch.utils.data import Dataset
 import tiny
 from looc_ldm.commands import main as cli
 from looc_ldm.training import autoencoder, diffusion
-from looc_ldm.training.checkpoints import read_state, write_state
 from looc_ldm.training.config_parsing import config_text
 from looc_ldm.training.data import float_batches
 from looc_ldm.training.log import VOLATILE_KEYS
 from looc_ldm.training.stopping import StopSignals
+from looc_ldm.utils.files import read_json
 
 SCRIPT = Path(__file__).with_name("tiny_trainer.py")
 config_of = tiny.import_file(SCRIPT).config_of
@@ -130,7 +127,7 @@ def parts(name: str, value) -> Iterator[tuple[str, object]]:
 
 def state_of(checkpoint: Path) -> dict:
     """All that a checkpoint holds, by file and place: weights, optimizers, averages, random states."""
-    read = {".safetensors": load_file, ".json": lambda file: read_state(file.parent)}
+    read = {".safetensors": load_file, ".json": read_json}
     state = {}
     for file in sorted(checkpoint.iterdir()):
         content = read.get(file.suffix, partial(torch.load, weights_only=False))(file)
@@ -236,14 +233,15 @@ def test_a_signal_to_all_processes_ends_in_a_checkpoint_and_one_line_and_the_sam
     processes.send(number)  # as a launcher does that passes on what everybody got already
     assert processes.join() == [status]
     *before, last = processes.printed().splitlines()
-    assert last == f"stopped at {newest(tmp_path / 'run')} images; the same command goes on from there"
-    assert 16 <= newest(tmp_path / "run") < 128
+    images = newest(tmp_path / "run")
+    assert last == f"stopped at {images} images; the same command goes on from checkpoint {images}"
+    assert 16 <= images < 128
     assert [line for line in before if line and " INFO " not in line] == [
         "stopping after what is under way, with a checkpoint; once more: at once, without"
     ]
     again = start(config)
     assert again.join() == [0]
-    assert f"going on from checkpoint {last.split()[2]} with 1 process" in again.printed()
+    assert f"going on from checkpoint {last.split()[2]}, processes: 1, cpu" in again.printed()
     assert_same_run(tmp_path / "run", whole)
 
 
@@ -278,19 +276,6 @@ def test_a_run_keeps_others_out_of_its_folder_until_it_ends_or_is_killed(start, 
     first.join()
     assert start(config).join() == [0]
     assert_same_run(tmp_path / "run", whole)
-
-
-def test_a_signal_while_the_workers_are_started_is_not_lost():
-    armed = [True]
-
-    def interrupt():  # in a function that Python calls around a fork, from which no exception comes
-        if armed and armed.pop():
-            signal.raise_signal(signal.SIGINT)
-
-    os.register_at_fork(before=interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        list(float_batches(torch.utils.data.TensorDataset(torch.zeros(4)), num_workers=1))
-    assert not armed
 
 
 class Signalled(Dataset):
@@ -332,9 +317,9 @@ def test_the_command_line_shows_the_log_lines_and_no_bar_in_a_file(start, autoen
     assert processes.join() == [0]
     printed = processes.printed().splitlines()
     lines = [line for line in printed if " INFO " in line]
-    assert "a new run with 1 process on cpu" in lines[0]
+    assert "a new run, processes: 1, cpu" in lines[0]
     assert "64 images, 16 held out, 10 classes" in lines[1]
-    progress = [line for line in lines if "images/s" in line and "data wait" in line]
+    progress = [line for line in lines if "images_per_second" in line]
     assert [line.split()[2] for line in progress] == ["8/16", "16/16"]
     assert not any("it/s]" in line or "autoencoder:" in line for line in printed)
     assert printed[-1] == str(tmp_path / "run" / "model")
@@ -351,7 +336,7 @@ def test_on_a_terminal_log_lines_stand_above_the_bar(start, tmp_path):
         while True:
             screen += os.read(ours, 4096)
     lines = [line.rsplit("\r", 1)[-1] for line in screen.decode().split("\r\n")]  # as they stand there in the end
-    said = [line for line in lines if "images/s" in line]
+    said = [line for line in lines if "images_per_second" in line]
     assert [line.split()[2] for line in said] == [f"{images}/128" for images in range(16, 129, 16)]
     assert not [line for line in said if "tiny" in line]
     assert "tiny:  50%" in screen.decode()
@@ -370,7 +355,7 @@ def pair(start, tmp_path_factory) -> Path:
 
 def test_two_processes_write_every_line_once(pair):
     printed = [Path(f"{pair}-{rank}.log").read_text() for rank in range(2)]
-    assert printed[0].count(" images/s") == 8
+    assert printed[0].count("images_per_second") == 8
     assert printed[1] == ""
     assert [line["images"] for line in log_lines(pair)] == list(range(16, 129, 16))
 
@@ -424,45 +409,13 @@ def test_a_checkpoint_of_fsdp_is_refused_under_ddp_by_all_processes_in_one_line(
     folder = tmp_path / "run"
     assert start(config_of(folder, total_images=24), ranks=2).join() == [0, 0]
     checkpoint = folder / "checkpoints" / "000000024"
-    state = read_state(checkpoint)
+    state = read_json(checkpoint / "run.json")
     assert state["distributed"] == "DDP"
-    write_state(checkpoint, {**state, "distributed": "FSDP"})
+    (checkpoint / "run.json").write_text(json.dumps({**state, "distributed": "FSDP"}))
     processes = start(config_of(folder), ranks=2)
     assert processes.join() == [2, 2]
-    assert "was written under FSDP, this start is under DDP" in processes.printed()
+    assert "has distributed=FSDP, this start DDP" in processes.printed()
     assert "Traceback" not in processes.printed() + processes.printed(1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        ({"distributed": "DDP"}, "was written under DDP, this start is under FSDP"),
-        ({}, "cannot be loaded"),
-    ],
-)
-def test_under_fsdp_what_cannot_be_loaded_ends_all_processes_at_once(diffusion_config, tmp_path, damage, message):
-    config = diffusion_config(tmp_path / "run", total_images=24)
-    file = tmp_path / "config.yaml"
-    path = os.pathsep.join([str(Path(tiny.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, **test_fsdp.FSDP, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [test_fsdp.__file__, str(file)]
-    for images in (24, 48):
-        file.write_text(config_text(replace(config, total_images=images)))
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-        if images == 24:
-            assert ended.returncode == 0, ended.stderr[-3000:]
-            checkpoint = tmp_path / "run" / "checkpoints" / "000000024"
-            state = read_state(checkpoint)
-            assert state["distributed"] == "FSDP"
-            if not damage:  # written as damaged: its digest is right
-                weights = checkpoint / "pytorch_model_fsdp.bin"
-                weights.write_bytes(bytes(1000))
-                state["files"][weights.name] = [1000, hashlib.sha256(bytes(1000)).hexdigest()]
-            write_state(checkpoint, {**state, **damage})
-    assert ended.returncode != 0
-    assert message in ended.stderr
 
 
 # A full disk -----------------------------------------------------------------------------------------------------
@@ -489,21 +442,3 @@ def test_a_checkpoint_that_does_not_fit_stops_the_run_in_one_line_and_leaves_the
     assert {path: path.read_bytes() for path in (folder / "checkpoints").rglob("*.*")} == before
     assert log_lines(folder)[: len(lines)] == lines
     assert start(grows, width=2000).join() == [0]
-
-
-def test_a_log_that_does_not_fit_stops_the_run_and_keeps_its_lines(start, tmp_path):
-    folder = tmp_path / "run"
-    processes = start(config_of(folder, total_images=1600, checkpoint_every_images=1600), largest_file=20_000)
-    assert processes.join() == [2]
-    assert processes.printed().splitlines()[-1].startswith(f"error: cannot write the log in '{folder}': ")
-    lines = log_lines(folder)
-    assert [line["images"] for line in lines] == [16 * (i + 1) for i in range(len(lines))]
-
-
-def test_a_disk_that_is_full_for_one_process_stops_all(start, tmp_path):
-    folder = tmp_path / "run"
-    processes = start(config_of(folder), ranks=2, own={1: {"largest_file": 5_000}})  # its random state has more
-    assert processes.join() == [2, 2]
-    assert "process 1 cannot write checkpoint 24" in processes.printed(0)
-    assert "error: cannot write checkpoint 24" in processes.printed(1)
-    assert checkpoints(folder) == []

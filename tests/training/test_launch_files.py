@@ -18,10 +18,11 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.run import get_args_parser
 
 from looc_ldm.commands.main import parse_command
-from looc_ldm.training.checkpoints import checkpoints_in, read_state
+from looc_ldm.training.checkpoints import checkpoints_in
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import config_text, parse_config
 from looc_ldm.utils.arguments import CacheLatents, parse_options
+from looc_ldm.utils.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLUSTER = ROOT / "docs" / "cluster"
@@ -184,7 +185,7 @@ def test_the_slurm_script_trains_on_two_nodes_saves_at_the_time_limit_and_goes_o
     assert script.returncode != 0
     assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n", errors[-3000:]
     (checkpoint,) = checkpoints_in(run / "checkpoints")
-    stopped_at = read_state(checkpoint)["images_seen"]
+    stopped_at = read_json(checkpoint / "run.json")["images_seen"]
     assert stopped_at >= 4 * 8
 
     # The job is started again; here it only has 64 images to go
