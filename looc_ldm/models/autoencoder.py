@@ -120,7 +120,6 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
     _supports_gradient_checkpointing = True  # of encoder and decoder blocks, never of the quantizer
     _keep_in_fp32_modules = ["quantize"]
     _no_split_modules = ["ResnetBlock2D", "Attention", "LooCQuantizer"]
-    _quantizer_class = LooCQuantizer  # that the config describes
     _supports_group_offloading = True  # the codebook is called, not read, wherever it is used
     _group_offload_block_modules = ["encoder", "quant_conv", "quantize", "embedding", "post_quant_conv", "decoder"]
 
@@ -216,9 +215,9 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
             ValueError: Another quantizer was assigned, which the config does not describe: loading would make a
                 `LooCQuantizer` of its weights.
         """
-        if not isinstance(self.quantize, self._quantizer_class):
+        if not isinstance(self.quantize, LooCQuantizer):
             raise ValueError(
-                f"the config of {type(self).__name__} describes a {self._quantizer_class.__name__}, not the "
+                f"the config of {type(self).__name__} describes a LooCQuantizer, not the "
                 f"{type(self.quantize).__name__} that was assigned: save its state_dict() and, to load, construct, "
                 "assign and load_state_dict()."
             )
@@ -302,7 +301,6 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
                 f"images must have the shape (batch, {self.config.in_channels}, height, width) with height and width "
                 f"divisible by {f}, got {tuple(x.shape)}."
             )
-        self._tell_quantizer()  # also for a caller who then calls `quantize` itself
         slices = x.split(1) if self.use_slicing else [x]
         latents = torch.cat([self._encode(images) for images in slices])
         return VQEncoderOutput(latents=latents) if return_dict else (latents,)
@@ -325,7 +323,6 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
         if force_not_quantize:
             quantized, loss, perplexity, indices = h, torch.zeros((), device=h.device), None, None
         else:
-            self._tell_quantizer()
             quantized, loss, (perplexity, _, indices) = self.quantize(h)
         sample = self._decode_quantized(quantized)
         if not return_dict:
@@ -355,10 +352,6 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> LooCDecoderOutput | tuple[torch.Tensor, ...]:
         """Encode, quantize and decode images `(B, in_channels, H, W)` in [-1, 1]; returns what `decode` returns."""
         return self.decode(self.encode(sample).latents, return_dict=return_dict)
-
-    def _tell_quantizer(self) -> None:
-        """Tell the quantizer if the model is frozen: a codebook that is an average never requires a gradient."""
-        self.quantize.owner_frozen = not any(parameter.requires_grad for parameter in self.parameters())
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         if self._needs_tiles(*x.shape[2:]):

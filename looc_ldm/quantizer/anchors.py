@@ -12,11 +12,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from looc_ldm.quantizer.chunks import chunk_elements
+
 ANCHORS = ("closest", "random", "probrandom", "none")
 
-# Numbers of a temporary: on CPUs what fits the cache, on GPUs enough for a few large kernels.
-CHUNK_ELEMENTS = 2**20
-GPU_CHUNK_ELEMENTS = 2**26
 # By cosine a proposal is accepted with a probability of at least exp(-2): after so many, all but 1 in 10^16 are.
 PROPOSALS = 256
 
@@ -72,7 +71,7 @@ def draw_by_similarity(
     row = torch.zeros(num_codevectors, dtype=torch.int64, device=device)
     time = torch.zeros(num_codevectors, device=device)  # in mean intervals between proposals
     found = torch.zeros(num_codevectors, dtype=torch.bool, device=device)
-    at_once = max(1, min(32, 4 * _chunk_elements(device) // (num_codevectors * dim)))
+    at_once = max(1, min(32, 4 * chunk_elements(device) // (num_codevectors * dim)))
     for _ in range(math.ceil(PROPOSALS / at_once)):
         proposed = torch.randint(len(vectors), (num_codevectors, at_once), device=device)
         accepted = torch.rand(num_codevectors, at_once, device=device) < torch.exp(
@@ -103,7 +102,7 @@ def _draw_from_all(vectors: torch.Tensor, codebook: torch.Tensor, distance: str)
         vectors, codebook = F.normalize(vectors, dim=1), F.normalize(codebook, dim=1)
     best = torch.full((len(codebook),), -torch.inf, device=vectors.device)
     row = torch.zeros(len(codebook), dtype=torch.int64, device=vectors.device)
-    rows_at_once = max(1, _chunk_elements(vectors.device) // codebook.numel())
+    rows_at_once = max(1, chunk_elements(vectors.device) // codebook.numel())
     for start in range(0, len(vectors), rows_at_once):
         similarity = _similarity(vectors[start : start + rows_at_once, None], codebook, distance)
         noisy = similarity - torch.empty_like(similarity).exponential_().log()
@@ -111,10 +110,6 @@ def _draw_from_all(vectors: torch.Tensor, codebook: torch.Tensor, distance: str)
         row = torch.where(score > best, at + start, row)
         best = torch.maximum(best, score)
     return best, row
-
-
-def _chunk_elements(device: torch.device) -> int:
-    return CHUNK_ELEMENTS if device.type == "cpu" else GPU_CHUNK_ELEMENTS
 
 
 def _similarity(vectors: torch.Tensor, keys: torch.Tensor, distance: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What backward does where a codevector was chosen for a segment."""
+"""Backward passes of the loss, and of the choice of a codevector c for a segment z."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# Numbers that a temporary holds where work on all segments goes in chunks.
-CHUNK_ELEMENTS = 2**20
-GPU_CHUNK_ELEMENTS = 2**26
-ROTATION_CHUNK_ELEMENTS = 2**17
-# Of a gradient by turning: codevector over segment. Trained models stay below but for a segment in many thousands.
+from looc_ldm.quantizer.chunks import chunk_elements
+
+ROTATION_CHUNK_ELEMENTS = 2**17  # on CPUs: it has several temporaries at a time
+# Largest |c| / |z| that is rotated. In trained models only a segment in many thousands exceeds it.
 LARGEST_SCALE = 32
 
 
@@ -18,9 +17,9 @@ class QuantizerLoss(torch.autograd.Function):
     """mean((c - sg z)^2) + beta * mean((sg c - z)^2) of the differences c - z; keeps one tensor of z's size."""
 
     @staticmethod
-    def forward(ctx, rows, codebook, difference, indices, commitment_weight, by_gradient):
+    def forward(ctx, segments, codebook, difference, indices, commitment_weight, by_gradient):
         ctx.save_for_backward(difference, indices)
-        ctx.shape, ctx.num_codevectors = rows.shape, len(codebook)
+        ctx.shape, ctx.num_codevectors = segments.shape, len(codebook)
         ctx.commitment_weight, ctx.by_gradient = commitment_weight, by_gradient
         return (1 + commitment_weight) * difference.square().mean()
 
@@ -29,62 +28,69 @@ class QuantizerLoss(torch.autograd.Function):
     def backward(ctx, gradient):
         difference, indices = ctx.saved_tensors
         scale = 2 / difference.numel() * gradient
-        for_rows = for_codebook = None
+        for_segments = for_codebook = None
         if ctx.needs_input_grad[0]:
-            for_rows = (difference * (-ctx.commitment_weight * scale)).view(ctx.shape)
+            for_segments = (difference * (-ctx.commitment_weight * scale)).view(ctx.shape)
         if ctx.needs_input_grad[1] and ctx.by_gradient:
-            for_codebook = sum_by_code(difference, indices, ctx.num_codevectors, torch.float32) * scale
-        return for_rows, for_codebook, None, None, None, None
+            for_codebook = sum_by_codevector(difference, indices, ctx.num_codevectors, torch.float32) * scale
+        return for_segments, for_codebook, None, None, None, None
 
 
 class Rotation(torch.autograd.Function):
-    """The identity, whose gradient is that of the rotation and scaling that takes each vector z to its codevector c."""
+    """The identity, whose gradient is that of the rotation and scaling that takes each segment z to its codevector c.
+
+    Source: "Restructuring vector quantization with the rotation trick", ICLR 2025.
+    """
 
     @staticmethod
-    def forward(ctx, rows, codebook, difference, codes):
-        ctx.save_for_backward(codebook.clone(), difference, codes)  # a clone: revival may come before backward
-        return rows.view_as(rows)
+    def forward(ctx, segments, codebook, difference, indices):
+        ctx.save_for_backward(codebook.clone(), difference, indices)  # a clone: revival may come before backward
+        return segments.view_as(segments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        codebook, difference, codes = ctx.saved_tensors
+        codebook, difference, indices = ctx.saved_tensors
         if torch.compiler.is_compiling():  # fused by the compiler
-            chosen = F.embedding(codes, codebook)
-            return _turn_back(gradient, chosen, chosen - difference.view(chosen.shape)), None, None, None
+            codevectors = F.embedding(indices, codebook)
+            segments = codevectors - difference.view(codevectors.shape)
+            return _rotate_back(gradient, codevectors, segments), None, None, None
         d = codebook.shape[1]
-        turned = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-        size = max(1, (ROTATION_CHUNK_ELEMENTS if gradient.device.type == "cpu" else GPU_CHUNK_ELEMENTS) // d)
-        parts = (turned.view(-1, d), gradient.reshape(-1, d), difference.view(-1, d), codes.flatten())
-        for out, upstream, offset, chosen in zip(*(part.split(size) for part in parts), strict=True):
-            chosen = F.embedding(chosen, codebook)
-            out.copy_(_turn_back(upstream, chosen, chosen - offset))
-        return turned, None, None, None
+        rotated = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        on_cpu = gradient.device.type == "cpu"
+        size = max(1, (ROTATION_CHUNK_ELEMENTS if on_cpu else chunk_elements(gradient.device)) // d)
+        tensors = (rotated.view(-1, d), gradient.reshape(-1, d), difference.view(-1, d), indices.flatten())
+        for out, upstream, apart, chosen in zip(*(tensor.split(size) for tensor in tensors), strict=True):
+            codevectors = F.embedding(chosen, codebook)
+            out.copy_(_rotate_back(upstream, codevectors, codevectors - apart))
+        return rotated, None, None, None
 
 
-def _turn_back(gradient: torch.Tensor, chosen: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The gradients of `chosen` (..., d), pulled back through the matrices that turn and scale `rows` onto them.
+def _rotate_back(gradient: torch.Tensor, codevectors: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+    """Pull gradients of codevectors (..., d) back through the matrices that rotate and scale segments onto them.
 
-    With the unit vectors a of a row, b of its codevector and m of a + b, the rotation is I - 2 m m' + 2 b a'.
+    With the unit vectors a of a segment, b of its codevector and m of a + b, the rotation is I - 2 m m' + 2 b a'.
     """
-    length, chosen_length = (v.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12) for v in (rows, chosen))
-    before, after = rows / length, chosen / chosen_length
+    length, target_length = (v.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12) for v in (segments, codevectors))
+    before, after = segments / length, codevectors / target_length
     middle = before + after
     # Not 2 + 2 a'b, which cancels where they are opposite.
     mirrored = (middle * gradient).sum(-1, keepdim=True) * (2 / middle.square().sum(-1, keepdim=True).clamp_min(1e-12))
     along = 2 * (after * gradient).sum(-1, keepdim=True)
-    ratio = chosen_length / length
-    turned = ratio * (gradient - middle.mul_(mirrored) + before.mul_(along))
-    # A segment that is much shorter than its codevector has next to no direction to turn: straight through.
-    return torch.where(ratio < LARGEST_SCALE, turned, gradient)
+    ratio = target_length / length
+    rotated = ratio * (gradient - middle.mul_(mirrored) + before.mul_(along))
+    # A segment that is much shorter than its codevector has next to no direction to rotate: straight through.
+    return torch.where(ratio < LARGEST_SCALE, rotated, gradient)
 
 
-def sum_by_code(rows: torch.Tensor, indices: torch.Tensor, num_codevectors: int, dtype: torch.dtype) -> torch.Tensor:
-    """(N, d) rows and their N codes -> (K, d) sums. Deterministic, but for what torch.compile makes of it on GPUs."""
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-        sums = torch.zeros(num_codevectors, rows.shape[1], dtype=dtype)
-        size = max(1, CHUNK_ELEMENTS // rows.shape[1])
-        for part, codes in zip(rows.split(size), indices.split(size), strict=True):
-            sums.index_add_(0, codes, part.to(dtype))
+def sum_by_codevector(
+    vectors: torch.Tensor, indices: torch.Tensor, num_codevectors: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return (K, d) sums of (N, d) vectors by their N indices. Deterministic, except compiled on GPUs."""
+    if vectors.device.type == "cpu" and not torch.compiler.is_compiling():
+        sums = torch.zeros(num_codevectors, vectors.shape[1], dtype=dtype)
+        size = max(1, chunk_elements(vectors.device) // vectors.shape[1])
+        for part, chosen in zip(vectors.split(size), indices.split(size), strict=True):
+            sums.index_add_(0, chosen, part.to(dtype))
         return sums
-    return torch.ops.aten.embedding_dense_backward(rows.to(dtype), indices, num_codevectors, -1, False)  # by sorting
+    return torch.ops.aten.embedding_dense_backward(vectors.to(dtype), indices, num_codevectors, -1, False)  # by sorting

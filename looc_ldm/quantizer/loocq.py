@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 
-from looc_ldm.quantizer.anchors import ANCHORS, Anchors, better_anchors
-from looc_ldm.quantizer.gradients import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, QuantizerLoss, Rotation, sum_by_code
+from looc_ldm.quantizer.anchors import ANCHORS
+from looc_ldm.quantizer.chunks import chunk_elements
+from looc_ldm.quantizer.gradients import QuantizerLoss, Rotation
+from looc_ldm.quantizer.revival import NOT_FINITE, RevivedCodebook
 from looc_ldm.quantizer.search import DISTANCES, is_exporting, is_recording, nearest_codevectors
 
 SEGMENT_LAYOUTS = ("channel", "patch")
@@ -19,30 +18,8 @@ INPUT_LAYOUTS = ("BCHW", "BCL", "BLC")
 CODEBOOK_UPDATES = ("ema", "gradient")
 GRADIENTS = ("straight-through", "rotation")
 
-NOT_FINITE = "z holds NaN or infinite values: no codevector is nearest to them."
 
-
-class Collected(NamedTuple):
-    """What training forwards leave behind for `LooCQuantizer.revive`."""
-
-    counts: torch.Tensor  # (K,) int64: how often each codevector was chosen
-    nonfinite: torch.Tensor  # () bool: whether a feature map held values that are not finite
-    offsets: torch.Tensor | None  # (K, d) float64: sum of z - c over the segments that chose c
-    anchors: Anchors | None
-
-
-class Codebook(nn.Embedding):
-    """An embedding that, called without indices, gives all its vectors, (K, d).
-
-    Called, not read: what keeps weights on another device or on disk until they are needed waits for a call.
-    """
-
-    def forward(self, indices: torch.Tensor | None = None) -> torch.Tensor:
-        # A view holds on to the vectors when the weight is sent back where it came from, after this call.
-        return self.weight.view_as(self.weight) if indices is None else super().forward(indices)
-
-
-class LooCQuantizer(nn.Module):
+class LooCQuantizer(RevivedCodebook):
     """Interpolate, quantize, pool: the paper's vector quantizer, a drop-in for diffusers' `VectorQuantizer`.
 
     Each `vq_embed_dim`-channel vector of a feature map is cut into segments of `codevector_dim` channels, and every
@@ -50,23 +27,26 @@ class LooCQuantizer(nn.Module):
     3.2, "LDC"). Before that the map is enlarged bilinearly by `interpolation_factor` and afterwards pooled back
     (section 3.3). Codevectors that are hardly used are pulled towards features of the batch (the CVQ update).
 
-    Unlike there, indices keep the shape of the map, perplexity is a number, `decode_indices` is what
-    `get_codebook_entry` is there, and by default gradients turn with the segments.
+    Unlike in diffusers, indices keep the shape of the map, perplexity is a number, `decode_indices` replaces
+    `get_codebook_entry`, and gradients rotate with the segments by default.
 
     Codebook, search and loss are float32 whatever the dtype of the module around it: a bfloat16 search picks a wrong
-    code for 2 to 8 % of vectors at 2 to 4 dimensions. The output has the dtype of the input.
+    codevector for 2 to 8 % of segments at 2 to 4 dimensions. The output has the dtype of the input.
+
+    The codebook learns in train mode if its weight requires a gradient: `eval()` and `requires_grad_(False)`, of the
+    quantizer or of a module around it, freeze codebook and usage (see `learns`).
 
     Args:
         vq_embed_dim (`int`): n_q, the channels of a feature vector.
         num_codevectors (`int`): K, the size of the codebook.
         codevector_dim (`int`): d, the channels of a codevector.
         interpolation_factor (`int`, defaults to 2): s; 1 switches interpolation off.
-        segment_layout (`str`, defaults to `"channel"`): What a segment is when s > 1. `"channel"`, the paper's text: d
-            neighbouring channels at one interpolated position; d must divide n_q. `"patch"`, the authors' code: d
-            consecutive rows of `pixel_unshuffle`, so that at s=2, d=4 a segment is the 2x2 patch of one channel; d
-            must divide n_q * s**2. Equal at s=1.
-        distance (`str`, defaults to `"cosine"`): `"cosine"` or `"euclidean"`; only the choice of the code depends on
-            it, the output is always the codevector itself.
+        segment_layout (`str`, defaults to `"channel"`): Definition of a segment if s > 1. `"channel"`, the paper's
+            text: d neighbouring channels at one interpolated position; d must divide n_q. `"patch"`, the authors' code:
+            d consecutive channels of `pixel_unshuffle`, so that at s=2, d=4 a segment is the 2x2 patch of one channel;
+            d must divide n_q * s**2. Equal at s=1.
+        distance (`str`, defaults to `"cosine"`): `"cosine"` or `"euclidean"`. It decides which codevector is nearest;
+            the output is always the codevector itself.
         commitment_weight (`float`, defaults to 0.25): beta, on the commitment term. With the published rule,
             `codebook_update="gradient"` and `gradient="straight-through"`, 8 learns much faster; with the defaults of
             both it adds half a decibel at most (docs/tables.md).
@@ -74,17 +54,18 @@ class LooCQuantizer(nn.Module):
             `"probrandom"`, or `"none"` for no revival.
         usage_decay (`float`, defaults to 0.99): gamma, the decay of the average of `usage`, and of the codebook's.
         codebook_update (`str`, defaults to `"ema"`): How a codevector follows the segments that choose it. `"ema"`, as
-            their moving average (VQ-VAE, appendix A.1): `revive` moves it, and it has no gradient. `"gradient"`, by
-            the codebook term of the loss, as published; the optimizer then needs the quantizer's parameters. Where
-            gradients pass straight through too, the loss climbs on some data to many times its start in the first 50
-            steps, since the codevectors, which start in [-1/K, 1/K], lag behind the encoder
-            (docs/quantizer_recipes.md).
-        gradient (`str`, defaults to `"rotation"`): What the choice of a codevector c for a segment z does to the
-            gradient. `"rotation"`: what the rotation and scaling of z onto c would do, taken for constant
-            ("Restructuring vector quantization with the rotation trick", ICLR 2025). Segments whose codevector is more
-            than 32 times longer pass it straight through, and all do at d = 1, where only a sign could turn.
-            `"straight-through"`: nothing, as published; slower to learn on the three sets of small images that were
-            tried (docs/quantizer_recipes.md, docs/tables.md).
+            their moving average (VQ-VAE, appendix A.1): `revive` moves it, and it gets no gradient (from
+            DistributedDataParallel one of zeros: exempt it from weight decay). `"gradient"`, by the codebook term of
+            the loss, as published: the optimizer needs the quantizer's parameters, and goes on moving a frozen
+            codebook by momentum or weight decay unless the gradient is None, as `zero_grad()` makes it. If gradients
+            also pass straight through, on some data the loss climbs to many times its start in the first 50 steps,
+            since the codevectors, which start in [-1/K, 1/K], lag behind the encoder (docs/quantizer_recipes.md).
+        gradient (`str`, defaults to `"rotation"`): Gradient for a segment z at the choice of a codevector c.
+            `"rotation"`: the gradient of the rotation and scaling of z onto c, taken for constant ("Restructuring
+            vector quantization with the rotation trick", ICLR 2025). It passes straight through if c is more than 32
+            times longer than z, and at d = 1, where there is nothing to rotate. `"straight-through"`: unchanged, as
+            published; slower to learn on the three sets of small images that were tried (docs/quantizer_recipes.md,
+            docs/tables.md).
         input_layout (`str`, defaults to `"BCHW"`): The axes of `z`: `"BCHW"` for feature maps, `"BCL"` or `"BLC"` for
             sequences, as convolutions or transformers have them. Interpolation is along H and W, or along L, and s**2
             and (H, W) in shapes become s and (L).
@@ -130,7 +111,6 @@ class LooCQuantizer(nn.Module):
         gradient: str = "rotation",
         input_layout: str = "BCHW",
     ):
-        super().__init__()
         sizes = {
             "vq_embed_dim": vq_embed_dim,
             "num_codevectors": num_codevectors,
@@ -167,34 +147,15 @@ class LooCQuantizer(nn.Module):
                 f'(segment_layout="{segment_layout}").'
             )
 
+        super().__init__(num_codevectors, codevector_dim, usage_decay, codebook_update)
         self.vq_embed_dim = vq_embed_dim
-        self.num_codevectors = num_codevectors
-        self.codevector_dim = codevector_dim
         self.interpolation_factor = interpolation_factor
         self.segment_layout = segment_layout
         self.distance = distance
         self.commitment_weight = commitment_weight
         self.anchor = anchor
-        self.usage_decay = usage_decay
-        self.codebook_update = codebook_update
         self.gradient = gradient
         self.input_layout = input_layout
-
-        self.embedding = Codebook(num_codevectors, codevector_dim, dtype=torch.float32)
-        nn.init.uniform_(self.embedding.weight, -1 / num_codevectors, 1 / num_codevectors)
-        # Else DistributedDataParallel waits for a gradient.
-        self.embedding.weight.requires_grad_(codebook_update == "gradient")
-        self.register_buffer("usage", torch.zeros(num_codevectors, dtype=torch.float32))
-        # The weight says whether it is frozen under "gradient" only; the owner is a model without trainable parameters.
-        self._frozen = self.owner_frozen = False
-        # Plain attributes, not buffers: DDP broadcasts buffers of rank 0 at each forward and would overwrite what the
-        # other ranks have collected since the last optimizer step.
-        self._collected: Collected | None = None
-        self._collected_before_backward = False
-        self.owner_revives = False
-        self._revive_called = False
-        self._codebook_version: int | None = None
-        self._nonfinite: torch.Tensor | None = None
 
     @property
     def codes_per_position(self) -> int:
@@ -215,28 +176,6 @@ class LooCQuantizer(nn.Module):
     def spatial_axes(self) -> int:
         """2 for `"BCHW"`, 1 for `"BCL"` and `"BLC"`."""
         return len(self.input_layout) - 2
-
-    @property
-    def codebook(self) -> torch.Tensor:
-        """The codevectors, (K, d), float32."""
-        return self.embedding()
-
-    @property
-    def learns(self) -> bool:
-        """Whether training forwards change codebook and usage: not in eval mode, nor once frozen.
-
-        `requires_grad_(False)` of the quantizer freezes it, and so does a `LooCVQModel` none of whose parameters
-        requires a gradient.
-        """
-        by_gradient = self.codebook_update == "gradient"
-        frozen = self._frozen or self.owner_frozen or (by_gradient and not self.embedding.weight.requires_grad)
-        return self.training and not frozen
-
-    def requires_grad_(self, requires_grad: bool = True) -> LooCQuantizer:
-        """Freeze codebook and usage under both rules (False), or let training forwards change them (True)."""
-        self._frozen = not requires_grad
-        self.embedding.weight.requires_grad_(requires_grad and self.codebook_update == "gradient")
-        return self
 
     def forward(
         self, z: torch.Tensor, mask: torch.Tensor | None = None
@@ -263,52 +202,37 @@ class LooCQuantizer(nn.Module):
         """
         if mask is not None:
             return self._forward_masked(z, mask)
-        # Activation checkpointing runs a forward once more during backward: that is no further batch. Its reentrant
-        # kind runs the first one without gradients, which collects nothing, and the repetition does.
-        repeated = _in_backward()
-        collecting = self.learns and torch.is_grad_enabled() and not (repeated and self._collected_before_backward)
-        if self.learns and not repeated:
-            if self._collected is not None and not (self.owner_revives or self._revive_called):
-                self._apply_revival()
-            self._collected_before_backward = collecting or self._collected_before_backward
-        if not torch.compiler.is_compiling():
-            version = self.embedding.weight._version
-            if not repeated:
-                self._codebook_version = version
-            elif self.learns and version != self._codebook_version:
-                raise RuntimeError(
-                    "The codebook has changed between a forward and its repetition under activation checkpointing: "
-                    "call revive() after backward, once per optimizer step."
-                )
+        collects = self._begin_forward()
         nonfinite = self._check_input(z)
         with torch.autocast(z.device.type, enabled=False):
-            rows = self._to_segments(z.float())  # (B, H, W, C, d)
-            flat = rows.detach().reshape(-1, self.codevector_dim)
-            anchor = self.anchor if collecting else "none"
-            indices, counts, anchors = nearest_codevectors(flat, self.codebook.detach(), self.distance, anchor)
-            codes = indices.view(rows.shape[:-1])
-            difference = None
-            with_gradient = torch.is_grad_enabled() and not torch.jit.is_tracing()  # no trace holds our gradients
-            if with_gradient:
-                difference = F.embedding(indices, self.codebook.detach()).sub_(flat)  # (N, d)
-            if collecting:
-                self._collect(Collected(counts, nonfinite, self._offsets(difference, indices), anchors))
-            if with_gradient:
-                quantized, loss = self._with_gradient(rows, codes, difference), self._loss(rows, difference, indices)
+            segments = self._to_segments(z.float())  # (B, H, W, C, d)
+            vectors = segments.detach().reshape(-1, self.codevector_dim)  # (N, d)
+            anchor = self.anchor if collects else "none"
+            chosen, counts, anchors = nearest_codevectors(vectors, self.codebook.detach(), self.distance, anchor)
+            indices = chosen.view(segments.shape[:-1])
+            if torch.is_grad_enabled() and not torch.jit.is_tracing():  # no trace holds our gradients
+                difference = F.embedding(chosen, self.codebook.detach()).sub_(vectors)  # c - z, (N, d)
+                if collects:
+                    self._collect(counts, nonfinite, difference, chosen, anchors)
+                quantized = self._with_gradient(segments, indices, difference)
+                by_gradient = self.codebook_update == "gradient" and self.learns
+                loss = QuantizerLoss.apply(
+                    segments, self.codebook, difference, chosen, self.commitment_weight, by_gradient
+                )
             else:
-                loss = self._loss_in_chunks(flat, indices)
-                del rows, flat  # as large as what is made next
-                quantized = self._lookup(codes)
+                loss = self._loss_in_chunks(vectors, chosen)
+                del segments, vectors  # as large as what is made next
+                quantized = self._lookup(indices)
                 if is_recording():
                     quantized = torch.where(nonfinite, torch.nan, quantized)
-            share = counts / indices.numel()
+            share = counts / chosen.numel()
             perplexity = torch.exp(-torch.sum(share * torch.log(share + 1e-10)))
-        return self._like(quantized, z), loss, (perplexity, None, codes)
+        return self._like(quantized, z), loss, (perplexity, None, indices)
 
     def encode_indices(self, z: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Return the indices of a feature map `(B, n_q, H, W)`, int64 `(B, H, W, C)`.
 
-        Along C: (dy, dx, segment) in the `"channel"` layout, the rows of `pixel_unshuffle` in `"patch"`. `mask` and
+        Along C: (dy, dx, segment) in the `"channel"` layout, the order of `pixel_unshuffle` in `"patch"`. `mask` and
         errors are those of `forward`.
         """
         if mask is None:
@@ -317,15 +241,16 @@ class LooCQuantizer(nn.Module):
 
     @torch.no_grad()
     def search(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes `(B, H, W, C)` of a feature map, and the vectors they were chosen for, float32 `(B, H, W, C, d)`."""
+        """Return the indices `(B, H, W, C)` of a feature map, and its segments, float32 `(B, H, W, C, d)`."""
         self._check_input(z, wait=True)
         with torch.autocast(z.device.type, enabled=False):
-            rows = self._to_segments(z.float())
-            flat = rows.reshape(-1, self.codevector_dim)
-            return nearest_codevectors(flat, self.codebook, self.distance).indices.view(rows.shape[:-1]), rows
+            segments = self._to_segments(z.float())
+            vectors = segments.reshape(-1, self.codevector_dim)
+            chosen = nearest_codevectors(vectors, self.codebook, self.distance).indices
+            return chosen.view(segments.shape[:-1]), segments
 
     def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
-        """Return the float32 feature map `(B, n_q, H, W)` of integer indices `(B, H, W, C)`: what `forward` returns.
+        """Return the float32 feature map `(B, n_q, H, W)` of integer indices `(B, H, W, C)`, equal to `forward`'s.
 
         In sequences the index -1 of positions that a mask left out gives 0.
 
@@ -363,96 +288,6 @@ class LooCQuantizer(nn.Module):
         Indices of -1, of positions that a mask left out, do not count.
         """
         return [torch.bincount(indices[indices >= 0], minlength=self.num_codevectors).cpu()]
-
-    def revive(self) -> None:
-        """Apply what the forwards since the last call collected to usage and codebook. Call once per optimizer step.
-
-        With p_k the share of segments that chose codevector k: N_k <- gamma N_k + (1 - gamma) p_k. With
-        `codebook_update="ema"`, c_k moves to the average of its segments, (gamma N_k c_k + (1 - gamma) p_k mean_k) over
-        the new N_k. Then the CVQ-VAE revival: c_k <- (1 - alpha_k) c_k + alpha_k a_k with
-        alpha_k = exp(-10 K N_k / (1 - gamma) - 0.001) and a_k the anchor.
-
-        Right after each forward, with `codebook_update="gradient"`, this is the published rule; once per optimizer step
-        it also holds under gradient accumulation. Where `torch.distributed` runs, this is a collective: every rank must
-        have run a training forward and call it, and all ranks end with the codebook that one process would have got
-        from all their features. (Drawn anchors agree in distribution.)
-
-        A module whose `revive` was never called revives by itself at its next training forward, which then is the
-        collective. A training that accumulates gradients sets `owner_revives` before its first step. With CUDA graphs
-        (`torch.compile(mode="reduce-overhead")`) it must follow each forward.
-        """
-        self._revive_called = True
-        if self._collected is not None:
-            self._apply_revival()
-
-    def discard(self) -> None:
-        """Forget what the forwards since the last `revive` collected: for a step whose gradients are not applied."""
-        self._collected, self._collected_before_backward = None, False
-
-    def check_finite(self) -> None:
-        """Raise if a training forward met values that are not finite, as of the last `revive`. Waits for the device.
-
-        Training on an accelerator leaves codebook and usage alone in a step with such values, and goes on: call this
-        where you wait for the device anyway, when logging. All ranks raise together.
-
-        Raises:
-            ValueError: There were such values.
-        """
-        if self._nonfinite is not None and bool(self._nonfinite):
-            self._nonfinite = None
-            raise ValueError(NOT_FINITE)
-
-    @torch.no_grad()
-    def _apply_revival(self) -> None:
-        counts, nonfinite, offsets, anchors = self._reduce_over_ranks(self._collected)
-        self._collected, self._collected_before_backward = None, False
-        # A clone: under CUDA graphs the next replay overwrites what a forward has left.
-        self._nonfinite = nonfinite.clone() if self._nonfinite is None else self._nonfinite | nonfinite
-        # Without a question to the device: a step with values that are not finite changes nothing.
-        rate = torch.where(nonfinite, 0.0, 1 - self.usage_decay)
-        share = (counts / counts.sum()).to(self.usage.dtype)
-        self.usage.lerp_(share, rate)
-        codebook = self.embedding.weight
-        if offsets is not None:
-            # The average of all features that ever chose c, which weighs N_k so far, meets those of this step.
-            of_step = rate / counts.sum() / self.usage.clamp_min(torch.finfo(self.usage.dtype).tiny)
-            codebook = (codebook + of_step[:, None] * offsets).to(codebook.dtype)
-        if anchors is not None:
-            weight = torch.exp(-10 * self.num_codevectors * self.usage / (1 - self.usage_decay) - 1e-3)
-            codebook = codebook.lerp(anchors.vector, weight[:, None])
-        self.embedding.weight.copy_(torch.where(nonfinite, self.embedding.weight, codebook))
-
-    def _collect(self, collected: Collected) -> None:
-        if self._collected is not None:
-            before = self._collected
-            offsets, anchors = collected.offsets, collected.anchors
-            collected = Collected(
-                before.counts + collected.counts,
-                before.nonfinite | collected.nonfinite,
-                None if offsets is None else before.offsets + offsets,
-                None if anchors is None else better_anchors(before.anchors, anchors),
-            )
-        self._collected = collected
-
-    def _reduce_over_ranks(self, collected: Collected) -> Collected:
-        """Sum counts and offsets and keep the best anchors of all ranks: O(K d) traffic. A collective."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return collected
-        counts, nonfinite, offsets, anchors = collected
-        counts = torch.cat([counts, nonfinite.long()[None]])
-        dist.all_reduce(counts)
-        counts, nonfinite = counts[:-1], counts[-1] > 0
-        if offsets is not None:
-            offsets = offsets.clone()
-            dist.all_reduce(offsets)
-        if anchors is not None:
-            mine = torch.cat([anchors.score[:, None], anchors.vector], dim=1)  # (K, 1 + d)
-            gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-            dist.all_gather(gathered, mine)
-            anchors = None
-            for candidates in gathered:  # in the order of ranks, so that ties go to the lowest
-                anchors = better_anchors(anchors, Anchors(candidates[:, 0], candidates[:, 1:]))
-        return Collected(counts, nonfinite, offsets, anchors)
 
     def _check_input(self, z: torch.Tensor, wait: bool = False) -> torch.Tensor:
         """Refuse other shapes and, where that costs no wait for a busy device, values that are not finite.
@@ -520,20 +355,20 @@ class LooCQuantizer(nn.Module):
             z = F.interpolate(z, scale_factor=float(s), mode=mode, align_corners=False)
         # (B, n_q, H, dy, W, dx), or (B, n_q, L, dx)
         z = z.reshape(batch, channels, *(part for length in size for part in (length, s)))
-        positions, offsets = range(2, 2 + 2 * axes, 2), range(3, 2 + 2 * axes, 2)
+        positions, samples = range(2, 2 + 2 * axes, 2), range(3, 2 + 2 * axes, 2)
         if self.segment_layout == "channel":
-            z = z.permute(0, *positions, *offsets, 1)
+            z = z.permute(0, *positions, *samples, 1)
         else:  # the channels of pixel_unshuffle
-            z = z.permute(0, *positions, 1, *offsets)
+            z = z.permute(0, *positions, 1, *samples)
         return z.reshape(batch, *size, self.codes_per_position, self.codevector_dim)
 
-    def _pool(self, rows: torch.Tensor) -> torch.Tensor:
+    def _pool(self, segments: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C, d) -> (B, H, W, n_q): the mean over a position's interpolated samples."""
         samples = self.interpolation_factor**self.spatial_axes
-        rows = rows.flatten(-2)
+        values = segments.flatten(-2)
         if self.segment_layout == "channel":
-            return rows.unflatten(-1, (samples, self.vq_embed_dim)).mean(-2)
-        return rows.unflatten(-1, (self.vq_embed_dim, samples)).mean(-1)
+            return values.unflatten(-1, (samples, self.vq_embed_dim)).mean(-2)
+        return values.unflatten(-1, (self.vq_embed_dim, samples)).mean(-1)
 
     def _lookup(self, indices: torch.Tensor) -> torch.Tensor:
         """Codevectors of (B, H, W, C) indices, pooled: (B, H, W, n_q). Nothing of interpolated size where avoidable."""
@@ -553,62 +388,30 @@ class LooCQuantizer(nn.Module):
             return means.unflatten(-1, (self.vq_embed_dim, -1)).mean(-1)
         return self._pool(F.embedding(indices, self.codebook))
 
-    def _with_gradient(self, rows: torch.Tensor, codes: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
-        """The pooled codevectors, (B, H, W, n_q), with a gradient for the segments."""
+    def _with_gradient(self, segments: torch.Tensor, indices: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
+        """Return the pooled codevectors, (B, H, W, n_q), with a gradient for the segments."""
         if self.gradient == "rotation" and self.codevector_dim > 1:
-            rows = Rotation.apply(rows, self.codebook.detach(), difference, codes)
-        pooled = self._pool(rows)
-        return self._lookup(codes).detach() + (pooled - pooled.detach())  # the difference is exactly 0
+            segments = Rotation.apply(segments, self.codebook.detach(), difference, indices)
+        pooled = self._pool(segments)
+        return self._lookup(indices).detach() + (pooled - pooled.detach())  # the parenthesis is exactly 0
 
-    def _loss(self, rows: torch.Tensor, difference: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        by_gradient = self.codebook_update == "gradient" and self.learns
-        return QuantizerLoss.apply(rows, self.codebook, difference, indices, self.commitment_weight, by_gradient)
-
-    def _offsets(self, difference: torch.Tensor, indices: torch.Tensor) -> torch.Tensor | None:
-        if self.codebook_update != "ema":
-            return None
-        # In float64, so that the codebook does not depend on how features are spread over steps and ranks: near ties
-        # between codevectors would part what differs by float32's rounding.
-        wide = torch.float64 if difference.device.type in ("cpu", "cuda") else torch.float32
-        return sum_by_code(difference, indices, self.num_codevectors, wide).neg_()
-
-    def _loss_in_chunks(self, flat: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """The loss without a temporary of the size of `flat`."""
+    def _loss_in_chunks(self, vectors: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Return the loss of N vectors and their N indices, without a temporary of the size of `vectors`."""
         if is_recording():  # fused by the compiler
-            squared = (F.embedding(indices, self.codebook) - flat).square().sum()
+            squared = (F.embedding(chosen, self.codebook) - vectors).square().sum()
         else:
-            rows = max(1, (CHUNK_ELEMENTS if flat.device.type == "cpu" else GPU_CHUNK_ELEMENTS) // self.codevector_dim)
+            size = max(1, chunk_elements(vectors.device) // self.codevector_dim)
             squared = sum(
-                (F.embedding(chosen, self.codebook) - part).square_().sum()
-                for chosen, part in zip(indices.split(rows), flat.split(rows), strict=True)
+                (F.embedding(indices, self.codebook) - part).square_().sum()
+                for indices, part in zip(chosen.split(size), vectors.split(size), strict=True)
             )
-        return (1 + self.commitment_weight) * squared / flat.numel()
+        return (1 + self.commitment_weight) * squared / vectors.numel()
 
     def _like(self, quantized: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """(B, H, W, n_q) in the axes and the dtype of z."""
         if self.input_layout != "BLC":
             quantized = _channels_first(quantized)
         return quantized.to(z.dtype)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        codebook = state_dict.get(f"{prefix}embedding.weight")
-        if codebook is not None and f"{prefix}usage" not in state_dict:
-            # Of another vector quantizer: its codevectors must not count as unused.
-            state_dict[f"{prefix}usage"] = torch.full_like(codebook[:, 0], 1 / len(codebook))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._collected = None
-
-    def _apply(self, fn, recurse: bool = True):
-        """Follow `.to(device)`, but not `.half()` or `.to(dtype)`: codebook and usage stay float32."""
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(move, recurse)
-        if self._collected is not None and self._collected.counts.device != self.usage.device:
-            self._collected = self._nonfinite = None  # of a forward on another device
-        return self
 
     def extra_repr(self) -> str:
         return (
@@ -623,7 +426,3 @@ def _channels_first(z: torch.Tensor) -> torch.Tensor:
     """(B, H, W, n_q) -> (B, n_q, H, W), contiguous."""
     # Not movedim(-1, 1), whose negative axis gets into ONNX files of the older exporter, which no runtime takes.
     return z.permute(0, z.ndim - 1, *range(1, z.ndim - 1)).contiguous()
-
-
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

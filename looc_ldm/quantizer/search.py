@@ -17,15 +17,11 @@ import torch.nn.functional as F
 
 from looc_ldm.quantizer import search_cpu, search_triton
 from looc_ldm.quantizer.anchors import Anchors, draw_by_similarity, draw_uniformly
+from looc_ldm.quantizer.chunks import chunk_elements
 
 logger = logging.getLogger(__name__)
 
 DISTANCES = ("cosine", "euclidean")
-
-# Similarities that the plain torch back end holds at a time. On CPUs 4 MiB of float32, about a core's second-level
-# cache, where it was fastest; on GPUs 256 MiB, so that a step is a few large kernels.
-CHUNK_ELEMENTS = 2**20
-GPU_CHUNK_ELEMENTS = 2**26
 
 # Matrix kernels sum the columns of a last, partial tile in another order, and the similarities to equal codevectors
 # then differ in the last bit. Padding the codebook to a multiple of this lets ties go to the lowest index.
@@ -259,8 +255,8 @@ def _search_blocks(vectors: torch.Tensor, codebook: torch.Tensor, distance: str)
 
 
 def _chunks(vectors: torch.Tensor, num_codevectors: int) -> list[slice]:
-    rows = max(1, (CHUNK_ELEMENTS if vectors.device.type == "cpu" else GPU_CHUNK_ELEMENTS) // num_codevectors)
-    return [slice(start, start + rows) for start in range(0, len(vectors), rows)]
+    size = max(1, chunk_elements(vectors.device) // num_codevectors)
+    return [slice(start, start + size) for start in range(0, len(vectors), size)]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import math
 import torch
 from accelerate import Accelerator
 
+from looc_ldm.quantizer.loocq import LooCQuantizer
 from looc_ldm.training.config import OptimizerConfig
 
 
@@ -21,9 +22,12 @@ def learning_rate_at(optimizer: OptimizerConfig, images_seen: int, total_images:
 
 
 def adamw(model: torch.nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW over all parameters that are trained."""
+    """Return AdamW over all parameters that are trained by gradients."""
+    # A codebook that is a moving average has no gradient: weight decay alone would move it under DDP.
+    quantizers = [module for module in model.modules() if isinstance(module, LooCQuantizer)]
+    averages = {quantizer.embedding.weight for quantizer in quantizers if quantizer.codebook_update == "ema"}
     return torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in averages],
         lr=settings.learning_rate,
         betas=settings.betas,
         weight_decay=settings.weight_decay,

@@ -1,94 +1,110 @@
-"""What changes the codebook, and what freezes it."""
+"""The codebook learns if and only if the quantizer is in train mode and its weight requires a gradient."""
 
 import pytest
 import torch
+import torch.nn as nn
+from diffusers import VQModel
 
 from tiny import small_quantizer, tiny_autoencoder
 
 UPDATES = ("ema", "gradient")
 
 
-def train(module, parameters, steps: int = 20, width: int = 8, height: int = 4) -> None:
-    """Take optimizer steps on random input, and revive."""
-    quantizer = getattr(module, "quantize", module)
+def features(step: int) -> torch.Tensor:
+    return torch.randn(4, 8, 4, 4, generator=torch.Generator().manual_seed(step))
+
+
+def train(quantizer, parameters, steps: int = 3) -> bool:
+    """Take optimizer steps and revive. Return whether codebook or usage have moved."""
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
     optimizer = torch.optim.AdamW(parameters, lr=0.01)
     for step in range(steps):
-        x = torch.randn(4, width, height, height, generator=torch.Generator().manual_seed(step)).requires_grad_()
-        result = module(x)
-        quantized, loss = (result[0], result[1]) if isinstance(result, tuple) else (result.sample, result.commit_loss)
+        quantized, loss, _ = quantizer(features(step).requires_grad_())
         optimizer.zero_grad()
         (quantized.square().sum() + loss).backward()
         optimizer.step()
         quantizer.revive()
-
-
-def moved(quantizer, before: dict) -> bool:
     return any(not torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
 
 
-def state_of(quantizer) -> dict:
-    return {name: value.clone() for name, value in quantizer.state_dict().items()}
+def as_peft_does(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.requires_grad = False
 
 
-def leave(quantizer):
-    return quantizer
+# Functions of the quantizer and of a foreign module around it.
+FROZEN = {
+    "eval": lambda quantizer, around: quantizer.eval(),
+    "eval of the module around": lambda quantizer, around: around.eval(),
+    "quantizer": lambda quantizer, around: quantizer.requires_grad_(False),
+    "embedding": lambda quantizer, around: quantizer.embedding.requires_grad_(False),
+    "module around": lambda quantizer, around: around.requires_grad_(False),
+    "adapters": lambda quantizer, around: as_peft_does(around),
+}
+LEARNING = {
+    "as it is": lambda quantizer, around: None,
+    "frozen and back": lambda quantizer, around: quantizer.requires_grad_(False).requires_grad_(True),
+    "eval and back": lambda quantizer, around: around.eval().train(),
+    "alone in a frozen module": lambda quantizer, around: (
+        around.requires_grad_(False),
+        quantizer.requires_grad_(True),
+    ),
+}
 
 
 @pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize(
-    ("freeze", "freezes"),
-    [
-        (leave, False),
-        (lambda quantizer: quantizer.eval(), True),
-        (lambda quantizer: quantizer.requires_grad_(False), True),
-        (lambda quantizer: quantizer.requires_grad_(False).requires_grad_(True), False),
-        (lambda quantizer: quantizer.eval().train(), False),
-    ],
-    ids=["as it is", "eval", "frozen", "frozen and back", "eval and back"],
-)
-def test_eval_and_requires_grad_false_freeze_codebook_and_usage(update, freeze, freezes):
+@pytest.mark.parametrize("way", [*FROZEN, *LEARNING])
+def test_codebook_and_usage_move_unless_they_are_frozen(way, update):
     quantizer = small_quantizer(codebook_update=update)
+    around = nn.Sequential(nn.Conv2d(8, 8, 1), quantizer)
     parameters = [*quantizer.parameters()]
-    freeze(quantizer)
-    before = state_of(quantizer)
-    train(quantizer, parameters)
-    assert moved(quantizer, before) != freezes
+    {**FROZEN, **LEARNING}[way](quantizer, around)
+    assert train(quantizer, parameters) == (way in LEARNING)
 
 
 @pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("by_parameter", [False, True])
-def test_a_model_of_which_no_parameter_requires_a_gradient_keeps_its_codebook(update, by_parameter):
-    model = tiny_autoencoder(codebook_update=update).train()
-    if by_parameter:  # as peft does
-        for parameter in model.parameters():
-            parameter.requires_grad = False
+@pytest.mark.parametrize("way", FROZEN)
+def test_collected_segments_are_dropped_by_a_revive_after_freezing(way, update):
+    quantizer = small_quantizer(codebook_update=update)
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    quantizer(features(0))
+    around = nn.Sequential(quantizer)
+    FROZEN[way](quantizer, around)
+    quantizer.revive()
+    around.train().requires_grad_(True)
+    quantizer.revive()
+    for name, value in quantizer.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_frozen_autoencoder_keeps_its_codebook(ours, update):
+    quantizer = small_quantizer(codebook_update=update)
+    if ours:
+        model = tiny_autoencoder(vq_embed_dim=8)
     else:
-        model.requires_grad_(False)
-    before = state_of(model.quantize)
-    train(model, [*model.parameters()], width=3, height=16)
-    assert not moved(model.quantize, before)
+        model = VQModel(block_out_channels=(8,), norm_num_groups=4, vq_embed_dim=8, scaling_factor=1.0)
+    model.quantize = quantizer
+    parameters = [*model.parameters()]
+    model.train().requires_grad_(False)
+    assert not train(quantizer, parameters)
+    before = quantizer.codebook.clone()
+    model(torch.randn(2, 3, 16, 16).requires_grad_())
+    quantizer.revive()
+    assert torch.equal(quantizer.codebook, before)
     model.encoder.requires_grad_(True)
-    train(model, [*model.encoder.parameters()], width=3, height=16)
-    assert moved(model.quantize, before) == (update == "ema")  # a codebook by gradient has its own switch
-
-
-@pytest.mark.parametrize("update", UPDATES)
-def test_the_quantizer_of_a_frozen_model_is_frozen_also_where_it_is_called_by_itself(update):
-    model = tiny_autoencoder(codebook_update=update).train().requires_grad_(False)
-    before = state_of(model.quantize)
-    x = torch.randn(2, 3, 16, 16).requires_grad_()
-    model.quantize(model.encode(x).latents)
-    model.quantize.revive()
-    assert not moved(model.quantize, before)
+    assert not train(quantizer, parameters)
+    model.requires_grad_(True)
+    assert train(quantizer, parameters)
 
 
 @pytest.mark.parametrize("update", UPDATES)
 def test_a_frozen_quantizer_still_gives_the_encoder_its_gradient(update):
-    free, frozen = small_quantizer(codebook_update=update), small_quantizer(codebook_update=update)
-    frozen.requires_grad_(False)
     gradients = []
-    for quantizer in (free, frozen):
-        z = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    for frozen in (False, True):
+        z = features(1).requires_grad_()
+        quantizer = small_quantizer(codebook_update=update).requires_grad_(not frozen)
         quantized, loss, _ = quantizer(z)
         (quantized.square().sum() + loss).backward()
         gradients.append(z.grad)
@@ -97,13 +113,11 @@ def test_a_frozen_quantizer_still_gives_the_encoder_its_gradient(update):
 
 def test_a_training_forward_without_gradients_changes_nothing():
     quantizer = small_quantizer()
-    before = state_of(quantizer)
-    z = torch.randn(2, 8, 4, 4)
+    before = quantizer.codebook.clone()
     with torch.no_grad():
-        first = quantizer(z)[0]
-        assert torch.equal(quantizer(z)[0], first)
+        first = quantizer(features(0))[0]
+        assert torch.equal(quantizer(features(0))[0], first)
     quantizer.revive()
-    assert not moved(quantizer, before)
-    quantizer(z)
-    quantizer.revive()
-    assert moved(quantizer, before)
+    assert torch.equal(quantizer.codebook, before)
+    assert quantizer.usage.sum() == 0
+    assert train(quantizer, quantizer.parameters())

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from looc_ldm.quantizer import search, search_cpu
+from looc_ldm.quantizer import chunks, search, search_cpu
 from looc_ldm.quantizer.search import DISTANCES, nearest_codevectors
 from tiny import similarity_float64
 
@@ -37,7 +37,7 @@ def test_equally_similar_vectors_lose_to_the_first_of_them(monkeypatch):
     codebook = torch.tensor([[1.0, 2.0], [-3.0, 1.0]])
     vectors = torch.cat([codebook, 2 * codebook, 4 * codebook])  # the same two directions
     for rows in (1, 2, 100):
-        monkeypatch.setattr(search, "CHUNK_ELEMENTS", rows * len(codebook))
+        monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", rows * len(codebook))
         anchors = nearest_codevectors(vectors, codebook, "cosine", "closest").anchors
         assert torch.equal(anchors.vector, codebook)
 
@@ -50,7 +50,7 @@ def test_the_result_does_not_depend_on_the_chunk_size(distance, monkeypatch):
         vectors, codebook = vectors.round(), codebook.round()
     whole = nearest_codevectors(vectors, codebook, distance, "closest")
     for rows in (1, 7, 64, 999):
-        monkeypatch.setattr(search, "CHUNK_ELEMENTS", rows * len(codebook))
+        monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", rows * len(codebook))
         chunked = nearest_codevectors(vectors, codebook, distance, "closest")
         assert torch.equal(chunked.indices, whole.indices)
         assert torch.equal(chunked.anchors.vector, whole.anchors.vector)
