@@ -2,7 +2,6 @@
 
 python benchmarks/benchmarks_page.py                        all tables
 python benchmarks/benchmarks_page.py --quickstart FOLDER    and pictures and figures of a finished quickstart
-python benchmarks/benchmarks_page.py --starter              and the picture of the starter model
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from results import DOCS, RESULTS, ROOT, fill, markdown_table, read_results, replace_results
+from results import DOCS, RESULTS, fill, markdown_table, read_results, replace_results
 from torch.utils.flop_counter import FlopCounterMode
 
 from looc_ldm import LooCVQModel, configs
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import construct, load_config
 from looc_ldm.training.denoiser import Denoiser
-from looc_ldm.utils.errors import UserError, one_line_errors
+from looc_ldm.utils.errors import one_line_errors
 
 BYTES_PER_PARAMETER = 20  # float32 weight, gradient, two moments of AdamW, average
 SUSTAINED_FLOPS = 1e14
@@ -197,11 +196,9 @@ def measured_tables() -> dict[str, str]:
 
 def take_quickstart(folder: Path) -> None:
     """Take pictures and figures of a finished quickstart."""
-    for name in ("figures.json", "samples.png", "reconstructions.png"):
-        if not (folder / name).is_file():
-            raise UserError(f"no {name} in {str(folder)!r}: it must be the folder of a finished quickstart.")
-    for name in ("samples", "reconstructions"):
-        enlarge(folder / f"{name}.png", name)
+    for name in ("samples.png", "reconstructions.png"):
+        with Image.open(folder / name) as image:
+            image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(DOCS / name)
     figures = json.loads((folder / "figures.json").read_text())
     names = ("protocol", "images", "psnr", "ssim", "bits_per_pixel", "codebook_use", "perplexity")
     line = {"command": "looc-ldm quickstart"} | {name: figures["reconstruction"][name] for name in names}
@@ -209,22 +206,13 @@ def take_quickstart(folder: Path) -> None:
     replace_results(RESULTS / "quickstart.jsonl", [line], ["command"])
 
 
-def enlarge(picture: Path, name: str) -> None:
-    """Write a picture, twice as large, to docs/NAME.png."""
-    with Image.open(picture) as image:
-        image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(DOCS / f"{name}.png")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", type=Path, metavar="FOLDER", help="folder of a finished `looc-ldm quickstart`")
-    parser.add_argument("--starter", action="store_true", help="take the picture of the starter model's card")
     options = parser.parse_args()
     with one_line_errors():
         if options.quickstart is not None:
             take_quickstart(options.quickstart)
-        if options.starter:
-            enlarge(ROOT / "looc_ldm" / "data" / "starter" / "samples.png", "starter")
         costs = {"autoencoder costs": autoencoder_costs(), "diffusion costs": diffusion_costs()}
         fill(DOCS / "benchmarks.md", measured_tables() | costs)
 

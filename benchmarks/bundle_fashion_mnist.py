@@ -17,18 +17,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-CLASSES = [
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-]
+CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 SPLITS = {"train": slice(0, 800), "validation": slice(800, 900)}  # of each class
 
 
@@ -57,12 +46,11 @@ def write(source: Path, part: str, splits: dict[str, slice], out: Path) -> None:
 def main() -> None:
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    source, bundled = Path(sys.argv[1]), Path(__file__).resolve().parent.parent / "looc_ldm" / "data" / "fashion_mnist"
-    if len(sys.argv) == 2:
-        write(source, "train", SPLITS, bundled)
-    else:
-        write(source, "train", SPLITS, Path(sys.argv[2]))
-        write(source, "t10k", {"test": slice(None)}, Path(sys.argv[2]))
+    source, *given = map(Path, sys.argv[1:])
+    (out,) = given or [Path(__file__).resolve().parent.parent / "looc_ldm" / "data" / "fashion_mnist"]
+    write(source, "train", SPLITS, out)
+    if given:
+        write(source, "t10k", {"test": slice(None)}, out)
 
 
 if __name__ == "__main__":

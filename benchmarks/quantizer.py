@@ -4,7 +4,6 @@
     python benchmarks/quantizer.py --device cuda       the same on a GPU
     python benchmarks/quantizer.py --dims 4            a third of it
     python benchmarks/quantizer.py --gradients         training with the rotation trick against straight-through, d = 4
-    python benchmarks/quantizer.py --backends          the search back ends on a CPU; only printed
 
 Writes benchmarks/results/quantizer.jsonl, one line per size and mode. The contestants take turns, and each figure is
 the fastest of its turns: read the ratios, not the milliseconds. Every contestant gets N vectors of d dimensions and one
@@ -15,8 +14,8 @@ codebook of K codevectors, and measures by euclidean distance:
     lucidrains  vector-quantize-pytorch with its defaults, 8 heads that share the codebook, rotation trick
     cdist       torch.cdist and argmin, straight-through, the two losses
 
-"Evaluation" is a forward without gradient in eval mode, "training" forward and backward in training mode. Memory is the
-growth of the process's peak during the call (on CUDA, of the peak of allocated memory). Null does not fit.
+"Evaluation" is a forward without gradient in eval mode, "training" is forward and backward in training mode. Memory is
+the growth of the process's peak during the call; on CUDA, of the peak of allocated memory. Null: it does not fit.
 """
 
 from __future__ import annotations
@@ -38,11 +37,9 @@ from results import RESULTS, circumstances, replace_results
 
 from looc_ldm import LooCQuantizer
 from looc_ldm.quantizer.loocq import GRADIENTS
-from looc_ldm.quantizer.search import nearest_codevectors
 
 HEADS = 8
-TURNS, SECONDS = 5, 5.0  # turns of each contestant, and when to stop earlier
-TOO_SLOW = 20.0  # seconds of a first call after which there is no second
+TURNS = 3
 SIDE = 64
 CONTESTANTS = ("looc", "diffusers", "lucidrains", "cdist")
 
@@ -160,9 +157,7 @@ def measure_memory(queue, name: str, n: int, k: int, d: int, training: bool, dev
 
 def memory(*arguments) -> float | None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["looc_ldm.quantizer.loocq", "diffusers", "vector_quantize_pytorch", "numba", "scipy"]
-    )
+    context.set_forkserver_preload(["looc_ldm.quantizer.loocq", "diffusers", "vector_quantize_pytorch", "numba"])
     queue = context.Queue()
     process = context.Process(target=measure_memory, args=(queue, *arguments))
     process.start()
@@ -180,19 +175,11 @@ def cell(n: int, k: int, d: int, training: bool, device: str) -> dict[str, dict[
         for name in CONTESTANTS
         if figures[name]["mib"] is not None
     }
-    turns = {name: [seconds(call, device)] for name, call in calls.items()}  # warms up
-    for taken in turns.values():
-        if taken[0] < TOO_SLOW:
-            taken.clear()
-    started = time.monotonic()
-    for turn in range(TURNS):
-        for name, call in calls.items():
-            slow = turns[name] and min(turns[name]) > SECONDS / TURNS
-            if not slow and (turn < 3 or time.monotonic() - started < SECONDS * len(calls)):
-                turns[name].append(seconds(call, device))
-        gc.collect()
-    for name, taken in turns.items():
-        figures[name]["ms"] = 1000 * min(taken)
+    for call in calls.values():
+        call()  # warms up
+    turns = [{name: seconds(call, device) for name, call in calls.items()} for _ in range(TURNS)]
+    for name in calls:
+        figures[name]["ms"] = 1000 * min(turn[name] for turn in turns)
     return figures
 
 
@@ -203,7 +190,7 @@ def gradients(device: str) -> list[dict]:
         for n in (2**16, 2**18, 2**20):
             calls = {g: call_of("looc", *make("looc", n, k, 4, device, g), True) for g in GRADIENTS}
             turns = {name: [] for name in calls}
-            for turn in range(-1, 2 * TURNS):  # one to warm up
+            for turn in range(-1, 10):  # one to warm up
                 for name, call in calls.items():
                     taken = seconds(call, device)
                     turns[name] += [taken] if turn >= 0 else []
@@ -216,52 +203,6 @@ def gradients(device: str) -> list[dict]:
     return cells
 
 
-def backends(dims: list[int]) -> None:
-    """Print the milliseconds of each CPU back end at N = 262,144."""
-    from looc_ldm.quantizer import search, search_cpu
-
-    print("|  K | d | cosine | fused loop | k-d tree | chunks | closest: fused | closest: chunks |\n|" + "---:|" * 8)
-    threads = torch.get_num_threads()
-    for d in dims:
-        for k in (256, 512, 1024, 8192, 32768, 65536):
-            for cosine in (False, True):
-                torch.manual_seed(0)
-                vectors, codebook = torch.randn(2**18, d), torch.randn(k, d)
-                query = search._query(codebook, "cosine" if cosine else "euclidean")
-                arrays = [tensor.numpy() for tensor in (vectors, *query)]
-                small = [arrays[0][:256], *arrays[1:]]
-                search_cpu.search_fused(*small, threads)  # compiles
-                search_cpu.closest_fused(*small, cosine, threads)
-                calls = [
-                    lambda a=arrays: search_cpu.search_fused(*a, threads),
-                    lambda a=arrays, c=cosine: search_cpu.search_tree(a[0], a[1], a[3], c, threads),
-                    lambda v=vectors, q=query, c=cosine: search._search_chunks(v, q, c),
-                    lambda a=arrays, c=cosine: search_cpu.closest_fused(*a, c, threads),
-                    lambda v=vectors, q=query, c=cosine: search._closest_chunks(v, q, c),
-                ]
-                taken = [[] for _ in calls]
-                for _ in range(3 if k <= 8192 else 1):
-                    for times, call in zip(taken, calls, strict=True):
-                        times.append(seconds(call, "cpu"))
-                row = " | ".join(f"{1000 * min(times):.0f}" for times in taken)
-                print(f"| {k} | {d} | {cosine} | {row} |", flush=True)
-
-
-def bandwidth_floor(n: int, d: int) -> float:
-    """Return the milliseconds of one read of the vectors and one write of int64 indices, at a 1 GiB copy's speed."""
-    source = torch.empty(2**28, device="cuda")
-    target = torch.empty_like(source)
-    copy = min(seconds(lambda: target.copy_(source), "cuda") for _ in range(10))
-    return 1000 * copy * (4 * n * d + 8 * n) / (2 * 4 * 2**28)
-
-
-def search_time(n: int, k: int, d: int) -> float:
-    """Return the milliseconds of our search, without the rest of the quantizer."""
-    vectors, codebook = torch.randn(n, d, device="cuda"), torch.randn(k, d, device="cuda")
-    nearest_codevectors(vectors, codebook, "euclidean")  # compiles
-    return 1000 * min(seconds(lambda: nearest_codevectors(vectors, codebook, "euclidean"), "cuda") for _ in range(10))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", type=int, nargs="+", default=[2**16, 2**18, 2**20], help="N")
@@ -269,12 +210,8 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 4, 8], help="d")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS / "quantizer.jsonl")
-    parser.add_argument("--backends", action="store_true", help="compare the CPU back ends instead")
     parser.add_argument("--gradients", action="store_true", help="compare the gradients of training instead")
     options = parser.parse_args()
-    if options.backends:
-        backends(options.dims)
-        return
     about = circumstances(options.device, "vector-quantize-pytorch", "numba", "scipy")
     about["command"] = "python benchmarks/quantizer.py --device " + options.device
     keys = ["kind", "n", "k", "d", "training", "device"]
@@ -288,8 +225,6 @@ def main() -> None:
                 for training in (False, True):
                     size = {"kind": "quantizers", "n": n, "k": k, "d": d, "training": training}
                     line = {**size, **cell(n, k, d, training, options.device)}
-                    if options.device == "cuda":
-                        line |= {"floor_ms": bandwidth_floor(n, d), "search_ms": search_time(n, k, d)}
                     print(json.dumps(line), flush=True)
                     replace_results(options.output, [line | about], keys)
 

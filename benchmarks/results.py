@@ -22,18 +22,11 @@ DOCS = ROOT / "docs"
 
 def read_results(file: Path) -> list[dict]:
     """Return the lines of a file, none if it does not exist."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    results = []
-    for number, line in enumerate(lines, 1):
-        try:
-            results.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{str(file)!r}, line {number}, is not JSON: remove it.") from None
-    return results
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def add_result(file: Path, result: dict) -> None:
-    """Append a line. Several processes may do so at once."""
+    """Append a line to a file. Several processes may do so at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lines:
         lines.write(json.dumps(result) + "\n")
@@ -79,16 +72,12 @@ def markdown_table(rows: Sequence[dict], align_left: int = 1) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def filled(page: str, tables: dict[str, str]) -> str:
-    """Return a page with each table between its markers, `<!-- NAME -->` and `<!-- /NAME -->`."""
+def fill(file: Path, tables: dict[str, str]) -> None:
+    """Write each table between its markers in a page, `<!-- NAME -->` and `<!-- /NAME -->`."""
+    page = file.read_text()
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         page, count = pattern.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", page)
         if count != 1:
-            raise UserError(f"the page must have the markers of {name!r} once, got them {count} times.")
-    return page
-
-
-def fill(file: Path, tables: dict[str, str]) -> None:
-    """Write tables between their markers in a file."""
-    replace_text(file, filled(file.read_text(), tables))
+            raise UserError(f"{str(file)!r} must have the markers of {name!r} once, got them {count} times.")
+    replace_text(file, page)

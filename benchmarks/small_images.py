@@ -40,18 +40,13 @@ def load_images(name: str, root: Path, split: str) -> torch.Tensor:
     """
     if name not in SETS:
         raise DataError(f"set must be one of {', '.join(SETS)}, got {name!r}.")
-    return read_images(name, root / name, split)
-
-
-def read_images(name: str, folder: Path, split: str) -> torch.Tensor:
-    """Read the images of a split from the folder that holds its files."""
     read = _cifar10_batch if name == "cifar10" else _idx
-    images = torch.cat([read(file) for file in _files(name, folder, split)])
+    images = torch.cat([read(file) for file in _files(name, root / name, split)])
     expected = 10_000 if split == "test" else COUNTS[name]
     mean = images.double().mean().item() / 255
     if len(images) != expected or abs(mean - MEANS[name][split == "test"]) > 1e-3:
         raise DataError(
-            f"{str(folder)!r} does not hold {name}: {len(images):,} images of mean {mean:.4f} in the {split} split."
+            f"{str(root / name)!r} does not hold {name}: {split} split of {len(images):,} images of mean {mean:.4f}."
         )
     return images
 
@@ -94,10 +89,7 @@ def _idx(file: Path) -> torch.Tensor:
 
 def _cifar10_batch(file: Path) -> torch.Tensor:
     if file.suffix == ".png":
-        try:
-            pixels = np.asarray(Image.open(file).convert("RGB"))  # one image per row
-        except OSError as error:
-            raise DataError(f"{str(file)!r} is not a picture: {error}.") from None
+        pixels = np.asarray(Image.open(file).convert("RGB"))  # one image per row
         if pixels.shape[1] * 3 != CIFAR10_BYTES:
             raise DataError(f"{str(file)!r} has {pixels.shape[1]} columns, not the 1,024 pixels of an image.")
         return torch.from_numpy(pixels.copy()).view(-1, 32, 32, 3).permute(0, 3, 1, 2).contiguous()

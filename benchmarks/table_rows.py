@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn as nn
-from hierarchical import HierarchicalVQModel, summed_squared_error
 
 from looc_ldm import LooCQuantizer, LooCSmallVQModel
 from looc_ldm.baselines import (
@@ -43,162 +42,93 @@ VARIANTS = {
 RECIPES = [variant for variant in VARIANTS if variant != "-no-revival"]
 
 
-def small_vqvae(make_quantizer: Callable[[int], nn.Module], n_q: int = N_Q) -> Callable[..., LooCSmallVQModel]:
-    """Return a function of channels, side and batches of the training that makes the published small VQ-VAE."""
-
-    def make_model(channels: int, side: int, batches: int) -> LooCSmallVQModel:
-        model = LooCSmallVQModel(channels, channels, sample_size=side, vq_embed_dim=n_q, interpolation_factor=1)
-        model.quantize = make_quantizer(batches)
-        return model
-
-    return make_model
-
-
 @dataclass(frozen=True)
 class Row:
-    """One quantizer.
+    """One quantizer in the published small VQ-VAE.
 
     Attributes:
         name: Name on the command line and in the results.
         method: Name for readers.
-        make_model: Makes the autoencoder from its channels, the side of its images in pixels, and the batches of the
-            training.
+        make_quantizer: Makes the quantizer, given the number of batches of the training.
+        n_q: Channels of the latents.
         objective: Loss of `small_vqvae.train` if it is not the published one.
-        training: Returns the settings of `small_vqvae.Training` that the row always has, given the number of values in
-            an image.
     """
 
     name: str
     method: str
-    make_model: Callable[[int, int, int], nn.Module]
+    make_quantizer: Callable[[int], nn.Module]
+    n_q: int = N_Q
     objective: Callable | None = None
-    training: Callable[[int], dict] = lambda values: {}
+
+    def make_model(self, channels: int, side: int, batches: int) -> LooCSmallVQModel:
+        """Return the autoencoder of images of `side` pixels for a training of `batches`."""
+        model = LooCSmallVQModel(channels, channels, sample_size=side, vq_embed_dim=self.n_q, interpolation_factor=1)
+        model.quantize = self.make_quantizer(batches)
+        return model
 
 
 def _looc(codevectors: int, dim: int, factor: int = 1, variant: str = "") -> Row:
     changes, words = VARIANTS[variant]
     name = f"looc-{codevectors}x{dim}" + (f"-s{factor}" if factor > 1 else "") + variant
-
-    def make(batches: int) -> LooCQuantizer:
-        return LooCQuantizer(N_Q, codevectors, dim, interpolation_factor=factor, **PUBLISHED | changes)
-
     size = f"{codevectors}×{dim}" + (" (m = 1)" if dim == N_Q else "")
-    return Row(name, f"LooC {size}, s={factor}, {words}", small_vqvae(make))
+    settings = {"interpolation_factor": factor, **PUBLISHED, **changes}
+    method = f"LooC {size}, s={factor}, {words}"
+    return Row(name, method, lambda _: LooCQuantizer(N_Q, codevectors, dim, **settings))
+
+
+def _cvq(name: str, method: str, factor: int = 1, **settings) -> Row:
+    """Return LooC with one segment of 64 channels."""
+    return Row(name, method, lambda _: LooCQuantizer(64, 512, 64, factor, **settings), n_q=64)
 
 
 def _rows() -> list[Row]:
     sizes_3 = [(256, dim) for dim in (4, 8, 16, 32, 64)]
     sizes_4 = [(256, 128), (512, 64), (1024, 32), (2048, 16), (4096, 8), (8192, 4)]
     sizes_5 = [(codevectors, 4) for codevectors in (16, 24, 32, 64, 128, 256, 512, 1024)]
-    looc = dict.fromkeys(sizes_3 + sizes_4 + sizes_5)
-    rows = [_looc(*size) for size in looc]
+    rows = [_looc(*size) for size in dict.fromkeys(sizes_3 + sizes_4 + sizes_5)]
     rows += [_looc(*size, variant="-ema-rotation") for size in ((256, 16), (256, 64), (1024, 4), (8192, 4))]
     rows += [_looc(size, 4, variant=variant) for size in (32, 256) for variant in RECIPES[1:]]
     rows += [_looc(256, 4, factor) for factor in (2, 3, 4)]
     rows += [_looc(*size, variant="-no-revival") for size in ((256, 4), (1024, 4))]
+    sq = lambda batches: StochasticQuantizer(64, 512, annealing=2 / batches)  # noqa: E731
+    pq = lambda size, **settings: lambda _: ProductQuantizer(N_Q, size, 4, **settings)  # noqa: E731
     # Other methods, at their published sizes.
     rows += [
-        Row(
-            "vq-512x64",
-            "VQ-VAE 512×64 (n_q = 64)",
-            small_vqvae(
-                lambda _: LooCQuantizer(64, 512, 64, 1, distance="euclidean", anchor="none", **PUBLISHED), n_q=64
-            ),
-        ),
-        Row(
-            "hvq-512x64",
-            "HVQ-VAE 512×64, two levels (n_q = 64)",
-            lambda channels, side, batches: HierarchicalVQModel(
-                channels, channels, sample_size=side, anneal_batches=batches
-            ),
-            summed_squared_error,
-            # As its authors train it (Williams et al. 2020). The gradients of its draws grow with one over the
-            # temperature, which ends at 0.001. The norm is 1 for a loss that is a mean over the values of an image.
-            lambda values: {"decay_from": 2 / 3, "decay_to": 0.1, "max_grad_norm": float(values)},
-        ),
-        Row(
-            "sq-512x64",
-            "SQ-VAE 512×64 (n_q = 64)",
-            small_vqvae(lambda batches: StochasticQuantizer(64, 512, annealing=2 / batches), n_q=64),
-            gaussian_likelihood,
-        ),
-        Row(
-            "cvq-512x64",
-            "CVQ-VAE 512×64 (n_q = 64)",
-            small_vqvae(lambda _: LooCQuantizer(64, 512, 64, 1, **PUBLISHED), n_q=64),
-        ),
-        Row(
-            "cvq-512x64-s2",
-            "LooC with m = 1, s=2: 512×64 (n_q = 64), published rule",
-            small_vqvae(lambda _: LooCQuantizer(64, 512, 64, interpolation_factor=2, **PUBLISHED), n_q=64),
-        ),
-        Row(
-            "pq-32x8x4",
-            "PQ, 32 codebooks of 8×4",
-            small_vqvae(lambda _: ProductQuantizer(N_Q, 8, 4, **PUBLISHED)),
-        ),
+        _cvq("vq-512x64", "VQ-VAE 512×64 (n_q = 64)", distance="euclidean", anchor="none", **PUBLISHED),
+        Row("sq-512x64", "SQ-VAE 512×64 (n_q = 64)", sq, 64, gaussian_likelihood),
+        _cvq("cvq-512x64", "CVQ-VAE 512×64 (n_q = 64)", **PUBLISHED),
+        _cvq("cvq-512x64-s2", "LooC with m = 1, s=2: 512×64 (n_q = 64), published rule", 2, **PUBLISHED),
+        Row("pq-32x8x4", "PQ, 32 codebooks of 8×4", pq(8, **PUBLISHED)),
     ]
     # LooC's default rule in CVQ-VAE and PQ.
+    words = "moving average, rotation trick"
     rows += [
-        Row(
-            "cvq-512x64-ema-rotation",
-            "CVQ-VAE 512×64 (n_q = 64), moving average, rotation trick",
-            small_vqvae(lambda _: LooCQuantizer(64, 512, 64, 1, **DEFAULT), n_q=64),
-        ),
-        Row(
-            "pq-32x8x4-ema-rotation",
-            "PQ, 32 codebooks of 8×4, moving average, rotation trick",
-            small_vqvae(lambda _: ProductQuantizer(N_Q, 8, 4, **DEFAULT)),
-        ),
+        _cvq("cvq-512x64-ema-rotation", f"CVQ-VAE 512×64 (n_q = 64), {words}", **DEFAULT),
+        Row("pq-32x8x4-ema-rotation", f"PQ, 32 codebooks of 8×4, {words}", pq(8, **DEFAULT)),
     ]
     # PQ with the loss weight of LooC's codebook; 32 and 256 have the rates of LooC 32×4 and 256×4.
-    rows += [
-        Row(
-            f"pq-32x{size}x4-mean",
-            f"PQ, 32 codebooks of {size}×4, mean of their losses",
-            small_vqvae(lambda _, size=size: ProductQuantizer(N_Q, size, 4, sum_losses=False, **PUBLISHED)),
-        )
-        for size in (8, 32, 256)
-    ]
-    rows += [
-        Row(
-            f"rq-256x128-depth{depth}",
-            f"RQ 256×128, depth {depth}",
-            small_vqvae(lambda _, depth=depth: ResidualQuantizer(N_Q, 256, depth, kmeans_init=True)),
-        )
-        for depth in (1, 8, 32)
-    ]
-    rows.append(
-        Row(
-            "factorized-256x8",
-            "ViT-VQGAN's codes 256×8",
-            small_vqvae(lambda _: FactorizedQuantizer(N_Q, 256, 8)),
-        )
-    )
-    for codes in (1, 8, 32):
+    for size in (8, 32, 256):
+        method = f"PQ, 32 codebooks of {size}×4, mean of their losses"
+        rows.append(Row(f"pq-32x{size}x4-mean", method, pq(size, sum_losses=False, **PUBLISHED)))
+    for depth in (1, 8, 32):
+        rq = lambda _, depth=depth: ResidualQuantizer(N_Q, 256, depth, kmeans_init=True)  # noqa: E731
+        rows.append(Row(f"rq-256x128-depth{depth}", f"RQ 256×128, depth {depth}", rq))
+    rows.append(Row("factorized-256x8", "ViT-VQGAN's codes 256×8", lambda _: FactorizedQuantizer(N_Q, 256, 8)))
+    for codes in (1, 8, 32):  # (8, 5, 5): 200 values, 7.6 bits
+        fsq = lambda _, codes=codes: FiniteScalarQuantizer(N_Q, (8, 5, 5), codes)  # noqa: E731
+        lfq = lambda _, codes=codes: LookupFreeQuantizer(N_Q, 8, codes)  # noqa: E731
+        rfsq = lambda _, codes=codes: ResidualFiniteScalarQuantizer(N_Q, (8, 5, 5), codes)  # noqa: E731
         rows += [
-            Row(
-                f"fsq-{codes}x8-5-5",  # 200 values, 7.6 bits
-                f"FSQ (8, 5, 5), {codes} per position",
-                small_vqvae(lambda _, codes=codes: FiniteScalarQuantizer(N_Q, (8, 5, 5), codes)),
-            ),
-            Row(
-                f"lfq-{codes}x8bits",
-                f"LFQ, {codes} codes of 8 bits",
-                small_vqvae(lambda _, codes=codes: LookupFreeQuantizer(N_Q, 8, codes)),
-            ),
-            Row(
-                f"rfsq-8-5-5-depth{codes}",
-                f"residual FSQ (8, 5, 5), depth {codes}",
-                small_vqvae(lambda _, codes=codes: ResidualFiniteScalarQuantizer(N_Q, (8, 5, 5), codes)),
-            ),
+            Row(f"fsq-{codes}x8-5-5", f"FSQ (8, 5, 5), {codes} per position", fsq),
+            Row(f"lfq-{codes}x8bits", f"LFQ, {codes} codes of 8 bits", lfq),
+            Row(f"rfsq-8-5-5-depth{codes}", f"residual FSQ (8, 5, 5), depth {codes}", rfsq),
         ]
     return rows
 
 
 ROWS = {row.name: row for row in _rows()}
 TABLES: dict[str, list[str]] = {
-    "1": ["vq-512x64", "hvq-512x64", "sq-512x64", "cvq-512x64", "pq-32x8x4", "looc-32x4", "looc-256x4"],
+    "1": ["vq-512x64", "sq-512x64", "cvq-512x64", "pq-32x8x4", "looc-32x4", "looc-256x4"],
     "3": [f"looc-256x{dim}" for dim in (4, 8, 16, 32, 64)],
     "4": ["looc-256x128", "looc-512x64", "looc-1024x32", "looc-2048x16", "looc-4096x8", "looc-8192x4"],
     "5": [f"looc-{codevectors}x4" for codevectors in (16, 24, 32, 64, 128, 256, 512, 1024)],
@@ -213,7 +143,6 @@ TABLES["8"] = TABLES["1"]
 PAPER_ROWS: dict[str, dict[str, str]] = {
     "1": {
         "vq-512x64": "vq",
-        "hvq-512x64": "hvq",
         "sq-512x64": "sq",
         "cvq-512x64": "cvq",
         "pq-32x8x4": "pq",

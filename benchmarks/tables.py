@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -30,12 +28,12 @@ import torch
 from results import RESULTS, ROOT, add_result, circumstances, read_results
 from small_images import COUNTS, SETS, check_files, load_images
 from small_vqvae import EPOCHS, Training, train
-from table_rows import PAPER_ROWS, ROWS, TABLES, Row
+from table_rows import ROWS, TABLES, Row
 
 from looc_ldm.images.pixels import to_float
 from looc_ldm.metrics import InceptionFeatures, evaluate_reconstruction
 from looc_ldm.metrics.lpips import load_lpips
-from looc_ldm.utils.errors import UserError, one_line_errors
+from looc_ldm.utils.errors import one_line_errors
 
 BATCH = 250  # test images at a time
 COMMAND_SETTINGS = [field.name for field in fields(Training) if field.name != "images"]
@@ -47,29 +45,25 @@ def load_paper() -> dict:
 
 
 def load_networks(options: argparse.Namespace) -> dict:
-    """Return LPIPS, and the Inception features by protocol, as far as files of weights are given."""
+    """Return LPIPS and the Inception features of each protocol; None without a file of weights."""
     networks = {"lpips": None, "clean": None, "paper": None}
-    try:
-        if options.lpips_vgg_weights is not None:
-            networks["lpips"] = {"lpips_vgg": load_lpips("vgg", options.lpips_vgg_weights).to(options.device)}
-        if options.inception_weights is not None:
-            for protocol, resize in (("clean", None), ("paper", 229)):
-                networks[protocol] = InceptionFeatures("2048", options.inception_weights, pil_resize=resize)
-                networks[protocol].check()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the weights of a metric: {' '.join(str(error).split())}") from None
+    if options.lpips_vgg_weights is not None:
+        networks["lpips"] = {"lpips_vgg": load_lpips("vgg", options.lpips_vgg_weights).to(options.device)}
+    if options.inception_weights is not None:
+        for protocol, resize in (("clean", None), ("paper", 229)):
+            networks[protocol] = InceptionFeatures("2048", options.inception_weights, pil_resize=resize)
+            networks[protocol].check()
     return networks
 
 
-def training_of(row: Row, images: str, options: argparse.Namespace) -> Training:
-    """Return the settings of the command line and, over these, those of the row."""
+def training_of(images: str, options: argparse.Namespace) -> Training:
+    """Return the settings of the command line for a set of images."""
     settings = {name: getattr(options, name) for name in COMMAND_SETTINGS}
-    values = {"mnist": 28 * 28, "fashion_mnist": 28 * 28, "cifar10": 3 * 32 * 32}[images]
-    return Training(options.images or EPOCHS * COUNTS[images], **settings | row.training(values))
+    return Training(options.images or EPOCHS * COUNTS[images], **settings)
 
 
 def run_row(row: Row, images: str, training: Training, networks: dict, options: argparse.Namespace) -> dict:
-    """Train and measure one row on one set. Returns the result."""
+    """Train and measure one row on one set, and return the result."""
     pixels = load_images(images, options.data, "train")
     channels, side = pixels.shape[1], pixels.shape[-1]
     started_with = circumstances(options.device, "torchvision")  # a checkout may change during a long training
@@ -77,7 +71,7 @@ def run_row(row: Row, images: str, training: Training, networks: dict, options: 
         lambda: row.make_model(channels, side, training.steps),
         pixels,
         training,
-        checkpoint_of(row, images, training, options.work),
+        options.work / f"{'_'.join([images, row.name, *flags_of(training)]).replace(' ', '')}.pt",
         torch.device(options.device),
         row.objective,
         lambda line: print(f"{images} {row.name}: {line}", flush=True),
@@ -97,44 +91,14 @@ def run_row(row: Row, images: str, training: Training, networks: dict, options: 
         **outcome,
         **figures,
         **started_with,
-        "command": command_of(row, images, training, figures["clean"]),
+        "command": " ".join([f"python benchmarks/tables.py all --row {row.name} --sets {images}", *flags_of(training)]),
     }
 
 
-def checkpoint_of(row: Row, images: str, training: Training, folder: Path) -> Path:
-    """Return the checkpoint's file, whose name tells trainings apart."""
-    changed = {field.name: getattr(training, field.name) for field in fields(Training)[1:]}
-    changed = {name: value for name, value in changed.items() if value != getattr(Training(1), name)}
-    words = [images, row.name, training.images, *(f"{name}{value}" for name, value in changed.items())]
-    return folder / f"{'_'.join(map(str, words))}.pt"
-
-
-def command_of(row: Row, images: str, training: Training, figures: dict) -> str:
-    """Return the command that repeats a result."""
-    defaults = asdict(Training(1)) | row.training(0)
-    words = ["python benchmarks/tables.py all --row", row.name, "--sets", images, "--data FOLDER"]
-    for name, value in asdict(training).items():
-        if name not in row.training(0) and value != defaults[name]:
-            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
-    words += ["--lpips-vgg-weights FILE"] if "lpips_vgg" in figures else []
-    words += ["--inception-weights FILE"] if "rfid@2048" in figures else []
-    return " ".join(words)
-
-
-def summary(result: dict) -> str:
-    """Return a line of figures beside the paper's."""
-    published = load_paper()["tables"]
-    stated = (
-        published[table][rows[result["row"]]].get(result["set"], {}).get("psnr")
-        for table, rows in PAPER_ROWS.items()
-        if result["row"] in rows
-    )
-    paper = next((psnr for psnr in stated if psnr is not None), math.nan)
-    return (
-        f"{result['set']} {result['row']}: {result['images_seen']:,} images, "
-        f"{result['clean']['bits_per_pixel']:.3g} bits per pixel, PSNR in dB: {result['clean']['psnr']:.2f} clean, "
-        f"{result['paper']['psnr']:.2f} protocol paper, {paper:.2f} in the paper after {EPOCHS} epochs"
-    )
+def flags_of(training: Training) -> list[str]:
+    """Return the settings that are not the published ones as options of the command line."""
+    changed = {name: value for name, value in asdict(training).items() if value != getattr(Training(1), name)}
+    return [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in changed.items()]
 
 
 def parse() -> argparse.Namespace:
@@ -186,17 +150,16 @@ def main() -> None:
         for images in options.sets:
             check_files(images, options.data)
         networks = load_networks(options)
-        try:
-            for row, images in options.jobs:
-                training = training_of(row, images, options)
-                about = {"row": row.name, "set": images, "training": asdict(training)}
-                result = next((r for r in read_results(options.results) if about.items() <= r.items()), None)
-                if result is None:
-                    result = run_row(row, images, training, networks, options)
-                    add_result(options.results, result)
-                print(summary(result), flush=True)
-        except FloatingPointError as error:
-            sys.exit(f"error: {error}")
+        for row, images in options.jobs:
+            training = training_of(images, options)
+            about = {"row": row.name, "set": images, "training": asdict(training)}
+            result = next((r for r in read_results(options.results) if about.items() <= r.items()), None)
+            if result is None:
+                result = run_row(row, images, training, networks, options)
+                add_result(options.results, result)
+            clean, paper = result["clean"], result["paper"]
+            psnr = f"PSNR in dB: {clean['psnr']:.2f} clean, {paper['psnr']:.2f} protocol paper"
+            print(f"{images} {row.name}: {clean['bits_per_pixel']:.3g} bits per pixel, {psnr}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from dataclasses import asdict
-from itertools import combinations
 
 from results import DOCS, RESULTS, fill, markdown_table, read_results
 from small_vqvae import Training
@@ -21,11 +20,10 @@ from looc_ldm.utils.files import replace_bytes
 SETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 COMPARED = "60,000 images, batch size 16"  # the training that most rows have, in the words of `words`
 NEAR_RATE = 1.06  # rates up to this ratio count as equal
-LEVEL = 0.7  # dB; differences below it are called level, because two seeds of a row differ by almost as much
 
 
 def paper_table(results: list[dict], paper: dict) -> str:
-    """PSNR of the paper's rows under its protocol: ours, the paper's, and the difference."""
+    """Return PSNR of the paper's rows under its protocol: ours, the paper's, and the difference."""
     published = {row: paper[table][name] for table in PAPER_ROWS for row, name in PAPER_ROWS[table].items()}
     recipes = {row: published["-".join(row.split("-")[:2])] for row in TABLES["recipes"]}
     stated = recipes | published
@@ -49,7 +47,7 @@ def paper_table(results: list[dict], paper: dict) -> str:
 
 
 def rates_table(results: list[dict]) -> str:
-    """Clean PSNR of all rows with the compared training, by bits per pixel."""
+    """Return clean PSNR of all rows with the compared training, by bits per pixel."""
     lines = []
     rows = defaultdict(dict)
     for result in compared(results):
@@ -63,7 +61,7 @@ def rates_table(results: list[dict]) -> str:
 
 
 def equal_rates_table(results: list[dict]) -> str:
-    """The best row of LooC, by held-out images, beside the best of the others, at each rate that both have."""
+    """Return LooC's best row, by held-out images, beside the best of the others, at each rate that both have."""
     lines = []
     for name, title in SETS.items():
         for group in groups_of_rates([result for result in compared(results) if result["set"] == name]):
@@ -80,40 +78,8 @@ def equal_rates_table(results: list[dict]) -> str:
     return markdown_table(lines, align_left=3)
 
 
-def order_table(results: list[dict], paper: dict) -> str:
-    """Count the pairs of rows of one table that are in the paper's order of PSNR, protocol paper. Pairs count once."""
-    lines = []
-    for name, title in SETS.items():
-        ours = {r["row"]: r for r in compared(results) if r["set"] == name}
-        pairs = {}
-        for table, rows in PAPER_ROWS.items():
-            theirs = {row: paper[table][rows[row]].get(name, {}).get("psnr") for row in rows if row in ours}
-            known = sorted(row for row, psnr in theirs.items() if psnr is not None)
-            pairs |= {pair: theirs[pair[0]] - theirs[pair[1]] for pair in combinations(known, 2)}
-        apart = []  # difference here, in the paper, and of the rates
-        for (a, b), published in pairs.items():
-            difference = ours[a]["paper"]["psnr"] - ours[b]["paper"]["psnr"]
-            if abs(difference) >= LEVEL:
-                rates = ours[a]["clean"]["bits_per_pixel"] - ours[b]["clean"]["bits_per_pixel"]
-                apart.append((difference, published, rates))
-        differ, equal = [p for p in apart if p[2]], [p for p in apart if not p[2]]
-        lines.append(
-            {
-                "images": title,
-                "pairs": len(pairs),
-                f"closer than {LEVEL} dB": len(pairs) - len(apart),
-                "of different rates": len(differ),
-                "in the paper's order": sum(here * published > 0 for here, published, _ in differ),
-                "in the order of their rates": sum(here * rates > 0 for here, _, rates in differ),
-                "of equal rates": len(equal),
-                "of these in the paper's order": sum(here * published > 0 for here, published, _ in equal),
-            }
-        )
-    return markdown_table(lines)
-
-
 def seeds_table(results: list[dict]) -> str:
-    """Clean PSNR of trainings that differ in their seed only."""
+    """Return clean PSNR of trainings that differ in their seed only."""
     groups = defaultdict(list)
     for result in results:
         training = {name: value for name, value in result["training"].items() if name != "seed"}
@@ -128,7 +94,7 @@ def seeds_table(results: list[dict]) -> str:
 
 
 def codecs_table(codecs: list[dict]) -> str:
-    """Bits per pixel of files without a model."""
+    """Return bits per pixel of files without a model."""
     kinds = {"lossless png": "PNG", "lossless webp": "WebP, lossless", "jpeg of one grey": "JPEG of one grey"}
     lines = []
     for name, title in SETS.items():
@@ -139,10 +105,9 @@ def codecs_table(codecs: list[dict]) -> str:
 
 
 def words(result: dict) -> str:
-    """Return the training of a result, without settings that are published or belong to the row."""
-    training, own = result["training"], ROWS[result["row"]].training(0)
-    published = asdict(Training(1))
-    changed = [name for name in training if name not in ("images", *own) and training[name] != published[name]]
+    """Return the training of a result, without settings that are published."""
+    training, published = result["training"], asdict(Training(1))
+    changed = [name for name in training if name != "images" and training[name] != published[name]]
     return ", ".join([f"{training['images']:,} images", *(f"{n.replace('_', ' ')} {training[n]}" for n in changed)])
 
 
@@ -182,7 +147,6 @@ def tables() -> dict[str, str]:
     results, paper = read_results(RESULTS / "tables.jsonl"), load_paper()["tables"]
     return {
         "paper": paper_table(results, paper),
-        "order": order_table(results, paper),
         "equal rates": equal_rates_table(results),
         "rates": rates_table(results),
         "seeds": seeds_table(results),

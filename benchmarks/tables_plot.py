@@ -7,21 +7,19 @@ from collections import defaultdict
 from collections.abc import Sequence
 from io import BytesIO
 
-from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator
-from table_rows import PAPER_ROWS, ROWS, VARIANTS
+from table_rows import PAPER_ROWS, VARIANTS
 
 from looc_ldm.analysis.rate_distortion import OCTAVES, Point, draw_rate_distortion
 from looc_ldm.analysis.style import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, new_figure, style
 
-HEIGHT, LINE = 3.0, 0.18  # inches: a figure without its legend, and a line of the legend
+HEIGHT, LINE, COLUMNS = 3.0, 0.18, 3  # inches of a figure without its legend, and of a line of the legend
 # One colour per method, the same in every plot; the last three are from Paul Tol's "muted" scheme (2021).
 METHODS = {
     "looc": ("LooC", BLUE),
     "vq": ("VQ-VAE", "black"),
     "cvq": ("CVQ-VAE", PURPLE),
-    "hvq": ("HVQ-VAE", "0.5"),
     "sq": ("SQ-VAE", ORANGE),
     "pq": ("PQ", RED),
     "rq": ("RQ", GREEN),
@@ -88,7 +86,7 @@ def draw_plot(
                 if name == "psnr":
                     axes.plot(rate, result["paper"]["psnr"], "p", color=color, zorder=6, **HOLLOW)
             if name == "psnr":
-                for rate, psnr, method in _points_of_paper(images, paper):
+                for rate, psnr, method in _points_of_paper(images, paper, results):
                     axes.plot(rate, psnr, "o", color=METHODS[method][1], markersize=4.5, zorder=6, **HOLLOW)
                 if longer:
                     axes.plot([], [], "p", color="0.3", markersize=8, label="trained longer")
@@ -96,7 +94,8 @@ def draw_plot(
                 axes.plot([], [], "o", mfc="none", color="0.3", markersize=5, label="the paper's, of JPEGs")
                 handles, labels = axes.get_legend_handles_labels()
             axes.xaxis.set_major_locator(FixedLocator([2.0**i for i in OCTAVES]))
-        _add_legend(figure, handles, labels)
+        figure.legend(handles, labels, loc="outside lower center", ncols=COLUMNS)
+        figure.set_figheight(HEIGHT + LINE * math.ceil(len(labels) / COLUMNS))
         figure.suptitle(title)
         content = BytesIO()
         figure.savefig(content, format="png", dpi=150)
@@ -107,11 +106,6 @@ def family_of(row: str) -> tuple[str, str, bool]:
     """Return method, suffix for how the codebook learns, and whether the row interpolates."""
     variant = next(name for name in sorted(MARKERS, key=len, reverse=True) if row.endswith(name))
     return row.split("-")[0], variant, any(row.endswith(f"-s{s}") for s in (2, 3, 4))
-
-
-def rate_of_row(row: str) -> float:
-    """Return the bits per pixel of a row whose images are a whole number of latent positions."""
-    return ROWS[row].make_model(1, 32, 1).bits_per_image(32, 32) / 32**2
 
 
 def _label(method: str, variant: str, interpolates: bool) -> str:
@@ -140,19 +134,8 @@ def _draw_codecs(axes, codecs: Sequence[dict], name: str) -> None:
     draw_rate_distortion(axes, curves, [], name)
 
 
-def _points_of_paper(images: str, paper: dict) -> set[tuple[float, float, str]]:
-    """Return rate, PSNR and method of the paper's rows."""
+def _points_of_paper(images: str, paper: dict, results: Sequence[dict]) -> set[tuple[float, float, str]]:
+    """Return rate, PSNR and method of the paper's rows that were measured here."""
+    rates = {result["row"]: result["clean"]["bits_per_pixel"] for result in results}
     rows = {row: paper[table][name].get(images, {}) for table in PAPER_ROWS for row, name in PAPER_ROWS[table].items()}
-    return {
-        (rate_of_row(row), figures["psnr"], row.split("-")[0]) for row, figures in rows.items() if "psnr" in figures
-    }
-
-
-def _add_legend(figure: Figure, handles: list, labels: list[str]) -> None:
-    """Put the legend below the axes, in as many columns as fit, and enlarge the figure by its lines."""
-    for columns in (3, 2, 1):
-        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-        if legend.get_window_extent().width <= figure.bbox.width:
-            break
-        legend.remove()
-    figure.set_figheight(HEIGHT + LINE * math.ceil(len(labels) / columns))
+    return {(rates[row], rows[row]["psnr"], row.split("-")[0]) for row in rates if "psnr" in rows.get(row, {})}

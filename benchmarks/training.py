@@ -147,32 +147,25 @@ def bare_loop(step: Callable[[], None], device: str) -> Callable[[int], float]:
     return turn
 
 
-def trainer(stage: str, flags: list[str], batch_size: int, output: Path, device: str) -> Callable[[int], float]:
-    """Return a function that runs the trainer for an interval of some steps after a first one; it resumes each turn."""
+def trainer(config: str, settings: dict, batch_size: int, device: str) -> Callable[[int], float]:
+    """Return a function that runs the trainer for two intervals of some steps and returns the seconds of the second."""
     environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if device == "cpu" else {})
-    log = output / "metrics.jsonl"
 
     def turn(steps: int) -> float:
-        lines = log.read_text().count("\n") if log.is_file() else 0
-        command = [sys.executable, "-m", f"looc_ldm.training.{stage}", *flags, "--output_dir", str(output)]
-        command += ["--log_every_images", str(steps * batch_size)]
-        with open(output.with_suffix(".txt"), "w+") as text:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=text, stderr=text)
-            while not (log.is_file() and log.read_text().count("\n") >= lines + 2):
-                if process.poll() is not None:
-                    text.seek(0)
-                    sys.exit(f"error: the trainer ended:\n{text.read()[-3000:]}")
-                time.sleep(0.2)
-            process.terminate()
-            process.wait()
-        measured = json.loads(log.read_text().splitlines()[lines + 1])
-        return steps * batch_size / measured["images_per_second"]
+        images = steps * batch_size
+        interval = {"log_every_images": images, "total_images": 2 * images}
+        flags = [f"--{name}={value}" for name, value in (settings | interval).items()]
+        with tempfile.TemporaryDirectory() as output:
+            command = [sys.executable, "-m", f"looc_ldm.training.{config.split('/')[1]}", "--config", config, *flags]
+            ended = subprocess.run(
+                [*command, f"--output_dir={output}/run"], cwd=ROOT, env=environment, capture_output=True, text=True
+            )
+            if ended.returncode:
+                sys.exit(f"error: the trainer ended:\n{ended.stderr[-3000:]}")
+            lines = Path(output, "run", "metrics.jsonl").read_text().splitlines()
+        return images / json.loads(lines[1])["images_per_second"]
 
     return turn
-
-
-def flags_of(config: str, settings: dict) -> list[str]:
-    return ["--config", config, *(f"--{name}={value}" for name, value in settings.items())]
 
 
 def compare(contestants: dict[str, Callable[[int], float]], batch_size: int, options: argparse.Namespace) -> list[dict]:
@@ -195,9 +188,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder of photographs per class")
     parser.add_argument("--config", default="imagenette", help="bundled configs with LPIPS and PatchGAN")
-    parser.add_argument(
-        "--stages", nargs="+", choices=["autoencoder", "diffusion"], default=["autoencoder", "diffusion"]
-    )
     parser.add_argument("--batch-size", type=int, default=16, help="images per step (default: 16)")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of a bare loop's turn (default: 20)")
     parser.add_argument("--turns", type=int, default=3, help="turns of each contestant (default: 3)")
@@ -206,7 +196,7 @@ def main() -> None:
     options = parser.parse_args()
     batch, device = options.batch_size, options.device
     shared = {"data.path": options.data.resolve(), "data.validation_split": "null", "data.validation_images": 16}
-    shared |= {"batch_size": batch, "total_images": NEVER, "tracker": "none"}
+    shared |= {"batch_size": batch, "tracker": "none"}
     shared |= {f"{event}_every_images": NEVER for event in ("preview", "checkpoint")}
     first = load_config(AutoencoderConfig, f"{options.config}/autoencoder", batch_size=batch)
     second = load_config(DiffusionConfig, f"{options.config}/diffusion", batch_size=batch)
@@ -227,23 +217,20 @@ def main() -> None:
         first.loss.lpips_weights = str(folder / "vgg16.safetensors")
         vqvae.save_pretrained(folder / "first_stage")
         own = {"loss.lpips_weights": first.loss.lpips_weights, "loss.adversarial_start_images": 0}
-        flags = flags_of(f"{options.config}/autoencoder", shared | own)
         stage_1 = {
             "bare loop": bare_loop(bare_autoencoder(first, device), device),
-            "trainer": trainer("autoencoder", flags, batch, folder / "autoencoder", device),
+            "trainer": trainer(f"{options.config}/autoencoder", shared | own, batch, device),
         }
-        flags = flags_of(f"{options.config}/diffusion", shared | {"autoencoder": folder / "first_stage"})
+        config, own = f"{options.config}/diffusion", {"autoencoder": folder / "first_stage"}
         classes = sum(place.is_dir() for place in options.data.iterdir()) if second.class_conditional else 0
-        in_loop = [*flags, "--cache_latents=false"]
         stage_2 = {
             "bare loop": bare_loop(bare_diffusion(second, vqvae, classes, device), device),
-            "trainer, cached latents": trainer("diffusion", flags, batch, folder / "cached", device),
-            "trainer, latents in the loop": trainer("diffusion", in_loop, batch, folder / "in_loop", device),
+            "trainer, cached latents": trainer(config, shared | own, batch, device),
+            "trainer, latents in the loop": trainer(config, shared | own | {"cache_latents": "false"}, batch, device),
         }
         for stage, contestants in {"autoencoder": stage_1, "diffusion": stage_2}.items():
-            if stage in options.stages:
-                lines = [{"stage": stage, **line, **about} for line in compare(contestants, batch, options)]
-                replace_results(options.output, lines, ["contestant", "stage", "config", "device"])
+            lines = [{"stage": stage, **line, **about} for line in compare(contestants, batch, options)]
+            replace_results(options.output, lines, ["contestant", "stage", "config", "device"])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -143,37 +142,19 @@ def test_what_is_missing_is_named_before_the_training(script, tmp_path, monkeypa
             script.main()
         assert exit.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert option in line
         assert "nothing.pth" in line
 
 
-def test_a_rehearsal_has_a_tenth_of_the_images(script, tmp_path, monkeypatch):
-    """In a folder of its own: the whole training must not find it and take it for all of them."""
-    made = {}
-    monkeypatch.setattr(
-        script.bundle_fashion_mnist, "write", lambda images, part, splits, out: made.setdefault(out, {}).update(splits)
+def test_a_new_card_keeps_the_prose_and_takes_the_figures(script, tmp_path):
+    shutil.copytree(STARTER, tmp_path / "starter")
+    (tmp_path / "starter" / "README.md").unlink()
+    write_card(tmp_path / "starter", samples=STARTER / "samples.png", license="mit")
+    measured = (
+        (tmp_path / "starter" / "README.md").read_text().replace("## Model", "## Measured\n\nnew figures\n\n## Model")
     )
-    monkeypatch.setattr(script, "call", lambda *arguments: None)
-    for rehearse in (None, 100):
-        script.train(Namespace(images=tmp_path, work=tmp_path, lpips_weights=None, rehearse=rehearse))
-    count = lambda splits: {name: len(range(*split.indices(6000))) for name, split in splits.items()}  # noqa: E731
-    whole, part = map(count, made.values())
-    assert whole == {"train": 5500, "validation": 500, "test": 6000}
-    assert part == {"train": 500, "validation": 500, "test": 6000}
-
-
-@pytest.mark.parametrize("layer", ["768", "2048"])
-def test_a_card_made_anew_is_like_the_one_that_is_shipped(script, layer, tmp_path):
-    folder = tmp_path / "starter" / "pipeline"
-    shutil.copytree(STARTER, folder)
-    (folder / "README.md").unlink()
-    (tmp_path / "autoencoder" / "model").mkdir(parents=True)
-    (tmp_path / "autoencoder" / "model" / "training.json").write_text('{"images_seen": 300000}')
-    write_card(folder, samples=STARTER / "samples.png", license="mit")
-    options = Namespace(work=tmp_path, guidance_scale=1.5, feature_layer=layer)
-    card = script.card((folder / "README.md").read_text(), options)
     shipped = (STARTER / "README.md").read_text()
+    card = script.with_figures(shipped, measured)
+    assert "new figures" in card
     for heading in ("Use", "Model", "Made by"):
         (section,) = re.findall(rf"^## {heading}\n.*?(?=^## )", card, re.MULTILINE | re.DOTALL)
         assert section in shipped
-    assert ("FID of 768 features does not compare" in card) == (layer == "768")
