@@ -62,7 +62,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def diffusers_log(caplog: pytest.LogCaptureFixture):
-    """What diffusers logs, as text to look at after the fact."""
+    """Records of the warnings of diffusers."""
     diffusers_logging.enable_propagation()
     with caplog.at_level(logging.WARNING, logger="diffusers"):
         yield caplog

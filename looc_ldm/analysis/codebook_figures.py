@@ -6,14 +6,16 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from looc_ldm.analysis.collect import Findings
-from looc_ldm.analysis.embedding import in_the_plane
 from looc_ldm.analysis.style import BLUE, RED, SKY, Drawing, new_figure, style
 
 MOST_CODES = 1024  # codevectors in the embedding
 MOST_BARS = 64  # bars of a histogram, and segments that are drawn as bars
 MOST_CELLS = 512  # cells along each side of the map of segments and codevectors
+PERPLEXITY = 30  # of t-SNE: about how many neighbours a point has
+FEWEST = 5  # distinct points that t-SNE needs
 
 
 def draw_use(findings: Findings) -> Drawing:
@@ -29,16 +31,14 @@ def draw_use(findings: Findings) -> Drawing:
         edges = np.arange(len(live) + 1) + 0.5
         axes.stairs(live, edges, baseline=live.min() / 2, fill=True, color=SKY, alpha=0.5)
         axes.stairs(live, edges, baseline=None, color=BLUE, linewidth=1.2)
-        if len(live) <= MOST_BARS:
-            axes.plot(np.arange(len(live)) + 1, live, ".", color=BLUE, clip_on=False)
-        axes.axhline(1 / codebook_size, color="black", linewidth=0.9, linestyle="--", label="all used alike, 1 / K")
+        axes.axhline(1 / codebook_size, color="black", linewidth=0.9, linestyle="--", label="equal use, 1 / K")
         if dead:
             axes.axvspan(len(live) + 0.5, codebook_size + 0.5, color=RED, alpha=0.15, linewidth=0, label="never used")
         top = max(live.max(), 1 / codebook_size)
         axes.set(
             yscale="log",
             xlim=(0.5, codebook_size + 0.5),
-            ylim=(min(live.min(), 1 / codebook_size) / 1.6, top * 1.8),
+            ylim=(live.min() / 1.6, top * 1.8),
             xlabel="codevectors, from the most to the least used",
             ylabel="share of all codes",
         )
@@ -50,8 +50,8 @@ def draw_use(findings: Findings) -> Drawing:
             f"{dead:,} dead"
         )
     caption = (
-        f"Share of {int(counts.sum()):,} codes of {findings.images:,} images that each codevector has; dead "
-        "codevectors were never chosen. Perplexity: exp of the entropy of these shares, at most K."
+        f"Share of each codevector in the {int(counts.sum()):,} codes of {findings.images:,} images. Dead codevectors "
+        "were never chosen. Perplexity: exp of the entropy of these shares, at most K."
     )
     return Drawing("codebook_use", "Use of the codebook", caption, figure)
 
@@ -76,18 +76,16 @@ def draw_segment_use(findings: Findings) -> Drawing:
             xlabel="segment",
             ylabel="share of the codebook (%)",
         )
-        _whole_numbers(axes.xaxis, range(segments))
+        _whole_numbers(axes.xaxis)
         axes.grid(axis="y")
         figure.legend(loc="outside lower center", ncols=2)
         axes.set_title(f"{segments:,} segments, using {use.min():.3g} to {use.max():.3g} % of the codebook")
     d = findings.codebook.shape[1]
-    what = {
-        "channel": f"Segment i: channels {d} i to {d} i + {d - 1} of the latents.",
-        "patch": "Segment i: row i of the unshuffled latents (the patch layout).",
-    }
+    place = f"channels {d} i to {d} i + {d - 1} of the latents"
+    place = place if findings.segment_layout == "channel" else f"{place} after unshuffling (layout patch)"
     caption = (
         "Share of the codevectors that each segment chose at least once, and perplexity of its codes "
-        f"(paper, figure 7), from {int(counts[0].sum()):,} codes per segment. {what[findings.segment_layout]}"
+        f"(paper, figure 7), from {int(counts[0].sum()):,} codes per segment. Segment i: {place}."
     )
     return Drawing("segment_use", "Use by each segment", caption, figure)
 
@@ -105,12 +103,8 @@ def draw_sharing(findings: Findings) -> Drawing:
         step = math.ceil((segments + 1) / MOST_BARS)
         edges = np.arange(0, segments + step + 1, step) - 0.5
         left.hist(sharing, edges, color=SKY, rwidth=0.8)
-        left.set(
-            xlim=(-0.6, edges[-1] + 0.1),
-            xlabel="segments that use a codevector",
-            ylabel="codevectors",
-        )
-        _whole_numbers(left.xaxis, range(segments + 1))
+        left.set(xlim=(-0.6, edges[-1] + 0.1), xlabel="segments that use a codevector", ylabel="codevectors")
+        _whole_numbers(left.xaxis)
         _whole_numbers(left.yaxis)
         left.grid(axis="y")
         left.set_title(f"median: {np.median(sharing):g} of {segments:,}")
@@ -128,7 +122,7 @@ def draw_sharing(findings: Findings) -> Drawing:
             interpolation="nearest",
         )
         right.set(xlabel="codevectors, most used first", ylabel="segment", facecolor="white")
-        _whole_numbers(right.yaxis, range(segments))
+        _whole_numbers(right.yaxis)
         _whole_numbers(right.xaxis)
         right.spines[:].set_visible(True)
         right.set_title("share of a segment's codes")
@@ -136,8 +130,8 @@ def draw_sharing(findings: Findings) -> Drawing:
     everywhere = int((sharing == segments).sum())
     caption = (
         f"Left: codevectors by the number of segments that use them (paper, figure 8); {everywhere:,} of "
-        f"{codebook_size:,} are used by every segment. Right: how often each segment chooses each codevector; white is "
-        "never. Of a large codebook, each cell is the mean of neighbours."
+        f"{codebook_size:,} are used by every segment. Right: share of each codevector in the codes of each segment; "
+        "white is never. In a large codebook each cell is a mean of neighbours."
     )
     return Drawing("code_sharing", "Codevectors shared by segments", caption, figure)
 
@@ -151,33 +145,18 @@ def draw_embedding(findings: Findings, seed: int) -> Drawing:
     vectors = findings.sample.vectors
     codes, features, how = in_the_plane(findings.codebook[shown], vectors, findings.distance, seed)
     live = (counts > 0).numpy()[shown]
-    few = len(shown) <= 300
     with style():
         figure = new_figure(4.6, width=5.2)
         axes = figure.subplots()
-        axes.plot(
-            *features.T,
-            ".",
-            color=SKY,
-            alpha=0.6,
-            markersize=3,
-            markeredgewidth=0,
-            rasterized=True,
-            label=f"{len(features):,} features",
-        )
-        dots = {"markersize": 5 if few else 2.8, "rasterized": not few}
-        axes.plot(
-            *codes[live].T,
-            "o",
-            color=RED,
-            markeredgecolor="white",
-            markeredgewidth=0.4,
-            **dots,
-            label=f"{live.sum():,} codevectors in use",
-        )
+        dots = {"rasterized": True, "linestyle": "none"}
+        label = f"{len(features):,} features"
+        axes.plot(*features.T, marker=".", color=SKY, alpha=0.6, ms=3, markeredgewidth=0, label=label, **dots)
+        dots["markersize"] = 5 if len(shown) <= 300 else 2.8
+        label = f"{live.sum():,} codevectors in use"
+        axes.plot(*codes[live].T, marker="o", color=RED, mec="white", markeredgewidth=0.4, label=label, **dots)
         if not live.all():
             label = f"{(~live).sum():,} dead codevectors"
-            axes.plot(*codes[~live].T, "x", color="black", markeredgewidth=0.9, **dots, label=label)
+            axes.plot(*codes[~live].T, marker="x", color="black", markeredgewidth=0.9, label=label, **dots)
         if how == "t-SNE":
             axes.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
         else:
@@ -189,12 +168,44 @@ def draw_embedding(findings: Findings, seed: int) -> Drawing:
         what = "directions" if findings.distance == "cosine" else "vectors"
         axes.set_title(f"{how} of {what}, d = {d}" if how == "t-SNE" else f"{what.capitalize()}, d = {d}")
     caption = (
-        f"{len(shown):,} of {codebook_size:,} codevectors and {len(features):,} segments of features before "
-        "quantization, drawn at random (paper, figure 5)"
-        + (", by direction: lengths do not matter to cosine distance. " if findings.distance == "cosine" else ". ")
-        + "A codebook that fits lies where the features are."
+        f"{len(shown):,} of {codebook_size:,} codevectors, and {len(features):,} segments of features before "
+        f"quantization, drawn at random (paper, figure 5). Embedded: their {what}. A codebook that fits lies where the "
+        "features are."
     )
     return Drawing("embedding", "Codevectors among features", caption, figure)
+
+
+def in_the_plane(
+    codevectors: torch.Tensor, vectors: torch.Tensor, distance: str, seed: int
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Embed codevectors `(K, d)` and segments of features `(V, d)` in the plane by t-SNE.
+
+    Under cosine distance their directions are embedded. On one machine, the same seed gives the same picture.
+
+    Returns:
+        `(K, 2)`, `(V, 2)`, and the method: "t-SNE", or "components" for vectors of fewer than three dimensions, which
+        are returned as they are (the second component is 0 if there is only one).
+    """
+    points = torch.cat([codevectors, vectors]).float()
+    if distance == "cosine":
+        points = F.normalize(points, dim=1)
+    points = points.numpy()
+    distinct, place = np.unique(points, axis=0, return_inverse=True)
+    place = place.reshape(-1)
+    if points.shape[1] < 3 or len(distinct) < FEWEST:
+        flat, how = np.pad(points, ((0, 0), (0, 1)))[:, :2], "components"
+    else:
+        flat, how = _tsne(distinct, seed)[place], "t-SNE"  # equal points are one
+    return flat[: len(codevectors)], flat[len(codevectors) :], how
+
+
+def _tsne(points: np.ndarray, seed: int) -> np.ndarray:
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    perplexity = min(PERPLEXITY, (len(points) - 1) / 3)
+    with threadpool_limits(1):  # several threads add up in any order, and small differences grow
+        return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(points)
 
 
 def segment_perplexity(counts: torch.Tensor) -> torch.Tensor:
@@ -206,13 +217,12 @@ def segment_perplexity(counts: torch.Tensor) -> torch.Tensor:
 def _pooled(shares: torch.Tensor) -> np.ndarray:
     """Average neighbours so that neither side is longer than MOST_CELLS."""
     size = [min(length, MOST_CELLS) for length in shares.shape]
-    return torch.nn.functional.adaptive_avg_pool2d(shares[None], size)[0].numpy()
+    return F.adaptive_avg_pool2d(shares[None], size)[0].numpy()
 
 
-def _whole_numbers(axis, values: range | None = None) -> None:
-    """Put ticks at whole numbers: at all `values` if they are few."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+def _whole_numbers(axis) -> None:
+    """Put ticks at whole numbers."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    few = values is not None and len(values) <= 10
-    axis.set_major_locator(FixedLocator(values) if few else MaxNLocator(integer=True, nbins=8))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
+    axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

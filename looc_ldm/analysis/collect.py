@@ -16,7 +16,7 @@ from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.quantizer.statistics import CodebookStatistics, CodeCounter
 
 MOST_SAMPLED = 500  # images in the sample
-MOST_SAMPLED_VALUES = 2**26  # their pixel values, and their codes
+MOST_SAMPLED_VALUES = 2**26  # their pixel values, and their indices
 MOST_VECTORS = 2000  # segments of feature vectors in the sample
 
 
@@ -24,54 +24,36 @@ MOST_VECTORS = 2000  # segments of feature vectors in the sample
 class Sample:
     """Images drawn at random, in the order of the data, with their results. On the CPU.
 
-    Attributes:
-        originals, reconstructions (`torch.Tensor` of shape `(S, channels, H, W)`, uint8): With padding.
-        codes (`torch.Tensor` of shape `(S, h, w, C)`, int32): Indices.
-        psnr (`torch.Tensor` of shape `(S,)`, float64): In dB, without padding, at most 100.
-        vectors (`torch.Tensor` of shape `(V, d)`, float32): Some segments before quantization.
+    The order of the fields is that in which `collect` stacks them.
     """
 
-    originals: torch.Tensor
-    reconstructions: torch.Tensor
-    codes: torch.Tensor
-    psnr: torch.Tensor
-    vectors: torch.Tensor
+    originals: torch.Tensor  # uint8 (S, channels, H, W), with padding
+    reconstructions: torch.Tensor  # the same
+    indices: torch.Tensor  # int32 (S, h, w, C)
+    psnr: torch.Tensor  # float64 (S,), in dB, without padding, at most 100
+    vectors: torch.Tensor  # float32 (V, d): some segments before quantization
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Results of `collect`, over all images but for `sample`.
+    """Results of `collect`, over all images except for `sample`."""
 
-    Attributes:
-        statistics (`CodebookStatistics`): Counts of codevectors by segment.
-        codebook (`torch.Tensor` of shape `(K, d)`): The codevectors.
-        distance, segment_layout (`str`): Settings of the quantizer.
-        downsampling_factor (`int`): f, pixels along a side of a latent position.
-        images (`int`): Number of images.
-        psnr, l1 (`float`): Means over images; in dB, and mean absolute error in [0, 1].
-        error_map (`torch.Tensor` of shape `(height, width)`, float64): Mean absolute error at each pixel, in [0, 1],
-            over images and channels.
-        content_size (`tuple[int, int]`): Height and width of the images without padding.
-        bits_per_pixel (`float`): log2 K for every code, per pixel without padding.
-        sample (`Sample`): Some of the images.
-    """
-
-    statistics: CodebookStatistics
-    codebook: torch.Tensor
-    distance: str
-    segment_layout: str
-    downsampling_factor: int
-    images: int
-    psnr: float
-    l1: float
-    error_map: torch.Tensor
-    content_size: tuple[int, int]
-    bits_per_pixel: float
-    sample: Sample
+    statistics: CodebookStatistics  # counts of codevectors by segment
+    codebook: torch.Tensor  # (K, d)
+    distance: str  # setting of the quantizer
+    segment_layout: str  # setting of the quantizer
+    downsampling_factor: int  # f: pixels along a side of a latent position
+    images: int  # number of images
+    psnr: float  # mean over images, in dB
+    l1: float  # mean absolute error, in [0, 1]
+    error_map: torch.Tensor  # float64 (height, width): mean absolute error at each pixel, over images and channels
+    content_size: tuple[int, int]  # height and width without padding
+    bits_per_pixel: float  # log2 K for every code, per pixel without padding
+    sample: Sample  # some of the images
 
     @property
     def codes_per_image(self) -> int:
-        return math.prod(self.sample.codes.shape[1:])
+        return math.prod(self.sample.indices.shape[1:])
 
     @property
     def entropy(self) -> float:
@@ -90,11 +72,11 @@ class Findings:
         """Rate of an ideal entropy coder that knows how often each code is chosen in the data."""
         return self.codes_per_image * self.entropy / math.prod(self.content_size)
 
-    def bits_of(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return the bits per pixel `(S,)` of each image of codes `(S, h, w, C)` under that coder."""
+    def bits_per_pixel_each(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return the bits per pixel `(S,)` of each image of indices `(S, h, w, C)` under that coder."""
         counts = self.statistics.counts.sum(0).double()
         lengths = -torch.log2(counts / counts.sum())  # bits of each codevector
-        bits = torch.stack([lengths[image.long()].sum() for image in codes])
+        bits = torch.stack([lengths[image.long()].sum() for image in indices])
         return bits / math.prod(self.content_size)
 
     def content(self, images: torch.Tensor) -> torch.Tensor:
@@ -110,21 +92,18 @@ def collect(
     content_size: tuple[int, int] | None = None,
     seed: int = 0,
 ) -> Findings:
-    """Encode, quantize and decode images once, and collect what the figures show.
+    """Encode, quantize and decode images once, and collect the data of the figures.
 
     Memory does not grow with the number of images: counts are summed, and single images are a sample. The model runs
     in eval mode and gets its modes back.
 
     Args:
-        model (`LooCVQModel`): The autoencoder.
+        model: The autoencoder.
         batches: Float images in [-1, 1], `(B, C, H, W)` each, all of one size.
-        images (`int`): Number of images.
-        content_size (`tuple[int, int]`, *optional*): Height and width inside the padding, where errors and bits per
-            pixel are measured. Defaults to the whole image.
-        seed (`int`, defaults to 0): Seed of the sample.
-
-    Returns:
-        `Findings`.
+        images: Number of images.
+        content_size: Height and width inside the padding, where errors and bits per pixel are measured. Default: the
+            whole image.
+        seed: Seed of the sample.
 
     Raises:
         ValueError: There are no images, a different number or several sizes of them, or features are not finite.
@@ -140,12 +119,12 @@ def collect(
         for batch in batches:
             if size not in (None, tuple(batch.shape[-2:])):
                 raise ValueError(f"all images must have one size, got {size} and {tuple(batch.shape[-2:])}.")
-            codes, rows = model.quantize.search(model.encode(batch.to(model.device, model.dtype)).latents)
-            decoded = model.decode_indices(codes).sample.float()
+            indices, segments = model.quantize.search(model.encode(batch.to(model.device, model.dtype)).latents)
+            decoded = model.decode_indices(indices).sample.float()
             if size is None:
                 size = tuple(batch.shape[-2:])
-                sampled, vectors_each = _draw(images, batch[0].numel(), codes[0].numel(), random)
-            counter.update(codes, rows)
+                sampled, vectors_each = _draw(images, batch[0].numel(), indices[0].numel(), random)
+            counter.update(indices, segments)
             original, reconstruction = (
                 (centre_crop(x.to(model.device), content_size).clamp(-1, 1) + 1) / 2 for x in (batch, decoded)
             )
@@ -154,9 +133,9 @@ def collect(
             psnr_sum += psnr_each.sum().item()
             for i in range(len(batch)):
                 if seen + i in sampled:
-                    flat = rows[i].reshape(-1, rows.shape[-1])
+                    flat = segments[i].flatten(0, -2)
                     chosen = torch.from_numpy(random.choice(len(flat), min(len(flat), vectors_each), replace=False))
-                    image = (to_uint8(batch[i]), to_uint8(decoded[i]), codes[i].int())
+                    image = (to_uint8(batch[i]), to_uint8(decoded[i]), indices[i].int())
                     kept.append(tuple(x.cpu() for x in (*image, psnr_each[i], flat[chosen.to(flat.device)])))
             seen += len(batch)
     if seen != images:
@@ -179,7 +158,7 @@ def collect(
     )
 
 
-def _draw(images: int, values: int, codes: int, random: np.random.Generator) -> tuple[set[int], int]:
-    """Draw which images are sampled, and return them with the number of vectors to take from each."""
-    count = max(1, min(images, MOST_SAMPLED, MOST_SAMPLED_VALUES // values, MOST_SAMPLED_VALUES // codes))
+def _draw(images: int, values: int, indices: int, random: np.random.Generator) -> tuple[set[int], int]:
+    """Draw the images of the sample, and return them with the number of vectors to take from each."""
+    count = max(1, min(images, MOST_SAMPLED, MOST_SAMPLED_VALUES // values, MOST_SAMPLED_VALUES // indices))
     return set(random.choice(images, count, replace=False).tolist()), -(-MOST_VECTORS // count)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,46 +16,30 @@ from looc_ldm.analysis.style import PNG_DPI, WIDTH, Drawing, new_figure, picture
 GENERIC_NAMES = ("model", "pipeline", "vqvae")  # of the folders that trainings end in
 CELL = 144, 256  # height of an image in pixels: smaller ones are magnified by a whole factor, larger ones reduced
 MARGIN, LABEL_CHARACTERS = 1.35, 20  # inches left of the images, and characters per line there
-GAP = 0.06  # inches between models
 DIFFERENCE_FACTORS = (16, 8, 4, 2)
 CLIPPED_SHARE = 0.05  # largest share of a model's differences that may be too bright to show
 
 
 @dataclass
 class Compared:
-    """One model of a comparison.
+    """One model of a comparison."""
 
-    Attributes:
-        name (`str`): Its name in table and pictures.
-        figures (`dict`): Figures of `evaluate_reconstruction`, `downsampling_factor` and `interpolation_factor`.
-        reconstructions (`torch.Tensor` of shape `(n, C, H, W)`, uint8): Reconstructions of the images shown.
-    """
-
-    name: str
-    figures: dict
-    reconstructions: torch.Tensor
+    name: str  # in table and pictures
+    figures: dict  # of `evaluate_reconstruction`, with `downsampling_factor` and `interpolation_factor`
+    reconstructions: torch.Tensor  # uint8 (n, C, H, W), of the images shown
 
 
 def distinguishing_names(models: Sequence[str]) -> list[str]:
-    """Return the shortest parts of folders or hub ids that tell the models apart.
+    """Return a short name of each model: the last part of its folder or hub id, `a` for `runs/a/model`.
 
-    `runs/a/model` and `runs/b/model` become `a` and `b`, and so do `runs/a/model` and `runs/b/pipeline`. A model that
-    is given twice gets a number the second time.
+    If the short names do not tell the models apart, the names are the models as they were given. A model that is given
+    twice gets a number the second time.
     """
-    parts = [Path(os.path.abspath(name)).parts if Path(name).is_dir() else tuple(name.split("/")) for name in models]
-    different = len(set(parts))
-    without = [path[:-1] if path[-1] in GENERIC_NAMES and len(path) > 1 else path for path in parts]
-    parts = without if len(set(without)) == different else parts
-    while different > 1 and len({path[-1] for path in parts}) == 1 and min(map(len, parts)) > 1:
-        parts = [path[:-1] for path in parts]
-    length = 1
-    while len({path[-length:] for path in parts}) < different:
-        length += 1
-    names: list[str] = []
-    for path in parts:
-        name, count = "/".join(path[-length:]), parts[: len(names)].count(path)
-        names.append(f"{name} ({count + 1})" if count else name)
-    return names
+    places = [Path(model).resolve() if Path(model).is_dir() else Path(model) for model in models]
+    names = [place.parent.name if place.name in GENERIC_NAMES else place.name for place in places]
+    if len(set(names)) < len(set(places)):
+        names = list(models)
+    return [f"{name} ({names[:i].count(name) + 1})" if name in names[:i] else name for i, name in enumerate(names)]
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -88,25 +71,19 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 def markdown_table(models: Sequence[Compared]) -> str:
     """Return a table of one row per model, with the figures measured; readable as plain text too."""
-    rows = [["model"], *([model.name.replace("|", "\\|")] for model in models)]
+    columns = [["model", *(model.name.replace("|", "\\|") for model in models)]]
     for known, (heading, write) in COLUMNS.items():
         for figure in models[0].figures:
             name, _, layer = figure.partition("@")
-            if name != known:
-                continue
-            rows[0].append(heading.format(f"@{layer}" if layer else ""))
-            for row, model in zip(rows[1:], models, strict=True):
-                row.append(write(model.figures[figure]))
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [
-        [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        for row in (rows[0], ruler, *rows[1:])
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            if name == known:
+                title = heading.format(f"@{layer}" if layer else "")
+                columns.append([title, *(write(model.figures[figure]) for model in models)])
+    aligned = []
+    for i, (title, *cells) in enumerate(columns):
+        width = max(3, len(title), *map(len, cells))
+        ruler = "-" * width if i == 0 else "-" * (width - 1) + ":"
+        aligned.append([f"{cell:{'<' if i == 0 else '>'}{width}}" for cell in (title, ruler, *cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*aligned, strict=True))
 
 
 # The pictures ---------------------------------------------------------------------------------------------------------
@@ -115,14 +92,15 @@ def markdown_table(models: Sequence[Compared]) -> str:
 def difference_factor(originals: torch.Tensor, models: Sequence[Compared]) -> int:
     """Return the factor by which the differences of all models are amplified.
 
-    Each model has a largest factor that clips little, at least 2. The middle one is taken, so that one model that is
-    far better or worse than the others does not hide their differences.
+    It is the median of the largest factors, at least 2, that clip little of each model's differences. So one model
+    that is far better or worse than the others does not hide their differences.
     """
-    own = []
+    factors = []
     for model in models:
-        clipped = {f: (_difference(originals, model.reconstructions) * f > 255) for f in DIFFERENCE_FACTORS}
-        own.append(max((f for f in clipped if clipped[f].double().mean() <= CLIPPED_SHARE), default=2))
-    return median_low(own)
+        difference = _difference(originals, model.reconstructions)
+        clips_little = (f for f in DIFFERENCE_FACTORS if (difference * f > 255).double().mean() <= CLIPPED_SHARE)
+        factors.append(next(clips_little, 2))
+    return median_low(factors)
 
 
 def _difference(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -130,12 +108,9 @@ def _difference(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def comparison_picture(originals: torch.Tensor, models: Sequence[Compared], factor: int) -> Drawing:
-    """Draw the originals, and below them each model's reconstructions and their amplified absolute differences.
+    """Draw the originals, uint8 `(n, C, H, W)`, one per column, and two rows of images per model.
 
-    Args:
-        originals (`torch.Tensor` of shape `(n, C, H, W)`, uint8): The images, one per column.
-        models (`Sequence[Compared]`): The models, two rows each.
-        factor (`int`): Amplification of differences, which are clipped at 255.
+    These are its reconstructions and their absolute differences, multiplied by `factor` and clipped at 255.
     """
     from matplotlib.figure import Figure
 
@@ -147,23 +122,21 @@ def comparison_picture(originals: torch.Tensor, models: Sequence[Compared], fact
         rows += [(model.reconstructions, name, facts), (difference, "", f"difference × {factor}")]
     height, width = originals.shape[-2:]
     zoom = max(1, CELL[0] // height) * min(1, CELL[1] / height) / PNG_DPI  # inches per pixel
-    gaps = GAP * len(models)
-    figure_width, figure_height = MARGIN + len(originals) * width * zoom * 1.03, len(rows) * height * zoom * 1.03 + gaps
+    figure_width, figure_height = MARGIN + len(originals) * width * zoom * 1.03, len(rows) * height * zoom * 1.03
     with style():
         figure = Figure((figure_width, figure_height))
         cells = figure.subplots(len(rows), len(originals), squeeze=False)
-        figure.subplots_adjust(MARGIN / figure_width, gaps / figure_height, 0.995, 0.995, wspace=0.03, hspace=0.03)
-        for i, (line, (images, bold, plain)) in enumerate(zip(cells, rows, strict=True)):
+        figure.subplots_adjust(MARGIN / figure_width, 0.005, 0.995, 0.995, wspace=0.03, hspace=0.03)
+        for line, (images, bold, plain) in zip(cells, rows, strict=True):
             for axes, image in zip(line, images, strict=True):
                 picture(axes, image, interpolation="auto")
-                axes.set_position(axes.get_position().translated(0, -((i + 1) // 2) * GAP / figure_height))
             # A name may hold dollars: no formulas.
             label = {"transform": line[0].transAxes, "ha": "right", "fontsize": 6.5, "parse_math": False}
             line[0].text(-0.06, 0.5, bold, va="bottom", weight="bold", **label)
             line[0].text(-0.06, 0.5, plain, va="top", **label)
     caption = (
-        f"Below each model's reconstructions, their absolute differences, {factor} times as bright. Rates and PSNR are "
-        "means over all images measured."
+        f"Below each model's reconstructions: absolute differences from the originals, {factor} times as bright. Rates "
+        "and PSNR are means over all images measured."
     )
     return Drawing("comparison", "Reconstructions", caption, figure)
 
@@ -173,10 +146,7 @@ def rate_distortion_figure(
 ) -> Drawing:
     """Draw PSNR, and SSIM if it was measured, over bits per pixel: models as points, codecs as curves.
 
-    Args:
-        codecs: The points of `codec_curve`, by codec.
-        models: The models, in the order of the legend.
-        codec_images: Number of images that the codecs compressed, for the caption.
+    `codec_images` is the number of images that the codecs compressed, for the caption.
     """
     measured = [name for name in AXIS_NAMES if name in models[0].figures]
     points = [

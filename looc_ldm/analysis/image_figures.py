@@ -15,19 +15,16 @@ EXAMPLES = 8  # images shown with their errors
 
 
 def compared_with_codecs(findings: Findings) -> dict:
-    """Measure the model and codecs on the same images of the sample, ready for JSON.
+    """Measure the model and codecs on the same images of the sample.
 
-    Returns:
-        `dict`: `images`; `psnr`, the model's mean in dB; `bits_per_pixel` and `bits_per_pixel_entropy`, its rate at
-        log2 K and at the entropy of the codes; `by_image`, for each image its rate under an ideal entropy coder with
-        the data's frequencies, and its PSNR; `codecs`, by name, the points of `codec_curve`, empty for images smaller
-        than the window of SSIM.
+    `by_image` are pairs of an image's entropy-coded rate and PSNR, `codecs` the points of `codec_curve`, which are left
+    out for images smaller than the window of SSIM.
     """
     sample = findings.sample
     chosen = _spread(len(sample.originals), MOST_CODED)
     images = findings.content(sample.originals[chosen])
     names = ("jpeg", "webp") if min(findings.content_size) >= SSIM_WINDOW else ()
-    bits, psnr = findings.bits_of(sample.codes[chosen]), sample.psnr[chosen]
+    bits, psnr = findings.bits_per_pixel_each(sample.indices[chosen]), sample.psnr[chosen]
     return {
         "images": len(chosen),
         "psnr": psnr.mean().item(),
@@ -46,7 +43,7 @@ def draw_rate(findings: Findings, compared: dict) -> Drawing:
         rates, psnrs = zip(*compared["by_image"], strict=True)
         axes.plot(rates, psnrs, ".", color=SKY, markersize=5, markeredgewidth=0, alpha=0.8, label="model, each image")
         points = [
-            ModelPoint("model, log2 K bits a code", compared["bits_per_pixel"], compared["psnr"]),
+            ModelPoint("model, log2 K bits per code", compared["bits_per_pixel"], compared["psnr"]),
             ModelPoint("model, entropy-coded", compared["bits_per_pixel_entropy"], compared["psnr"]),
         ]
         points = [point for point in points if point.bits_per_pixel > 0]  # a logarithmic axis has no place for 0
@@ -58,8 +55,8 @@ def draw_rate(findings: Findings, compared: dict) -> Drawing:
             f"{compared['bits_per_pixel_entropy']:.3g} entropy-coded"
         )
     caption = (
-        f"Means over {compared['images']:,} images drawn at random. Entropy-coded: with an ideal coder that "
-        "knows how often each code is chosen in the data; small dots are single images under it."
+        f"Means over {compared['images']:,} images drawn at random. Entropy-coded: by an ideal coder that knows how "
+        "often the data use each code. Small dots: single images, entropy-coded."
     )
     if compared["codecs"]:
         caption += " JPEG and WebP: qualities 1 to 95, one file per image, headers included."
@@ -80,8 +77,8 @@ def draw_error_map(findings: Findings) -> Drawing:
         figure.colorbar(drawn, ax=axes, label="mean absolute error (0 to 1)", pad=0.02, extend=extend)
         axes.set_title(f"mean over {findings.images:,} images: {findings.l1:.4f}")
     caption = (
-        f"Mean over {findings.images:,} images and all channels; black and white are 1 apart. The brightest "
-        "colour stands for the highest 0.5 %. A grid shows the latent positions; a frame, the network's padding."
+        f"Mean over {findings.images:,} images and all channels; black and white differ by 1. The brightest colour "
+        "stands for the highest 0.5 %. A grid in the map shows the latent positions, a frame the network's padding."
     )
     return Drawing("error_map", "Where the errors are", caption, figure)
 

@@ -18,12 +18,7 @@ from looc_ldm.analysis.codebook_figures import (
     segment_perplexity,
 )
 from looc_ldm.analysis.collect import Findings
-from looc_ldm.analysis.image_figures import (
-    compared_with_codecs,
-    draw_error_map,
-    draw_examples,
-    draw_rate,
-)
+from looc_ldm.analysis.image_figures import compared_with_codecs, draw_error_map, draw_examples, draw_rate
 from looc_ldm.analysis.style import Drawing
 from looc_ldm.utils.files import replace_bytes, replace_text
 from looc_ldm.utils.report import Report
@@ -33,26 +28,15 @@ OF_SEVERAL_SEGMENTS = [f"{name}.{kind}" for name in ("segment_use", "code_sharin
 
 
 def analyze(findings: Findings, seed: int = 0) -> tuple[list[Drawing], dict]:
-    """Draw all figures.
+    """Draw all figures in the order of the page, without comparisons of segments if there is only one.
 
-    Args:
-        findings: What `collect` found in the images.
-        seed: Seed of t-SNE.
-
-    Returns:
-        The figures in the order of the page, without comparisons of segments if there is only one; and the numbers,
-        see `numbers`.
+    Returns them and `numbers`. `seed` is that of t-SNE.
     """
     compared = compared_with_codecs(findings)
-    several_segments = len(findings.statistics.counts) > 1
-    drawings = [
-        draw_use(findings),
-        *([draw_segment_use(findings), draw_sharing(findings)] if several_segments else []),
-        draw_embedding(findings, seed),
-        draw_rate(findings, compared),
-        draw_error_map(findings),
-        draw_examples(findings),
-    ]
+    of_segments = [draw_segment_use, draw_sharing] if len(findings.statistics.counts) > 1 else []
+    drawings = [draw(findings) for draw in (draw_use, *of_segments)]
+    drawings += [draw_embedding(findings, seed), draw_rate(findings, compared)]
+    drawings += [draw_error_map(findings), draw_examples(findings)]
     return drawings, numbers(findings, compared)
 
 
@@ -64,7 +48,7 @@ def numbers(findings: Findings, compared: dict) -> dict:
     statistics = findings.statistics
     height, width = findings.content_size
     f = findings.downsampling_factor
-    rows = torch.nn.functional.avg_pool2d(findings.error_map[None], f, ceil_mode=True, count_include_pad=False)[0]
+    errors = torch.nn.functional.avg_pool2d(findings.error_map[None], f, ceil_mode=True, count_include_pad=False)[0]
     return {
         "images": findings.images,
         "height": height,
@@ -87,7 +71,7 @@ def numbers(findings: Findings, compared: dict) -> dict:
         "segment_use": statistics.segment_use.tolist(),
         "segment_perplexity": segment_perplexity(statistics.counts).tolist(),
         "segments_per_codevector": statistics.segments_per_codevector.tolist(),
-        "error_map": rows.tolist(),
+        "error_map": errors.tolist(),
         "rate_distortion": compared
         | {"codecs": {name: [asdict(point) for point in points] for name, points in compared["codecs"].items()}},
     }

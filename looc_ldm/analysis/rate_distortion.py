@@ -30,19 +30,12 @@ OCTAVES = range(-12, 9)  # powers of two of bits per pixel that may have ticks
 
 @dataclass(frozen=True)
 class Point:
-    """A codec at one quality, over all images.
+    """A codec at one quality, over all images."""
 
-    Attributes:
-        quality (`int`): Pillow's quality, 1 to 100.
-        bits_per_pixel (`float`): Bits of all files, headers included, per pixel of all images.
-        psnr (`float`): Mean over images, in dB; an image counts as at most 100 dB, as in `evaluate_reconstruction`.
-        ssim (`float`): Mean over images, in [-1, 1].
-    """
-
-    quality: int
-    bits_per_pixel: float
-    psnr: float
-    ssim: float
+    quality: int  # Pillow's, 1 to 100
+    bits_per_pixel: float  # bits of all files, headers included, per pixel of all images
+    psnr: float  # mean over images, in dB; an image counts as at most 100 dB, as in `evaluate_reconstruction`
+    ssim: float  # mean over images, in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -60,18 +53,15 @@ def codec_curve(
 ) -> list[Point]:
     """Measure a codec at each quality, in one pass over the images.
 
-    Every image is one file, and the whole file counts. The headers of a JPEG are 300 to 600 bytes: next to nothing of
-    a photograph, most of a 28x28 image. JPEG halves the resolution of colour, as is usual (4:2:0). WebP always does,
-    and has no grey: a grey image is stored with empty colour, and compared in grey.
+    Every image is one file, and the whole file counts. The headers of a JPEG are 300 to 600 bytes, most of the file of
+    a 28x28 image. JPEG halves the resolution of colour, as is usual (4:2:0). WebP always does, and has no grey: a grey
+    image is stored with empty colour, and compared in grey.
 
     Args:
         images: uint8 tensors `(C, H, W)`, C = 1 (grey) or 3 (RGB), H and W at least 11.
-        codec (`str`): "jpeg" or "webp" (lossy), as Pillow writes them.
-        qualities (`Sequence[int]`): Pillow's qualities, 1 to 100.
-        protocol (`str`, defaults to `"clean"`): Protocol of PSNR and SSIM: `"clean"` or `"paper"`.
-
-    Returns:
-        `list[Point]`: One per quality.
+        codec: "jpeg" or "webp" (lossy), as Pillow writes them.
+        qualities: Pillow's qualities, 1 to 100.
+        protocol: Protocol of PSNR and SSIM, "clean" or "paper".
 
     Raises:
         ValueError: An unknown protocol, or no images.
@@ -82,7 +72,7 @@ def codec_curve(
     count = pixels = 0
     for image in images:
         original, kept = to_pil(image), measured_as.view(to_float(image.cpu())[None])
-        # One quality at a time: SSIM of all together would not fit into the caches and take up to four times as long.
+        # One quality at a time: SSIM of all together would not fit into the caches, and takes up to 4 times as long.
         for i, quality in enumerate(qualities):
             file = io.BytesIO()
             original.save(file, codec.upper(), quality=quality, **CODECS[codec])
@@ -105,15 +95,9 @@ def codec_curve(
 def draw_rate_distortion(
     axes: Axes, codecs: Mapping[str, Sequence[Point]], models: Sequence[ModelPoint], figure: str = "psnr"
 ) -> None:
-    """Draw codecs as curves and models as points over bits per pixel, on a logarithmic axis.
+    """Draw codecs as curves and models as points over bits per pixel, on a logarithmic axis, without a legend.
 
-    The caller places the legend.
-
-    Args:
-        axes (`matplotlib.axes.Axes`): Axes to draw on.
-        codecs (`Mapping[str, Sequence[Point]]`): The points of `codec_curve`, by codec.
-        models (`Sequence[ModelPoint]`): The models; those without the figure are left out.
-        figure (`str`): "psnr" or "ssim".
+    `codecs` are the points of `codec_curve` by codec. `figure` is "psnr" or "ssim"; models without it are left out.
     """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 

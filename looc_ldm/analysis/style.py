@@ -43,18 +43,11 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure with its words.
+    """A figure with its words."""
 
-    Attributes:
-        name (`str`): File name without suffix.
-        title (`str`): Heading.
-        caption (`str`): Plain text.
-        figure (`Figure`): The figure.
-    """
-
-    name: str
-    title: str
-    caption: str
+    name: str  # file name without suffix
+    title: str  # heading
+    caption: str  # plain text
     figure: Figure
 
     def png(self) -> bytes:
@@ -65,7 +58,7 @@ class Drawing:
         """Return the content of the SVG file, in which thousands of dots are pixels too."""
         return self._svg
 
-    @cached_property  # shared by the page and the file: drawing takes long
+    @cached_property  # the page and the file share it: drawing takes long
     def _svg(self) -> bytes:
         return self._saved("svg", metadata={"Date": None})
 

@@ -13,12 +13,10 @@ Quantized = tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, None, torch.Te
 class Quantizer(nn.Module):
     """Base class of quantizers of feature maps `(B, n_q, H, W)`, with the interface of `LooCQuantizer`.
 
-    Attributes:
+    Args:
         vq_embed_dim (`int`): n_q, the channels of a feature vector.
-        codes_per_position (`int`): C, the number of codes at each latent position.
-        code_sizes (`tuple[int, ...]` of length C): Number of values of each of these codes.
-        codebooks (`tuple[int, ...]` of length C): Codebook of each of these codes; codes of one codebook are counted
-            together.
+        code_sizes (`tuple[int, ...]`): Number of values of each of the C codes at a latent position.
+        codebooks (`tuple[int, ...]`): Codebook of each of these codes; codes of one codebook are counted together.
     """
 
     def __init__(self, vq_embed_dim: int, code_sizes: tuple[int, ...], codebooks: tuple[int, ...]):
@@ -45,8 +43,8 @@ class Quantizer(nn.Module):
 
     @property
     def codebook_scalars(self) -> int:
-        """Numbers that are learned and stored as codevectors; 0 for quantizers without a codebook."""
-        raise NotImplementedError
+        """Numbers that are learned and stored as codevectors: those of `embedding`, or 0 without a codebook."""
+        return self.embedding.weight.numel() if hasattr(self, "embedding") else 0
 
     def forward(self, z: torch.Tensor) -> Quantized:
         """Quantize a feature map.
@@ -104,7 +102,7 @@ class Quantizer(nn.Module):
         return torch.stack([torch.special.entr(share).sum().exp() for share in shares]).mean().float()
 
     def _quantize(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Quantize float32 `(B, n_q, H, W)`. Returns quantized, loss, and indices `(B, H, W, C)`."""
+        """Quantize float32 `(B, n_q, H, W)`, and return quantized, loss, and indices `(B, H, W, C)`."""
         raise NotImplementedError
 
     def _lookup(self, indices: torch.Tensor) -> torch.Tensor:
@@ -116,8 +114,3 @@ def at_least_one(name: str, number: int) -> None:
     """Raise ValueError for a setting that is not a positive whole number."""
     if not isinstance(number, int) or number < 1:
         raise ValueError(f"{name} must be a positive whole number, got {number!r}.")
-
-
-def squared_distances(rows: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Return `(N, K)` distances of features `(N, n_q)` to codevectors `(K, n_q)`, at least 0, with gradient to both."""
-    return (rows.square().sum(1, keepdim=True) - 2 * rows @ codebook.T + codebook.square().sum(1)).clamp_min(0)

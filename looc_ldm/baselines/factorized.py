@@ -30,18 +30,14 @@ class FactorizedQuantizer(Quantizer):
         self.embedding = nn.Embedding(num_codevectors, codevector_dim)
         self.project_out = nn.Linear(codevector_dim, vq_embed_dim)
 
-    @property
-    def codebook_scalars(self) -> int:
-        return self.embedding.weight.numel()
-
     def _quantize(self, z):
-        rows = F.normalize(self.project_in(z.movedim(1, -1)), dim=-1)  # (B, h, w, d)
+        features = F.normalize(self.project_in(z.movedim(1, -1)), dim=-1)  # (B, h, w, d)
         codebook = F.normalize(self.embedding.weight, dim=-1)
-        indices = (rows @ codebook.T).argmax(-1)
+        indices = (features @ codebook.T).argmax(-1)
         chosen = codebook[indices]
-        codebook_loss = F.mse_loss(chosen, rows.detach())
-        commitment_loss = F.mse_loss(chosen.detach(), rows)
-        quantized = self.project_out(rows + (chosen - rows).detach())
+        codebook_loss = F.mse_loss(chosen, features.detach())
+        commitment_loss = F.mse_loss(chosen.detach(), features)
+        quantized = self.project_out(features + (chosen - features).detach())
         return quantized.movedim(-1, 1), codebook_loss + self.commitment_weight * commitment_loss, indices[..., None]
 
     def _lookup(self, indices):

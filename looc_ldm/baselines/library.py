@@ -21,14 +21,14 @@ def _library():
     return vector_quantize_pytorch
 
 
-class _OfLibrary(Quantizer):
+class _LibraryQuantizer(Quantizer):
     """A quantizer that calls one of the library's on vectors `(B, H * W, n_q)`."""
 
     inner: nn.Module
 
     def _quantize(self, z):
         batch, channels, height, width = z.shape
-        quantized, loss, indices = self._rows(z.flatten(2).transpose(1, 2))
+        quantized, loss, indices = self._quantize_vectors(z.flatten(2).transpose(1, 2))
         quantized = quantized.transpose(1, 2).reshape(batch, channels, height, width)
         return quantized, loss, indices.reshape(batch, height, width, -1).long()
 
@@ -36,9 +36,9 @@ class _OfLibrary(Quantizer):
         batch, height, width, _ = indices.shape
         return self._vectors(indices.flatten(1, 2)).reshape(batch, height, width, -1)
 
-    def _rows(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Quantize `(B, n, n_q)`. Returns quantized, loss, and indices `(B, n, C)`."""
-        quantized, indices, loss = self.inner(rows)
+    def _quantize_vectors(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Quantize `(B, n, n_q)`, and return quantized, loss, and indices `(B, n, C)`."""
+        quantized, indices, loss = self.inner(vectors)
         return quantized, loss, indices
 
     def _vectors(self, indices: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ class _OfLibrary(Quantizer):
         return self.inner.get_output_from_indices(indices)
 
 
-class ResidualQuantizer(_OfLibrary):
+class ResidualQuantizer(_LibraryQuantizer):
     """RQ-VAE's residual quantization: `depth` codes of one codebook, each for the residual of the codes before it.
 
     Lee et al. 2022, "Autoregressive Image Generation using Residual Quantization". The codebook is a moving average.
@@ -92,26 +92,18 @@ class ResidualQuantizer(_OfLibrary):
     def codebook_scalars(self) -> int:
         return self.code_sizes[0] * self.vq_embed_dim
 
-    def _rows(self, rows):
-        quantized, indices, losses = self.inner(rows)
+    def _quantize_vectors(self, vectors):
+        quantized, indices, losses = self.inner(vectors)
         # The library's gradient sums the estimates of all depths, so it grows with the depth.
-        return rows + (quantized - rows).detach(), losses.mean(), indices
+        return vectors + (quantized - vectors).detach(), losses.mean(), indices
 
 
-class _WithoutCodebook(_OfLibrary):
-    """A quantizer without learned codevectors."""
-
-    @property
-    def codebook_scalars(self) -> int:
-        return 0
-
-
-class _FiniteScalar(_WithoutCodebook):
+class _FiniteScalar(_LibraryQuantizer):
     """FSQ of the library, which returns no loss."""
 
-    def _rows(self, rows):
-        quantized, indices = self.inner(rows)
-        return quantized, rows.new_zeros(()), indices
+    def _quantize_vectors(self, vectors):
+        quantized, indices = self.inner(vectors)
+        return quantized, vectors.new_zeros(()), indices
 
 
 class FiniteScalarQuantizer(_FiniteScalar):
@@ -128,18 +120,14 @@ class FiniteScalarQuantizer(_FiniteScalar):
         size = math.prod(levels)
         super().__init__(vq_embed_dim, (size,) * codes_per_position, tuple(range(codes_per_position)))
         self.levels = tuple(levels)
-        self.inner = _library().FSQ(
-            list(levels),
-            dim=vq_embed_dim,
-            num_codebooks=codes_per_position,
-            keep_num_codebooks_dim=True,
-        )
+        settings = {"num_codebooks": codes_per_position, "keep_num_codebooks_dim": True}
+        self.inner = _library().FSQ(list(levels), dim=vq_embed_dim, **settings)
 
     def _vectors(self, indices):
         return self.inner.indices_to_codes(indices)
 
 
-class LookupFreeQuantizer(_WithoutCodebook):
+class LookupFreeQuantizer(_LibraryQuantizer):
     """LFQ: the signs of a projection are the code; an entropy term keeps them in use (Yu et al. 2024, MAGVIT-v2).
 
     The loss contains the negative entropy of all codes, so it can be negative.

@@ -31,13 +31,9 @@ class ProductQuantizer(Quantizer):
         if rest:
             raise ValueError(f"codevector_dim={codevector_dim} does not divide vq_embed_dim={vq_embed_dim}.")
         super().__init__(vq_embed_dim, (num_codevectors,) * segments, tuple(range(segments)))
-        settings.setdefault("interpolation_factor", 1)
-        if settings["interpolation_factor"] != 1:
-            raise ValueError("Product quantization is without interpolation: interpolation_factor must be 1.")
-        if settings.get("input_layout", "BCHW") != "BCHW":
-            raise ValueError(
-                f"ProductQuantizer takes feature maps, input_layout 'BCHW', not {settings['input_layout']!r}."
-            )
+        for name, value in {"interpolation_factor": 1, "input_layout": "BCHW"}.items():
+            if settings.setdefault(name, value) != value:
+                raise ValueError(f"{name} of ProductQuantizer must be {value!r}, got {settings[name]!r}.")
         self.sum_losses = sum_losses
         self.segments = nn.ModuleList(
             LooCQuantizer(codevector_dim, num_codevectors, codevector_dim, **settings) for _ in range(segments)

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from looc_ldm.baselines.base import Quantizer, squared_distances
+from looc_ldm.baselines.base import Quantizer
 
 
 class StochasticQuantizer(Quantizer):
@@ -38,10 +38,6 @@ class StochasticQuantizer(Quantizer):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     @property
-    def codebook_scalars(self) -> int:
-        return self.embedding.weight.numel()
-
-    @property
     def temperature(self) -> torch.Tensor:
         """Temperature of the Gumbel-softmax, a scalar that falls from 1 towards 0."""
         return torch.exp(-self.annealing * self.steps).clamp_min(1e-6)
@@ -52,15 +48,16 @@ class StochasticQuantizer(Quantizer):
 
     def _quantize(self, z):
         batch, _, height, width = z.shape
-        rows = z.movedim(1, -1).flatten(0, 2)  # (B h w, n_q)
+        features = z.movedim(1, -1).flatten(0, 2)  # (B h w, n_q)
         codebook, precision = self.embedding.weight, 0.5 * torch.exp(-self.log_variance)
-        distances = squared_distances(rows, codebook)
+        distances = features.square().sum(1, keepdim=True) - 2 * features @ codebook.T + codebook.square().sum(1)
+        distances = distances.clamp_min(0)  # below 0 by rounding only
         logits = -distances * precision
         indices = logits.argmax(1)
         drawn = F.gumbel_softmax(logits, tau=self.temperature) if self.training else F.one_hot(indices, len(codebook))
         quantized = drawn.to(codebook.dtype) @ codebook
         log_shares = logits.log_softmax(1)
-        divergence = (log_shares.exp() * log_shares).sum() + precision * (rows - quantized).square().sum()
+        divergence = (log_shares.exp() * log_shares).sum() + precision * (features - quantized).square().sum()
         quantized = quantized.view(batch, height, width, -1).movedim(-1, 1)
         return quantized, divergence / batch, indices.view(batch, height, width, 1)
 
@@ -69,8 +66,8 @@ class StochasticQuantizer(Quantizer):
 
 
 def gaussian_likelihood(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood in nats per image, up to a constant, of a Gaussian decoder with the best variance.
+    """Return minus the log-likelihood in nats per image, up to a constant, of a Gaussian decoder.
 
-    The variance that maximizes it is the mean squared error: D / 2 log(MSE) for D values of an image.
+    The decoder has the variance of the highest likelihood, the mean squared error: D / 2 log(MSE) for D values.
     """
     return images[0].numel() / 2 * F.mse_loss(reconstructions, images).log()

@@ -17,7 +17,7 @@ from looc_ldm.commands.measures import GenerationMeasures
 from looc_ldm.commands.options import EvaluateGeneration
 from looc_ldm.metrics.collect import Features
 from looc_ldm.metrics.frechet import FeatureMoments
-from looc_ldm.metrics.generation import METRICS, collect_features, rows_needed
+from looc_ldm.metrics.generation import METRICS, collect_features, vectors_needed
 from looc_ldm.metrics.reference import ReferenceCache, default_cache_folder
 from looc_ldm.metrics.samples import NpzWriter, npz_writer
 from looc_ldm.metrics.shares import share_of_batches
@@ -48,11 +48,11 @@ def reference_features(
     """Return features of the real images by network, complete on the main process. Collective."""
     is_main = accelerator is None or accelerator.is_main_process
     compared = [name for name in measures.metrics if not METRICS[name].logits]
-    rows = {METRICS[name].network: rows_needed(compared, METRICS[name].network) for name in compared}
+    rows = {METRICS[name].network: vectors_needed(compared, METRICS[name].network) for name in compared}
     found: dict[str, Features] = {}
     statistics = stored_statistics(measures, reference)
     if statistics is not None and not rows["inception"]:
-        found["inception"] = Features(statistics, rows=None, logits=None)
+        found["inception"] = Features(statistics, vectors=None, logits=None)
     keys = {name: _cache_key(reference, measures, name) for name in rows}
     if is_main:
         for name in rows.keys() - found.keys():
@@ -127,7 +127,7 @@ def sample_features(
         if export_npz is not None:
             processes = 1 if accelerator is None else accelerator.num_processes
             images = _exported(bar, -(-len(samples) // (batch_size * processes)), writer, accelerator)
-        keep = [name for name in networks if rows_needed(measures.metrics, name)]
+        keep = [name for name in networks if vectors_needed(measures.metrics, name)]
         return collect_features(images, networks, keep, accelerator, device=device)
 
 

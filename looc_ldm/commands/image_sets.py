@@ -19,8 +19,8 @@ from looc_ldm.commands.options import SamplingOptions
 from looc_ldm.commands.shared import data_of
 from looc_ldm.images.image_set import ImageSet, spread
 from looc_ldm.images.pixels import to_pixels
+from looc_ldm.metrics.networks import file_sha256
 from looc_ldm.metrics.samples import NpzSamples
-from looc_ldm.metrics.weights import file_sha256
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.training.latent_fingerprint import reference_fingerprint

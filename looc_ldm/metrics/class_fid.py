@@ -12,19 +12,13 @@ from looc_ldm.metrics.frechet import FeatureMoments, frechet_distance
 
 @dataclass(frozen=True)
 class ClassFID:
-    """FID within each class.
+    """FID within each class, by the name of the class."""
 
-    Attributes:
-        mean (`float`): Mean over the classes of `per_class`, each with the same weight.
-        per_class (`dict[str, float]`): FID by the name of the class.
-        skipped (`dict[str, str]`): Classes with fewer than 2 images on a side, and why they are not counted.
-        biased (`dict[str, int]`): Counted classes with fewer images than features on a side, and the count of the
-            smaller side: their covariances are singular and their FID is larger than that of more images.
-    """
-
-    mean: float
+    mean: float  # over the classes of `per_class`, with equal weights
     per_class: dict[str, float]
-    skipped: dict[str, str]
+    skipped: dict[str, str]  # classes with fewer than 2 images on a side, and the reason in words
+    # Counted classes with fewer images than features on a side, and the smaller count: their covariances are singular,
+    # and their FID is larger than that of more images.
     biased: dict[str, int]
 
 
@@ -42,9 +36,6 @@ def class_averaged_fid(
         generated_labels, reference_labels (`torch.Tensor`): Integers `(n,)` and `(m,)`.
         names (`Mapping[int, str]`, *optional*): Name of each label; other labels are their own names.
 
-    Returns:
-        `ClassFID`: The classes are those of either side, in the order of their labels.
-
     Raises:
         ValueError: Two labels have one name, or no class has 2 images on both sides.
     """
@@ -55,11 +46,11 @@ def class_averaged_fid(
     per_class, skipped, biased = {}, {}, {}
     for label, name in name_of.items():
         sides = generated[generated_labels == label], reference[reference_labels == label]
-        counts = [len(rows) for rows in sides]
+        counts = [len(features) for features in sides]
         if min(counts) < 2:
             skipped[name] = f"{counts[0]} generated and {counts[1]} reference images; FID needs 2 of each"
             continue
-        per_class[name] = frechet_distance(*map(FeatureMoments.from_rows, sides))
+        per_class[name] = frechet_distance(*map(FeatureMoments.from_vectors, sides))
         if min(counts) < generated.shape[1]:
             biased[name] = min(counts)
     if not per_class:

@@ -14,36 +14,29 @@ from looc_ldm.metrics.frechet import FeatureMoments
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-BLOCK = 1024  # rows of each process that are sent at a time: on a GPU they are held once for every process
+BLOCK = 1024  # vectors that each process sends at a time: a GPU holds the blocks of all processes at once
 
 
 @dataclass
 class Features:
-    """What figures are computed from.
+    """Features of a set of images by one network."""
 
-    Attributes:
-        moments (`FeatureMoments`): Count, mean and covariance over all images.
-        rows (`torch.Tensor` or `None`): Features `(n, D)`, float32 on the CPU, if they were kept.
-        logits (`torch.Tensor` or `None`): `(n, classes)`, float32 on the CPU, if the network gave them.
-        labels (`torch.Tensor` or `None`): Classes, int64 `(n,)`, if the caller has set them.
-    """
-
-    moments: FeatureMoments
-    rows: torch.Tensor | None
-    logits: torch.Tensor | None
-    labels: torch.Tensor | None = None
+    moments: FeatureMoments  # count, mean and covariance over all images
+    vectors: torch.Tensor | None  # features (n, D), float32 on the CPU, if they were kept
+    logits: torch.Tensor | None  # (n, classes), float32 on the CPU, if the network gives them
+    labels: torch.Tensor | None = None  # classes, int64 (n,), if the caller has set them
 
 
 class FeatureCollector:
-    """Takes features batch by batch. Without `keep_rows` only their moments stay, whatever the number of images.
+    """Collect features batch by batch.
 
     Args:
-        keep_rows (`bool`): Whether the features themselves are needed: by KID, CMMD, precision and recall and
-            class-averaged FID.
+        keep_vectors (`bool`): Keep the features themselves, for KID, CMMD, precision and recall, and class-averaged
+            FID. Otherwise only their moments stay, and memory does not grow with the number of images.
     """
 
-    def __init__(self, keep_rows: bool):
-        self.keep_rows = keep_rows
+    def __init__(self, keep_vectors: bool):
+        self.keep_vectors = keep_vectors
         self.moments: FeatureMoments | None = None
         self._kept: dict[str, list[torch.Tensor]] = {}
 
@@ -52,24 +45,25 @@ class FeatureCollector:
 
         Args:
             outputs (`Mapping`): `features` `(B, D)` and, if the network has them, `logits` `(B, classes)`.
-            places (`torch.Tensor`): Where the images stand among those of all processes, integers `(B,)`
+            places (`torch.Tensor`): Positions of the images among those of all processes, integers `(B,)`
                 (`looc_ldm.metrics.shares.places`).
         """
         features = outputs["features"]
         if self.moments is None:
             self.moments = FeatureMoments(features.shape[1])
         self.moments.update(features)
-        kept = {"rows": features.float() if self.keep_rows else None, "logits": outputs.get("logits"), "places": places}
+        vectors = features.float() if self.keep_vectors else None
+        kept = {"vectors": vectors, "logits": outputs.get("logits"), "places": places}
         for name, tensor in kept.items():
             if tensor is not None:
                 # A copy: a slice would keep the whole output of the network alive.
                 self._kept.setdefault(name, []).append(tensor.detach().to("cpu", copy=True))
 
     def collect(self, accelerator: Accelerator | None = None) -> Features:
-        """Bring everything together, once. Collective.
+        """Return the features of all processes. Collective; call it once.
 
-        Afterwards every process has the moments of all. The main process also has the rows and logits, in the order of
-        their places; the other processes have None.
+        Every process gets the moments. The main process also gets the vectors and logits, in the order of their places;
+        the others get None.
 
         Raises:
             ValueError: There are no images at all, or features are not finite.
@@ -86,19 +80,19 @@ class FeatureCollector:
             moments.reduce(accelerator)
         if not moments.mean.isfinite().all():
             raise ValueError("the features are not finite.")
-        return Features(moments, kept.get("rows"), kept.get("logits"))
+        return Features(moments, kept.get("vectors"), kept.get("logits"))
 
 
 def _gather(kept: dict[str, torch.Tensor], count: int, accelerator: Accelerator) -> dict[str, torch.Tensor]:
-    """Return the rows of all processes on the main process, in the order of "places"; nothing on the others."""
+    """Return the tensors of all processes on the main process, in the order of "places"; nothing on the others."""
     blocks: list[dict[str, torch.Tensor]] = []
     for start in range(0, max(gather_object([count])), BLOCK):
-        block = {name: rows[start : start + BLOCK].clone() for name, rows in kept.items()}
+        block = {name: tensor[start : start + BLOCK].clone() for name, tensor in kept.items()}
         found = gather_object([block])
         if accelerator.is_main_process:
             blocks += [block for block in found if block]
     together = {name: torch.cat([block[name] for block in blocks]) for name in (blocks[0] if blocks else ())}
     if "places" in together:
         order = together["places"].argsort()
-        together = {name: rows[order] for name, rows in together.items()}
+        together = {name: tensor[order] for name, tensor in together.items()}
     return together

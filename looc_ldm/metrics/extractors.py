@@ -1,16 +1,18 @@
-"""Feature networks that sets of images are compared through: Inception, VGG16, DINOv2 and CLIP.
+"""Networks whose features compare sets of images: Inception, VGG16, DINOv2 and CLIP.
 
-Each is a small frozen dataclass that says which network, layer and weights are meant, and has
+Each is a small frozen dataclass that states network, layer and weights, and has
 
 - `name`: the suffix of the figures, for instance `fid@2048`;
 - `dim`: the number of features;
-- `check()`: fails now rather than after hours of sampling, in one line that says how to give the weights;
+- `check()`: loads the network, downloading it if no weights were given, so that an error comes before hours of
+  sampling. It raises FileNotFoundError (no such file), ValueError (a different network, or a pickle of more than
+  tensors) or ConnectionError (no download), with one line that says how to give the weights;
 - `identity()`: network, weights and their SHA-256, ready for JSON; equal identities give equal features;
-- `load(device)`: the network there, as a function of uint8 images `(B, 1 or 3, H, W)` in 0..255 (grey ones count as
-  RGB) that returns `{"features": (B, dim)}`, float32 on that device, and `"logits"` if the dataclass says so.
+- `load(device)`: raises what `check()` raises, and returns a function of uint8 images `(B, 1 or 3, H, W)` in 0..255
+  (grey ones count as RGB). It gives `{"features": (B, dim)}`, float32 on that device, and `"logits"` if the dataclass
+  says so. It computes in float32 under any autocast.
 
-They compute in float32 under any autocast. torch-fidelity, torchvision and transformers are imported
-when a network is first needed.
+torch-fidelity, torchvision and transformers are imported when a network is first needed.
 """
 
 from __future__ import annotations
@@ -27,9 +29,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from looc_ldm.images.pixels import to_pil
-from looc_ldm.metrics.float32 import in_float32
-from looc_ldm.metrics.vision_transformers import CLIPFeatures, DINOv2Features, as_rgb
-from looc_ldm.metrics.weights import downloaded_weights, file_sha256
+from looc_ldm.metrics.networks import as_rgb, downloaded_weights, file_sha256, in_float32
+from looc_ldm.metrics.vision_transformers import CLIPFeatures, DINOv2Features
 
 __all__ = ["CLIPFeatures", "DINOv2Features", "Extractor", "InceptionFeatures", "VGG16Features"]
 
@@ -74,20 +75,13 @@ class InceptionFeatures:
         return int(self.layer)
 
     def check(self) -> None:
-        """Load the network, downloading it if no `weights` were given, and run it once.
-
-        Raises:
-            FileNotFoundError: `weights` is not a file.
-            ValueError: The file is not a state dict of the FID Inception network, holds more than tensors, or does not
-                hold `layer` or the logits (they are not finite).
-            ConnectionError: The network could not be downloaded.
-        """
+        """Load the network and run it once. Raises ValueError also if `layer` or the logits are not finite."""
         found = self.load("cpu")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
         source = self.weights if self.weights is not None else "The downloaded file"
-        for name, rows in found.items():
-            if not rows.isfinite().all():
-                what = f"layer {self.layer}: its features" if name == "features" else "the logits: they"
-                raise ValueError(f"{source} does not hold {what} are not finite.")
+        for name, values in found.items():
+            if not values.isfinite().all():
+                missing = f"layer {self.layer}: its features" if name == "features" else "the logits: they"
+                raise ValueError(f"{source} does not hold {missing} are not finite.")
 
     def identity(self) -> dict[str, str | int | bool | None]:
         """Return network, layer, logits, resize, weights and their SHA-256. Downloads the network if need be."""
@@ -104,11 +98,7 @@ class InceptionFeatures:
         }
 
     def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
-        """Return the network: uint8 `(B, 1 or 3, H, W)` to "features" `(B, dim)` and, if wanted, "logits" `(B, 1008)`.
-
-        Raises:
-            ValueError, ConnectionError: As `check`, which also tests that the features are finite.
-        """
+        """Return the function of images to "features" `(B, dim)` and, if `logits`, "logits" `(B, 1008)`."""
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         layers = [self.layer, "logits_unbiased"] if self.logits else [self.layer]
@@ -125,7 +115,7 @@ class InceptionFeatures:
                     found = network(images.to(device))
                 else:
                     prepared = _prepare_as_pytorch_fid(images, self.pil_resize).to(device)
-                    # The first convolution gets them instead of the images as torch-fidelity prepares them.
+                    # The first convolution gets these instead of the images that torch-fidelity has prepared.
                     with network.Conv2d_1a_3x3.register_forward_pre_hook(lambda *_: (prepared,)):
                         found = network(images.to(device))
                 return dict(zip(names, found, strict=True))
@@ -148,13 +138,7 @@ class VGG16Features:
     dim: ClassVar[int] = 4096
 
     def check(self) -> None:
-        """Load the network, downloading it if no `weights` were given.
-
-        Raises:
-            FileNotFoundError: `weights` is not a file.
-            ValueError: The file is not a state dict of torchvision's VGG16, or holds more than tensors.
-            ConnectionError: The network could not be downloaded.
-        """
+        """Load the network."""
         self.load("cpu")
 
     def identity(self) -> dict[str, str]:
@@ -165,7 +149,7 @@ class VGG16Features:
         return {"network": "vgg16", "layer": "fc2_relu", "weights": str(file), "sha256": file_sha256(file)}
 
     def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
-        """Return the network: uint8 `(B, 1 or 3, H, W)` to "features" `(B, 4096)`. Raises what `check` raises."""
+        """Return the function of images to "features" `(B, 4096)`."""
         from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
 
         network = _torch_fidelity_network(FeatureExtractorVGG16, "vgg16", ["fc2_relu"], self.weights, "VGG16")
@@ -197,7 +181,7 @@ def _torch_fidelity_network(
         if weights is not None:
             raise
         raise ConnectionError(f"The {title} weights could not be downloaded ({error}); give a path.") from error
-    except Exception as error:  # whatever a pickle of something else, or no pickle at all, leads to
+    except Exception as error:  # pickles of other things, and files that are no pickles, fail in many ways
         source = weights if weights is not None else "The downloaded file"
         raise ValueError(f"{source} is not a state dict of torch-fidelity's {title} network.") from error
 
@@ -205,7 +189,7 @@ def _torch_fidelity_network(
 def _prepare_as_pytorch_fid(images: torch.Tensor, side: int) -> torch.Tensor:
     """Resize uint8 `(B, 3, H, W)` by Pillow to `side`, then as pytorch-fid to float `(B, 3, 299, 299)` in [-1, 1].
 
-    Its pixel centres and its zero are different from torch-fidelity's.
+    torch-fidelity's resize uses different pixel centres, and it normalizes by (x - 128) / 128.
     """
     resized = [to_pil(image).resize((side, side), Image.Resampling.BILINEAR) for image in images]
     x = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 255

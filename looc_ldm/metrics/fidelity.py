@@ -1,4 +1,4 @@
-"""KID, Inception score, precision and recall of features, by torch-fidelity in float64."""
+"""KID, Inception score, precision and recall of features, by torch-fidelity in float64, and CMMD."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ SEED = 2020  # torch-fidelity's default, so that its command line gives the same
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID
 SPLITS = 10  # of the Inception score
 NEIGHBORS = 3  # of precision and recall
-BATCH = 1000  # rows of a distance matrix that are in memory at a time: 400 MB each time it is copied for 50,000 columns
+BATCH = 1000  # rows of a distance matrix in memory at a time: 400 MB per copy for 50,000 columns
+CMMD_SIGMA = 10.0  # of the kernel
+CMMD_BLOCK = 512  # rows of a kernel matrix in memory at a time
 
 
 def kid(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
@@ -20,11 +22,11 @@ def kid(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
         first, second (`torch.Tensor`): Features `(n, D)` and `(m, D)`.
 
     Returns:
-        `tuple[float, float]`: Mean and standard deviation over 100 pairs of random subsets of min(1000, n, m) rows. The
-        mean may be slightly negative.
+        `tuple[float, float]`: Mean, which may be slightly negative, and standard deviation over 100 pairs of random
+        subsets of min(1000, n, m) features.
 
     Raises:
-        ValueError: Fewer than 2 rows on a side.
+        ValueError: Fewer than 2 features on a side.
     """
     from torch_fidelity import metric_kid
 
@@ -61,8 +63,9 @@ def inception_score(logits: torch.Tensor) -> tuple[float, float]:
 def precision_recall(generated: torch.Tensor, reference: torch.Tensor) -> tuple[float, float]:
     """Return improved precision and recall (Kynkaanniemi et al. 2019).
 
-    Each set stands for a region: balls about its features that reach to the third nearest other one. Precision is the
-    share of generated features in the region of the reference, recall that of the reference in the generated one.
+    The region of a set is the union of balls around its features, each with the distance to the third nearest other
+    feature as radius. Precision is the share of generated features in the region of the reference, recall the share of
+    reference features in the region of the generated ones.
 
     Args:
         generated, reference (`torch.Tensor`): Features `(n, D)` and `(m, D)`.
@@ -71,7 +74,7 @@ def precision_recall(generated: torch.Tensor, reference: torch.Tensor) -> tuple[
         `tuple[float, float]`: Precision and recall, each from 0 to 1.
 
     Raises:
-        ValueError: Not more than 3 rows on a side.
+        ValueError: Fewer than 4 features on a side.
     """
     from torch_fidelity import metric_prc
 
@@ -89,3 +92,21 @@ def precision_recall(generated: torch.Tensor, reference: torch.Tensor) -> tuple[
         verbose=False,
     )
     return found[metric_prc.KEY_METRIC_PRECISION], found[metric_prc.KEY_METRIC_RECALL]
+
+
+def cmmd(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Return 1000 times the squared MMD of the kernel exp(-|x - y|^2 / (2 * 10^2)) (Jayasumana et al. 2024).
+
+    Args:
+        first, second (`torch.Tensor`): Normalized CLIP embeddings `(n, D)` and `(m, D)`.
+
+    Returns:
+        `float`: At least 0 up to rounding, and 0 for equal sets: the estimate with the diagonal, as published.
+    """
+    x, y = first.double(), second.double()
+    return 1000 * (_mean_kernel(x, x) + _mean_kernel(y, y) - 2 * _mean_kernel(x, y))
+
+
+def _mean_kernel(x: torch.Tensor, y: torch.Tensor) -> float:
+    exponents = (torch.cdist(block, y).square_().mul_(-1 / (2 * CMMD_SIGMA**2)) for block in x.split(CMMD_BLOCK))
+    return sum(float(values.exp_().sum()) for values in exponents) / (len(x) * len(y))

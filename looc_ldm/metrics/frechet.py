@@ -16,30 +16,30 @@ if TYPE_CHECKING:
 class FeatureMoments:
     """Number, mean and covariance of feature vectors, in float64 on the CPU.
 
-    Up to `dim` rows are kept as they are: they need no more memory than a covariance, and their Fréchet distance is
-    faster and more exact. Beyond that, rows are added, up to `dim` at a time, to the scatter matrix about the mean of
-    all rows so far, so that features far from zero lose no digits (Chan, Golub, LeVeque 1983).
+    Up to `dim` vectors are kept as they are: they need no more memory than a covariance, and their Fréchet distance is
+    faster and more exact. Further vectors are added, up to `dim` at a time, to the scatter matrix about the mean of all
+    vectors so far, so that features far from zero lose no digits (Chan, Golub, LeVeque 1983).
 
     Args:
         dim (`int`): D, the number of features.
 
     Attributes:
         dim (`int`): D.
-        count (`int` or `None`): n, rows so far; None if only mean and covariance are known.
+        count (`int` or `None`): n, vectors so far; None if only mean and covariance are known.
     """
 
     def __init__(self, dim: int):
         self.dim = dim
         self.count: int | None = 0
-        self._waiting: list[torch.Tensor] = []  # rows that are not in mean and scatter yet
+        self._waiting: list[torch.Tensor] = []  # vectors that are not in mean and scatter yet
         self._mean = torch.zeros(dim, dtype=torch.float64)
         self._scatter: torch.Tensor | None = None  # (D, D), sum of (x - mean) (x - mean)^T
 
     @classmethod
-    def from_rows(cls, rows: torch.Tensor) -> FeatureMoments:
-        """Return the moments of rows `(n, D)`."""
-        moments = cls(rows.shape[1])
-        moments.update(rows)
+    def from_vectors(cls, vectors: torch.Tensor) -> FeatureMoments:
+        """Return the moments of vectors `(n, D)`."""
+        moments = cls(vectors.shape[1])
+        moments.update(vectors)
         return moments
 
     @classmethod
@@ -70,23 +70,23 @@ class FeatureMoments:
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> FeatureMoments:
         """Restore what `tensors` returned."""
         if "rows" in tensors:
-            return cls.from_rows(tensors["rows"])
+            return cls.from_vectors(tensors["rows"])
         count = int(tensors["count"]) if "count" in tensors else None
         return cls.from_mean_and_covariance(tensors["mean"], tensors["covariance"], count)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return everything there is to store.
 
-        Float64 `rows` `(n, D)` while n <= D, otherwise `mean` `(D,)`, `covariance` `(D, D)` and, if known, `count`.
+        `rows`, the vectors `(n, D)`, while n <= D; otherwise `mean`, `covariance` and, if known, `count`.
         """
-        if self.rows is not None:
-            return {"rows": self.rows}
+        if self.vectors is not None:
+            return {"rows": self.vectors}
         count = {} if self.count is None else {"count": torch.tensor(self.count)}
         return {"mean": self.mean, "covariance": self.covariance, **count}
 
     @property
-    def rows(self) -> torch.Tensor | None:
-        """The rows themselves, `(n, D)`, while there are at most D; otherwise None."""
+    def vectors(self) -> torch.Tensor | None:
+        """Vectors `(n, D)` themselves, while there are at most D; otherwise None."""
         if self._scatter is not None:
             return None
         return torch.cat(self._waiting or [torch.empty(0, self.dim, dtype=torch.float64)])
@@ -95,7 +95,7 @@ class FeatureMoments:
     def mean(self) -> torch.Tensor:
         """Mean `(D,)`."""
         if self._scatter is None:
-            return self.rows.mean(0)
+            return self.vectors.mean(0)
         self._fold()
         return self._mean
 
@@ -103,7 +103,7 @@ class FeatureMoments:
     def covariance(self) -> torch.Tensor:
         """Covariance `(D, D)`, with divisor n - 1."""
         if self._scatter is None:
-            return self.rows.T.cov()
+            return self.vectors.T.cov()
         self._fold()
         return self._scatter / self.degrees_of_freedom
 
@@ -112,19 +112,19 @@ class FeatureMoments:
         """Divisor of the scatter matrix: n - 1, or 1 if n is not known."""
         return 1 if self.count is None else self.count - 1
 
-    def update(self, rows: torch.Tensor) -> None:
-        """Add rows `(n, D)` of any floating type and device."""
-        for part in rows.detach().split(self.dim):
-            # Many rows at a time: each fold reads and writes the whole matrix.
+    def update(self, vectors: torch.Tensor) -> None:
+        """Add vectors `(n, D)` of any floating type and device."""
+        for part in vectors.detach().split(self.dim):
+            # Many vectors at a time: each fold reads and writes the whole matrix.
             if sum(map(len, self._waiting)) + len(part) > self.dim:
                 self._fold()
             self._waiting.append(part.to("cpu", torch.float64, copy=True))
             self.count += len(part)
 
     def reduce(self, accelerator: Accelerator) -> None:
-        """Add the rows of all processes: each ends with the moments of all. Collective.
+        """Add the vectors of all processes, so that each process has the moments of all. Collective.
 
-        The traffic is one D x D matrix, or the rows themselves if all together are at most D.
+        The traffic is one D x D matrix, or the vectors themselves if all together are at most D.
         """
         if accelerator.num_processes == 1:
             return
@@ -141,20 +141,20 @@ class FeatureMoments:
         self._mean, self.count = mean, total
 
     def _fold(self) -> None:
-        """Move the waiting rows into mean and scatter matrix."""
+        """Move the waiting vectors into mean and scatter matrix."""
         if not self._waiting:
             return
-        rows = torch.cat(self._waiting)
+        vectors = torch.cat(self._waiting)
         self._waiting = []
         if self._scatter is None:
             self._scatter = torch.zeros(self.dim, self.dim, dtype=torch.float64)
-        share = len(rows) / self.count
-        mean = rows.mean(0)
+        share = len(vectors) / self.count
+        mean = vectors.mean(0)
         apart = mean - self._mean
         self._mean = self._mean + apart * share
-        self._scatter.addr_(apart, apart, alpha=(1 - share) * len(rows))
-        rows -= mean
-        self._scatter.addmm_(rows.T, rows)
+        self._scatter.addr_(apart, apart, alpha=(1 - share) * len(vectors))
+        vectors -= mean
+        self._scatter.addmm_(vectors.T, vectors)
 
 
 def frechet_distance(first: FeatureMoments, second: FeatureMoments) -> float:
@@ -166,23 +166,23 @@ def frechet_distance(first: FeatureMoments, second: FeatureMoments) -> float:
         first, second (`FeatureMoments`): Moments of features of the same network. The order does not matter.
 
     Returns:
-        `float`: At least 0; 0 for equal moments, up to rounding. It falls with the number of rows although the
+        `float`: At least 0; 0 for equal moments, up to rounding. It falls with the number of vectors although the
         distribution stays the same, so figures compare only at equal counts.
 
     Raises:
-        ValueError: Fewer than 2 rows on a side, or different numbers of features.
+        ValueError: Fewer than 2 vectors on a side, or different numbers of features.
     """
     if first.dim != second.dim:
         raise ValueError(f"features must have the same dimension, got {first.dim} and {second.dim}.")
     for moments in (first, second):
         if moments.count is not None and moments.count < 2:
             raise ValueError(f"a Fréchet distance needs at least 2 images on each side, got {moments.count}.")
-    if first.rows is None:
+    if first.vectors is None:
         first, second = second, first
     # With S1 = A A^T and S2 = B B^T, S1 S2 has the eigenvalues of the symmetric A^T S2 A, and their roots are the
-    # singular values of A^T B. For few rows A^T is small: it holds the centred rows.
+    # singular values of A^T B. For few vectors A^T is small: it holds the centred vectors.
     a = _factor(first)
-    if second.rows is None:
+    if second.vectors is None:
         covariance = second.covariance
         variance = covariance.trace()
         root = torch.linalg.eigvalsh(a.T @ covariance @ a).clamp(min=0).sqrt().sum()
@@ -196,8 +196,8 @@ def frechet_distance(first: FeatureMoments, second: FeatureMoments) -> float:
 
 def _factor(moments: FeatureMoments) -> torch.Tensor:
     """Return A `(D, r)` with A A^T equal to the covariance."""
-    if moments.rows is not None:
-        return (moments.rows - moments.mean).T / math.sqrt(moments.degrees_of_freedom)
+    if moments.vectors is not None:
+        return (moments.vectors - moments.mean).T / math.sqrt(moments.degrees_of_freedom)
     covariance = moments.covariance
     lower, failed = torch.linalg.cholesky_ex(covariance)
     if not failed:

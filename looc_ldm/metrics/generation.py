@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from looc_ldm.metrics.class_fid import class_averaged_fid
-from looc_ldm.metrics.cmmd import cmmd
 from looc_ldm.metrics.collect import FeatureCollector, Features
 from looc_ldm.metrics.extractors import Extractor, InceptionFeatures
-from looc_ldm.metrics.fidelity import NEIGHBORS, SPLITS, inception_score, kid, precision_recall
+from looc_ldm.metrics.fidelity import NEIGHBORS, SPLITS, cmmd, inception_score, kid, precision_recall
 from looc_ldm.metrics.frechet import frechet_distance
 from looc_ldm.metrics.shares import at_a_time, places
 
@@ -32,60 +31,44 @@ Figures = dict[str, float | int | dict]
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure of generated images.
+    """A measure of generated images."""
 
-    Attributes:
-        network: Name of the network that its features come from.
-        figures: Names of its figures, with `{}` for the suffix of the network.
-        measure: Function of the generated and the reference features and the names of the classes, to one value per
-            figure.
-        rows: Whether it needs the features themselves, not only their moments.
-        labels: Whether it needs the classes of both sides.
-        logits: Whether it needs the logits of the generated images, and no reference.
-        least: Number of images that it needs on each side.
-    """
-
-    network: str
-    figures: tuple[str, ...]
+    network: str  # name of the network of its features
+    figures: tuple[str, ...]  # names of its figures, with {} for the suffix of the network
+    # Maps generated features, reference features and names of the classes to one value per figure.
     measure: Callable[[Features, Features | None, Mapping[int, str] | None], tuple]
-    rows: bool = False
-    labels: bool = False
-    logits: bool = False
-    least: int = 2
+    vectors: bool = False  # whether it needs the features themselves, not only their moments
+    labels: bool = False  # whether it needs the classes of both sides
+    logits: bool = False  # whether it needs the logits of the generated images, and no reference
+    least: int = 2  # smallest number of images on each side
 
 
-def _frechet(generated: Features, reference: Features, classes: Mapping[int, str] | None) -> tuple[float]:
+def _frechet(generated: Features, reference: Features, _) -> tuple[float]:
     return (frechet_distance(generated.moments, reference.moments),)
 
 
-def _class_fid(
-    generated: Features, reference: Features, classes: Mapping[int, str] | None
-) -> tuple[float, int, dict[str, dict]]:
-    found = class_averaged_fid(generated.rows, generated.labels, reference.rows, reference.labels, classes)
-    detail = asdict(found)
-    return detail.pop("mean"), len(found.per_class), detail
+def _class_fid(generated: Features, reference: Features, classes: Mapping[int, str] | None) -> tuple:
+    sides = (generated.vectors, generated.labels, reference.vectors, reference.labels)
+    detail = asdict(class_averaged_fid(*sides, classes))
+    return detail.pop("mean"), len(detail["per_class"]), detail
 
 
-def _inception_score(generated: Features, *_) -> tuple[float, float]:
-    return inception_score(generated.logits)
+def _between_vectors(measure: Callable[[torch.Tensor, torch.Tensor], tuple[float, ...]]) -> Callable:
+    return lambda generated, reference, _: measure(generated.vectors, reference.vectors)
 
 
-def _of_rows(measure: Callable[[torch.Tensor, torch.Tensor], tuple[float, ...]]) -> Callable:
-    return lambda generated, reference, classes: measure(generated.rows, reference.rows)
-
-
-_precision_recall = {"measure": _of_rows(precision_recall), "rows": True, "least": NEIGHBORS + 1}
+_precision_recall = {"measure": _between_vectors(precision_recall), "vectors": True, "least": NEIGHBORS + 1}
 METRICS = {
     "fid": Metric("inception", ("fid@{}",), _frechet),
-    "kid": Metric("inception", ("kid@{}", "kid_std@{}"), _of_rows(kid), rows=True),
-    "is": Metric("inception", ("is", "is_std"), _inception_score, logits=True, least=SPLITS),
+    "kid": Metric("inception", ("kid@{}", "kid_std@{}"), _between_vectors(kid), vectors=True),
+    "is": Metric("inception", ("is", "is_std"), lambda x, *_: inception_score(x.logits), logits=True, least=SPLITS),
     "precision_recall": Metric("inception", ("precision@{}", "recall@{}"), **_precision_recall),
     "class_fid": Metric("inception", ("class_fid@{}", "class_fid_classes", "class_fid"), _class_fid, True, True),
     "fd@dinov2": Metric("dinov2", ("fd@{}",), _frechet),
-    "kd@dinov2": Metric("dinov2", ("kd@{}", "kd_std@{}"), _of_rows(kid), rows=True),
+    "kd@dinov2": Metric("dinov2", ("kd@{}", "kd_std@{}"), _between_vectors(kid), vectors=True),
     "precision_recall@dinov2": Metric("dinov2", ("precision@{}", "recall@{}"), **_precision_recall),
     "precision_recall@vgg": Metric("vgg", ("precision@{}", "recall@{}"), **_precision_recall),
-    "cmmd": Metric("clip", ("cmmd@{}",), _of_rows(lambda first, second: (cmmd(first, second),)), rows=True),
+    "cmmd": Metric("clip", ("cmmd@{}",), _between_vectors(lambda first, second: (cmmd(first, second),)), vectors=True),
 }
 DEFAULT_METRICS = ("fid", "kid")
 
@@ -105,29 +88,29 @@ def networks_needed(names: Collection[str]) -> list[str]:
     return list(dict.fromkeys(METRICS[name].network for name in names))
 
 
-def rows_needed(names: Collection[str], network: str) -> bool:
+def vectors_needed(names: Collection[str], network: str) -> bool:
     """Whether one of these metrics needs the features of that network themselves, and not only their moments."""
-    return any(METRICS[name].rows for name in names if METRICS[name].network == network)
+    return any(METRICS[name].vectors for name in names if METRICS[name].network == network)
 
 
 @torch.no_grad()
 def collect_features(
     batches: Iterable[torch.Tensor],
     networks: Mapping[str, Network],
-    keep_rows: Collection[str] = (),
+    keep_vectors: Collection[str] = (),
     accelerator: Accelerator | None = None,
     logits: bool = True,
     device: torch.device | str = "cpu",
 ) -> dict[str, Features]:
-    """Return features of images by several networks, in one pass over the images. Collective.
+    """Return features of images by each network, in one pass over the images. Collective.
 
     Args:
         batches: uint8 images `(B, 1 or 3, H, W)`. Process r of R gives the batches r, r + R, ... of all.
-        networks: What `Extractor.load` returned, by name.
-        keep_rows: Names of networks whose features are kept, for metrics that need more than moments.
+        networks: Results of `Extractor.load`, by name.
+        keep_vectors: Names of networks whose features are kept, for metrics that need more than moments.
         accelerator (`Accelerator`, *optional*): The processes.
         logits: Whether to keep the logits of networks that give them.
-        device: The networks' device, which decides how many images they are given at a time.
+        device: The networks' device. It decides how many images go through a network at a time.
 
     Returns:
         `dict` of `Features` by name, complete on the main process, in the order of one process.
@@ -136,7 +119,7 @@ def collect_features(
         ValueError: No images, images of a different type, or features that are not finite.
     """
     size = at_a_time(device)
-    collectors = {name: FeatureCollector(keep_rows=name in keep_rows) for name in networks}
+    collectors = {name: FeatureCollector(keep_vectors=name in keep_vectors) for name in networks}
     for number, batch in enumerate(batches):
         where = places(number, len(batch), accelerator)
         for name, network in networks.items():
@@ -157,7 +140,7 @@ def generation_figures(
 
     Args:
         metrics: Names in `METRICS`.
-        generated, reference: What `collect_features` gave on the main process, with `labels` for class_fid.
+        generated, reference: Results of `collect_features` on the main process, with `labels` for class_fid.
         suffixes: `Extractor.name` by network, which names the figures: `fid@2048`.
         classes: Names of the labels.
 
@@ -183,7 +166,7 @@ def evaluate_generation(
 ) -> Figures:
     """Compare generated images with real ones, on one process.
 
-    `looc-ldm evaluate generation` does more: many processes, a cache of the reference, samples drawn from a model.
+    `looc-ldm evaluate generation` also draws samples from a model, uses several processes and caches the reference.
 
     Args:
         samples, reference: Batches of uint8 images `(B, C, H, W)`, C = 1 (which counts as RGB) or 3, with their labels
@@ -195,15 +178,9 @@ def evaluate_generation(
         device: The networks' device.
 
     Returns:
-        `dict`: `protocol` ("clean"), `images_first`, `images_second`, and for
-
-        - fid, kid: `fid@2048`; `kid@2048`, `kid_std@2048` (mean and deviation over 100 subsets of min(1000, both
-          counts) images).
-        - is: `is`, `is_std` over 10 splits.
-        - precision_recall: `precision@2048`, `recall@2048`, with 3 neighbours; @vgg as torch-fidelity has it.
-        - class_fid: `class_fid@2048`, the mean of `class_fid["per_class"]` over `class_fid_classes` classes;
-          `class_fid["skipped"]` and `["biased"]`: classes with fewer than 2 images, and with fewer than features.
-        - fd@dinov2, kd@dinov2, cmmd: `fd@dinov2-large`, `kd@dinov2-large`, `cmmd@clip-vit-large-patch14-336`.
+        `dict`: `protocol` ("clean"), `images_first`, `images_second`, and the figures of `METRICS` with the suffix of
+        their network: `fid@2048`, `kid@2048`, `fd@dinov2-large`, `cmmd@clip-vit-large-patch14-336`. The functions of
+        `fidelity` and `class_fid` describe them; `class_fid` holds the details of `class_fid@2048`.
 
     Raises:
         ValueError: Fewer than 2 images on a side, images of a different type, missing labels, or weights of a different
@@ -219,7 +196,7 @@ def evaluate_generation(
     if "is" in metrics and not networks["inception"].logits:
         raise ValueError("is needs InceptionFeatures(..., logits=True).")
     loaded = {name: networks[name].load(device) for name in needed}
-    keep = [name for name in needed if rows_needed(metrics, name)]
+    keep = [name for name in needed if vectors_needed(metrics, name)]
     sides = []
     for side, batches in (("first", samples), ("second", reference)):
         labels: list[torch.Tensor | None] = []
@@ -243,13 +220,8 @@ def evaluate_generation(
 def fid_and_kid(first: Iterable[torch.Tensor], second: Iterable[torch.Tensor], features: InceptionFeatures) -> Figures:
     """Return FID and KID between two sets of images; the same images give the same figures.
 
-    Args:
-        first, second: uint8 images `(C, H, W)`, C = 1 (which counts as RGB) or 3, of one shape in each set. They are
-            read once and not kept.
-        features (`InceptionFeatures`): The network and its layer, which every key carries.
-
-    Returns, raises:
-        As `evaluate_generation`.
+    Takes uint8 images `(C, H, W)`, C = 1 (which counts as RGB) or 3, of one shape in each set, and the network. The
+    images are read once and not kept. Returns and raises what `evaluate_generation` does.
     """
     return evaluate_generation(_batched(first), _batched(second), networks={"inception": features})
 

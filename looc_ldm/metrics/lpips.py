@@ -9,15 +9,15 @@ import torch
 import torch.nn as nn
 from diffusers.models.model_loading_utils import load_state_dict
 
-from looc_ldm.metrics.weights import downloaded_weights, file_sha256
+from looc_ldm.metrics.networks import downloaded_weights, file_sha256
 from looc_ldm.utils.errors import one_line
 
 NETWORKS = ("vgg", "alex")
-SMALLEST = {"vgg": 16, "alex": 31}  # pixels; smaller images vanish before the last layers
+SMALLEST = {"vgg": 16, "alex": 31}  # pixels: the last layers of smaller images have no pixels
 
 
 class LPIPS(nn.Module):
-    """A frozen network that compares images, in float32 under any autocast. See `load_lpips`."""
+    """Frozen network that compares images, in float32 under any autocast. See `load_lpips`."""
 
     def __init__(self, network: nn.Module, smallest: int):
         super().__init__()
@@ -81,7 +81,7 @@ def lpips_identity(network: str, weights: Path | None = None) -> dict[str, str]:
 def _lpips(network: str, **settings) -> nn.Module:
     import lpips
 
-    with warnings.catch_warnings():  # how it asks torchvision for the network has long been deprecated
+    with warnings.catch_warnings():  # lpips asks torchvision for the network in a deprecated way
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
         return lpips.LPIPS(net=network, verbose=False, **settings)
 
@@ -92,7 +92,7 @@ def _fill_convolutions(network: nn.Module, file: Path) -> None:
         stored = dict(load_state_dict(file))  # safetensors, or a pickle of nothing but tensors
     except FileNotFoundError:
         raise
-    except Exception as error:  # whatever a pickle of something else, or no pickle at all, leads to
+    except Exception as error:  # pickles of other things, and files that are no pickles, fail in many ways
         raise ValueError(f"{str(file)!r} is not a file of weights: {one_line(error)}") from error
     layers = {
         name: layer

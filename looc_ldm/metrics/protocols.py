@@ -60,11 +60,10 @@ class PaperProtocol(CleanProtocol):
         if not images.isfinite().all():  # as 8-bit numbers they would look like images
             raise ValueError("images and reconstructions must be finite, got nan or infinite values.")
         eight_bits = (super().view(images) * 255).byte()  # truncated, not rounded
-        rows = eight_bits.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
         decoded = []
-        for row in rows:
+        for pixels in eight_bits.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy():
             file = io.BytesIO()
-            Image.fromarray(row).save(file, format="JPEG")
+            Image.fromarray(pixels).save(file, format="JPEG")
             decoded.append(np.asarray(Image.open(file)))
         return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).to(images.device).float() / 255
 

@@ -54,9 +54,8 @@ def evaluate_reconstruction(
             `codebook_scalars` and `code_counts`, such as those of `looc_ldm.baselines`.
         batches: Float images in [-1, 1], `(B, C, H, W)` each, all of one height and width. Process r of R gives the
             batches r, r + R, ... of all (`looc_ldm.metrics.shares`).
-        measured_size (`tuple[int, int]`, *optional*): Height and width of the centre that is measured, for images that
-            were padded to fit the network (Fashion-MNIST's 28x28 in 32x32): padding is easy to reconstruct. The whole
-            image if not given.
+        measured_size (`tuple[int, int]`, *optional*): Height and width of the centre that is measured, without padding
+            (28x28 in Fashion-MNIST's 32x32), which is easy to reconstruct. Default: the whole image.
         features (`InceptionFeatures`, *optional*): The network of rFID and KID. The "paper" protocol uses
             `pil_resize=229`.
         lpips (`Mapping`, *optional*): Distances of two batches of RGB images in [-1, 1], such as
@@ -71,20 +70,18 @@ def evaluate_reconstruction(
         `dict`, ready for JSON:
 
         - `protocol`; `images`: their number; `height`, `width`: the measured size in pixels.
-        - `psnr` in dB, `ssim` in [-1, 1], `l1` (mean absolute error in [0, 1]): means over images. In the mean an
-          image's PSNR counts as at most 100 dB, so that a single exact reconstruction does not make it infinite.
-        - The figures of `lpips`, on whole images with their padding, since their networks need some size.
-        - `rfid@<layer>`: FID of the reconstructions against the originals. `kid@<layer>`, `kid_std@<layer>`: mean and
-          standard deviation of KID over subsets.
-        - `codebook_use`: the share of the codevectors of all codebooks that were used at least once, in [0, 1];
-          `dead_codes`: the number of the others. `perplexity`: exp of the entropy of the codes of all images, in
-          [1, K]; `code_entropy`: that entropy in bits per code, in [0, log2 K], the mean over codebooks.
-        - `bits_per_image`: the rate of the image the network was given, padding included, at log2(K) bits per code.
-        - `bits_per_pixel`: `bits_per_image` per *measured* pixel: padding costs bits but is not wanted.
-          `bits_per_pixel_entropy`: the same at `code_entropy` bits per code, which an ideal entropy coder that knows
-          how often each code is used would need.
-        - `parameters` of the whole model, `codebook_scalars` = K d, `num_codevectors` = K, and d as `codevector_dim`
-          if the quantizer has it.
+        - `psnr` in dB, `ssim` in [-1, 1], `l1` (mean absolute error in [0, 1]): means over images. An image's PSNR
+          counts as at most 100 dB, so that one exact reconstruction does not make the mean infinite.
+        - The figures of `lpips`, on images with their padding, since the networks need a minimum size.
+        - `rfid@<layer>`: FID of the reconstructions against the originals; `kid@<layer>`, `kid_std@<layer>`.
+        - `codebook_use`: share of the codevectors of all codebooks that were used at least once, in [0, 1];
+          `dead_codes`: number of the others. `perplexity`: exp of the entropy of the codes of all images, in [1, K];
+          `code_entropy`: that entropy in bits per code, in [0, log2 K], the mean over codebooks.
+        - `bits_per_image`: rate of the image with its padding at log2(K) bits per code. `bits_per_pixel`: the same per
+          *measured* pixel. `bits_per_pixel_entropy`: the same at `code_entropy` bits per code, the rate of an ideal
+          entropy coder that knows how often each code is used.
+        - `parameters` of the whole model, `codebook_scalars` = K d, `num_codevectors` = K, and `codevector_dim` = d if
+          the quantizer has it.
 
     Raises:
         ValueError: No images, a batch of a different type or range, sizes that differ or do not fit, reconstructions
@@ -101,7 +98,7 @@ def evaluate_reconstruction(
     if features is not None:
         features.check()
         network = features.load(model.device)
-        collectors = [FeatureCollector(keep_rows="kid" in chosen) for _ in ("originals", "reconstructions")]
+        collectors = [FeatureCollector(keep_vectors="kid" in chosen) for _ in ("originals", "reconstructions")]
     totals = _Totals()
 
     with eval_mode(model):
@@ -209,7 +206,7 @@ def _distances(originals: Features, reconstructions: Features, names: Collection
     if "rfid" in names:
         figures[f"rfid@{suffix}"] = frechet_distance(reconstructions.moments, originals.moments)
     if "kid" in names:
-        mean, deviation = kid(reconstructions.rows, originals.rows)
+        mean, deviation = kid(reconstructions.vectors, originals.vectors)
         figures |= {f"kid@{suffix}": mean, f"kid_std@{suffix}": deviation}
     return figures
 

@@ -62,8 +62,8 @@ class ReferenceCache:
         if self.folder is None:
             return
         tensors = {f"{PREFIX}{name}": x.contiguous() for name, x in features.moments.tensors().items()}
-        if features.rows is not None:
-            tensors["rows"] = features.rows.contiguous()
+        if features.vectors is not None:
+            tensors["rows"] = features.vectors.contiguous()
         make_folder(self.folder)
         file = self.file(key)
         # The process is in the name: two runs may compute the same reference at a time.

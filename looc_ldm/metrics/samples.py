@@ -103,7 +103,7 @@ def _read_image_header(member: BinaryIO) -> tuple[int, int, int, int]:
 
 
 class NpzWriter:
-    """Writes images batch by batch; see `npz_writer`."""
+    """Write images batch by batch; see `npz_writer`."""
 
     def __init__(self, member: BinaryIO, count: int):
         self._member, self._count = member, count
@@ -112,15 +112,15 @@ class NpzWriter:
 
     def add(self, images: torch.Tensor) -> None:
         """Write uint8 images `(B, 1 or 3, H, W)`, grey ones as RGB. Raises ValueError if their size changes."""
-        rows = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+        pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
         if self._shape is None:
-            self._shape = rows.shape[1:]
+            self._shape = pixels.shape[1:]
             header = {"descr": "|u1", "fortran_order": False, "shape": (self._count, *self._shape)}
             np.lib.format.write_array_header_1_0(self._member, header)
-        if rows.shape[1:] != self._shape:
-            raise ValueError(f"images of an npz must have one size, got {self._shape} and {rows.shape[1:]}.")
-        self._member.write(rows.tobytes())
-        self.written += len(rows)
+        if pixels.shape[1:] != self._shape:
+            raise ValueError(f"images of an npz must have one size, got {self._shape} and {pixels.shape[1:]}.")
+        self._member.write(pixels.tobytes())
+        self.written += len(pixels)
 
 
 @contextmanager

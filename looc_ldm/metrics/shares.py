@@ -1,8 +1,8 @@
 """Divide images over processes so that no figure depends on the number of processes.
 
-Process r of R takes whole batches: r, r + R, ... of a list of batches that is the same for any R. An image then goes
-through a network in the same batch on any number of processes, which matters for the last digits, and for samples for
-whole codes. Rows come back from all processes in the order of one.
+Process r of R takes whole batches: r, r + R, ... of a list of batches that is the same for any R. So an image goes
+through a network in the same batch on any number of processes. Otherwise the last digits of features, and whole codes
+of samples, could differ. Features are gathered in the order of one process.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ AT_A_TIME_ELSEWHERE = 50
 ROWS_OF_A_BATCH = 2**32  # more than any batch has: places of batch b lie in [b * this, (b + 1) * this)
 
 
-def place_of(accelerator: Accelerator | None) -> tuple[int, int]:
+def _rank(accelerator: Accelerator | None) -> tuple[int, int]:
     """Return (r, R): the index of this process and the number of processes."""
     return (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
 
 
 def share_of_batches(count: int, batch_size: int, accelerator: Accelerator | None = None) -> list[range]:
     """Return the batches of this process, each as a range of image numbers, for `count` images in all."""
-    rank, processes = place_of(accelerator)
+    rank, processes = _rank(accelerator)
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     return batches[rank::processes]
 
 
 def places(batch: int, size: int, accelerator: Accelerator | None = None) -> torch.Tensor:
     """Return int64 `(size,)`, increasing: sort keys of the images in this process' batch number `batch`, among all."""
-    rank, processes = place_of(accelerator)
+    rank, processes = _rank(accelerator)
     return (batch * processes + rank) * ROWS_OF_A_BATCH + torch.arange(size)
 
 

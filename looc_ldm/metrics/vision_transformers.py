@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from looc_ldm.metrics.float32 import in_float32
+from looc_ldm.metrics.networks import as_rgb, in_float32
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -27,7 +27,7 @@ VOLATILE_KEYS = ("_commit_hash", "_name_or_path", "architectures", "dtype", "tor
 
 @dataclass(frozen=True)
 class _TransformersFeatures:
-    """Base of both networks."""
+    """Base class of both networks; `looc_ldm.metrics.extractors` describes the methods."""
 
     model: str | Path
     kind: ClassVar[str]  # transformers' model_type
@@ -44,12 +44,7 @@ class _TransformersFeatures:
         return _read_config(str(self.model), self.kind)[self.dim_setting]
 
     def check(self) -> None:
-        """Load the model, downloading it if need be.
-
-        Raises:
-            ValueError: There is no such folder or hub id, it cannot be downloaded, it is a different kind of model, or
-                not all of its weights are there as safetensors.
-        """
+        """Load the model. Raises ValueError also for pickles and missing weights."""
         _load(str(self.model), self.kind)
 
     def identity(self) -> dict[str, str]:
@@ -82,7 +77,7 @@ class DINOv2Features(_TransformersFeatures):
     dim_setting: ClassVar[str] = "hidden_size"
 
     def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
-        """Return the network: uint8 `(B, 1 or 3, H, W)` to "features" `(B, dim)`. Raises what `check` raises."""
+        """Return the function of images to "features" `(B, dim)`."""
         network = _load(str(self.model), self.kind)
         _interpolate_positions(network, DINOV2_SIZE // network.config.patch_size)
         network = network.to(device)
@@ -113,7 +108,7 @@ class CLIPFeatures(_TransformersFeatures):
     dim_setting: ClassVar[str] = "projection_dim"
 
     def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
-        """Return the network: uint8 `(B, 1 or 3, H, W)` to "features" `(B, dim)`. Raises what `check` raises."""
+        """Return the function of images to "features" `(B, dim)`."""
         network = _load(str(self.model), self.kind).to(device)
         size = network.config.vision_config.image_size
 
@@ -125,16 +120,6 @@ class CLIPFeatures(_TransformersFeatures):
                 return {"features": F.normalize(network.visual_projection(seen), dim=1)}
 
         return features
-
-
-def as_rgb(images: torch.Tensor) -> torch.Tensor:
-    """Return uint8 images `(B, 1 or 3, H, W)` as `(B, 3, H, W)`. Raises ValueError for anything else."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(
-            "images must be uint8 tensors of shape (batch, 1 or 3, height, width), "
-            f"got {images.dtype} of shape {tuple(images.shape)}."
-        )
-    return images.expand(-1, 3, -1, -1)
 
 
 def _normalized(images: torch.Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
@@ -200,11 +185,8 @@ def _read_config(model: str, kind: str) -> dict:
 
 
 def _cannot_load(model: str, kind: str, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:200]
-    return ValueError(
-        f"{model!r} cannot be loaded as a {kind} model; give a hub id, or a folder with config.json and safetensors: "
-        f"{reason}"
-    )
+    message = f"{model!r} cannot be loaded as a {kind} model; give a hub id, or a folder with config.json and"
+    return ValueError(f"{message} safetensors: {' '.join(str(error).split())[:200]}")
 
 
 @cache

@@ -118,7 +118,7 @@ def test_precision_and_recall_of_vgg16_are_torch_fidelitys(photos, tmp_path):
     extractor = VGG16Features(tmp_path / "vgg16.pth")
     extractor.check()
     sides = [{"vgg": features_of(extractor, images)} for images in photos]
-    assert sides[0]["vgg"].rows.shape == (COUNTS[0], extractor.dim)
+    assert sides[0]["vgg"].vectors.shape == (COUNTS[0], extractor.dim)
     figures = generation_figures(["precision_recall@vgg"], *sides, {"vgg": "vgg16"})
     assert_figures_equal(figures, expected, "vgg16")
 

@@ -18,8 +18,8 @@ def sides() -> list[torch.Tensor]:
     for side in range(2):
         labels = torch.cat([torch.full((counts[side],), label) for label, counts in COUNTS.items()])
         labels = labels[torch.randperm(len(labels), generator=generator)]
-        rows = torch.randn(len(labels), DIM, generator=generator) + labels[:, None] + 0.2 * side
-        tensors += [rows, labels]
+        vectors = torch.randn(len(labels), DIM, generator=generator) + labels[:, None] + 0.2 * side
+        tensors += [vectors, labels]
     return tensors
 
 
@@ -27,8 +27,8 @@ def test_each_class_has_its_own_fid_and_the_mean_weighs_them_equally(sides):
     result = class_averaged_fid(*sides)
     assert list(result.per_class) == ["0", "1", "5", "7"]
     for name, figure in result.per_class.items():
-        rows = [features[labels == int(name)] for features, labels in (sides[:2], sides[2:])]
-        assert figure == pytest.approx(frechet_distance(*map(FeatureMoments.from_rows, rows)), rel=1e-12)
+        vectors = [features[labels == int(name)] for features, labels in (sides[:2], sides[2:])]
+        assert figure == pytest.approx(frechet_distance(*map(FeatureMoments.from_vectors, vectors)), rel=1e-12)
     assert result.mean == pytest.approx(sum(result.per_class.values()) / 4)
 
 
@@ -44,7 +44,8 @@ def test_images_of_the_wrong_class_show(sides):
     """Although the FID of all images together cannot tell."""
     confused = class_averaged_fid(sides[0], sides[1].flip(0), *sides[2:])
     whole = [
-        frechet_distance(*map(FeatureMoments.from_rows, (rows, sides[2]))) for rows in (sides[0], sides[0].flip(0))
+        frechet_distance(*map(FeatureMoments.from_vectors, (vectors, sides[2])))
+        for vectors in (sides[0], sides[0].flip(0))
     ]
     assert whole[0] == pytest.approx(whole[1])
     assert confused.mean > 3 * class_averaged_fid(*sides).mean

@@ -45,7 +45,7 @@ def test_features_and_logits_are_those_of_torch_fidelity(layer, logits, untraine
 
 
 def test_with_the_papers_resize_features_are_those_of_pytorch_fid(untrained_inception, monkeypatch):
-    """Which resizes from there to 299 with pixel centres at a half, and maps [0, 255] to [-1, 1]."""
+    """pytorch-fid resizes from there to 299 with pixel centres at a half, and maps [0, 255] to [-1, 1]."""
     images = noise(size=(40, 300))
     resized = [
         np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((229, 229), Image.BILINEAR))
@@ -86,16 +86,14 @@ def test_grey_images_count_as_rgb_and_autocast_changes_nothing(pil_resize, untra
     assert not found.requires_grad
 
 
-def test_images_and_layers_of_another_kind_are_refused(untrained_inception):
+def test_images_and_layers_of_another_kind_and_missing_logits_are_refused(untrained_inception, tmp_path):
     with pytest.raises(ValueError, match="'64', '192', '768', '2048', got '512'"):
         InceptionFeatures("512")
     features = InceptionFeatures("64", untrained_inception).load("cpu")
     for images in (noise().float(), noise()[0], noise(channels=4)):
         with pytest.raises(ValueError, match=r"uint8 tensors of shape \(batch, 1 or 3, height, width\), got torch"):
             features(images)
-
-
-def test_logits_that_the_weights_do_not_hold_are_refused(untrained_inception, tmp_path):
+    # Logits that the weights do not hold.
     state = torch.load(untrained_inception, weights_only=True)
     state["fc.weight"].fill_(torch.nan)
     torch.save(state, tmp_path / "no_logits.pth")

@@ -12,11 +12,6 @@ from looc_ldm.metrics import InceptionFeatures, evaluate_reconstruction, fid_and
 from tiny import tiny_autoencoder
 
 
-def tiny_model(kind: type[LooCVQModel] = LooCVQModel) -> LooCVQModel:
-    """Return a model with 16 codevectors, f = 2 and 2 codes per position."""
-    return tiny_autoencoder(kind=kind)
-
-
 class Parrot(LooCVQModel):
     """Returns what `answer` makes of the image, and the codes `codes` if they are set."""
 
@@ -32,7 +27,7 @@ class Parrot(LooCVQModel):
 
 
 def parrot(answer=lambda x: x) -> Parrot:
-    model = tiny_model(Parrot)
+    model = tiny_autoencoder(kind=Parrot)
     model.answer = answer
     return model
 
@@ -45,16 +40,13 @@ def photos(count: int = 3, size: tuple[int, int] = (32, 32), seed: int = 0) -> t
 
 def test_one_exact_reconstruction_does_not_make_the_mean_infinite():
     images = photos(2)
-
-    def spoil_the_second(x):
-        return torch.stack([x[0], x[1] * 0.5])
-
+    model = parrot(lambda x: torch.stack([x[0], x[1] * 0.5]))
     second = psnr((images[1:] + 1) / 2, (images[1:] * 0.5 + 1) / 2).item()
-    assert evaluate_reconstruction(parrot(spoil_the_second), [images])["psnr"] == pytest.approx((100 + second) / 2)
+    assert evaluate_reconstruction(model, [images])["psnr"] == pytest.approx((100 + second) / 2)
 
 
 def test_figures_are_means_over_images_however_they_are_batched():
-    model, images = tiny_model(), photos(5)
+    model, images = tiny_autoencoder(), photos(5)
     whole = evaluate_reconstruction(model, [images])
     split = evaluate_reconstruction(model, (batch for batch in images.split(2)))
     assert whole["images"] == split["images"] == 5
@@ -63,18 +55,14 @@ def test_figures_are_means_over_images_however_they_are_batched():
 
 
 def test_the_figures_are_those_of_the_models_own_output():
-    model, images = tiny_model().eval(), photos()
+    model, images = tiny_autoencoder().eval(), photos()
     with torch.no_grad():
         x, y = (images + 1) / 2, (model(images).sample.clamp(-1, 1) + 1) / 2
     report = json.loads(json.dumps(evaluate_reconstruction(model, [images]), allow_nan=False))
     assert report["psnr"] == pytest.approx(psnr(x, y).mean().item())
     assert report["ssim"] == pytest.approx(ssim(x, y).mean().item())
     assert report["l1"] == pytest.approx((x - y).abs().mean().item())
-
-
-def test_an_output_beyond_the_range_of_images_is_clamped():
-    white = torch.ones(1, 3, 16, 16)
-    assert evaluate_reconstruction(parrot(lambda x: 7 * x), [white])["l1"] == 0
+    assert evaluate_reconstruction(parrot(lambda x: 7 * x), [torch.ones(1, 3, 16, 16)])["l1"] == 0  # clamped
 
 
 def test_padding_does_not_change_the_measured_quality():
@@ -93,23 +81,25 @@ def test_padding_does_not_change_the_measured_quality():
     assert flattered["psnr"] > alone["psnr"] + 0.5
 
 
-def test_bits_are_counted_with_the_padding_and_divided_by_the_measured_pixels():
-    report = evaluate_reconstruction(tiny_model(), [photos()], measured_size=(28, 24))
+def test_sizes_are_stated_and_bits_with_the_padding_are_divided_by_the_measured_pixels():
+    model = tiny_autoencoder()
+    report = evaluate_reconstruction(model, [photos()], measured_size=(28, 24))
     bits = 16 * 16 * 2 * 4  # positions, codes at each, log2(16)
     assert report["bits_per_image"] == bits
     assert report["bits_per_pixel"] == pytest.approx(bits / (28 * 24))
-    assert (report["num_codevectors"], report["codevector_dim"]) == (16, 2)
+    assert (report["num_codevectors"], report["codevector_dim"], report["codebook_scalars"]) == (16, 2, 32)
+    assert report["parameters"] == sum(p.numel() for p in model.parameters())
 
 
 def test_codebook_use_and_perplexity_are_those_of_all_images_together():
     model = parrot()
 
-    def one_code_a_batch():  # alone, each would use 1/16 of the codebook, with perplexity 1
+    def batches():  # alone, each would use 1/16 of the codebook, with perplexity 1
         for code in (0, 3, 9, 15):
             model.codes = torch.full((1, 16, 16, 2), code)
             yield photos(1)
 
-    report = evaluate_reconstruction(model, one_code_a_batch())
+    report = evaluate_reconstruction(model, batches())
     assert report["codebook_use"] == 4 / 16
     assert report["perplexity"] == pytest.approx(4)
 
@@ -128,16 +118,9 @@ def test_entropy_perplexity_and_dead_codes_are_those_of_the_counts_and_give_the_
     assert padded["bits_per_pixel_entropy"] == pytest.approx(4 * report["bits_per_pixel_entropy"])
 
 
-def test_sizes_of_model_and_codebook_are_stated():
-    model = tiny_model()
-    report = evaluate_reconstruction(model, [photos()])
-    assert report["parameters"] == sum(p.numel() for p in model.parameters())
-    assert report["codebook_scalars"] == 16 * 2
-
-
 def test_codes_of_several_codebooks_are_counted_apart():
     torch.manual_seed(0)
-    model = tiny_model()
+    model = tiny_autoencoder()
     model.quantize = ProductQuantizer(4, 16, 2, distance="euclidean")  # two codebooks
     x = photos(4)
     report = evaluate_reconstruction(model, [x[:3], x[3:]])
@@ -164,20 +147,20 @@ def test_perceptual_distances_are_of_whole_images_as_rgb_under_their_own_names()
     )
     assert report["lpips_x"] == pytest.approx(0.25)
     assert seen == [(2, 3, 32, 32), (1, 3, 32, 32)]
-    grey = LooCVQModel.from_config(tiny_model().config, in_channels=1, out_channels=1)
+    grey = LooCVQModel.from_config(tiny_autoencoder().config, in_channels=1, out_channels=1)
     evaluate_reconstruction(grey, [images[:, :1]], lpips={"lpips_x": distance})
     assert seen[-1] == (3, 3, 32, 32)
 
 
 def test_only_what_is_named_is_measured():
     tiny = photos(size=(8, 8))  # smaller than the window of SSIM
-    report = evaluate_reconstruction(tiny_model(), [tiny], metrics=["l1"])
+    report = evaluate_reconstruction(tiny_autoencoder(), [tiny], metrics=["l1"])
     assert "l1" in report
     assert not {"psnr", "ssim"} & report.keys()
     with pytest.raises(ValueError, match="psnr, ssim, l1, rfid, kid, got 'fid'"):
-        evaluate_reconstruction(tiny_model(), [tiny], metrics=["fid"])
+        evaluate_reconstruction(tiny_autoencoder(), [tiny], metrics=["fid"])
     with pytest.raises(ValueError, match="rfid needs features"):
-        evaluate_reconstruction(tiny_model(), [tiny], metrics=["rfid"])
+        evaluate_reconstruction(tiny_autoencoder(), [tiny], metrics=["rfid"])
 
 
 def test_the_paper_protocol_damages_both_sides_by_a_jpeg():
@@ -214,8 +197,10 @@ def test_a_bfloat16_model_is_measured_against_the_images_themselves():
     assert 40 < report["psnr"] < 70
 
 
-def test_bad_batches_are_refused():
-    model = tiny_model()
+def test_bad_batches_and_reconstructions_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match=r"reconstructions.*nan"):
+        evaluate_reconstruction(parrot(lambda x: x * math.nan), [photos()])
+    model = tiny_autoencoder()
     with pytest.raises(ValueError, match="batches is empty"):
         evaluate_reconstruction(model, iter([]))
     with pytest.raises(ValueError, match=r"in \[-1, 1\], got torch\.float32.* to 255"):
@@ -226,11 +211,6 @@ def test_bad_batches_are_refused():
         evaluate_reconstruction(model, [photos(), photos(size=(16, 16))])
     with pytest.raises(ValueError, match="the centre, 64x28, does not lie inside images of 32x32"):
         evaluate_reconstruction(model, [photos()], measured_size=(64, 28))
-
-
-def test_a_reconstruction_that_is_not_finite_gets_no_figure():
-    with pytest.raises(ValueError, match=r"reconstructions.*nan"):
-        evaluate_reconstruction(parrot(lambda x: x * math.nan), [photos()])
 
 
 def test_rfid_compares_what_is_measured_with_the_originals(inception_weights):
@@ -250,5 +230,5 @@ def test_weights_that_will_not_do_are_refused_before_anything_is_encoded(tmp_pat
     (tmp_path / "text.pth").write_text("not a network")
     batches = iter([photos()])
     with pytest.raises(ValueError, match="not a state dict"):
-        evaluate_reconstruction(tiny_model(), batches, features=InceptionFeatures("64", tmp_path / "text.pth"))
+        evaluate_reconstruction(tiny_autoencoder(), batches, features=InceptionFeatures("64", tmp_path / "text.pth"))
     assert len(list(batches)) == 1

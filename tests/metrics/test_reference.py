@@ -12,12 +12,8 @@ KEY = {"data": "0f", "transform": {"resolution": 32, "fit": "crop"}, "network": 
 
 
 def features(count: int = 7, dim: int = 4, complete: bool = True) -> Features:
-    rows = torch.randn(count, dim, generator=torch.Generator().manual_seed(0))
-    return Features(
-        moments=FeatureMoments.from_rows(rows),
-        rows=rows if complete else None,
-        logits=None,
-    )
+    vectors = torch.randn(count, dim, generator=torch.Generator().manual_seed(0))
+    return Features(FeatureMoments.from_vectors(vectors), vectors if complete else None, logits=None)
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -29,10 +25,10 @@ def test_what_was_saved_is_loaded(complete, count, tmp_path):
     assert loaded.moments.count == count
     torch.testing.assert_close(loaded.moments.mean, saved.moments.mean, rtol=0, atol=1e-14)
     torch.testing.assert_close(loaded.moments.covariance, saved.moments.covariance, rtol=1e-12, atol=1e-14)
-    other = FeatureMoments.from_rows(torch.randn(9, 4, generator=torch.Generator().manual_seed(1)))
+    other = FeatureMoments.from_vectors(torch.randn(9, 4, generator=torch.Generator().manual_seed(1)))
     distance = frechet_distance(loaded.moments, other)
     assert distance == pytest.approx(frechet_distance(saved.moments, other), rel=1e-9)
-    assert (loaded.rows is None and saved.rows is None) or torch.equal(loaded.rows, saved.rows)
+    assert (loaded.vectors is None and saved.vectors is None) or torch.equal(loaded.vectors, saved.vectors)
 
 
 def test_the_order_of_a_key_does_not_matter_and_everything_in_it_does(tmp_path):
@@ -62,13 +58,10 @@ def test_a_damaged_file_is_named(tmp_path):
     assert str(file) in str(error.value)
 
 
-def test_without_a_folder_nothing_is_kept():
+def test_without_a_folder_nothing_is_kept_and_one_that_cannot_be_made_is_an_error(tmp_path):
     cache = ReferenceCache(None)
     cache.save(KEY, features())
     assert cache.load(KEY) is None
-
-
-def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="cannot make the folder"):
         ReferenceCache(tmp_path / "file" / "cache").save(KEY, features())

@@ -98,16 +98,13 @@ def test_clip_is_the_projected_embedding_of_length_one(folders, size):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_grey_image_counts_as_its_rgb_copy_and_autocast_changes_nothing(folders, kind):
+def test_a_grey_image_counts_as_its_rgb_copy_and_all_is_float32(folders, kind, tmp_path):
     features = KINDS[kind](folders[kind]).load("cpu")
     grey = noise(40, 50, channels=1)
     expected = features(grey.repeat(1, 3, 1, 1))["features"]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(features(grey)["features"], expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_weights_that_are_stored_in_half_precision_compute_in_float32(folders, kind, tmp_path):
+    # Weights that are stored in half precision compute in float32.
     model = {"dinov2": Dinov2Model, "clip": CLIPModel}[kind].from_pretrained(folders[kind])
     model.bfloat16().save_pretrained(tmp_path / kind)
     both = (tmp_path / kind, folders[kind])
@@ -132,6 +129,7 @@ def test_name_dimension_and_identity_are_the_models(folders, tmp_path):
     torch.manual_seed(1)
     CLIPModel(CLIPConfig.from_pretrained(other_weights)).save_pretrained(other_weights)
 
+    assert (DINOv2Features().name, CLIPFeatures().name) == ("dinov2-large", "clip-vit-large-patch14-336")
     identity = CLIPFeatures(folders["clip"]).identity()
     assert json.dumps(identity)
     assert CLIPFeatures(copy).name == "clip-tiny"
@@ -139,10 +137,6 @@ def test_name_dimension_and_identity_are_the_models(folders, tmp_path):
     for folder, changed in ((other_config, "config_sha256"), (other_weights, "sha256")):
         found = CLIPFeatures(folder).identity()
         assert {key for key in identity if found[key] != identity[key]} == {"weights", changed}
-
-
-def test_the_published_models_are_the_default():
-    assert (DINOv2Features().name, CLIPFeatures().name) == ("dinov2-large", "clip-vit-large-patch14-336")
 
 
 @pytest.mark.parametrize("kind", KINDS)
