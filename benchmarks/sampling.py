@@ -1,14 +1,14 @@
-"""Images a second of `LooCLDMPipeline` and of diffusers' `LDMPipeline`, with the same networks, scheduler and steps.
+"""Measure images per second of `LooCLDMPipeline` and of diffusers' `LDMPipeline`, with the same networks and scheduler.
 
-    python benchmarks/sampling.py                                        on the best device there is
+    python benchmarks/sampling.py                                        on a GPU if there is one
     python benchmarks/sampling.py --config lsun_churches/diffusion --batch-size 64 --device cuda
 
 Writes benchmarks/results/sampling.jsonl, one line per contestant. The networks are those of a bundled config,
 unconditional, with random weights, which take as long as trained ones. The contestants take turns, and each figure is
 the fastest of its turns: read the ratios. Both pipelines draw with DDIM from one seed; the largest difference of a
-pixel between the float32 pipelines is in the result. `LDMPipeline` fails in bfloat16 (its noise is float32), so that
-ours in bfloat16 is compared with theirs in float32. "compiled" is `torch.compile` of UNet and decoder; its first call,
-which compiles, is not timed.
+pixel between the float32 pipelines is in the result. `LDMPipeline` fails in bfloat16, because its noise is float32, so
+ours in bfloat16 is compared with theirs in float32. "compiled": `torch.compile` of UNet and decoder; the time of
+compilation does not count.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import shlex
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,28 +18,34 @@ from looc_ldm.baselines import FiniteScalarQuantizer, ResidualQuantizer
 from looc_ldm.utils.errors import UserError
 from tiny import noise as random_images
 
+# The scripts import each other by name.
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import benchmarks_page
+import image_codecs
+import small_images
+import small_vqvae
+import tables
+import tables_page
+import tables_plot
+from results import add_result, fill, read_results, replace_results
+from small_vqvae import Training, settings_of
+from table_rows import PAPER_ROWS, ROWS, TABLES
+from tables import load_paper
+
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
+noise = partial(random_images, height=28, seed=0)
 
 
 @pytest.fixture(autouse=True)
-def _scripts(monkeypatch):
-    """Make the scripts importable, with 8 images held out."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import small_vqvae
-
+def _few_images_are_held_out(monkeypatch):
     monkeypatch.setattr(small_vqvae, "HELD_OUT", 8)
-
-
-noise = partial(random_images, height=28, seed=0)
 
 
 def train(file: Path, row: str = "looc-32x4", pixels: torch.Tensor | None = None, log=lambda line: None, **settings):
     """Train a row for 12 steps with held-out errors after 5, 10 and 12."""
-    import small_vqvae
-    from table_rows import ROWS
-
-    training = small_vqvae.Training(**{"images": 96, "batch_size": 8, **settings})
+    training = Training(**{"images": 96, "batch_size": 8, **settings})
     pixels = noise(40) if pixels is None else pixels
     make = lambda: ROWS[row].make_model(1, 28, training.steps)  # noqa: E731
     return small_vqvae.train(make, pixels, training, file, CPU, ROWS[row].objective, log)
@@ -53,9 +60,7 @@ def assert_equal_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
 
 
 def test_every_row_stands_beside_a_row_of_the_paper():
-    from table_rows import PAPER_ROWS, ROWS, TABLES
-
-    paper = json.loads((ROOT / "benchmarks" / "paper_tables.json").read_text())["tables"]
+    paper = load_paper()["tables"]
     for table in ("1", "3", "4", "5"):
         assert list(PAPER_ROWS[table]) == TABLES[table]
         assert set(PAPER_ROWS[table].values()) <= paper[table].keys()
@@ -80,8 +85,6 @@ def test_every_row_stands_beside_a_row_of_the_paper():
     ],
 )
 def test_rates_and_sizes_of_rows_are_those_of_the_tables(row, bits, scalars):
-    from table_rows import ROWS
-
     model = ROWS[row].make_model(1, 28, 100)
     assert model.quantize.bits_per_position == pytest.approx(bits)
     assert model.quantize.codebook_scalars == scalars
@@ -121,8 +124,6 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(row, settings, tmp
 
 
 def test_the_learning_rate_is_constant_unless_the_schedule_says_otherwise():
-    from small_vqvae import Training
-
     published = Training(images=8000, batch_size=8)
     assert {published.learning_rate_at(step) for step in (1, 500, 1000)} == {3e-4}
     cosine = Training(images=8000, batch_size=8, learning_rate=1.0, warm_up_steps=100, decay_to=0.0)
@@ -134,9 +135,6 @@ def test_the_learning_rate_is_constant_unless_the_schedule_says_otherwise():
 
 
 def test_rates_clipping_and_precision_reach_the_optimizer(tmp_path, monkeypatch):
-    import small_vqvae
-    from table_rows import ROWS
-
     rates, norms, dtypes = [], [], set()
 
     class Adam(torch.optim.Adam):
@@ -156,7 +154,7 @@ def test_rates_clipping_and_precision_reach_the_optimizer(tmp_path, monkeypatch)
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, norm: norms.append(norm) or clip(p, norm))
     monkeypatch.setattr(torch.optim, "Adam", Adam)
-    training = small_vqvae.Training(images=96, batch_size=8, bf16=True, **SCHEDULE)
+    training = Training(images=96, batch_size=8, bf16=True, **SCHEDULE)
     model, _ = small_vqvae.train(make, noise(40), training, tmp_path / "a.pt", CPU, log=lambda line: None)
     assert rates == [training.learning_rate_at(step) for step in range(1, 13)]
     assert norms == [1.0] * 12
@@ -166,8 +164,6 @@ def test_rates_clipping_and_precision_reach_the_optimizer(tmp_path, monkeypatch)
 
 def test_the_weights_are_those_of_the_lowest_held_out_error_or_their_average(tmp_path):
     """The learning rate spoils them after a while."""
-    import small_vqvae
-
     model, outcome = train(tmp_path / "a.pt", learning_rate=0.03)
     errors = [error for _, error in outcome["curve"]]
     assert errors[-1] > min(errors)  # else this test says nothing
@@ -183,8 +179,6 @@ def test_the_weights_are_those_of_the_lowest_held_out_error_or_their_average(tmp
 
 def test_held_out_images_are_not_trained_on(tmp_path, monkeypatch):
     """Other images in their place change no weight before the choice."""
-    import small_vqvae
-
     other = torch.cat([noise(32), noise(8, seed=1)])
     monkeypatch.setattr(small_vqvae, "held_out_error", lambda *_: 1.0)  # the first weights are chosen
     monkeypatch.setattr(torch.Tensor, "var", lambda self, *args, **kwargs: torch.ones(()))
@@ -201,8 +195,6 @@ def test_a_checkpoint_of_a_different_training_is_refused(tmp_path, change):
 
 
 def test_settings_tell_the_librarys_quantizers_apart():
-    from small_vqvae import settings_of
-
     for a, b in (
         (ResidualQuantizer(8, 16, 2), ResidualQuantizer(8, 16, 2, usage_decay=0.5)),
         (ResidualQuantizer(8, 16, 2), ResidualQuantizer(8, 32, 2)),
@@ -219,8 +211,6 @@ def test_settings_tell_the_librarys_quantizers_apart():
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Run the command on a set of 40 images to train on and 20 to test on. Returns the splits that were read."""
-    import tables
-
     read = []
 
     def load_images(name, root, split):
@@ -241,8 +231,6 @@ def run(tmp_path, monkeypatch):
 
 
 def test_a_row_leaves_a_result_once_and_its_command_repeats_it(run, tmp_path, monkeypatch, capsys):
-    import tables
-
     assert run("3", "--list") == []
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"--row looc-256x{dim} --sets mnist" for dim in (4, 8, 16, 32, 64)]
@@ -278,8 +266,6 @@ def test_a_row_leaves_a_result_once_and_its_command_repeats_it(run, tmp_path, mo
     ],
 )
 def test_bad_input_is_refused_before_a_training(tmp_path, monkeypatch, capsys, arguments, message):
-    import tables
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tables, "train", lambda *_: pytest.fail("it trains"))
     (tmp_path / "images" / "mnist").mkdir(parents=True)
@@ -295,8 +281,6 @@ def test_bad_input_is_refused_before_a_training(tmp_path, monkeypatch, capsys, a
 
 
 def test_images_are_read_packed_and_unpacked(tmp_path):
-    import small_images
-
     folder = tmp_path / "mnist"
     folder.mkdir()
     pixels = noise(12)
@@ -312,8 +296,6 @@ def test_images_are_read_packed_and_unpacked(tmp_path):
 
 
 def test_codecs_count_whole_files(monkeypatch):
-    import image_codecs
-
     monkeypatch.setattr(image_codecs, "load_images", lambda *_: noise(20))
     lines = {(line["codec"], line.get("quality")): line for line in image_codecs.measure("mnist", Path())}
     # Noise does not compress; a file of one grey is hardly more than its header.
@@ -327,9 +309,6 @@ def test_codecs_count_whole_files(monkeypatch):
 
 def result_of(row: str, psnr: float, rate: float, **training) -> dict:
     """Return what the page needs of a result on MNIST; the paper's protocol gives 1 dB less."""
-    from small_vqvae import Training
-    from table_rows import ROWS
-
     settings = Training(**{"images": 60_000, "batch_size": 16, **training})
     return {
         "row": row,
@@ -348,22 +327,16 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_the_tables_of_the_pages_are_those_of_the_results(tmp_path):
-    import benchmarks_page
-    import tables_page
-    from results import fill
-
-    for file, tables in (("tables.md", tables_page.tables()), ("benchmarks.md", benchmarks_page.measured_tables())):
+    for file, filled in (("tables.md", tables_page.tables()), ("benchmarks.md", benchmarks_page.measured_tables())):
         page = (ROOT / "docs" / file).read_text()
         (tmp_path / file).write_text(page)
-        fill(tmp_path / file, tables)
+        fill(tmp_path / file, filled)
         assert (tmp_path / file).read_text() == page
     with pytest.raises(UserError, match="must have the markers of 'x' once, got them 0 times"):
         fill(tmp_path / file, {"x": "| new |"})
 
 
 def test_costs_are_computed_from_the_configs(monkeypatch):
-    import benchmarks_page
-
     names = ["fashion_mnist/autoencoder", "fashion_mnist/diffusion"]
     monkeypatch.setattr(benchmarks_page.configs, "names", lambda: names)
     (line,) = cells(benchmarks_page.autoencoder_costs())
@@ -373,9 +346,7 @@ def test_costs_are_computed_from_the_configs(monkeypatch):
 
 
 def test_every_row_is_compared_with_the_papers_figure_of_its_size():
-    import tables_page
-
-    paper = tables_page.load_paper()["tables"]
+    paper = load_paper()["tables"]
     results = [
         result_of("looc-32x4", 30.0, 10.0),
         result_of("looc-32x4", 32.0, 10.0, learning_rate=1e-3),
@@ -391,8 +362,6 @@ def test_every_row_is_compared_with_the_papers_figure_of_its_size():
 
 
 def test_methods_are_compared_at_equal_rates_after_equal_trainings_and_longer_ones_are_apart():
-    import tables_page
-
     results = [
         result_of("looc-256x16", 24.0, 4.0),
         result_of("looc-256x16-ema-rotation", 26.0, 4.0),
@@ -410,10 +379,6 @@ def test_methods_are_compared_at_equal_rates_after_equal_trainings_and_longer_on
 
 
 def test_no_word_of_a_plots_legend_is_cut_off(monkeypatch):
-    import tables_plot
-    from table_rows import ROWS
-    from tables import load_paper
-
     figures = []
     monkeypatch.setattr(tables_plot, "new_figure", lambda height: figures.append(new_figure(height)) or figures[0])
     results = [result_of(row, 20.0, 1.0 + number) for number, row in enumerate(ROWS)]
@@ -427,8 +392,6 @@ def test_no_word_of_a_plots_legend_is_cut_off(monkeypatch):
 
 
 def test_results_replace_those_of_the_same_keys(tmp_path):
-    from results import add_result, read_results, replace_results
-
     file = tmp_path / "results.jsonl"
     for result in ({"size": 1, "ms": 2}, {"size": 2, "ms": 3}):
         add_result(file, result)

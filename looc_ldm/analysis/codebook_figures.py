@@ -155,7 +155,7 @@ def draw_embedding(findings: Findings, seed: int) -> Drawing:
         label = f"{live.sum():,} codevectors in use"
         axes.plot(*codes[live].T, marker="o", color=RED, mec="white", markeredgewidth=0.4, label=label, **dots)
         if not live.all():
-            label = f"{(~live).sum():,} dead codevectors"
+            label = f"{(~live).sum():,} dead"
             axes.plot(*codes[~live].T, marker="x", color="black", markeredgewidth=0.9, label=label, **dots)
         if how == "t-SNE":
             axes.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")

@@ -8,6 +8,7 @@ import torch
 from looc_ldm.analysis.collect import Findings
 from looc_ldm.analysis.rate_distortion import ModelPoint, codec_curve, draw_rate_distortion
 from looc_ldm.analysis.style import BLUE, HEAT, SKY, Drawing, new_figure, picture, style
+from looc_ldm.images.image_set import spread
 from looc_ldm.metrics.quality import SSIM_WINDOW
 
 MOST_CODED = 64  # images that JPEG and WebP compress
@@ -21,7 +22,7 @@ def compared_with_codecs(findings: Findings) -> dict:
     out for images smaller than the window of SSIM.
     """
     sample = findings.sample
-    chosen = _spread(len(sample.originals), MOST_CODED)
+    chosen = spread(len(sample.originals), MOST_CODED)
     images = findings.content(sample.originals[chosen])
     names = ("jpeg", "webp") if min(findings.content_size) >= SSIM_WINDOW else ()
     bits, psnr = findings.bits_per_pixel_each(sample.indices[chosen]), sample.psnr[chosen]
@@ -86,7 +87,7 @@ def draw_error_map(findings: Findings) -> Drawing:
 def draw_examples(findings: Findings) -> Drawing:
     """Draw originals, reconstructions, and the error of each pixel."""
     sample = findings.sample
-    chosen = _spread(len(sample.originals), EXAMPLES)
+    chosen = spread(len(sample.originals), EXAMPLES)
     count = len(chosen)
     originals, reconstructions = (findings.content(x[chosen]) for x in (sample.originals, sample.reconstructions))
     errors = (originals.float() - reconstructions.float()).abs().mean(1) / 255
@@ -110,11 +111,6 @@ def draw_examples(findings: Findings) -> Drawing:
         "colour stands for the highest 0.5 %."
     )
     return Drawing("examples", "Reconstructions and their errors", caption, figure)
-
-
-def _spread(length: int, most: int) -> torch.Tensor:
-    """Return at most `most` indices at even distances: the sample is in the order of the data, perhaps by class."""
-    return torch.linspace(0, length - 1, min(length, most)).round().long()
 
 
 def _ceiling(errors: torch.Tensor) -> float:

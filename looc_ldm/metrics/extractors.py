@@ -32,8 +32,6 @@ from looc_ldm.images.pixels import to_pil
 from looc_ldm.metrics.networks import as_rgb, downloaded_weights, file_sha256, in_float32
 from looc_ldm.metrics.vision_transformers import CLIPFeatures, DINOv2Features
 
-__all__ = ["CLIPFeatures", "DINOv2Features", "Extractor", "InceptionFeatures", "VGG16Features"]
-
 LAYERS = ("64", "192", "768", "2048")
 INCEPTION_SIZE = 299  # pixels, of the image that the network sees
 

@@ -162,7 +162,7 @@ def test_dead_codevectors_are_told_from_the_others():
     findings = found_in(model_with(num_vq_embeddings=64), noise(1))
     dead = len(findings.statistics.dead)
     text = words(draw_embedding(findings, seed=0).svg())
-    assert {f"{dead} dead codevectors", f"{64 - dead} codevectors in use"} <= set(text)
+    assert {f"{dead} dead", f"{64 - dead} codevectors in use"} <= set(text)
 
 
 # The page -------------------------------------------------------------------------------------------------------------

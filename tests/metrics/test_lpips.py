@@ -53,7 +53,7 @@ def test_the_smallest_images_are_measured_and_smaller_ones_refused(network, side
         distance(images(side - 1), images(side - 1))
 
 
-def test_what_is_not_its_weights_is_refused_in_one_line(untrained, tmp_path):
+def test_weights_of_something_else_are_refused_in_one_line_and_the_record_has_their_hash(untrained, tmp_path):
     (tmp_path / "text.pth").write_text("hello")
     torch.save([1, 2], tmp_path / "list.pth")
     for network, file, reason in (
@@ -67,6 +67,9 @@ def test_what_is_not_its_weights_is_refused_in_one_line(untrained, tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         load_lpips("alex", tmp_path / "nowhere.pth")
+    file = untrained["alex"]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert lpips_identity("alex", file) == {"network": "lpips-alex", "weights": str(file), "sha256": digest}
 
 
 def test_a_download_that_fails_is_one_line(monkeypatch, tmp_path):
@@ -79,9 +82,3 @@ def test_a_download_that_fails_is_one_line(monkeypatch, tmp_path):
         with pytest.raises(ConnectionError, match=r"LPIPS' vgg could not be downloaded.*no network") as error:
             ask("vgg")
         assert "\n" not in str(error.value)
-
-
-def test_the_record_has_the_network_and_the_hash_of_its_file(untrained):
-    file = untrained["alex"]
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert lpips_identity("alex", file) == {"network": "lpips-alex", "weights": str(file), "sha256": digest}

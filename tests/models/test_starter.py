@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from safetensors.torch import load_file
 
 import looc_ldm
 from looc_ldm.commands import main as cli
-from looc_ldm.hub.card import write_card
 from looc_ldm.images.config import DataConfig
 from looc_ldm.images.image_set import load_image_set
 from looc_ldm.metrics import evaluate_reconstruction
@@ -145,16 +143,13 @@ def test_what_is_missing_is_named_before_the_training(script, tmp_path, monkeypa
         assert "nothing.pth" in line
 
 
-def test_a_new_card_keeps_the_prose_and_takes_the_figures(script, tmp_path):
-    shutil.copytree(STARTER, tmp_path / "starter")
-    (tmp_path / "starter" / "README.md").unlink()
-    write_card(tmp_path / "starter", samples=STARTER / "samples.png", license="mit")
-    measured = (
-        (tmp_path / "starter" / "README.md").read_text().replace("## Model", "## Measured\n\nnew figures\n\n## Model")
-    )
+def test_a_new_card_keeps_the_prose_and_takes_metadata_and_tables(script):
+    new = {heading: f"## {heading}\n\nnew {heading}\n\n" for heading in ("Measured", "Model", "Training")}
     shipped = (STARTER / "README.md").read_text()
-    card = script.with_figures(shipped, measured)
-    assert "new figures" in card
-    for heading in ("Use", "Model", "Made by"):
-        (section,) = re.findall(rf"^## {heading}\n.*?(?=^## )", card, re.MULTILINE | re.DOTALL)
-        assert section in shipped
+    card = script.with_figures(shipped, f"---\nnew: metadata\n---\n\n# starter\n\n{''.join(new.values())}## Licence\n")
+    assert card.startswith("---\nnew: metadata\n---\n")
+    sections = {part.partition("\n")[0]: part for part in re.split(r"^## ", card, flags=re.MULTILINE)}
+    for heading, section in new.items():
+        assert f"## {sections[heading]}" == section
+    for heading in ("Use", "Made by", "Licence"):
+        assert sections[heading] in shipped
