@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-SPLITS = {"train": slice(0, 800), "validation": slice(800, 900)}  # of each class
+SPLITS = {"train": slice(0, 800), "validation": slice(800, 900)}  # per class
 
 
 def read_idx(path: Path, header: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from looc_ldm.training.ema import EMA
 from looc_ldm.utils.errors import UserError
 from looc_ldm.utils.files import renamed_when_complete
 
-EPOCHS = 500  # of the published training, of all training images
+EPOCHS = 500  # the published training: passes over all training images
 HELD_OUT = 5000  # the last training images: checkpoints are chosen on them
 VALIDATIONS = 50  # at most, besides the one at the end
 EVALUATION_BATCH = 250
@@ -33,14 +33,14 @@ class Training:
 
     images: int  # training images to see, with repeats
     batch_size: int = 128
-    learning_rate: float = 3e-4  # of Adam; the highest one if it changes
+    learning_rate: float = 3e-4  # Adam's; the highest one if it changes
     warm_up_steps: int = 0  # steps in which the learning rate rises linearly
     decay_from: float = 0.0  # share of the steps, in [0, 1), after which it falls along half a cosine
     decay_to: float = 1.0  # last learning rate as a share of the highest; 1 is a constant rate
     max_grad_norm: float | None = None  # norm to which gradients are clipped
-    ema_halflife_images: int = 0  # of the average of weights that is measured; 0 measures the live weights
+    ema_halflife_images: int = 0  # the measured average of weights; 0 measures the live weights
     bf16: bool = False  # networks in bfloat16; quantizers, losses and errors stay float32
-    seed: int = 42  # of weights and order
+    seed: int = 42  # for weights and order
 
     @property
     def steps(self) -> int:

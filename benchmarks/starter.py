@@ -43,7 +43,7 @@ MOST_BYTES = 12 * 2**20
 STEPS = 25
 SAMPLES_PER_CLASS = 10
 SAMPLES = 2000  # for FID
-SPLITS = {"train": slice(0, 5500), "validation": slice(5500, 6000)}  # of each class
+SPLITS = {"train": slice(0, 5500), "validation": slice(5500, 6000)}  # per class
 MEASURED = (r"\A---\n.*?^---\n", *(rf"^## {heading}\n.*?(?=^## )" for heading in ("Measured", "Model", "Training")))
 
 

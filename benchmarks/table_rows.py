@@ -24,7 +24,7 @@ from looc_ldm.baselines import (
 
 N_Q = 128  # channels of the latents in LooC's tables
 PUBLISHED = {"codebook_update": "gradient", "gradient": "straight-through"}
-DEFAULT = {"codebook_update": "ema", "gradient": "rotation"}  # of this package, see docs/quantizer_recipes.md
+DEFAULT = {"codebook_update": "ema", "gradient": "rotation"}  # this package's, see docs/quantizer_recipes.md
 # Suffix of a LooC row's name: settings that differ from the published ones, and their name for readers.
 VARIANTS = {
     "": ({}, "published rule"),

@@ -14,7 +14,7 @@ from looc_ldm.analysis.style import BLUE, RED, SKY, Drawing, new_figure, style
 MOST_CODES = 1024  # codevectors in the embedding
 MOST_BARS = 64  # bars of a histogram, and segments that are drawn as bars
 MOST_CELLS = 512  # cells along each side of the map of segments and codevectors
-PERPLEXITY = 30  # of t-SNE: about how many neighbours a point has
+PERPLEXITY = 30  # t-SNE's: about the number of neighbours of a point
 FEWEST = 5  # distinct points that t-SNE needs
 
 

@@ -13,7 +13,7 @@ import torch
 from looc_ldm.analysis.rate_distortion import AXIS_NAMES, ModelPoint, Point, draw_rate_distortion
 from looc_ldm.analysis.style import PNG_DPI, WIDTH, Drawing, new_figure, picture, style
 
-GENERIC_NAMES = ("model", "pipeline", "vqvae")  # of the folders that trainings end in
+GENERIC_NAMES = ("model", "pipeline", "vqvae")  # folders that trainings write
 CELL = 144, 256  # height of an image in pixels: smaller ones are magnified by a whole factor, larger ones reduced
 MARGIN, LABEL_CHARACTERS = 1.35, 20  # inches left of the images, and characters per line there
 DIFFERENCE_FACTORS = (16, 8, 4, 2)
@@ -25,7 +25,7 @@ class Compared:
     """One model of a comparison."""
 
     name: str  # in table and pictures
-    figures: dict  # of `evaluate_reconstruction`, with `downsampling_factor` and `interpolation_factor`
+    figures: dict  # from `evaluate_reconstruction`, with `downsampling_factor` and `interpolation_factor`
     reconstructions: torch.Tensor  # uint8 (n, C, H, W), of the images shown
 
 

@@ -68,7 +68,7 @@ def codec_curve(
     """
     measured_as = get_protocol(protocol)
     sizes = np.zeros(len(qualities), np.int64)  # bytes
-    sums = torch.zeros(2, len(qualities), dtype=torch.float64)  # of PSNR and of SSIM
+    sums = torch.zeros(2, len(qualities), dtype=torch.float64)  # PSNR and SSIM
     count = pixels = 0
     for image in images:
         original, kept = to_pil(image), measured_as.view(to_float(image.cpu())[None])

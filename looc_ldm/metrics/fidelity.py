@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 SEED = 2020  # torch-fidelity's default, so that its command line gives the same figures
-SUBSETS, SUBSET_SIZE = 100, 1000  # of KID
-SPLITS = 10  # of the Inception score
-NEIGHBORS = 3  # of precision and recall
+SUBSETS, SUBSET_SIZE = 100, 1000  # for KID
+SPLITS = 10  # for the Inception score
+NEIGHBORS = 3  # for precision and recall
 BATCH = 1000  # rows of a distance matrix in memory at a time: 400 MB per copy for 50,000 columns
-CMMD_SIGMA = 10.0  # of the kernel
+CMMD_SIGMA = 10.0  # bandwidth of the kernel
 CMMD_BLOCK = 512  # rows of a kernel matrix in memory at a time
 
 

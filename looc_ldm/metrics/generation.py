@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 BATCH = 50  # images of a batch that is made of single ones
 
-Network = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # what Extractor.load returns
+Network = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # returned by Extractor.load
 Figures = dict[str, float | int | dict]
 
 

@@ -23,8 +23,8 @@ class CleanProtocol:
     """Float images without JPEG and 8-bit rounding; the default."""
 
     name: str = "clean"
-    ssim_window: str = "gaussian"  # of `looc_ldm.metrics.ssim`
-    pil_resize: int | None = None  # of `InceptionFeatures`
+    ssim_window: str = "gaussian"  # argument of `looc_ldm.metrics.ssim`
+    pil_resize: int | None = None  # argument of `InceptionFeatures`
 
     def view(self, images: torch.Tensor) -> torch.Tensor:
         """Return what is measured: float `(B, C, H, W)` in [-1, 1], clamped, as float32 in [0, 1]."""

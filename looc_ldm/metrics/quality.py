@@ -9,7 +9,7 @@ import torch
 SSIM_WINDOWS = ("gaussian", "uniform")
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
-SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # of images in [0, 1]
+SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # for images in [0, 1]
 
 
 def psnr(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:

@@ -138,7 +138,7 @@ class _Totals:
 
     sums: Counter[str, float] = field(default_factory=Counter)
     images: int = 0
-    size: tuple[int, int] | None = None  # of the images that the network sees
+    size: tuple[int, int] | None = None  # images as the network sees them
     code_counts: list[torch.Tensor] = field(default_factory=list)  # (K,) int64 of each codebook; none before images
 
     def add_codes(self, counts: list[torch.Tensor], images: int) -> None:

@@ -15,7 +15,7 @@ from looc_ldm.metrics.frechet import FeatureMoments
 from looc_ldm.utils.errors import UserError, one_line
 from looc_ldm.utils.files import make_folder, renamed_when_complete
 
-PREFIX = "moments."  # of the names of tensors that belong to moments
+PREFIX = "moments."  # begins the names of tensors that belong to moments
 
 
 def default_cache_folder() -> Path:

@@ -31,7 +31,7 @@ class _TransformersFeatures:
 
     model: str | Path
     kind: ClassVar[str]  # transformers' model_type
-    dim_setting: ClassVar[str]  # of the config
+    dim_setting: ClassVar[str]  # name in the config
 
     @property
     def name(self) -> str:

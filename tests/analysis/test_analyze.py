@@ -78,7 +78,7 @@ def test_a_pipeline_and_so_many_images(folder, model):
     numbers = json.loads((folder / "analysis" / "analysis.json").read_text())
     assert numbers["images"] == 1
     assert numbers["dtype"] == "bfloat16"
-    assert numbers["fingerprint"] == model_fingerprint(model)  # of the weights as they are stored
+    assert numbers["fingerprint"] == model_fingerprint(model)  # the stored weights
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_what_is_kept_is_a_sample_whose_size_does_not_grow_with_the_data(monkeyp
     monkeypatch.setattr(module, "MOST_VECTORS", 6)
     model, images = model_with(), noise(24)
     findings = found_in(model, images)
-    assert findings.statistics.counts.sum() == 24 * findings.codes_per_image  # of all
+    assert findings.statistics.counts.sum() == 24 * findings.codes_per_image  # over all images
     assert len(findings.sample.originals) == 3
     assert findings.sample.vectors.shape == (6, 2)
     numbers = [next(i for i in range(24) if torch.equal(images[i], kept)) for kept in findings.sample.originals]
@@ -142,7 +142,7 @@ def test_nothing_of_vectors_times_codevectors_is_allocated(largest_tensor):
     with largest_tensor() as largest:
         found_in(model, images, batch_size=8)
     vectors = 8 * 16 * 16 * 16
-    assert largest.elements <= max(vectors * 64, 8192 * 512)  # of 268 million
+    assert largest.elements <= max(vectors * 64, 8192 * 512)  # instead of 268 million
 
 
 def test_images_that_are_missing_or_of_several_sizes_are_refused():

@@ -8,7 +8,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from looc_ldm.metrics import l1, psnr, ssim
 
-SSIM_SETTINGS = {  # of scikit-image
+SSIM_SETTINGS = {  # scikit-image's
     "gaussian": {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False},
     "uniform": {"win_size": 11},
 }
