@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.csv
 import pyarrow.json
+import pyarrow.parquet
 
 from looc_ldm.images.config import DataConfig
 from looc_ldm.images.source import IMAGE_SUFFIXES, SPLIT_NAMES, FileSource, Source
@@ -19,6 +20,7 @@ from looc_ldm.images.tables import label_error
 from looc_ldm.utils.errors import DataError
 
 MOST_CLASSES = 1_000_000  # larger labels are numbers of something else
+LABEL_FILES = ("dataset.json", "metadata.csv", "metadata.jsonl", "metadata.parquet")
 ALL = "all"  # the split of all images of a folder, however its sub-folders are called
 
 logger = logging.getLogger(__name__)
@@ -27,15 +29,27 @@ logger = logging.getLogger(__name__)
 def files_in(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
     """Return paths, relative to the folder, of the files with some suffixes in it and below it, sorted.
 
-    Links are followed. Hidden files and `__MACOSX` are left out. A warning counts files with other suffixes.
+    Links are followed. Hidden files and `__MACOSX` are left out. A warning counts files with other suffixes, another
+    one files of labels in sub-folders.
     """
-    found, others = [], Counter()
+    found, unused, others = [], [], Counter()
     for name in _walk(folder):
         suffix = os.path.splitext(name)[1].lower()
         if suffix in suffixes:
             found.append(name)
+        elif name in LABEL_FILES:
+            pass  # read by `_stated_labels`
+        elif os.path.basename(name) in LABEL_FILES:
+            unused.append(name)
         else:
             others[suffix or "none"] += 1
+    if unused:
+        logger.warning(
+            "%s: %d files of labels in sub-folders are not used, the first is %s: one in the folder itself would be",
+            folder,
+            len(unused),
+            min(unused),
+        )
     if found and others:
         counts = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common())
         logger.warning("%s: %d files with other suffixes are not read (%s)", folder, others.total(), counts)
@@ -82,7 +96,8 @@ def split_folders_of(folder: Path) -> list[tuple[Path, str]]:
 def image_folder(folder: Path, split_folders: list[tuple[Path, str]], config: DataConfig) -> dict[str, Source]:
     """Open a folder of images: its sub-folders are splits if they are named so, else classes.
 
-    Labels in `dataset.json` (EDM, StyleGAN), `metadata.csv` or `metadata.jsonl` (imagefolder of `datasets`) come first.
+    Labels in `dataset.json` (EDM, StyleGAN), or `metadata.csv`, `.jsonl` or `.parquet` (imagefolder of `datasets`) come
+    first.
 
     Raises:
         DataError: No images, or a folder that may be a split or a class.
@@ -91,7 +106,7 @@ def image_folder(folder: Path, split_folders: list[tuple[Path, str]], config: Da
         raise DataError(f"data.image_column={config.image_column!r}: {config.path} has image, label.")
     if split_folders:
         _check_beside(folder, [place.name for place, _ in split_folders])
-        for file in (*folder.glob("metadata.csv"), *folder.glob("metadata.jsonl"), *folder.glob("dataset.json")):
+        for file in filter(Path.is_file, (folder / name for name in LABEL_FILES)):
             logger.warning("%s is not used: each split may have one in its own folder", file)
     whole = ALL if config.split == ALL else "train"
     places = {split: place for place, split in split_folders} or {whole: folder.resolve()}
@@ -154,7 +169,10 @@ def _labels(place: Path, names: list[str], config: DataConfig) -> list[int | str
         if not any(name.replace(os.sep, "/") in stated for name in names):
             first = next(iter(stated))
             logger.warning("%s: the labels are those of other files, such as %s: there are no classes", place, first)
-        return [None if label == "" else label for label in labels]
+        labels = [None if label in ("", -1) else label for label in labels]
+        if any(label is not None for label in labels) and len(set(labels) - {None}) == 1:
+            logger.warning("%s: the only label is %s, so there are no classes", place, *(set(labels) - {None}))
+        return labels
     beside = [name for name in names if os.sep not in name]
     if config.label_column != "label" or len(beside) == len(names):
         return [None] * len(names)
@@ -182,7 +200,8 @@ def _stated_labels(place: Path, config: DataConfig) -> dict[str, Any]:
         if any(type(label) not in (int, str) for label in stated.values()):
             raise DataError(f"{file}: labels must be numbers or names; data.label_column='' reads without labels.")
         return stated
-    for name, read in (("metadata.csv", pyarrow.csv.read_csv), ("metadata.jsonl", pyarrow.json.read_json)):
+    readers = (pyarrow.csv.read_csv, pyarrow.json.read_json, pyarrow.parquet.read_table)
+    for name, read in zip(LABEL_FILES[1:], readers, strict=True):
         file = place / name
         if file.is_file():
             table = read(file)

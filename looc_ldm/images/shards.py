@@ -11,9 +11,9 @@ from typing import NamedTuple
 import pyarrow.parquet
 
 from looc_ldm.images.config import DataConfig
-from looc_ldm.images.folders import split_folders_of
+from looc_ldm.images.folders import LABEL_FILES, split_folders_of
 from looc_ldm.images.source import SPLIT_NAMES
-from looc_ldm.utils.errors import DataError
+from looc_ldm.utils.errors import DataError, one_line
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # names in `datasets`, by the suffix of the files
 
@@ -39,14 +39,14 @@ def find_shards(folder: Path, config: DataConfig) -> Shards | None:
     The split is then the first word of a file's name that is one (`imagenet1k-train-0003.tar`), else it is `train`.
 
     Raises:
-        DataError: A tar that is cut off or compressed.
+        DataError: A shard that is damaged, cut off or compressed.
     """
     places = split_folders_of(folder) or [(folder.resolve(), None), (folder.resolve() / "data", None)]
     found: dict[str, dict[str, list[str]]] = {}
     for suffix in BUILDERS:
         for place, split in places:
             for file in sorted(place.glob(f"*{suffix}")):
-                if suffix == ".tar" and not has_images(file):
+                if file.name in LABEL_FILES or not has_images(file):
                     continue
                 words = [SPLIT_NAMES.get(word) for word in re.split(r"[-_.]", file.name.lower())]
                 split_of_file = split or next(filter(None, words), "train")
@@ -58,13 +58,21 @@ def find_shards(folder: Path, config: DataConfig) -> Shards | None:
 
 
 def has_images(file: Path) -> bool:
-    """Whether a tar holds anything; a warning says if it does not. Files elsewhere do.
+    """Whether a shard holds anything; a warning says if it does not. Shards elsewhere do.
 
     Raises:
-        DataError: It is compressed, or cut off, which the archive's reader may take for its end.
+        DataError: It is damaged or compressed, or a tar is cut off, which the archive's reader may take for its end.
     """
-    if file.suffix != ".tar" or not file.is_file():
+    if not file.is_file():
         return True
+    if file.suffix == ".parquet":
+        try:
+            rows = pyarrow.parquet.read_metadata(file).num_rows
+        except pyarrow.ArrowException as error:
+            raise DataError(f"cannot read {file}: {one_line(error)}") from None
+        if not rows:
+            logger.warning("%s is empty", file)
+        return rows > 0
     with file.open("rb") as tar:
         head = tar.read(tarfile.BLOCKSIZE)
         if head.startswith(b"\x1f\x8b"):
