@@ -11,6 +11,7 @@ import re
 import shlex
 import types
 from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -74,13 +75,16 @@ class CacheLatents(DeviceOptions):
 def parse_options(options_class: type[T], arguments: list[str], prog: str) -> T:
     """Return the options that arguments describe; hyphens and underscores in their names are equal.
 
+    `~/` becomes the home folder in every value, also behind `--name=`, where shells leave it.
+
     Raises:
         UserError: One line that names the wrong argument and what is allowed.
         SystemExit: After `--help`.
     """
     arguments = list(arguments)
     hyphened = [re.sub("^--[^=]+", lambda name: name.group().replace("_", "-"), argument) for argument in arguments]
-    values = make_parser(options_class, prog).parse_args(hyphened).as_dict()
+    expanded = [re.sub("^(--[^=]+=)?~(?=/)", rf"\g<1>{Path.home()}", argument) for argument in hyphened]
+    values = make_parser(options_class, prog).parse_args(expanded).as_dict()
     return options_class(command_line=shlex.join([*prog.split(), *arguments]), **values)
 
 

@@ -98,6 +98,13 @@ def test_hyphens_and_underscores_are_equal_and_the_options_cannot_be_changed():
         hyphens[1].seed = 1
 
 
+def test_the_home_folder_is_found_in_every_value(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    _, options = parse_command(["encode", "~/model", "~/images", "b~/c", "--output=~/codes"])
+    assert (options.model, options.images) == ("/home/ada/model", ["/home/ada/images", "b~/c"])
+    assert options.output == Path("/home/ada/codes")
+
+
 def test_help_and_wrong_options_are_answered_without_waiting_for_torch():
     code = """
 import sys
