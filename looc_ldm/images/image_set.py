@@ -6,8 +6,10 @@ at position p, or that is divided over a different number of processes, sees the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,11 +21,14 @@ from looc_ldm.images.folders import ALL
 from looc_ldm.images.open import names_of_split, open_sources, split_name
 from looc_ldm.images.pixels import CENTRE, MODES, read_image, to_pixels, to_square
 from looc_ldm.images.source import Source, Stored
-from looc_ldm.images.unreadable import first_readable, warn_of
+from looc_ldm.images.unreadable import warn_of
 from looc_ldm.utils.errors import ConfigError, DataError, UnreadableImage
 
+MOST_IN_A_ROW = 1000  # unreadable images, one after the other, before reading stops
 # Random numbers of one seed must not overlap: each use has its own number.
 ORDER, FLIP, NOISE, CROP, SHARDS, BLOCKS = 0, 1, 2, 3, 5, 6
+
+Item = TypeVar("Item")
 
 
 def random_at(seed: int, use: int, position: int) -> np.random.Generator:
@@ -36,7 +41,7 @@ class Report:
     """Notes on an item of a stream, or on a batch, next to its tensors.
 
     Attributes:
-        unreadable (`list[str]`): One line for each image that could not be read; see `first_readable`.
+        unreadable (`list[str]`): One line for each image that could not be read; see `ImageReader.first_readable`.
         cursor (`tuple[int, ...]`, *optional*): The place at which the lane of a streamed data set goes on.
     """
 
@@ -101,6 +106,20 @@ class ImageReader:
         pixels = to_pixels(to_square(image, self.config.fit, self.config.resolution, stored.name, place))
         return pixels.flip(-1) if mirrored else pixels, stored.label
 
+    def first_readable(self, candidates: Iterable, read: Callable[..., Item]) -> tuple[Item, list[str]]:
+        """Return the first candidate that `read` can read, and one line for each before it: its name and the reason.
+
+        Raises DataError if none of the first `MOST_IN_A_ROW` can be read.
+        """
+        problems: list[str] = []
+        for candidate in islice(candidates, MOST_IN_A_ROW):
+            try:
+                return read(candidate), problems
+            except UnreadableImage as error:
+                problems.append(str(error))
+        message = f"{len(problems)} images of {self.config.path} in a row cannot be read. The last: {problems[-1]}"
+        raise DataError(message)
+
 
 class ImageSet(ImageReader, Dataset):
     """The images of one split. Item i is what `read(i)` returns.
@@ -155,7 +174,7 @@ class ImageSet(ImageReader, Dataset):
     def _readable(self, read: Callable, index: int):
         if not self.skip_unreadable:
             return read(index)
-        item, problems = first_readable(self.indices_from(index), read, self.config.path)
+        item, problems = self.first_readable(self.indices_from(index), read)
         warn_of(problems, self._warned)
         return item
 

@@ -1,12 +1,14 @@
 """Divide and shuffle the shards of a data set, so that reading can start anywhere.
 
-What is read is divided by *lanes*, one for each worker of each process's loader. The batches of one forward pass are
-dealt out to them in turn, so that a worker meets one lane only. Shards are numbered through all epochs: number `g` of a
-set of `n` shards stands at place `g mod n` of epoch `g div n`, whose order belongs to the seed and the epoch. Lane `l`
-of `L` reads the numbers `l`, `l + L`, `l + 2 L`, ..., so that lanes stay near each other, however many shards there
-are. A shard is read in blocks of `data.shuffle_images` images, each permuted by (seed, number, block). A *cursor* says
-exactly where a lane goes on: `(lane, number of a shard, images of it already given)`, and, after the number of lanes
-has changed, further pairs of number and images. The lane goes on in steps of `L` from the last one.
+Each worker of each process's loader reads one *lane*: the batches are dealt out to the lanes in turn. Shards are
+numbered through all epochs: number `g` of a set of `n` shards stands at place `g mod n` of epoch `g div n`, whose
+order depends on the seed and the epoch. Lane `l` of `L` reads the numbers `l`, `l + L`, `l + 2 L`, ..., so that lanes
+stay near each other. A shard is read in blocks of `data.shuffle_images` images, each permuted by (seed, number,
+block).
+
+A *cursor* is the exact place at which a lane goes on: `(lane, number of a shard, images of it already given)`. After
+the number of lanes has changed, further pairs of number and images follow. The lane goes on in steps of `L` from the
+last.
 
 The division of `datasets` itself is not used: its shuffle buffer is lost in an interruption.
 """
@@ -26,10 +28,10 @@ Cursor = tuple[int, ...]
 
 
 def starting_cursors(cursors: dict[int, Cursor], lanes: int) -> dict[int, Cursor]:
-    """Return where each lane starts: at the beginning, or where a checkpoint's cursors say, one for each of its lanes.
+    """Return the start of each lane: the beginning, or the cursors of a checkpoint, one for each of its lanes.
 
-    With another number of lanes than the checkpoint's, what these had not given yet is dealt out anew, shards that were
-    being read first: no image is left out, and none comes twice.
+    If the number of lanes has changed, the images that are left are dealt out again, first from the shards that were
+    being read: no image is left out, and none comes twice.
     """
     if len(cursors) == lanes:
         return {lane: tuple(cursors[lane]) for lane in range(lanes)}
@@ -71,7 +73,7 @@ class Lane(Iterator[Stored]):
         self._examples: list[Stored] = []  # the rest of the present block, the next one last
         self._blocks = _blocks(images, seed, lanes, cursor)
         self._ahead = _Ahead(self._blocks) if read_ahead else None
-        if not read_ahead:  # before Python takes its modules apart, which readers that are open then would fail at
+        if not read_ahead:  # close readers before Python unloads their modules
             weakref.finalize(self, self._blocks.close)
 
     def __next__(self) -> Stored:

@@ -48,7 +48,7 @@ def find_lmdbs(folder: Path) -> dict[str, Path] | None:
 class LmdbSource(Source):
     """Images of one LMDB, in the order of its keys, read when they are asked for.
 
-    The keys are listed once and kept beside the prepared data sets of `datasets`, from where all processes map the same
+    The keys are listed once and kept beside the prepared data sets of `datasets`, and all processes map the same
     memory (bedroom: 3 million keys of 40 bytes). Each process opens the database itself.
 
     Raises:
@@ -93,7 +93,7 @@ def _opened(folder: Path):
     except ImportError:
         raise DataError(f'reading {folder} needs the package lmdb: pip install "looc-ldm[lsun]"') from None
     try:
-        # Nothing is written: no lock file, also where the disk is read-only. Images are met in random order.
+        # Nothing is written, not even a lock file: the disk may be read-only. Images are read in random order.
         environment = lmdb.open(str(folder), readonly=True, lock=False, readahead=False, create=False)
     except lmdb.Error as error:
         raise DataError(f"cannot read {folder}: {error}") from error

@@ -21,7 +21,7 @@ BUNDLED = Path(looc_ldm.__file__).resolve().parent / "data"  # one folder of par
 
 
 def names_of_split(name: str | None) -> tuple[str, ...]:
-    """Return the names that a split may have: as a setting says, or the usual one (`validation` for `val`)."""
+    """Return the names that a split may have: the one in the setting, or the usual one (`validation` for `val`)."""
     return tuple(dict.fromkeys((name, SPLIT_NAMES.get(name.lower(), name)))) if name else ()
 
 

@@ -112,7 +112,7 @@ def read_image(content: bytes | str | Path | None, mode: str, name: str) -> Imag
             return as_shown(image, mode)
     except UnidentifiedImageError:  # its message names an object in memory
         reason = "not an image, or in a format that Pillow does not know"
-    except MemoryError:  # says nothing about the image
+    except MemoryError:  # not a fault of the image
         raise
     except Exception as error:  # errors of decoders on damaged files have no common base
         reason = one_line(error)

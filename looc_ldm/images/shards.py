@@ -58,7 +58,7 @@ def find_shards(folder: Path, config: DataConfig) -> Shards | None:
 
 
 def has_images(file: Path) -> bool:
-    """Whether a shard holds anything; a warning says if it does not. Shards elsewhere do.
+    """Whether a shard holds anything, with a warning if it does not. True for remote files.
 
     Raises:
         DataError: It is damaged or compressed, or a tar is cut off, which the archive's reader may take for its end.

@@ -70,7 +70,7 @@ class Source(ABC):
 
 
 class Selection(Source):
-    """Some of the images of another source, under the names that they have there."""
+    """Some of the images of a source, under the same names."""
 
     def __init__(self, source: Source, indices: np.ndarray):
         self.source, self.indices, self.classes = source, indices, source.classes

@@ -31,7 +31,6 @@ from looc_ldm.images.tables import (
     label_error,
     stored_image,
 )
-from looc_ldm.images.unreadable import first_readable
 from looc_ldm.utils.errors import ConfigError, DataError, one_line
 
 logger = logging.getLogger(__name__)
@@ -214,5 +213,5 @@ class StreamedImages(Dataset):
 
     def _item(self, lane: Lane, position: int) -> tuple[torch.Tensor, int, Report]:
         read = partial(self.images.to_item, at=(self.seed, position))
-        item, problems = first_readable(lane, read, self.images.config.path)
+        item, problems = self.images.first_readable(lane, read)
         return *item, Report(problems, lane.cursor)

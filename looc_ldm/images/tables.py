@@ -93,7 +93,7 @@ class Columns(NamedTuple):
 
     Attributes:
         image (`str`): Column of the image.
-        label (`tuple[str, ...]`): Column of the class, and where that holds fields, the field; empty without classes.
+        label (`tuple[str, ...]`): Column of the class, and the field in it if it has fields; empty without classes.
         feature: The label's type in `datasets`; None without classes.
     """
 

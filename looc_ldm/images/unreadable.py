@@ -1,34 +1,12 @@
-"""Replace unreadable images by the next readable one, name them in warnings, and stop a run that meets too many."""
+"""Name unreadable images in warnings, and stop a run that meets too many."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from itertools import islice
-from typing import TypeVar
 
-from looc_ldm.utils.errors import DataError, UnreadableImage
-
-MOST_IN_A_ROW = 1000  # unreadable images, one after the other, before reading stops
-FEW = 10  # unreadable images of streamed data, whose size is not known, that say nothing about their share yet
+FEW = 10  # unreadable images that are too few to estimate their share in streamed data, whose size is unknown
 
 logger = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
-
-
-def first_readable(candidates: Iterable, read: Callable[..., Item], path: str) -> tuple[Item, list[str]]:
-    """Return the first candidate that `read` can read, and one line for each before it: its name and the reason.
-
-    Raises DataError, with the `path` of the data, if none of the first `MOST_IN_A_ROW` can be read.
-    """
-    problems: list[str] = []
-    for candidate in islice(candidates, MOST_IN_A_ROW):
-        try:
-            return read(candidate), problems
-        except UnreadableImage as error:
-            problems.append(str(error))
-    raise DataError(f"{len(problems)} images of {path} in a row cannot be read. The last: {problems[-1]}")
 
 
 def warn_of(problems: list[str], warned: set[str]) -> None:
@@ -55,8 +33,8 @@ def too_many(bad: int, images: int, max_share: float, least: int = 1) -> str | N
 class UnreadableImages:
     """Warn of each unreadable image that one process meets in training, and count the encounters.
 
-    `started_at` is the position in the stream of images where the process started, `size` the number of images of the
-    data set, None if it is streamed.
+    `started_at` is the position in the stream of images at which the process started. `size` is the number of images of
+    the data set, None if it is streamed.
     """
 
     def __init__(self, max_share: float, started_at: int = 0, size: int | None = None):
@@ -65,7 +43,7 @@ class UnreadableImages:
         self._warned: set[str] = set()
 
     def add(self, problems: list[str]) -> None:
-        """Take in what `first_readable` says of one batch."""
+        """Count and name the problems of one batch; see `ImageReader.first_readable`."""
         self.count += len(problems)
         warn_of(problems, self._warned)
 

@@ -80,10 +80,10 @@ class RunConfig:
         total_images: Images to train on, repeats counted.
         batch_size: Images per optimizer step, over all processes and accumulation steps.
         gradient_accumulation_steps: Forward passes per optimizer step.
-        mixed_precision: `auto` is bf16 where the hardware computes in it, else `no`. A run keeps to what that was.
+        mixed_precision: `auto` is bf16 if the hardware computes in it, else `no`. A run keeps its first precision.
         channels_last: Keep the trained network's convolution weights in the layout that is faster on most hardware.
         compile: Compile the trained network with `torch.compile`; the first steps take minutes.
-        gradient_checkpointing: Compute activations anew in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: Compute activations again in the backward pass: less memory, about a third more time.
         ema_halflife_images: Images after which a weight counts half in the average; it rises with 5 % of the images
             seen, so that early averages follow.
         log_every_images: Interval of log lines.
@@ -95,7 +95,7 @@ class RunConfig:
         push_to_hub: Repository (`user/name`) that the averaged model is uploaded to at every checkpoint, in the
             background. A failing upload is logged and does not stop the run.
         push_private: Make that repository a private one.
-        tracker: Where scalars and grids go besides the run's folder: `tensorboard`, `wandb` or `none`.
+        tracker: A second place for scalars and grids, besides the run's folder: `tensorboard`, `wandb` or `none`.
     """
 
     output_dir: str = "runs/looc-ldm"
@@ -191,7 +191,7 @@ class DiffusionConfig(RunConfig):
             classifier-free guidance needs. 0 leaves the null class out.
         unet: `type`, one of `UNet2DModel`, `UNet2DConditionModel` and `FixedHeadsUNet2DModel`, and the arguments of its
             constructor. What the data decides (`sample_size`, channels, `num_class_embeds`) is filled in, and refused
-            if the config says something else.
+            if the config has a different value.
         class_embedding_dim: Channels of the learned class token that a `UNet2DConditionModel` attends to.
         scheduler: `type`, the scheduler saved with the pipeline, and its arguments, the noise schedule and
             `prediction_type` (`epsilon`, `v_prediction` or `sample`) among them. `FlowMatchEulerDiscreteScheduler` is

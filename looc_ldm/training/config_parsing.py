@@ -100,7 +100,7 @@ def read_settings(file: Path) -> dict:
     """Read a config file, without withdrawn settings.
 
     Raises:
-        ConfigError: It is not a YAML mapping, or a withdrawn setting has another value than the one that remains.
+        ConfigError: It is not a YAML mapping, or a withdrawn setting has a different value from the one that remains.
     """
     try:
         settings = yaml.safe_load(file.read_bytes())  # UTF-8 or UTF-16, with or without a mark
@@ -165,7 +165,7 @@ def _refuse_unknown(config_class: type, name: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    """Return a parser's message on one line, without what it says of the other types of a setting."""
+    """Return a parser's message on one line, without its remarks on the other types of a setting."""
     noise = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value type:")
     lines = [line.strip(" -") for line in str(error).splitlines()]
     message = " ".join(line for line in lines if not line.startswith(noise))

@@ -14,7 +14,6 @@ from looc_ldm.images.image_set import NOISE, ORDER, ImageSet, Report, random_at,
 from looc_ldm.images.open import names_of_split, open_sources, split_name
 from looc_ldm.images.pixels import to_float
 from looc_ldm.images.streaming import StreamedImages, StreamedSet, open_streamed
-from looc_ldm.images.unreadable import first_readable
 from looc_ldm.training.stopping import start_worker
 from looc_ldm.utils.errors import ConfigError, DataError
 
@@ -96,7 +95,7 @@ class ImageStream(Stream):
     def __getitem__(self, position: int) -> tuple[torch.Tensor, int, Report]:
         images = self.images
         candidates = images.indices_from(self.index_at(position))
-        item, problems = first_readable(candidates, partial(images.read, at=(self.seed, position)), images.config.path)
+        item, problems = images.first_readable(candidates, partial(images.read, at=(self.seed, position)))
         return *item, Report(problems[:1])  # the problems after the first one have positions of their own
 
 

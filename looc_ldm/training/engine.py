@@ -23,7 +23,7 @@ def make_training_accelerator(config: RunConfig) -> Accelerator:
             (The average of the weights cannot follow the flat parameters of FSDP 1.)
     """
     stage_2 = isinstance(config, DiffusionConfig)
-    for engine in ("DEEPSPEED", "MEGATRON_LM"):  # Accelerate imports their packages before it says what it takes
+    for engine in ("DEEPSPEED", "MEGATRON_LM"):  # Accelerate would import their packages first
         if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
             raise _refusal(engine, stage_2)
     accelerator = Accelerator(

@@ -37,14 +37,14 @@ def autoencoder_from(config: AutoencoderConfig) -> LooCVQModel:
     """Load the model in the folder or hub repository `config.init_from`, to train it with the settings of the config.
 
     Raises:
-        ConfigError: The config describes another network.
+        ConfigError: The config describes a different network.
         ModelError: There is no autoencoder.
     """
     trained = load_autoencoder(config.init_from)
     of_checkpoint = {name: value for name, value in trained.config.items() if not name.startswith("_")}
     _refuse_differences(config.model, of_checkpoint, LEARNING_ARGUMENTS, "model")
     arguments = {**of_checkpoint, "sample_size": config.data.resolution, **config.model}
-    # Measured anew on the data of this training.
+    # Measured on the data of this training.
     arguments |= {name: None for name in ("scaling_factor", "latents_mean", "latents_std") if name in arguments}
     model = construct(type(trained), arguments, "model")
     model.load_state_dict(trained.state_dict())
@@ -52,7 +52,7 @@ def autoencoder_from(config: AutoencoderConfig) -> LooCVQModel:
 
 
 def denoiser_from(config: DiffusionConfig, vqvae: LooCVQModel, classes: list[str]) -> Denoiser:
-    """Load the UNet and class token of the pipeline `config.init_from`. With other classes their embeddings start anew.
+    """Load the UNet and class token of the pipeline `config.init_from`; different classes get random embeddings.
 
     Args:
         config (`DiffusionConfig`): The settings.
@@ -60,7 +60,7 @@ def denoiser_from(config: DiffusionConfig, vqvae: LooCVQModel, classes: list[str
         classes (`list[str]`): Names of the classes that are trained on.
 
     Raises:
-        ConfigError: The config describes another network or prediction, or its latents have other channels.
+        ConfigError: The config describes a different network or prediction, or its latents have other channels.
         ModelError: There is no pipeline.
     """
     trained = load_pipeline(config.init_from)
@@ -97,7 +97,7 @@ def denoiser_from(config: DiffusionConfig, vqvae: LooCVQModel, classes: list[str
     )
     if not same_classes:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(CLASS_WEIGHTS)}
-        logger.warning("init_from=%r has other classes: the embeddings of classes start anew.", config.init_from)
+        logger.warning("init_from=%r has different classes: their embeddings are random.", config.init_from)
     missing, surplus = denoiser.load_state_dict(weights, strict=False)
     wrong = [*surplus, *(name for name in missing if same_classes or not name.startswith(CLASS_WEIGHTS))]
     if wrong:
@@ -106,7 +106,7 @@ def denoiser_from(config: DiffusionConfig, vqvae: LooCVQModel, classes: list[str
 
 
 def _refuse_differences(given: dict, of_checkpoint: dict, may_differ: set[str], what: str) -> None:
-    """Raise ConfigError if the config says something else about the network than the checkpoint."""
+    """Raise ConfigError if the config and the finished model describe different networks."""
     plain = lambda value: tuple(value) if isinstance(value, list) else value  # noqa: E731
     for name in given:
         value, trained = plain(given[name]), plain(of_checkpoint.get(name))

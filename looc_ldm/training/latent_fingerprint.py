@@ -63,7 +63,7 @@ def differences(old: dict[str, dict], new: dict[str, dict]) -> list[str]:
         changed = [key for key in sorted({**before, **after}) if before.get(key) != after.get(key)]
         if changed:
             shown = ", ".join(_change(key, before.get(key), after.get(key)) for key in changed)
-            found.append(f"another {name} ({shown})")
+            found.append(f"a different {name} ({shown})")
     return found
 
 
@@ -80,10 +80,7 @@ def provenance_mismatch(then: dict[str, dict] | None, now: dict[str, dict] | Non
     changed = differences(then, now)
     if not changed:
         return None
-    return (
-        f"is of a run that was started with {'; '.join(changed)}: bring that back, or start another run "
-        "(init_from takes weights along)"
-    )
+    return f"was started with {'; '.join(changed)}: bring that back, or start a new run from its weights (init_from)"
 
 
 def _change(key: str, old, new) -> str:

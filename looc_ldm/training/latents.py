@@ -42,7 +42,7 @@ class LatentStream(Stream):
     def __init__(self, cache: LatentCache, model: LooCVQModel, seed: int):
         super().__init__(len(cache), seed)
         self.cache = cache
-        # Scaling is affine: its values at 0 and 1 say all, and a loader's workers need not hold the model.
+        # Scaling is affine: its values at 0 and 1 determine it, and a loader's workers need not hold the model.
         ends = torch.arange(2.0).view(2, 1, 1, 1).expand(2, cache.shape[0], 1, 1)
         self.shift, one = scale_latents(model, ends).unbind()
         self.scale = one - self.shift  # (c, 1, 1)

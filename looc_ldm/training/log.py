@@ -166,8 +166,8 @@ class RunLog:
     def write(self, images_seen: int, **extra: float) -> None:
         """Write a line: the means since the last one, over all processes. Collective; waits for the device.
 
-        Speed and waiting are those of training alone, without the first step after a start if the line has another;
-        the rest is `other_seconds`.
+        Speed and waiting are those of training alone, without the first step after a start unless the line has no other
+        step; the rest is `other_seconds`.
         """
         images, then = self._written_at
         now = time.monotonic()
@@ -180,7 +180,7 @@ class RunLog:
         self.means.reset()
         self.waited = self._other = 0.0
         states, trained, waits, others, memory = zip(*parts, strict=True)
-        seconds = min(trained)  # others take it for training when they wait for the main process and its evaluation
+        seconds = min(trained)  # the other processes also count their wait for an evaluation of the main process
         means = means_of(states)
         values = {
             "images_per_second": (images_seen - images) / seconds,

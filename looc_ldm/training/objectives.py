@@ -111,7 +111,7 @@ class Diffusion(Objective):
     def __init__(self, config: DiffusionConfig, scheduler: SchedulerMixin, prediction_type: str):
         super().__init__(config, prediction_type, scheduler.config.num_train_timesteps)
         self.min_snr_gamma = config.min_snr_gamma if config.loss_weighting == "min_snr" else None
-        # By name, since `from_config` would replace what was a default of another scheduler's by DDPM's.
+        # By name: `from_config` would replace the default values of a different scheduler by those of DDPM.
         self.noise_schedule = DDPMScheduler(**noise_schedule_of(scheduler))
         given = len(self.noise_schedule.alphas_cumprod)
         if given != self.num_timesteps:
@@ -192,5 +192,5 @@ def _check_zero_terminal_snr(scheduler: SchedulerMixin, prediction_type: str) ->
     if scheduler.config.get("timestep_spacing") != "trailing":
         raise ConfigError(
             "scheduler.rescale_betas_zero_snr=true needs scheduler.timestep_spacing=trailing: sampling starts with "
-            "pure noise, and with other spacings not at the last timestep, the only one where there was no more."
+            "pure noise, which in training was the last timestep alone, and other spacings leave it out."
         )

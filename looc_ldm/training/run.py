@@ -9,7 +9,7 @@ A run is resumed by repeating its command. It owns its output folder, which all 
     previews/000123.png   image grids
     upload.partial/       the model that is being uploaded, with `push_to_hub`
     logs/, wandb/         the tracker's files; wandb_id.txt names the run that W&B goes on with
-    model/ or pipeline/   the result, written at the end; its training.json says after how many images
+    model/ or pipeline/   the result, written at the end; training.json has its number of images
 
 The log line of a step, its grid and its evaluation come before its checkpoint: a run that is killed meanwhile makes
 them again when it goes on.
@@ -47,7 +47,7 @@ from looc_ldm.utils.errors import Terminated, TrainingError
 
 logger = logging.getLogger(__name__)
 
-# With several processes, they ask each other every so many optimizer steps whether a signal came: a tiny collective.
+# Several processes ask each other every N optimizer steps whether a signal came: a tiny collective.
 STOP_CHECK_STEPS = 4
 
 
@@ -68,8 +68,8 @@ class Run:
         cursors (`dict`): For streamed data: the cursor of each lane. Known after `resume`.
 
     Raises:
-        ConfigError: The folder holds another run's checkpoints, or cannot be written; or training does not support
-            Accelerate's engine.
+        ConfigError: The folder holds the checkpoints of a different run, or cannot be written; or training does not
+            support Accelerate's engine.
     """
 
     def __init__(self, config: RunConfig, result: str):

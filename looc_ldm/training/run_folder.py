@@ -74,7 +74,7 @@ class RunFolder:
         """Keep other runs out of the folder until this object or the process ends. Main process only.
 
         Raises:
-            ConfigError: Another process has it. The message names it.
+            ConfigError: A different process has locked it. The message names it.
         """
         try:
             # Not flock: the loader's workers would inherit it, and keep it for seconds when this process is killed.

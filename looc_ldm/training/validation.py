@@ -84,8 +84,8 @@ def reconstruction_figures(
     On one process: not a collective.
 
     Returns:
-        `dict` of what `evaluate_reconstruction` says that is worth a curve: `images` (how many were measured), `psnr`,
-        `ssim`, `l1`, `lpips` where it is given, `codebook_use` (the share of codevectors that these images used),
+        `dict` of the figures of `evaluate_reconstruction` that are worth a curve: `images` (their number), `psnr`,
+        `ssim`, `l1`, `lpips` if it is given, `codebook_use` (the share of codevectors that these images used),
         `perplexity`, `bits_per_pixel`, and with `evaluation.fid` for instance `rfid@2048`.
     """
     features = features_of_config(evaluation) if evaluation.fid else None

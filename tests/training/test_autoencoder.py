@@ -370,6 +370,8 @@ def test_a_run_does_not_go_on_with_other_data(autoencoder_config, garments, tmp_
     autoencoder.train(replace(config, total_images=32))
     assert "some training images are not what they were" in caplog.text
     (folder / first.parent.name / "more.png").write_bytes(first.read_bytes())
-    with pytest.raises(ConfigError, match=r"another data set \(labels, number of images: 64 -> 65\): bring that back"):
+    with pytest.raises(
+        ConfigError, match=r"different data set \(labels, number of images: 64 -> 65\): bring that back"
+    ):
         autoencoder.train(replace(config, total_images=48))
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())[-1] == "000000032"

@@ -435,5 +435,5 @@ def test_a_run_does_not_go_on_with_another_first_stage(diffusion_config, autoenc
     model = LooCVQModel.from_pretrained(tmp_path / "model")
     torch.nn.init.zeros_(model.encoder.conv_in.bias)
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"another autoencoder \(encoder weights\)"):
+    with pytest.raises(ConfigError, match=r"a different autoencoder \(encoder weights\)"):
         diffusion.train(diffusion_config(tmp_path / "run", total_images=32, **settings))

@@ -130,7 +130,7 @@ def test_the_beginning_of_other_latents_is_refused_and_kept(model, images, accel
     before = contents(folder)
     with torch.no_grad():
         model.encoder.conv_in.bias.add_(1)
-    with pytest.raises(ConfigError, match=r"another autoencoder \(encoder weights\)"):
+    with pytest.raises(ConfigError, match=r"a different autoencoder \(encoder weights\)"):
         cache_latents(model, images, folder, accelerator, shard_bytes=20 * IMAGE_BYTES)
     assert contents(folder) == before
 

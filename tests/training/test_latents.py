@@ -185,7 +185,7 @@ def test_other_weights_of_the_encoder_are_refused_and_the_latents_kept(cache, mo
     before = everything(cache)
     with torch.no_grad():
         model.quant_conv.bias.add_(1)
-    with pytest.raises(ConfigError, match=r"holds latents of another autoencoder \(encoder weights\); delete it"):
+    with pytest.raises(ConfigError, match=r"holds latents of a different autoencoder \(encoder weights\); delete it"):
         cache_latents(model, images, cache.folder, accelerator)
     assert torch.equal(everything(LatentCache(cache.folder)), before)
 
@@ -196,7 +196,7 @@ def test_settings_of_the_encoder_that_leave_its_weights_as_they_are_make_another
 ):
     assert model.config[setting] != value
     model.register_to_config(**{setting: value})
-    with pytest.raises(ConfigError, match=rf"another autoencoder \({setting}: \w+ -> {value}\)"):
+    with pytest.raises(ConfigError, match=rf"a different autoencoder \({setting}: \w+ -> {value}\)"):
         cache_latents(model, images, cache.folder, accelerator)
 
 
@@ -212,10 +212,10 @@ def test_another_codebook_leaves_the_latents_valid(cache, model, images, acceler
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fit": "crop"}, r"another transform \(fit: pad -> crop\)"),
-        ({"flip": False}, r"another transform \(flip: True -> False\)"),
-        ({"resolution": 64}, r"another transform \(resolution: 32 -> 64\)"),
-        ({"validation_images": 15}, r"another data set \(labels, number of images: 64 -> 65, stored images\)"),
+        ({"fit": "crop"}, r"a different transform \(fit: pad -> crop\)"),
+        ({"flip": False}, r"a different transform \(flip: True -> False\)"),
+        ({"resolution": 64}, r"a different transform \(resolution: 32 -> 64\)"),
+        ({"validation_images": 15}, r"a different data set \(labels, number of images: 64 -> 65, stored images\)"),
     ],
 )
 def test_latents_of_another_transform_or_data_are_refused_and_the_message_says_what_differs(
@@ -238,7 +238,7 @@ def test_a_data_set_with_other_pixels_or_another_name_for_a_class_is_another_one
     else:
         one.parent.rename(f"{one.parent}s")
     images, _ = load_image_sets(own_data, channels=1)
-    with pytest.raises(ConfigError, match=rf"another data set \({changed}\)"):
+    with pytest.raises(ConfigError, match=rf"a different data set \({changed}\)"):
         cache_latents(model, images, tmp_path / "latents", accelerator)
 
 
@@ -262,7 +262,7 @@ def test_images_in_parquet_files_have_a_fingerprint_too(garments, model, acceler
 
     cache_latents(model, images_of("one", stored), tmp_path / "latents", accelerator)
     cache_latents(model, images_of("same", stored), tmp_path / "latents", accelerator)
-    with pytest.raises(ConfigError, match=r"another data set \(stored images\)"):
+    with pytest.raises(ConfigError, match=r"a different data set \(stored images\)"):
         cache_latents(
             model, images_of("other", [*stored[:5], stored[0], *stored[6:]]), tmp_path / "latents", accelerator
         )
