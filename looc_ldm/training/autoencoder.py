@@ -27,13 +27,12 @@ from looc_ldm.images.image_set import ImageSet, spread
 from looc_ldm.images.pixels import to_float
 from looc_ldm.metrics.reconstruction import evaluate_reconstruction
 from looc_ldm.models.autoencoder import LooCVQModel
-from looc_ldm.training.checks import check_config, check_evaluation
+from looc_ldm.training.checks import check_config, check_evaluation, latent_side
 from looc_ldm.training.config import AutoencoderConfig
 from looc_ldm.training.config_parsing import construct, parse_command_line
 from looc_ldm.training.data import float_batches, load_image_sets, make_stream, stream_loader
 from looc_ldm.training.ema import EMA
 from looc_ldm.training.init_from import autoencoder_from
-from looc_ldm.training.latent_encoding import latent_side
 from looc_ldm.training.latent_fingerprint import run_fingerprint
 from looc_ldm.training.log import data_line, show_log_lines
 from looc_ldm.training.losses import (

@@ -5,10 +5,11 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from looc_ldm.images.config import DataConfig
 from looc_ldm.images.open import folder_of
 from looc_ldm.metrics.extractors import InceptionFeatures
+from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, EvaluationConfig
-from looc_ldm.training.latent_encoding import check_cacheable
 from looc_ldm.utils.errors import ConfigError, one_line
 from looc_ldm.utils.files import check_folder
 
@@ -50,6 +51,23 @@ def check_config(config: AutoencoderConfig | DiffusionConfig) -> None:
                 f"loss.discriminator_layers={layers} needs images of at least {smallest} pixels, but "
                 f"data.resolution={data.resolution}."
             )
+
+
+def latent_side(model: LooCVQModel, data: DataConfig) -> int:
+    """Return height and width of the latents. Raises ConfigError for a resolution that f does not divide."""
+    f = model.downsampling_factor
+    if data.resolution % f:
+        raise ConfigError(
+            f"data.resolution must be a multiple of {f}, as the autoencoder needs, got {data.resolution}."
+        )
+    return data.resolution // f
+
+
+def check_cacheable(data: DataConfig) -> None:
+    """Raise ConfigError for data that cannot be encoded once and for all."""
+    if data.streaming or data.fit == "random_crop":
+        setting = "data.streaming=true" if data.streaming else "data.fit=random_crop"
+        raise ConfigError(f"latents cannot be cached with {setting}; set cache_latents=false to encode in the loop.")
 
 
 def check_evaluation(config: AutoencoderConfig | DiffusionConfig) -> None:

@@ -10,9 +10,9 @@ from diffusers import SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.models.class_embedding import ClassEmbedding
 from looc_ldm.models.unet import FixedHeadsUNet2DModel
+from looc_ldm.training.checks import latent_side
 from looc_ldm.training.config import DiffusionConfig
 from looc_ldm.training.config_parsing import construct
-from looc_ldm.training.latent_encoding import latent_side
 from looc_ldm.utils.errors import ConfigError
 
 UNETS = {

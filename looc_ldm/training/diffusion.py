@@ -32,7 +32,7 @@ from looc_ldm.models.loading import load_autoencoder
 from looc_ldm.models.scaling import encode_latents
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.sampling import sample_images
-from looc_ldm.training.checks import check_config, check_evaluation
+from looc_ldm.training.checks import check_config, check_evaluation, latent_side
 from looc_ldm.training.config import DiffusionConfig
 from looc_ldm.training.config_parsing import parse_command_line
 from looc_ldm.training.data import (
@@ -45,7 +45,7 @@ from looc_ldm.training.data import (
 from looc_ldm.training.denoiser import Denoiser, make_scheduler
 from looc_ldm.training.ema import EMA
 from looc_ldm.training.init_from import denoiser_from
-from looc_ldm.training.latent_encoding import cache_latents, latent_side
+from looc_ldm.training.latent_encoding import cache_latents
 from looc_ldm.training.latent_fingerprint import run_fingerprint
 from looc_ldm.training.latents import LatentStream
 from looc_ldm.training.log import data_line, show_log_lines

@@ -22,12 +22,12 @@ from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from looc_ldm.images.config import DataConfig
 from looc_ldm.images.image_set import ImageSet
 from looc_ldm.images.pixels import to_float
 from looc_ldm.images.unreadable import too_many
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.models.scaling import encode_latents
+from looc_ldm.training.checks import check_cacheable, latent_side
 from looc_ldm.training.latent_cache import DESCRIPTION, FORMAT, LatentCache
 from looc_ldm.training.latent_fingerprint import cache_fingerprint, differences
 from looc_ldm.training.moments import Moments
@@ -88,23 +88,6 @@ def divide(folder: Path, images: int, image_bytes: int, shard_bytes: int = SHARD
     spans = [range(images)[start : start + size] for start in range(0, images, size)]
     names = (f"latents-{number:05d}-of-{len(spans):05d}.safetensors" for number in range(len(spans)))
     return [(folder / name, span) for name, span in zip(names, spans, strict=True)]
-
-
-def latent_side(model: LooCVQModel, data: DataConfig) -> int:
-    """Return height and width of the latents. Raises ConfigError for a resolution that f does not divide."""
-    f = model.downsampling_factor
-    if data.resolution % f:
-        raise ConfigError(
-            f"data.resolution must be a multiple of {f}, as the autoencoder needs, got {data.resolution}."
-        )
-    return data.resolution // f
-
-
-def check_cacheable(data: DataConfig) -> None:
-    """Raise ConfigError for data that cannot be encoded once and for all."""
-    if data.streaming or data.fit == "random_crop":
-        setting = "data.streaming=true" if data.streaming else "data.fit=random_crop"
-        raise ConfigError(f"latents cannot be cached with {setting}; set cache_latents=false to encode in the loop.")
 
 
 # Before and after: on the main process --------------------------------------------------------------------------------

@@ -19,11 +19,12 @@ from looc_ldm.images.image_set import FLIP, Report, random_at
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.models.loading import load_autoencoder
 from looc_ldm.models.scaling import scale_latents
+from looc_ldm.training.checks import check_cacheable
 from looc_ldm.training.config import DiffusionConfig
 from looc_ldm.training.config_parsing import load_config
 from looc_ldm.training.data import Stream, draws_at, load_image_sets
 from looc_ldm.training.latent_cache import LatentCache
-from looc_ldm.training.latent_encoding import cache_latents, check_cacheable
+from looc_ldm.training.latent_encoding import cache_latents
 from looc_ldm.training.moments import measure_scaling_factor as measure_scaling_factor  # documented to be here
 from looc_ldm.utils.arguments import CacheLatents, parse_options
 from looc_ldm.utils.distributed import make_accelerator

@@ -17,7 +17,7 @@ from looc_ldm.images.config import DataConfig
 from looc_ldm.images.image_set import Report
 from looc_ldm.images.pixels import to_float
 from looc_ldm.training.data import ImageStream, OnlineLatentStream, StreamBatches, load_image_sets, stream_loader
-from looc_ldm.training.latent_encoding import divide, latent_side
+from looc_ldm.training.latent_encoding import divide
 from looc_ldm.training.latents import (
     LatentCache,
     LatentStream,
@@ -145,18 +145,6 @@ def test_the_scaling_factor_is_one_over_the_standard_deviation(model, images):
     with torch.no_grad():
         expected = 1 / model.encode(pixels).latents.double().std(correction=0)
     assert measure_scaling_factor(model, pixels.split(4)) == pytest.approx(expected.item(), rel=1e-6)
-
-
-def test_data_that_is_cropped_at_random_is_not_cached(model, small_data, accelerator, tmp_path):
-    images, _ = load_image_sets(replace(small_data, fit="random_crop"), channels=1)
-    with pytest.raises(ConfigError, match=r"latents cannot be cached with data\.fit=random_crop; set"):
-        cache_latents(model, images, tmp_path / "latents", accelerator)
-    assert not (tmp_path / "latents").exists()
-
-
-def test_a_resolution_that_the_autoencoder_cannot_halve_is_refused(model, small_data):
-    with pytest.raises(ConfigError, match=r"data\.resolution must be a multiple of 2, .* got 31"):
-        latent_side(model, replace(small_data, resolution=31))
 
 
 # What is read again, and what is stale ----------------------------------------------------------------------------
