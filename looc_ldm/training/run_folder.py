@@ -79,12 +79,14 @@ class RunFolder:
         try:
             # Not flock: the loader's workers would inherit it, and keep it for seconds when this process is killed.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):  # it depends on the system which
             self._lock.seek(0)
             raise ConfigError(
                 f"output_dir={str(self.path)!r} is in use by {self._lock.read().strip()}: wait for it, stop it, "
                 "or give another output_dir."
             ) from None
+        except OSError as error:  # some clusters' file systems have no locks
+            logger.warning("%s cannot be locked (%s): start no other run in it", self.path, error.strerror)
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
