@@ -227,7 +227,7 @@ def test_cache_latents_encodes_the_data_of_a_config(pipeline, image_folder, caps
     cache = LatentCache(Path("new/latents"))
     assert (len(cache), cache.shape) == (9, (4, 8, 8))
     latents = torch.stack([cache.read(index)[0] for index in range(9)]).double()
-    assert cache.standard_deviation == pytest.approx(latents.std(correction=0).item(), rel=1e-6)
+    assert cache.moments.standard_deviation == pytest.approx(latents.std(correction=0).item(), rel=1e-6)
     assert f"9 images, standard deviation {cache.standard_deviation:.4g}" in printed
 
 
@@ -280,7 +280,6 @@ def test_cache_latents_encodes_the_data_of_a_config(pipeline, image_folder, caps
         (["cache-latents", "--config", "no/such"], "no config 'no/such'"),
         (["cache-latents", "--config", "fashion_mnist/diffusion", "--autoencoder", "MODEL/unet"], "not a LooCVQModel"),
         (["cache-latents", "--config", "fashion_mnist/diffusion", "--output", "file"], "'file' is not a folder"),
-        (["cache-latents", "--config", "fashion_mnist/diffusion", "--output", "full"], "else than cached latents"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -289,8 +288,6 @@ def test_bad_input_ends_in_one_line_and_status_2_with_nothing_written(
 ):
     Path("file").write_text("not a folder")
     Path("empty").mkdir()
-    Path("full").mkdir()
-    Path("full/photo.png").write_text("somebody's")
     arguments = [argument.replace("MODEL", pipeline).replace("DATA", image_folder) for argument in arguments]
     assert message in refusal(capsys, *arguments)
 
