@@ -82,7 +82,7 @@ def bare_autoencoder(config: AutoencoderConfig, device: str) -> Callable[[], Non
     bf16 = resolve_precision(config.mixed_precision) == "bf16"
     if config.compile:
         model.compile()
-    model.quantize.revive()
+    model.quantize.owner_revives = True
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=bf16):

@@ -34,9 +34,7 @@ class Quantizer(nn.Module):
         size_of = dict(zip(codebooks, code_sizes, strict=True))
         self._book_sizes = [size_of[book] for book in sorted(size_of)]
         starts = [sum(self._book_sizes[:book]) for book in codebooks]
-        self.register_buffer(
-            "_starts", torch.tensor(starts), persistent=False
-        )  # first index of each codebook, if they are concatenated
+        self.register_buffer("_starts", torch.tensor(starts), persistent=False)  # first value of each code's codebook
 
     @property
     def bits_per_position(self) -> float:
