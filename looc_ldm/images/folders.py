@@ -44,12 +44,8 @@ def files_in(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[s
         else:
             others[suffix or "none"] += 1
     if unused:
-        logger.warning(
-            "%s: %d files of labels in sub-folders are not used, the first is %s: one in the folder itself would be",
-            folder,
-            len(unused),
-            min(unused),
-        )
+        count, first = len(unused), min(unused)
+        logger.warning("%s: %d files of labels in sub-folders are not used, the first is %s", folder, count, first)
     if found and others:
         counts = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common())
         logger.warning("%s: %d files with other suffixes are not read (%s)", folder, others.total(), counts)
@@ -151,12 +147,8 @@ def _check_beside(folder: Path, splits: list[str]) -> None:
             f"{folder} has a folder {splits[0]}, named like a split, beside other images, such as {beside}: "
             f"data.split=all takes every sub-folder as a class; data.path={folder / splits[0]} takes that one alone."
         )
-    logger.warning(
-        "%s: images beside the splits (%s) are left out, such as %s; data.split=all takes every sub-folder as a class",
-        folder,
-        ", ".join(splits),
-        beside,
-    )
+    message = "%s: images beside the splits (%s) are left out, such as %s; data.split=all: sub-folders are classes"
+    logger.warning(message, folder, ", ".join(splits), beside)
 
 
 def _labels(place: Path, names: list[str], config: DataConfig) -> list[int | str | None]:
@@ -177,14 +169,9 @@ def _labels(place: Path, names: list[str], config: DataConfig) -> list[int | str
     if config.label_column != "label" or len(beside) == len(names):
         return [None] * len(names)
     if beside:
-        logger.warning(
-            "%s: %d images lie in sub-folders and %d beside them, the first of which is %s, so there are no classes; "
-            "data.label_column='' says that there are none",
-            place,
-            len(names) - len(beside),
-            len(beside),
-            beside[0],
-        )
+        inside, count, first = len(names) - len(beside), len(beside), beside[0]
+        message = "%s: %d images lie in sub-folders and %d beside them, the first of which is %s: there are no classes"
+        logger.warning(message, place, inside, count, first)
         return [None] * len(names)
     return [name.split(os.sep)[0] for name in names]
 

@@ -42,7 +42,6 @@ def open_sources(config: DataConfig, wanted: Collection[str] | None = None) -> d
     """Return the splits of what `data.path` names.
 
     Args:
-        config: Settings of the data.
         wanted: Names of splits; those of a table that are not among them get no labels, which may be wrong there. All
             if not given.
 

@@ -177,9 +177,7 @@ class StreamedImages(Dataset):
 
     Args:
         images (`StreamedSet`): The shards.
-        seed (`int`): Seed of order, flips and crops.
         per_forward (`int`): Images of one forward pass of one process.
-        processes (`int`): Number of processes.
         num_workers (`int`): Workers of the loader that reads the stream.
         cursors (`dict[int, Cursor]`): Cursor of each lane from a checkpoint; see `starting_cursors`.
 

@@ -28,7 +28,6 @@ def open_tables(
 
     Args:
         splits: Their rows.
-        config: Settings of the data.
         wanted: Names of the splits that need labels; all if not given. Others are not refused for theirs.
 
     Raises:
@@ -50,8 +49,6 @@ class TableSource(Source):
     """Rows of a `datasets.Dataset`.
 
     Args:
-        rows: The rows.
-        columns: The columns of the image and the class.
         classes: Names of the classes; empty without.
         name: What the split is called in messages.
 

@@ -33,8 +33,6 @@ class Checkpoints:
 
     Args:
         folder (`Path`): Their folder, seen by all processes.
-        accelerator (`Accelerator`): Saves and loads what was prepared by it.
-        config (`RunConfig`): Says which of them are kept.
 
     Attributes:
         ema (`EMA`, *optional*): Averaged weights, saved and loaded with the rest.

@@ -24,7 +24,6 @@ def load_image_sets(
     """Return the training images and the validation images. An unreadable image is replaced by the next one.
 
     Args:
-        config: Settings of the data.
         channels: 1 (grey) or 3.
         needs_labels: Count images without a label as unreadable, if there are classes.
 

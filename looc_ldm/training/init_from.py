@@ -55,7 +55,6 @@ def denoiser_from(config: DiffusionConfig, vqvae: LooCVQModel, classes: list[str
     """Load the UNet and class token of the pipeline `config.init_from`; different classes get random embeddings.
 
     Args:
-        config (`DiffusionConfig`): The settings.
         vqvae (`LooCVQModel`): The first stage, on whose latents it is trained.
         classes (`list[str]`): Names of the classes that are trained on.
 

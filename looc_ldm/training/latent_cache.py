@@ -67,8 +67,6 @@ class LatentCache:
             index: In [0, len).
             flipped: Return those of the mirrored image; only if there are such.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"index must be in [0, {len(self)}), got {index}.")
         number = bisect_right(self._ends, index)
         shard = self._shard(number)
         place = index - (self._ends[number - 1] if number else 0)

@@ -186,8 +186,7 @@ class Run:
         """Count an optimizer step, made or skipped.
 
         Args:
-            finite: Whether all gradients were; else the step was skipped. The same on all processes, since gradients
-                are reduced.
+            finite: Whether all gradients were; else the step was skipped. The same on all processes.
 
         Raises:
             TrainingError: More than `max_skipped_steps` steps in a row were skipped.

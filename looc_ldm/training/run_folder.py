@@ -36,7 +36,6 @@ class RunFolder:
     """The output folder of one run.
 
     Args:
-        config (`RunConfig`): The settings of the run.
         result (`str`): Name of the folder that the finished model is written to.
 
     Attributes:

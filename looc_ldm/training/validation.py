@@ -124,10 +124,8 @@ def generation_figures(
     the number of images, and published ones compare 50,000 samples with all training images. KID has no such bias.
 
     Args:
-        pipe (`LooCLDMPipeline`): The model.
         images (`ImageSet`): The training images; if these are streamed, the validation images.
         config (`DiffusionConfig`): Its `evaluation`, `preview_steps`, `preview_guidance_scale` and `seed`.
-        accelerator (`Accelerator`): The processes.
 
     Returns:
         `dict`: for instance `fid@2048` and `kid@2048` (2048 features), and `samples`, `reference_images`, `steps` and

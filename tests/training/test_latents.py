@@ -282,12 +282,6 @@ def test_a_cache_that_is_sent_to_another_process_is_its_folder(cache):
     assert torch.equal(everything(pickle.loads(sent)), everything(cache))
 
 
-def test_an_index_outside_of_the_cache_is_refused(cache):
-    for index in (-1, 64):
-        with pytest.raises(IndexError, match=rf"index must be in \[0, 64\), got {index}"):
-            cache.read(index)
-
-
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="lists the open files of a process as Linux does")
 def test_no_file_stays_open_however_many_shards_there_are(cache):
     before = len(os.listdir("/proc/self/fd"))
