@@ -228,7 +228,7 @@ def test_cache_latents_encodes_the_data_of_a_config(pipeline, image_folder, caps
     assert (len(cache), cache.shape) == (9, (4, 8, 8))
     latents = torch.stack([cache.read(index)[0] for index in range(9)]).double()
     assert cache.moments.standard_deviation == pytest.approx(latents.std(correction=0).item(), rel=1e-6)
-    assert f"9 images, standard deviation {cache.standard_deviation:.4g}" in printed
+    assert f"9 images, standard deviation {cache.moments.standard_deviation:.4g}" in printed
 
 
 # What the commands refuse ---------------------------------------------------------------------------------------------
