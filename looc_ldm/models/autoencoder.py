@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers import VQModel
-from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.vae import Decoder
@@ -18,13 +19,24 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from looc_ldm.models.registration import RemoteCode
-from looc_ldm.models.scaling import check_channel_values, measured_factor
+from looc_ldm.models.scaling import VQMODEL_DEFAULT_FACTOR, check_channel_values, measured_factor
 from looc_ldm.models.tiling import decode_in_tiles, encode_in_tiles
 from looc_ldm.quantizer.loocq import LooCQuantizer
 from looc_ldm.utils.errors import ModelError
 
 # Arguments of earlier versions, which configs that are stored still hold.
 WITHDRAWN = ("revive_first_batch_only", "contrastive_weight")
+
+QUANTIZER_SETTINGS = (
+    "interpolation_factor",
+    "segment_layout",
+    "distance",
+    "commitment_weight",
+    "anchor",
+    "usage_decay",
+    "codebook_update",
+    "gradient",
+)
 
 # A plain VQModel has no usage. `from_pretrained` sets it; diffusers would advise to train the model.
 logging.getLogger("diffusers.models.modeling_utils").addFilter(
@@ -48,9 +60,9 @@ class LooCDecoderOutput(BaseOutput):
 
     Args:
         sample (`torch.Tensor` of shape `(B, out_channels, H, W)`): The image, about [-1, 1].
-        commit_loss (`torch.Tensor`): The quantizer's loss, both terms, a float32 scalar; 0 where nothing was quantized.
-        indices (`torch.Tensor` of shape `(B, h, w, C)`, int64): The codes; None where nothing was quantized.
-        perplexity (`torch.Tensor`): exp of the entropy of the codes, between 1 and K; None where nothing was quantized.
+        commit_loss (`torch.Tensor`): The quantizer's loss, both terms, a float32 scalar; 0 if not quantized.
+        indices (`torch.Tensor` of shape `(B, h, w, C)`, int64): None if not quantized.
+        perplexity (`torch.Tensor`): exp of the entropy of the indices, between 1 and K; None if not quantized.
     """
 
     sample: torch.Tensor
@@ -62,8 +74,12 @@ class LooCDecoderOutput(BaseOutput):
 class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
     """A VQ autoencoder whose latents are quantized by LooC: the first stage of a latent diffusion model.
 
-    As in `VQModel`, `encode` returns the latents *before* quantization, which is what a diffusion model is trained on,
-    and `decode` quantizes and decodes. Images are float tensors in [-1, 1].
+    As in `VQModel`, `encode` returns the latents *before* quantization, which a diffusion model is trained on, and
+    `decode` quantizes and decodes. Images are float tensors in [-1, 1].
+
+    `from_pretrained` on the folder of a `VQModel`, and `from_config(vq.config)`, give a model that quantizes as it did.
+    `LooCVQModel(**vq.config)` does not: it has the defaults below, or is refused if `vq` has the default
+    `scaling_factor`.
 
     Args:
         in_channels (`int`, defaults to 3): Channels of the input image.
@@ -85,8 +101,8 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
         norm_type (`str`, defaults to `"group"`): `"spatial"` gives MoVQ's modulated decoder, which needs `vq_embed_dim`
             equal to `latent_channels`.
         mid_block_add_attention (`bool`, defaults to True): Attention in the middle of encoder and decoder.
-        lookup_from_codebook (`bool`, defaults to False): Of `VQModel`, kept for its configs; use `decode_indices`.
-        force_upcast (`bool`, defaults to False): Of `VQModel`, kept for its configs.
+        lookup_from_codebook (`bool`, defaults to False): Not used, for configs of `VQModel`; use `decode_indices`.
+        force_upcast (`bool`, defaults to False): Not used, for configs of `VQModel`.
         codevector_dim (`int`, *optional*): d, channels of a codevector; `vq_embed_dim` if not given (m = 1).
         interpolation_factor, segment_layout, distance, commitment_weight, anchor, usage_decay, codebook_update,
         gradient: See `LooCQuantizer`.
@@ -171,9 +187,6 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
             )
         if not isinstance(num_vq_embeddings, int) or num_vq_embeddings < 2:  # by 0, VQModel would divide
             raise ValueError(f"num_vq_embeddings must be a whole number of at least 2, got {num_vq_embeddings!r}.")
-        for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
-            if values is not None:
-                check_channel_values(name, values, vq_embed_dim)
         super().__init__(
             in_channels=in_channels,
             out_channels=out_channels,
@@ -193,18 +206,21 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
             lookup_from_codebook=lookup_from_codebook,
             force_upcast=force_upcast,
         )
+        self._make_quantizer(vq_embed_dim)
+
+    def _make_quantizer(self, vq_embed_dim: int) -> None:
+        for name in ("latents_mean", "latents_std"):
+            if self.config[name] is not None:
+                check_channel_values(name, self.config[name], vq_embed_dim)
+        if self.config.scaling_factor == VQMODEL_DEFAULT_FACTOR:
+            raise ValueError(
+                f"scaling_factor={VQMODEL_DEFAULT_FACTOR} is the default of VQModel, not measured: give None, or call "
+                "from_config(vq.config) for the config of a VQModel."
+            )
+        d = self.config.codevector_dim
+        settings = {name: self.config[name] for name in QUANTIZER_SETTINGS}
         self.quantize = LooCQuantizer(
-            vq_embed_dim,
-            num_vq_embeddings,
-            codevector_dim if codevector_dim is not None else vq_embed_dim,
-            interpolation_factor=interpolation_factor,
-            segment_layout=segment_layout,
-            distance=distance,
-            commitment_weight=commitment_weight,
-            anchor=anchor,
-            usage_decay=usage_decay,
-            codebook_update=codebook_update,
-            gradient=gradient,
+            vq_embed_dim, self.config.num_vq_embeddings, vq_embed_dim if d is None else d, **settings
         )
 
     @functools.wraps(VQModel.save_pretrained, assigned=())  # pipelines look at its arguments
@@ -212,8 +228,8 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
         """As `ModelMixin.save_pretrained`.
 
         Raises:
-            ValueError: Another quantizer was assigned, which the config does not describe: loading would make a
-                `LooCQuantizer` of its weights.
+            ValueError: Another quantizer was assigned, which the config does not describe: loading would put its
+                weights into a `LooCQuantizer`.
         """
         if not isinstance(self.quantize, LooCQuantizer):
             raise ValueError(
@@ -244,13 +260,16 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         """As `ConfigMixin.extract_init_dict`, for configs of earlier versions and of diffusers' `VQModel`, too."""
-        in_memory = isinstance(config_dict, FrozenDict) and "interpolation_factor" not in config_dict
-        plain = config_dict.get("_class_name") == "VQModel" or in_memory
-        scaling_factor = measured_factor(config_dict)
-        # What is withdrawn only made a difference to training.
+        # In memory a config does not name its class. A VQModel's has all arguments of VQModel, and none of ours.
+        theirs = inspect.signature(VQModel.__init__).parameters.keys() - {"self"}
+        ours = inspect.signature(cls.__init__).parameters.keys() - theirs - {"self"}
+        unnamed = theirs <= config_dict.keys() and not ours & config_dict.keys()
+        plain = config_dict.get("_class_name") == "VQModel" or unnamed
+        # Withdrawn arguments only made a difference to training.
         config_dict = {name: value for name, value in config_dict.items() if name not in WITHDRAWN}
         if plain:
-            config_dict |= {"interpolation_factor": 1, "distance": "euclidean", "scaling_factor": scaling_factor}
+            as_it_is = {"interpolation_factor": 1, "distance": "euclidean"}
+            config_dict |= as_it_is | {"scaling_factor": measured_factor(config_dict)}
         return super().extract_init_dict(config_dict, **kwargs)
 
     @property
@@ -315,7 +334,7 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
             h (`torch.Tensor` of shape `(B, n_q, h, w)`): Latents, as `encode` returns them (not scaled).
             force_not_quantize (`bool`, defaults to False): Decode `h` itself.
             return_dict (`bool`, defaults to True): False for `(sample, commit_loss)`, as `VQModel` returns.
-            shape: Not used; of `VQModel`'s signature.
+            shape: Not used; part of `VQModel`'s signature.
 
         Returns:
             `LooCDecoderOutput`: sample, commit_loss, indices, perplexity.
@@ -332,13 +351,13 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
     @apply_forward_hook
     @torch.no_grad()
     def encode_indices(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the codes of images `(B, in_channels, H, W)` in [-1, 1], int64 `(B, H / f, W / f, C)`."""
+        """Return the indices of images `(B, in_channels, H, W)` in [-1, 1], int64 `(B, H / f, W / f, C)`."""
         return self.quantize.encode_indices(self.encode(x).latents)
 
     @apply_forward_hook
     @torch.no_grad()
     def decode_indices(self, indices: torch.Tensor) -> LooCDecoderOutput:
-        """Decode codes `(B, h, w, C)`. Raises ValueError for codes of a different shape or out of range."""
+        """Decode indices `(B, h, w, C)`. Raises ValueError for another shape or indices out of range."""
         quantized = self.quantize.decode_indices(indices).to(self.dtype)
         return LooCDecoderOutput(sample=self._decode_quantized(quantized), indices=indices)
 

@@ -1,4 +1,4 @@
-"""A number that tells models apart: two models with one fingerprint give and take the same codes."""
+"""Fingerprints of models: two models with the same fingerprint write and read the same codes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ import json
 import torch
 from diffusers import ModelMixin
 
-# Measured after the first stage is trained, for the second one. They leave codes and images as they are.
-OF_THE_SECOND_STAGE = ("scaling_factor", "latents_mean", "latents_std")
+# Measured for the second stage, after the first is trained. They do not change codes or images.
+SECOND_STAGE_SETTINGS = ("scaling_factor", "latents_mean", "latents_std")
 
 
 def model_fingerprint(model: ModelMixin) -> str:
-    """SHA-256 of all weights and of the config, as 64 hexadecimal digits.
+    """Return the SHA-256 of all weights and of the config, as 64 hexadecimal digits.
 
-    Of the config count the constructor's arguments that have another value than their default, without
-    `scaling_factor`, `latents_mean` and `latents_std`: an argument that a later version adds, with a default that
-    changes nothing, leaves the fingerprints of older models as they were. Of each tensor of the state dict count name,
-    shape and values as little-endian float32 in row-major order, so that neither device nor memory format matter, nor
-    whether the values are held in another dtype. Rounding the values to another dtype does matter: take the
-    fingerprint of the weights as they were stored, before `model.to(torch.bfloat16)`.
+    The config enters with the arguments that differ from their defaults, without `scaling_factor`, `latents_mean` and
+    `latents_std`, so that a later version may add arguments. Each tensor of the state dict enters with its name, its
+    shape, and its values as little-endian float32 in row-major order, so that device, memory format and dtype do not
+    matter. Rounding does: take the fingerprint of the stored weights, before `model.to(torch.bfloat16)`.
     """
     digest = hashlib.sha256(json.dumps(_settings(model), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -34,7 +32,7 @@ def model_fingerprint(model: ModelMixin) -> str:
 def _settings(model: ModelMixin) -> dict:
     settings = {}
     for name, parameter in inspect.signature(type(model).__init__).parameters.items():
-        if name not in model.config or name in OF_THE_SECOND_STAGE:
+        if name not in model.config or name in SECOND_STAGE_SETTINGS:
             continue
         # Tuples come back as lists from a stored config.
         value, default = (list(v) if isinstance(v, tuple) else v for v in (model.config[name], parameter.default))

@@ -21,11 +21,11 @@ def load_autoencoder(name: str, dtype: torch.dtype = torch.float32, revision: st
 
     A plain `VQModel` is returned as a `LooCVQModel` that quantizes as it did.
 
-    What comes from the hub is verified (`looc_ldm.hub_download`). The quantizer stays float32 whatever the `dtype`.
+    Downloads are verified (`looc_ldm.utils.hub_download`). The quantizer stays float32 whatever the `dtype`.
 
     Raises:
-        ModelError: Nothing is there, it is another kind of model, the weights do not fit the config, or what the hub
-            objects to.
+        ModelError: Nothing is there, it is another kind of model, the weights do not fit the config, or the hub
+            raises an error.
     """
     folder = model_folder(name, revision, component="vqvae")
     if (folder / "model_index.json").is_file():
@@ -69,7 +69,7 @@ def model_folder(name: str, revision: str | None = None, component: str | None =
     """Return the folder `name`, that of the starter model, or one with the hub repository `name`, downloaded.
 
     Raises:
-        ModelError: Neither, or what the hub objects to.
+        ModelError: Neither exists, or the hub raises an error.
     """
     folder = Path(name)
     if folder.is_dir():

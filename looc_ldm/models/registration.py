@@ -52,7 +52,7 @@ class RemoteCode:
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """As `ConfigMixin.extract_init_dict`; where the code of a repository is says nothing about the model."""
+        """As `ConfigMixin.extract_init_dict`, without the place of a repository's code."""
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
 
@@ -60,7 +60,7 @@ _load_auto_model = AutoModel.from_pretrained.__func__
 
 
 def _from_pretrained(cls, pretrained_model_or_path=None, **kwargs):
-    """As `AutoModel.from_pretrained`, which knows only diffusers' classes and those of remote code that is trusted."""
+    """Load our classes, too; `AutoModel.from_pretrained` itself knows diffusers' classes and trusted remote code."""
     try:
         return _load_auto_model(cls, pretrained_model_or_path, **kwargs)
     except (ValueError, AttributeError):
@@ -80,8 +80,8 @@ def with_modules(index: dict) -> dict:
     """Return a `model_index.json` with our components under the modules that define them, not the package.
 
     A repository for remote code holds a file `looc_ldm.py` beside each of our components (`hub.upload`). diffusers
-    takes that file for the library named `looc_ldm`, and asks for trust in it: by the name of its module the class is
-    found in what is installed.
+    takes that file for the library named `looc_ldm`, and asks for trust in it. The name of its module leads to the
+    installed class.
     """
     return {
         key: [_HOME_OF[value[1]], value[1]]

@@ -2,7 +2,7 @@
 
 x = (z - mean) / std * scaling_factor, with `scaling_factor`, `latents_mean` and `latents_std` of the autoencoder's
 config; mean and std, one value per channel, are 0 and 1 if they are not given. The convention is that of diffusers'
-Stable Diffusion XL pipelines. Works for any autoencoder of diffusers.
+Stable Diffusion XL pipelines.
 """
 
 from __future__ import annotations
@@ -13,36 +13,39 @@ from collections.abc import Sequence
 import torch
 from diffusers import ModelMixin
 
-DEFAULT_OF_VQMODEL = 0.18215  # Stable Diffusion's, which fits no other autoencoder
+# The default of diffusers' VQModel, taken from Stable Diffusion. It fits no VQ autoencoder, and a config.json does not
+# tell whether it was given.
+VQMODEL_DEFAULT_FACTOR = 0.18215
 
 
 def check_scaling(autoencoder: ModelMixin) -> None:
-    """Raise ValueError for an autoencoder whose latents were never measured, saying how that is done.
+    """Refuse an autoencoder whose latents were not measured.
 
-    Also for a mean or deviation that does not fit its channels.
+    Raises:
+        ValueError: `scaling_factor` is None or the default of `VQModel`, or `latents_mean` or `latents_std` do not fit
+            the channels of the latents.
     """
-    if measured_factor(autoencoder.config) is None:
+    config = autoencoder.config
+    if measured_factor(config) is None:
         raise ValueError(
-            "vqvae has no scaling_factor of its own: measure it on training images with "
-            "looc_ldm.training.latents.measure_scaling_factor, and store it with "
+            f"vqvae has no measured scaling_factor, but {config.scaling_factor}: measure it on training images with "
+            "looc_ldm.training.latents.measure_scaling_factor, and give it by "
             "vqvae.register_to_config(scaling_factor=...)."
         )
-    channels = autoencoder.config.get("vq_embed_dim") or autoencoder.config.latent_channels
+    channels = config.get("vq_embed_dim") or config.latent_channels
     for name in ("latents_mean", "latents_std"):
-        values = autoencoder.config.get(name)
-        if values is not None:
-            check_channel_values(name, values, channels)
+        if config.get(name) is not None:
+            check_channel_values(name, config[name], channels)
 
 
 def measured_factor(config: dict) -> float | None:
-    """Return the scaling factor of an autoencoder's config; None for the one that `VQModel` has if none was given."""
+    """Return the scaling factor in an autoencoder's config, or None if it is the default of `VQModel`."""
     factor = config.get("scaling_factor")
-    by_default = factor == DEFAULT_OF_VQMODEL and "scaling_factor" in config.get("_use_default_values", ())
-    return None if by_default else factor
+    return None if factor == VQMODEL_DEFAULT_FACTOR else factor
 
 
 def check_channel_values(name: str, values: Sequence[float], channels: int) -> None:
-    """Raise ValueError for a `latents_mean` or `latents_std` that cannot be one."""
+    """Raise ValueError if a `latents_mean` or `latents_std` is not one finite number per channel, or not positive."""
     if len(values) != channels or not all(math.isfinite(value) for value in values):
         raise ValueError(f"{name} must be vq_embed_dim={channels} finite numbers, got {list(values)}.")
     if name == "latents_std" and min(values) <= 0:
@@ -63,13 +66,15 @@ def encode_latents(autoencoder: ModelMixin, images: torch.Tensor, scaled: bool =
 
 
 def scale_latents(autoencoder: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """Return latents `(B, c, h, w)` of `autoencoder.encode` as the diffusion model sees them."""
+    """Return latents `(B, c, h, w)` of `autoencoder.encode` as the diffusion model sees them; see `check_scaling`."""
+    check_scaling(autoencoder)
     mean, std = _mean_and_std(autoencoder, latents)
     return (latents - mean) / std * autoencoder.config.scaling_factor
 
 
 def unscale_latents(autoencoder: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """Undo `scale_latents`: return what `autoencoder.decode` takes."""
+    """Undo `scale_latents`: return the latents that `autoencoder.decode` takes."""
+    check_scaling(autoencoder)
     mean, std = _mean_and_std(autoencoder, latents)
     return latents / autoencoder.config.scaling_factor * std + mean
 

@@ -11,15 +11,13 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import register_to_config
 
 from looc_ldm.models.autoencoder import LooCVQModel
-from looc_ldm.models.scaling import check_channel_values
-from looc_ldm.quantizer.loocq import LooCQuantizer
 
 
 class LooCSmallVQModel(LooCVQModel):
-    """A small convolutional VQ autoencoder, f = 4, with a LooC quantizer: what LooC and CVQ-VAE train on small images.
+    """A small convolutional VQ autoencoder, f = 4, with a LooC quantizer: the papers' network for small images.
 
-    It has the methods of `LooCVQModel`, but no norms and no attention, and neither gradient checkpointing nor tiling,
-    which so small a network does not need. With the defaults it has, without the codebook, 744,707 parameters (740,609
+    It has the methods of `LooCVQModel`, but no norms, no attention, no gradient checkpointing and no tiling. With the
+    defaults it has, without the codebook, 744,707 parameters (740,609
     for images of one channel; with `vq_embed_dim=64`, CVQ-VAE's, 662,723 and 658,625).
 
     Args:
@@ -32,8 +30,8 @@ class LooCSmallVQModel(LooCVQModel):
         num_vq_embeddings (`int`, defaults to 256): K, codevectors in the codebook.
         vq_embed_dim (`int`, *optional*): n_q, channels of the latents; `hidden_channels` if not given.
         scaling_factor (`float`, *optional*): As in `LooCVQModel`.
-        norm_type (`str`, defaults to `"group"`): Of `LooCVQModel`, kept for what reads its configs: nothing is
-            normalized here, and `"spatial"` is refused.
+        norm_type (`str`, defaults to `"group"`): For readers of `LooCVQModel` configs; nothing is normalized
+            here, and `"spatial"` is refused.
         codevector_dim, interpolation_factor, segment_layout, distance, commitment_weight, anchor, usage_decay,
         codebook_update, gradient, latents_mean, latents_std: As in `LooCVQModel`.
 
@@ -87,28 +85,11 @@ class LooCSmallVQModel(LooCVQModel):
             raise ValueError(f'norm_type must be "group", since this network normalizes nothing, got {norm_type!r}.')
         ModelMixin.__init__(self)  # not LooCVQModel's, which makes the networks of diffusers' VQModel
         vq_embed_dim = vq_embed_dim if vq_embed_dim is not None else hidden_channels
-        for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
-            if values is not None:
-                check_channel_values(name, values, vq_embed_dim)
         self.encoder = _Encoder(in_channels, hidden_channels, residual_channels, layers_per_block)
         self.quant_conv = nn.Conv2d(hidden_channels, vq_embed_dim, 1)
-        self.quantize = LooCQuantizer(
-            vq_embed_dim,
-            num_vq_embeddings,
-            codevector_dim if codevector_dim is not None else vq_embed_dim,
-            interpolation_factor=interpolation_factor,
-            segment_layout=segment_layout,
-            distance=distance,
-            commitment_weight=commitment_weight,
-            anchor=anchor,
-            usage_decay=usage_decay,
-            codebook_update=codebook_update,
-            gradient=gradient,
-        )
+        self._make_quantizer(vq_embed_dim)
         self.post_quant_conv = nn.Identity()
         self.decoder = _Decoder(vq_embed_dim, hidden_channels, residual_channels, layers_per_block, out_channels)
-        self.use_slicing = False
-        self.use_tiling = False
 
     @property
     def downsampling_factor(self) -> int:

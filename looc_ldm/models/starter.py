@@ -1,4 +1,4 @@
-"""The model that comes with the package; benchmarks/starter.py makes it."""
+"""The bundled model, made by benchmarks/starter.py."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""An autoencoder's convolutions in tiles, with the result that one pass over the whole image gives.
+"""Encode and decode in tiles, with the result of one pass over the whole image, up to rounding.
 
-What is at latent resolution, attention first of all, is computed on the whole: it is 1 / f**2 of the image. The blocks
-above it run stage by stage, each in tiles that overlap by what its convolutions see. What tiles cannot see is the mean
-and variance of a group norm, which belong to the whole image: for each norm of a stage one pass over all tiles, as far
-as that norm, measures them. So tiles need no blending, and nothing differs but by rounding. Memory is that of a tile,
-of the feature maps between two stages (half the resolution of the larger one) and of the image. The price is
-computation: a stage of n norms costs about n / 2 + 1 times itself.
+Layers at latent resolution, attention above all, run on the whole map, which is 1 / f**2 of the image. The blocks above
+run stage by stage, in tiles that overlap by the receptive field of the stage's convolutions. The mean and variance of a
+group norm belong to the whole image: for each norm of a stage, one pass over all tiles, up to that norm, measures them.
+Memory holds a tile, the feature maps between two stages (half the resolution of the larger one) and the image. A stage
+of n norms costs about n / 2 + 1 times its usual computation.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-# From a tile and the latents at its place (see `_latents_at`) to its part of the stage's result.
+# From a tile and the latents there (see `_latents_at`) to its part of the stage's result.
 Compute = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @torch.no_grad()
 def encode_in_tiles(encoder: Encoder, image: torch.Tensor, tile_size: int) -> torch.Tensor:
-    """`encoder(image)`, for images `(B, C, H, W)`, in tiles of `tile_size` pixels on a side (even)."""
+    """Return `encoder(image)`, for images `(B, C, H, W)`, in tiles of `tile_size` pixels on a side (even)."""
     _check_hooks(encoder, encoder.down_blocks)
     blocks = list(encoder.down_blocks)
     # The last block is at latent resolution.
@@ -38,7 +37,7 @@ def encode_in_tiles(encoder: Encoder, image: torch.Tensor, tile_size: int) -> to
             tile = encoder.conv_in(tile) if first else tile
             return block.downsamplers[0](_before_resampling(block, tile, None))
 
-        # Of the first convolution, two of each resnet, and one to the right of the downsampler's. Even, as it must be.
+        # The first convolution, two of each resnet, and one to the right of the downsampler's; must be even.
         halo = 2 * len(block.resnets) + 2
         sample = _run_stage(compute, sample, core=tile_size, halo=halo, scale=(1, 2))
     if in_tiles == 0:
@@ -52,9 +51,9 @@ def encode_in_tiles(encoder: Encoder, image: torch.Tensor, tile_size: int) -> to
 def decode_in_tiles(
     decoder: Decoder, sample: torch.Tensor, latents: torch.Tensor | None, tile_size: int
 ) -> torch.Tensor:
-    """`decoder(sample, latents)`, for samples `(B, C, h, w)`, in tiles of `tile_size` pixels on a side (even).
+    """Return `decoder(sample, latents)`, for samples `(B, C, h, w)`, in tiles of `tile_size` pixels on a side (even).
 
-    `latents` `(B, n_q, h, w)` are what the norms of `norm_type="spatial"` take, else None.
+    `latents` `(B, n_q, h, w)` are the input of the norms of `norm_type="spatial"`, else None.
     """
     _check_hooks(decoder, decoder.up_blocks)
     blocks = list(decoder.up_blocks)
@@ -75,7 +74,7 @@ def decode_in_tiles(
             tile = _before_resampling(block, below.upsamplers[0](tile), latents)
             return finish(tile, latents) if block is blocks[-1] else tile
 
-        # Of the upsampler's convolution, two of each resnet, and the last: half as many pixels before upsampling.
+        # The upsampler's convolution, two of each resnet, and the last: half as many pixels before upsampling.
         halo = (2 * len(block.resnets) + 2) // 2
         sample = _run_stage(compute, sample, core=tile_size // 2, halo=halo, scale=(2, 1), latents=latents)
     return sample if len(blocks) > whole + 1 else finish(sample, latents)
@@ -193,9 +192,9 @@ class _Moments:
 
 
 class _GroupNorms(TorchFunctionMode):
-    """Group norms with the statistics of the whole map: uses those that are known, collects the next, and stops.
+    """Group norms with the statistics of the whole map: uses the known ones, collects the next, and stops.
 
-    As a mode, so that every group norm is met, those inside of spatial norms too, and no module is touched.
+    A mode meets every group norm, also those inside spatial norms, and changes no module.
     """
 
     def __init__(self, known: list[tuple[torch.Tensor, torch.Tensor]], tile: _Tile, collected: _Moments):

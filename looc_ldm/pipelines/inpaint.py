@@ -103,13 +103,20 @@ class LooCLDMInpaintPipeline(LooCLDMImg2ImgPipeline):
     def prepare_mask(self, mask_image, count: int, copies: int) -> torch.Tensor:
         """Return the mask as 0 and 1, `(count, 1, H, W)`."""
         processor = VaeImageProcessor(
-            vae_scale_factor=1, do_normalize=False, do_binarize=True, do_convert_grayscale=True, resample="nearest"
+            vae_scale_factor=1, do_normalize=False, do_convert_grayscale=True, resample="nearest"
         )
         masks = []
         for one in mask_image if isinstance(mask_image, list | tuple) else [mask_image]:
             if isinstance(one, np.ndarray | torch.Tensor):
                 one = one.astype(np.float32) if isinstance(one, np.ndarray) else one.float()
-            masks.append(self.resized(one, "mask_image", processor, "L", background="black"))
+            mask = self.resized(one, "mask_image", processor, "L", background="black")
+            largest = mask.max().item()
+            if not mask.isfinite().all() or 0 < largest < 0.5:
+                raise ValueError(
+                    "mask_image must be white where new content is wanted: 1 in arrays, 255 in 8-bit and 65535 in "
+                    f"16-bit images; its values, as shares of white, are up to {largest:.3g}."
+                )
+            masks.append((mask >= 0.5).float())
         if not masks:
             raise ValueError("mask_image must not be an empty list.")
         mask = torch.cat(masks)

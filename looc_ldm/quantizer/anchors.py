@@ -16,19 +16,19 @@ from looc_ldm.quantizer.chunks import chunk_elements
 
 ANCHORS = ("closest", "random", "probrandom", "none")
 
-# By cosine a proposal is accepted with a probability of at least exp(-2): after so many, all but 1 in 10^16 are.
+# By cosine a proposal is accepted with a probability of at least exp(-2): after 256, all but 1 in 10^16 are.
 PROPOSALS = 256
 
 
 class Anchors(NamedTuple):
-    """The best candidate seen so far for each of K codevectors. Ties keep the earlier vector."""
+    """Best candidate so far for each of K codevectors. Ties keep the earlier vector."""
 
-    score: torch.Tensor  # (K,) float32, -inf where none was seen
+    score: torch.Tensor  # (K,) float32, -inf before any was seen
     vector: torch.Tensor  # (K, d) float32, raw (un-normalised) features
 
 
 def better_anchors(first: Anchors | None, second: Anchors) -> Anchors:
-    """The better of two candidates for each codevector; `first` wins ties."""
+    """Return the better of two candidates for each codevector; `first` wins ties."""
     if first is None:
         return second
     better = second.score > first.score
@@ -39,7 +39,7 @@ def better_anchors(first: Anchors | None, second: Anchors) -> Anchors:
 
 
 def draw_uniformly(vectors: torch.Tensor, num_codevectors: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`"random"`: for each codevector any of the N vectors. Returns scores and rows, each (K,)."""
+    """Draw any of the N vectors for each codevector (`"random"`). Return scores and rows in `vectors`, each (K,)."""
     row = torch.randint(len(vectors), (num_codevectors,), device=vectors.device)
     # The maximum of n uniform keys is u^(1/n): so several draws merge into a uniform draw from all their vectors.
     return torch.rand(num_codevectors, device=vectors.device).log() / len(vectors), row
@@ -48,7 +48,7 @@ def draw_uniformly(vectors: torch.Tensor, num_codevectors: int) -> tuple[torch.T
 def draw_by_similarity(
     vectors: torch.Tensor, codebook: torch.Tensor, distance: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`"probrandom"`: for each codevector a vector drawn with probability softmax(similarity) over the N vectors.
+    """Draw a vector for each codevector, with probability softmax(similarity) over the N vectors (`"probrandom"`).
 
     The similarity is the cosine, or minus the squared distance. The draw is exact, without an N x K pass: let every
     vector ring at the rate exp(similarity). The first to ring is a draw from the softmax, and minus the logarithm of
@@ -57,8 +57,8 @@ def draw_by_similarity(
     exp(similarity - highest similarity).
 
     Returns:
-        `tuple`: Scores (float32) and rows (int64), each (K,). A vector that is not finite is never drawn; where there
-        is no other, the score is -inf.
+        `tuple`: Scores (float32) and rows (int64), each (K,). A vector that is not finite is never drawn; if there is
+        no other, the score is -inf.
     """
     on_cpu = vectors.device.type == "cpu"
     if distance == "euclidean" and not on_cpu:  # how many proposals are enough is not known, and to ask is a sync
@@ -97,14 +97,14 @@ def draw_by_similarity(
 
 
 def _draw_from_all(vectors: torch.Tensor, codebook: torch.Tensor, distance: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same draw as the maximum of similarity + Gumbel noise over all vectors, in chunks."""
+    """Make the same draw as the maximum of similarity + Gumbel noise over all vectors, in chunks."""
     if distance == "cosine":
         vectors, codebook = F.normalize(vectors, dim=1), F.normalize(codebook, dim=1)
     best = torch.full((len(codebook),), -torch.inf, device=vectors.device)
     row = torch.zeros(len(codebook), dtype=torch.int64, device=vectors.device)
-    rows_at_once = max(1, chunk_elements(vectors.device) // codebook.numel())
-    for start in range(0, len(vectors), rows_at_once):
-        similarity = _similarity(vectors[start : start + rows_at_once, None], codebook, distance)
+    size = max(1, chunk_elements(vectors.device) // codebook.numel())
+    for start in range(0, len(vectors), size):
+        similarity = _similarity(vectors[start : start + size, None], codebook, distance)
         noisy = similarity - torch.empty_like(similarity).exponential_().log()
         score, at = noisy.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf).max(dim=0)
         row = torch.where(score > best, at + start, row)

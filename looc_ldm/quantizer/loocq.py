@@ -74,9 +74,9 @@ class LooCQuantizer(RevivedCodebook):
         embedding (`nn.Embedding`): `weight` is the codebook, (K, d), float32.
         usage (`torch.Tensor` of shape `(K,)`): Moving average of the share of segments each codevector received. A
             buffer: saved and loaded with the module.
-        owner_revives (`bool`): Whether the owner calls `revive` or `discard` once per optimizer step and watches losses
-            or gradients; False unless the owner sets it. A training forward then neither revives by itself nor raises
-            for values that are not finite (which otherwise it does on CPUs).
+        owner_revives (`bool`): Whether the training loop calls `revive` or `discard` once per optimizer step and checks
+            losses or gradients; False by default. If True, a training forward neither revives by itself nor raises for
+            values that are not finite (by default it does on CPUs).
 
     Raises:
         ValueError: A size that is not positive, a `codevector_dim` that does not divide as said, an unknown name, or
@@ -191,13 +191,13 @@ class LooCQuantizer(RevivedCodebook):
         Returns:
             `tuple`: `quantized` in the shape and dtype of `z`; `loss`, a float32 scalar,
             mean((z_q - sg z)^2) + beta * mean((sg z_q - z)^2) over the interpolated map (paper, equation 3); and
-            `(perplexity, None, indices)`, where perplexity is exp of the entropy of this batch's codes, between 1 and
-            K, and indices are int64 `(B, H, W, C)`.
+            `(perplexity, None, indices)`, where perplexity is exp of the entropy of this batch's indices, between 1
+            and K, and indices are int64 `(B, H, W, C)`.
 
         Raises:
             ValueError: `z` has another shape, or holds values that are not finite. Training on an accelerator does not
-                wait for the device to learn the latter: there `check_finite` says so. Compiled or exported, evaluation
-                has NaN in `quantized` and `loss` instead, and any codes. Or `mask` has another shape or type, counts no
+                wait for the device to find the latter: call `check_finite`. Compiled or exported, evaluation returns
+                NaN in `quantized` and `loss` instead, and any indices. Or `mask` has another shape or type, counts no
                 position, or comes with interpolation or feature maps.
         """
         if mask is not None:
@@ -290,16 +290,16 @@ class LooCQuantizer(RevivedCodebook):
         return [torch.bincount(indices[indices >= 0], minlength=self.num_codevectors).cpu()]
 
     def _check_input(self, z: torch.Tensor, wait: bool = False) -> torch.Tensor:
-        """Refuse other shapes and, where that costs no wait for a busy device, values that are not finite.
+        """Return, as a tensor, whether z holds values that are not finite.
 
-        Returns whether there are such values, as a tensor.
+        Raises ValueError for wrong shapes and, if that costs no wait for a busy device, for such values.
         """
         channel_axis = self.input_layout.index("C")
         if z.ndim != len(self.input_layout) or z.shape[channel_axis] != self.vq_embed_dim or not z.is_floating_point():
             names = {"B": "batch", "C": str(self.vq_embed_dim), "H": "height", "W": "width", "L": "length"}
             shape = ", ".join(names[axis] for axis in self.input_layout)
             raise ValueError(f"z must be floating point of the shape ({shape}), got {z.dtype} of {tuple(z.shape)}.")
-        if z.numel() == 0:
+        if not is_recording() and z.numel() == 0:
             raise ValueError(f"z must not be empty, got the shape {tuple(z.shape)}.")
         if is_exporting():  # ONNX knows no minimum and maximum of a whole tensor
             return ~z.isfinite().all()
@@ -322,7 +322,7 @@ class LooCQuantizer(RevivedCodebook):
         return quantized, loss, (perplexity, None, self._unmask(indices[0], mask, -1))
 
     def _masked(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The positions of z that count, as a batch of one sequence in the axes of z."""
+        """Return the positions of z that count, as a batch of one sequence in the axes of z."""
         if self.spatial_axes == 2 or self.interpolation_factor > 1:
             raise ValueError(
                 'mask is for input_layout="BCL" or "BLC" with interpolation_factor=1, got '
@@ -340,7 +340,7 @@ class LooCQuantizer(RevivedCodebook):
         return kept if self.input_layout == "BLC" else kept.transpose(1, 2)
 
     def _unmask(self, values: torch.Tensor, mask: torch.Tensor, fill: int) -> torch.Tensor:
-        """(positions that count, n) -> (B, L, n), with `fill` elsewhere."""
+        """Spread (positions that count, n) over (B, L, n), with `fill` elsewhere."""
         full = values.new_full((*mask.shape, values.shape[-1]), fill)
         return full.masked_scatter(mask[..., None], values)
 
@@ -371,7 +371,7 @@ class LooCQuantizer(RevivedCodebook):
         return values.unflatten(-1, (self.vq_embed_dim, samples)).mean(-1)
 
     def _lookup(self, indices: torch.Tensor) -> torch.Tensor:
-        """Codevectors of (B, H, W, C) indices, pooled: (B, H, W, n_q). Nothing of interpolated size where avoidable."""
+        """Return the pooled codevectors (B, H, W, n_q) of indices (B, H, W, C), in little memory if d allows it."""
         samples, d = self.interpolation_factor**self.spatial_axes, self.codevector_dim
         if samples == 1:
             return F.embedding(indices, self.codebook).flatten(-2)

@@ -1,8 +1,9 @@
-"""Which codevector is nearest to each of N vectors, and which vector is closest to each of K codevectors.
+"""Search the codevector nearest to each of N vectors, and the vector closest to each of K codevectors.
 
-One function with one meaning, `nearest_codevectors`, over several back ends chosen by device and size. The N x K matrix
-of similarities is never held. All back ends compute in float32 and give ties to the lowest index; between codevectors
-whose similarities differ by less than float32's rounding they may choose differently.
+`nearest_codevectors` chooses a back end by device and size. The N x K matrix of similarities is never held. All back
+ends compute in float32 and give ties to the lowest index. Codevectors whose similarities differ by less than float32's
+rounding are ties that back ends may break differently: 20,000 codevectors of 2 dimensions lie so densely by cosine that
+an exported search, which has its own back end, returns other indices for a fifth of the vectors, equally near.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TREE_CODEVECTORS_WITHOUT_NUMBA = 2**9
 
 
 class SearchResult(NamedTuple):
-    """What `nearest_codevectors` returns."""
+    """Result of `nearest_codevectors`."""
 
     indices: torch.Tensor  # (N,) int64: the nearest codevector of each vector
     counts: torch.Tensor  # (K,) int64: how often each was chosen
@@ -44,7 +45,7 @@ class SearchResult(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What every back end computes: argmax over k of (z - offset) . key_k + bias_k.
+    """A search as every back end computes it: argmax over k of (z - offset) . key_k + bias_k.
 
     By cosine that is the cosine times the vector's length; by euclidean distance, up to a term that is the same for
     all k, minus half the squared distance: no root, and, since both sides are taken relative to the codebook's mean,
@@ -59,15 +60,15 @@ class Query(NamedTuple):
 def nearest_codevectors(
     vectors: torch.Tensor, codebook: torch.Tensor, distance: str = "cosine", anchor: str = "none"
 ) -> SearchResult:
-    """Index of the nearest codevector for each vector, and the anchors that revival asks for.
+    """Return the index of the nearest codevector for each vector, and the anchors that revival asks for.
 
     Args:
-        vectors (`torch.Tensor` of shape `(N, d)`, float32): What is looked up.
+        vectors (`torch.Tensor` of shape `(N, d)`, float32): Vectors, for instance segments.
         codebook (`torch.Tensor` of shape `(K, d)`, float32): The codevectors.
         distance (`str`): `"cosine"` compares directions only, `"euclidean"` positions.
-        anchor (`str`): Which vector each codevector would be revived with (CVQ-VAE): `"closest"`, the most similar
-            one; `"probrandom"`, one drawn with probability softmax(similarity) over the N vectors; `"random"`, any
-            one; `"none"` looks for no anchors. A vector that is not finite is never closest or drawn by similarity.
+        anchor (`str`): Vector that each codevector would be revived with (CVQ-VAE): `"closest"`, the most similar one;
+            `"probrandom"`, one drawn with probability softmax(similarity) over the N vectors; `"random"`, any one;
+            `"none"`, no anchors. A vector that is not finite is never closest or drawn by similarity.
 
     Under `torch.compile` the same back ends run, as one operator of the graph; `torch.export` gets plain operators,
     whose matrix products are as exact as the settings that the exported program runs under.
@@ -84,20 +85,20 @@ def nearest_codevectors(
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export`, `torch.jit.trace` or an ONNX exporter records what runs: only plain operators then."""
+    """Whether `torch.export`, `torch.jit.trace` or an ONNX exporter records a graph, which needs plain operators."""
     # torch.compiler.is_exporting() is true under torch.compile as well in torch 2.11.
     return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 def is_recording() -> bool:
-    """Whether values cannot be looked at, because `torch.compile` or an exporter makes a graph of what runs."""
+    """Whether values are unknown, because `torch.compile` or an exporter records a graph."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _search(
     vectors: torch.Tensor, codebook: torch.Tensor, distance: str, anchor: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Indices, counts, and scores and rows of the anchors (empty without anchors)."""
+    """Return indices, counts, and the scores and rows in `vectors` of the anchors (empty without anchors)."""
     query, cosine = _query(codebook, distance), distance == "cosine"
     vectors, closest = vectors.contiguous(), anchor == "closest"
     num_codevectors, dim = codebook.shape
@@ -106,13 +107,14 @@ def _search(
         indices, *found = search_triton.search_triton(vectors, *query, normalize=cosine, closest=closest)
         if closest:
             score, row = found
-    elif vectors.device.type == "cpu":
-        fused = dim <= FUSED_DIMENSIONS and search_cpu.numba_available()
+    else:
+        on_cpu = vectors.device.type == "cpu"
+        fused = on_cpu and dim <= FUSED_DIMENSIONS and search_cpu.numba_available()
         tree_from = TREE_CODEVECTORS if fused else TREE_CODEVECTORS_WITHOUT_NUMBA
-        arrays, threads = [tensor.detach().numpy() for tensor in (vectors, *query)], torch.get_num_threads()
-        if dim <= TREE_DIMENSIONS and num_codevectors >= tree_from:
-            array = search_cpu.search_tree(arrays[0], arrays[1], arrays[3], cosine, threads)
-            indices = torch.from_numpy(array)
+        arrays = [tensor.detach().numpy() for tensor in (vectors, *query)] if on_cpu else []
+        threads = torch.get_num_threads()
+        if on_cpu and dim <= TREE_DIMENSIONS and num_codevectors >= tree_from:
+            indices = torch.from_numpy(search_cpu.search_tree(arrays[0], arrays[1], arrays[3], cosine, threads))
         elif fused:
             indices = torch.from_numpy(search_cpu.search_fused(*arrays, threads))
         else:
@@ -120,10 +122,6 @@ def _search(
         if closest and fused:
             score, row = map(torch.from_numpy, search_cpu.closest_fused(*arrays, cosine, threads))
         elif closest:
-            score, row = _closest_chunks(vectors, query, cosine)
-    else:
-        indices = _search_chunks(vectors, query, cosine)
-        if closest:
             score, row = _closest_chunks(vectors, query, cosine)
     if anchor == "random":
         score, row = draw_uniformly(vectors, num_codevectors)
@@ -134,9 +132,9 @@ def _search(
 
 @cache
 def _triton_agrees(device: torch.device) -> bool:
-    """Whether the Triton kernel finds what plain torch finds; asked once per process and device, on 4,096 vectors.
+    """Whether the Triton kernel agrees with plain torch on 4,096 vectors; checked once per process and device.
 
-    Warns if it does not, since the search is then slower. Up to rounding: similarities are compared, not indices.
+    Similarities are compared, not indices, because of rounding. A difference is a warning.
     """
     generator = torch.Generator().manual_seed(0)
     vectors, codebook = (torch.randn(n, 4, generator=generator).to(device) for n in (4096, 256))
@@ -175,13 +173,13 @@ _operator = torch.library.custom_op(
 
 @_operator.register_fake
 def _(vectors, codebook, distance, anchor):
-    whole = {"dtype": torch.int64, "device": vectors.device}
+    int64 = {"dtype": torch.int64, "device": vectors.device}
     found = 0 if anchor == "none" else codebook.shape[0]
     return (  # shapes, since len() would fix the size in a graph
-        torch.empty(vectors.shape[0], **whole),
-        torch.empty(codebook.shape[0], **whole),
+        torch.empty(vectors.shape[0], **int64),
+        torch.empty(codebook.shape[0], **int64),
         vectors.new_empty(found),
-        torch.empty(found, **whole),
+        torch.empty(found, **int64),
     )
 
 
@@ -207,7 +205,7 @@ def _relative(vectors: torch.Tensor, query: Query, cosine: bool) -> torch.Tensor
 
 
 def _search_chunks(vectors: torch.Tensor, query: Query, cosine: bool) -> torch.Tensor:
-    """Plain torch, for all devices and sizes: chunks of vectors against all codevectors."""
+    """Search in plain torch, for all devices and sizes: chunks of vectors against all codevectors."""
     num_codevectors = len(query.keys)
     padding = -num_codevectors % TILE
     keys, bias = F.pad(query.keys, (0, 0, 0, padding)), F.pad(query.bias, (0, padding))
@@ -220,7 +218,7 @@ def _search_chunks(vectors: torch.Tensor, query: Query, cosine: bool) -> torch.T
 
 
 def _closest_chunks(vectors: torch.Tensor, query: Query, cosine: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score and row of the vector closest to each codevector, in plain torch."""
+    """Return score and row of the vector closest to each codevector, in plain torch."""
     best = torch.full_like(query.bias, -torch.inf)
     row = torch.zeros(len(best), dtype=torch.int64, device=best.device)
     with _full_precision(vectors.device):
@@ -236,7 +234,7 @@ def _closest_chunks(vectors: torch.Tensor, query: Query, cosine: bool) -> tuple[
 
 
 def _search_blocks(vectors: torch.Tensor, codebook: torch.Tensor, distance: str) -> torch.Tensor:
-    """The search as a graph that does not depend on N: all vectors against blocks of codevectors."""
+    """Search by a graph that does not depend on N: all vectors against blocks of codevectors."""
     query = _query(codebook, distance)
     relative = _relative(vectors, query, distance == "cosine")
     size = max(64, len(codebook) // 128)
@@ -261,7 +259,7 @@ def _chunks(vectors: torch.Tensor, num_codevectors: int) -> list[slice]:
 
 @contextmanager
 def _full_precision(device: torch.device):
-    """Matrix products in float32 proper, also where the user allows TF32 or bfloat16 ones: those choose wrong codes."""
+    """Compute matrix products in float32 even if the user allows TF32 or bfloat16, which choose wrong codevectors."""
     backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
     before = backend.fp32_precision
     backend.fp32_precision = "ieee"

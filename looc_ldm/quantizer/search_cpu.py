@@ -2,7 +2,7 @@
 
 The first search in a process compiles the loop, in about half a second for each number of dimensions.
 The functions take and return NumPy arrays; `looc_ldm.quantizer.search` chooses among them and explains the
-arguments.
+arguments. Rows are indices of vectors.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _closest_loop(dim: int) -> Callable:
 
     @njit(nogil=True, fastmath={"contract"})
     def fill(vectors, offset, cosine, first, filled, query, scale, shift):
-        """The block's vectors, and what makes a score of a similarity: scale * similarity - shift."""
+        """Fill in the block's vectors, and `scale` and `shift` of score = scale * similarity - shift."""
         for lane in range(LANES):
             squared = np.float32(0)
             for i in range(dim):
@@ -177,7 +177,7 @@ def _closest_loop(dim: int) -> Callable:
                 squared += query[i, lane] * query[i, lane]
             scale[lane] = np.float32(1) / max(np.sqrt(squared), np.float32(1e-12)) if cosine else np.float32(2)
             shift[lane] = np.float32(0) if cosine else squared
-            if lane >= filled or not np.isfinite(squared):  # nobody's anchor
+            if lane >= filled or not np.isfinite(squared):  # never an anchor
                 scale[lane], shift[lane] = np.float32(0), np.float32(np.inf)
                 for i in range(dim):
                     query[i, lane] = 0

@@ -1,8 +1,8 @@
 """Nearest-codevector search, and the closest vector of each codevector, in one Triton kernel.
 
 The N x K similarities exist only in registers: a warp holds a tile of vectors, goes through the codebook in blocks, and
-keeps the best code of each vector. What it finds for the codevectors is merged by atomic maxima, of integers and
-therefore the same in every run.
+keeps the best codevector of each vector. Closest vectors are merged by atomic maxima of integers, and so are the same
+in every run.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ except ImportError:
 
 MAX_DIM = 64
 
-# Codes per tile. A warp then has 8 lanes along codes and 4 along rows, so reductions over either take few shuffles.
+# Codevectors per tile. A warp then has 8 lanes along codevectors and 4 along rows: reductions take few shuffles.
 BLOCK_K = 8
 
 # Copies of the best anchors, so that programs running at the same time rarely meet in one atomic.
 REPLICAS = 16
 
-# `_pack(-inf, 0)`, what a codevector has before any vector competes for it.
+# `_pack(-inf, 0)`, the value of a codevector before any vector competes for it.
 NOBODY = (~0x7F800000 << 32) | 0xFFFFFFFF
 
 
@@ -34,13 +34,13 @@ def triton_usable(vectors: torch.Tensor) -> bool:
 
 
 def jit(**options):
-    """The decorator `triton.jit(**options)`; one that does nothing where Triton is missing."""
+    """Return the decorator `triton.jit(**options)`, or one that does nothing if Triton is missing."""
     return triton.jit(**options) if triton is not None else lambda function: function
 
 
 @jit()
 def _pack(score, row):
-    """One int64 that is greater for a greater score (float32, not NaN), and among equal scores for a lower row."""
+    """Return an int64 that is greater for a greater score (float32, not NaN), then for a lower row."""
     bits = score.to(tl.int32, bitcast=True)
     # Integers order positive floats as they are, and negative ones once all bits but the sign are flipped.
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -48,7 +48,7 @@ def _pack(score, row):
 
 
 def _unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The float32 scores and int64 rows that `_pack` packed."""
+    """Return the float32 scores and int64 rows that `_pack` packed."""
     ordered = (packed >> 32).to(torch.int32)
     bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
     return bits.view(torch.float32), ~packed & 0xFFFFFFFF
@@ -57,7 +57,7 @@ def _unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @jit(do_not_specialize=["num_vectors"])  # one compilation for all batch sizes
 def _search_kernel(
     vectors,  # (N, D)
-    table,  # (blocks, D + 1, BLOCK_K): of each block of codes, D rows of keys and one of biases
+    table,  # (blocks, D + 1, BLOCK_K): of each block of codevectors, D rows of keys and one of biases
     offset,  # (D,)
     indices,  # (N,)
     packed,  # (REPLICAS, blocks * BLOCK_K)
@@ -99,7 +99,7 @@ def _search_kernel(
         similarity = tl.load(entry + D * BLOCK_K)[None, :]
         for i in tl.static_range(D):
             similarity = tl.fma(query[i][:, None], tl.load(entry + i * BLOCK_K)[None, :], similarity)
-        better = similarity > best  # (BLOCK_N, BLOCK_K); strictly, so that ties keep the lower code
+        better = similarity > best  # (BLOCK_N, BLOCK_K); strictly, so that ties keep the lower index
         best = tl.where(better, similarity, best)
         best_block = tl.where(better, block, best_block)
         if CLOSEST:
@@ -120,7 +120,7 @@ def _search_kernel(
 
 
 def block_rows(d: int) -> int:
-    """Rows per tile. Each lane holds the d numbers of a quarter of them, as many as registers allow without spills."""
+    """Return the rows per tile: as many as registers hold without spills; each lane holds a quarter of them."""
     return 4 * (16 if d <= 4 else 8 if d <= 16 else 4 if d <= 32 else 2)
 
 
@@ -133,29 +133,29 @@ def search_triton(
     closest: bool,
     block: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The most similar of K codes for each of N vectors and, if wanted, the best vector for each code.
+    """Return the most similar of K codevectors for each of N vectors and, if wanted, the converse.
 
-    With q = vector - offset, divided by max(||q||, 1e-12) where `normalize`, the similarity is s = q . key + bias, in
+    With q = vector - offset, divided by max(||q||, 1e-12) if `normalize`, the similarity is s = q . key + bias, in
     float32. Euclidean search is bias = -||key||^2 / 2; its offset keeps far-away vectors precise.
 
     Args:
-        vectors (`torch.Tensor` of shape `(N, d)`, float32, contiguous): What is looked up; N < 2^32, d <= 64.
-        keys (`torch.Tensor` of shape `(K, d)`, float32): The codes, relative to `offset`.
+        vectors (`torch.Tensor` of shape `(N, d)`, float32, contiguous): Vectors; N < 2^32, d <= 64.
+        keys (`torch.Tensor` of shape `(K, d)`, float32): The codevectors, relative to `offset`.
         bias (`torch.Tensor` of shape `(K,)`, float32): Added to the similarity.
         offset (`torch.Tensor` of shape `(d,)`, float32): Subtracted from every vector.
         normalize (`bool`): Whether vectors are normalised (cosine) after that.
-        closest (`bool`): Whether the best vector of each code is looked for.
-        block (`tuple` of two powers of 2, *optional*): Rows and codes per tile, if not chosen by d.
+        closest (`bool`): Whether to search the best vector of each codevector.
+        block (`tuple` of two powers of 2, *optional*): Rows and codevectors per tile, if not chosen by d.
 
     Returns:
-        `tuple`: `indices` `(N,)`, int64, the code of greatest s, of equal ones the first; some valid index for a vector
+        `tuple`: `indices` `(N,)`, int64, the greatest s, of equal ones the first; some valid index for a vector
         that is not finite. `score` `(K,)`, float32, the greatest s where `normalize`, else the greatest 2 s - ||q||^2,
         that is -||q - key||^2; -inf where no finite vector competes. `row` `(K,)`, int64, the vector it belongs to, of
         equal ones the first; 0 where none competes. The last two are `None` unless `closest`.
     """
     (num_vectors, d), num_codevectors = vectors.shape, len(keys)
     block_n, block_k = block or (block_rows(d), BLOCK_K)
-    # What fills up the last block has the bias -inf: its similarity is -inf or NaN and never the greatest.
+    # The padding of the last block has the bias -inf: its similarity is -inf or NaN and never the greatest.
     table = F.pad(torch.cat([keys, bias[:, None]], dim=1), (0, 0, 0, -num_codevectors % block_k), value=-torch.inf)
     table = table.view(-1, block_k, d + 1).transpose(1, 2).contiguous()  # (blocks, d + 1, block_k)
     indices = torch.empty(num_vectors, dtype=torch.int64, device=vectors.device)

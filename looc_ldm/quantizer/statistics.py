@@ -1,4 +1,4 @@
-"""How a codebook is used: overall, by each segment, and how far the features are from their codevectors."""
+"""Use of a codebook: overall, by each segment, and the distances of segments from their codevectors."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class CodebookStatistics:
     Attributes:
         counts (`torch.Tensor` of shape `(segments, K)`): How often each segment chose each codevector. Segments are
             the n_q / d channel groups in the `"channel"` layout, summed over the interpolated samples of a position
-            (paper, figures 7 and 8), and the C rows of a position in `"patch"`.
-        distances (`torch.Tensor` of shape `(50,)`): Histogram of the distances from vectors to their codevectors,
-            1 - cosine or euclidean; the first and last bin also hold what lies outside.
+            (paper, figures 7 and 8), and the C segments of a position in `"patch"`.
+        distances (`torch.Tensor` of shape `(50,)`): Histogram of the distances from segments to their codevectors,
+            1 - cosine or euclidean; the first and last bin also hold values outside.
         distance_edges (`torch.Tensor` of shape `(51,)`): The edges of its bins.
     """
 
@@ -52,7 +52,7 @@ class CodebookStatistics:
 
     @property
     def perplexity(self) -> float:
-        """exp of the entropy of the codes, in [1, K]."""
+        """exp of the entropy of the indices, in [1, K]."""
         share = self.counts.sum(0).double() / self.counts.sum()
         return torch.special.entr(share).sum().exp().item()
 
@@ -69,7 +69,7 @@ class CodebookStatistics:
 
 @torch.no_grad()
 def codebook_statistics(quantizer: LooCQuantizer, feature_maps: Iterable[torch.Tensor]) -> CodebookStatistics:
-    """Quantize feature maps, in whatever mode the quantizer is, and count. Changes nothing in the quantizer.
+    """Quantize feature maps and count. Changes nothing in the quantizer, whatever its mode.
 
     Args:
         quantizer (`LooCQuantizer`): The quantizer.
@@ -82,12 +82,12 @@ def codebook_statistics(quantizer: LooCQuantizer, feature_maps: Iterable[torch.T
     for z in feature_maps:
         counter.update(*quantizer.search(z))
     if not counter.counts.sum():
-        raise ValueError("There are no feature maps to count codes of.")
+        raise ValueError("There are no feature maps to count.")
     return counter.statistics()
 
 
 class CodeCounter:
-    """Counts the codes of one batch after another for `CodebookStatistics`; changes nothing in the quantizer."""
+    """Counts the indices of batches for `CodebookStatistics`; changes nothing in the quantizer."""
 
     def __init__(self, quantizer: LooCQuantizer):
         self.quantizer = quantizer
@@ -96,16 +96,16 @@ class CodeCounter:
         self.counts = torch.zeros(self.segments * quantizer.num_codevectors, dtype=torch.int64)
         self.distances = torch.zeros(len(DISTANCE_EDGES) - 1, dtype=torch.int64)
 
-    def update(self, indices: torch.Tensor, rows: torch.Tensor) -> None:
-        """Count the results of `quantizer.search`: codes (B, H, W, C) and vectors (B, H, W, C, d)."""
+    def update(self, indices: torch.Tensor, segments: torch.Tensor) -> None:
+        """Count the results of `quantizer.search`: indices (B, H, W, C) and segments (B, H, W, C, d)."""
         segment = torch.arange(indices.shape[-1], device=indices.device) % self.segments
-        slot_and_code = (segment * self.quantizer.num_codevectors + indices).flatten()
-        self.counts += torch.bincount(slot_and_code, minlength=len(self.counts)).cpu()
+        slot_and_index = (segment * self.quantizer.num_codevectors + indices).flatten()
+        self.counts += torch.bincount(slot_and_index, minlength=len(self.counts)).cpu()
         chosen = self.quantizer.codebook[indices]
         if self.quantizer.distance == "cosine":
-            apart = 1 - F.cosine_similarity(rows, chosen, dim=-1)
+            apart = 1 - F.cosine_similarity(segments, chosen, dim=-1)
         else:
-            apart = (rows - chosen).norm(dim=-1)
+            apart = (segments - chosen).norm(dim=-1)
         bins = torch.bucketize(apart.cpu().double(), DISTANCE_EDGES[1:-1]).flatten()
         self.distances += torch.bincount(bins, minlength=len(self.distances))
 

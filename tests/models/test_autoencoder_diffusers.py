@@ -183,7 +183,12 @@ def test_a_plain_vqmodel_becomes_a_model_that_quantizes_as_it_did(tmp_path, capl
         assert model.quantize.codes_per_position == 1
         with torch.no_grad():
             torch.testing.assert_close(model(images()).sample, plain(images()).sample)
-    assert LooCVQModel.from_config(plain.config).config.scaling_factor is None  # 0.18215 was never measured
+    assert made.config.scaling_factor is None  # 0.18215 was never measured
+    as_dict = {name: value for name, value in plain.config.items() if not name.startswith("_")}
+    assert LooCVQModel.from_config(as_dict).config == made.config
+    assert LooCVQModel.from_config({"vq_embed_dim": 4}).config.interpolation_factor == 2
+    with pytest.raises(ValueError, match=r"0\.18215 is the default of VQModel.*from_config\(vq\.config\)"):
+        LooCVQModel(**plain.config)
     assert LooCVQModel.from_config(plain.config, interpolation_factor=2).config.interpolation_factor == 2
 
 

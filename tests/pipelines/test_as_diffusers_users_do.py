@@ -1,6 +1,7 @@
 """What people do with any pipeline of diffusers: other first stages, callbacks, compiling, attention, offloading."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -21,8 +22,7 @@ def draw(pipe, steps: int = 3, seed: int = 0, **arguments) -> torch.Tensor:
 # First stages ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def plain_vqmodel() -> VQModel:
+def plain_vqmodel(**changes) -> VQModel:
     torch.manual_seed(0)
     return VQModel(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -32,18 +32,19 @@ def plain_vqmodel() -> VQModel:
         latent_channels=4,
         num_vq_embeddings=16,
         sample_size=16,
-        scaling_factor=0.5,
+        **changes,
     ).eval()
 
 
-def test_a_plain_vqmodel_is_a_first_stage_too(plain_vqmodel, make_pipeline, tmp_path):
+def test_a_plain_vqmodel_is_a_first_stage_too(make_pipeline, tmp_path):
     tiny = make_pipeline("unconditional")
-    pipe = LooCLDMPipeline(plain_vqmodel, tiny.unet, tiny.scheduler)
+    vqvae = plain_vqmodel(scaling_factor=0.5)
+    pipe = LooCLDMPipeline(vqvae, tiny.unet, tiny.scheduler)
     pipe.set_progress_bar_config(disable=True)
     images = draw(pipe)
     latents = draw(pipe, output_type="latent")
     with torch.no_grad():
-        decoded = plain_vqmodel.decode(latents / 0.5).sample
+        decoded = vqvae.decode(latents / 0.5).sample
     torch.testing.assert_close(images, (decoded / 2 + 0.5).clamp(0, 1))
     pipe.save_pretrained(tmp_path)
     loaded = LooCLDMPipeline.from_pretrained(tmp_path)
@@ -55,19 +56,27 @@ def test_a_plain_vqmodel_is_a_first_stage_too(plain_vqmodel, make_pipeline, tmp_
     assert draw(again, image=images).shape == images.shape
 
 
-def test_a_folder_of_diffusers_ldm_pipeline_needs_a_measured_scaling_factor(plain_vqmodel, make_pipeline, tmp_path):
+def test_the_default_scaling_factor_of_vqmodel_is_refused_wherever_it_comes_from(make_pipeline, tmp_path):
     tiny = make_pipeline("unconditional")
-    LDMPipeline(plain_vqmodel, tiny.unet, tiny.scheduler).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "vqvae" / "config.json").read_text())
+    pipe = LooCLDMPipeline(plain_vqmodel(), tiny.unet, tiny.scheduler)
+    LDMPipeline(plain_vqmodel(), tiny.unet, tiny.scheduler).save_pretrained(tmp_path / "theirs")
+    pipe.save_pretrained(tmp_path / "ours")
+    without = tmp_path / "without"
+    shutil.copytree(tmp_path / "theirs", without)
+    config = json.loads((without / "vqvae" / "config.json").read_text())
     del config["scaling_factor"]  # diffusers wrote none when the class was new
-    (tmp_path / "vqvae" / "config.json").write_text(json.dumps(config))
-    pipe = LooCLDMPipeline.from_pretrained(tmp_path)
-    pipe.set_progress_bar_config(disable=True)
-    with pytest.raises(ValueError, match=r"measure_scaling_factor.*vqvae\.register_to_config\(scaling_factor="):
-        draw(pipe)
-    pipe.vqvae.register_to_config(scaling_factor=0.5)
-    given = LooCLDMPipeline(plain_vqmodel, tiny.unet, tiny.scheduler)
-    torch.testing.assert_close(draw(pipe), draw(given), atol=1e-4, rtol=0)
+    (without / "vqvae" / "config.json").write_text(json.dumps(config))
+    for one in (pipe, *map(LooCLDMPipeline.from_pretrained, (tmp_path / "theirs", tmp_path / "ours", without))):
+        one.set_progress_bar_config(disable=True)
+        for call in (lambda one=one: draw(one), lambda one=one: one.decode_latents(torch.randn(1, 4, 8, 8))):
+            with pytest.raises(
+                ValueError, match=r"0\.18215.*measure_scaling_factor.*register_to_config\(scaling_factor="
+            ):
+                call()
+        one.vqvae.register_to_config(scaling_factor=0.5)
+        given = LooCLDMPipeline(plain_vqmodel(scaling_factor=0.5), tiny.unet, tiny.scheduler)
+        given.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(draw(one), draw(given), atol=1e-4, rtol=0)
 
 
 def test_diffusers_ldm_pipeline_draws_the_same_images_with_our_first_stage(make_pipeline):

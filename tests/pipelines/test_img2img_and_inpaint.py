@@ -275,8 +275,12 @@ def test_an_input_that_does_not_fit_is_refused_before_the_unet_runs(inputs, argu
         (torch.zeros(1, 3, SIDE, SIDE), "mask_image must have one channel, got 3"),
         (torch.zeros(2, 1, SIDE, SIDE), "2 masks do not fit 1 images"),
         ([], "mask_image must not be an empty list"),
+        (PIL.Image.new("L", (SIDE, SIDE), 1), r"255 in 8-bit and 65535 in 16-bit images; .* up to 0\.00392"),
+        (PIL.Image.new("I;16", (SIDE, SIDE), 255), r"255 in 8-bit and 65535 in 16-bit images; .* up to 0\.00389"),
+        (np.full((SIDE, SIDE), 0.4), r"1 in arrays, .* up to 0\.4"),
+        (np.full((SIDE, SIDE), np.nan), "1 in arrays, .* up to nan"),
     ],
-    ids=["channels", "number", "empty"],
+    ids=["channels", "number", "empty", "1 of 255", "255 of 65535", "grey", "NaN"],
 )
 def test_a_mask_that_does_not_fit_is_refused(mask, message, pipelines):
     _, pipe = pipelines()

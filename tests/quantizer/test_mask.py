@@ -60,6 +60,26 @@ def test_masked_indices_decode_to_the_quantized_sequence(layout):
     assert quantizer.code_counts(indices)[0].sum() == mask.sum() * quantizer.codes_per_position
 
 
+@pytest.mark.parametrize("layout", ["BCL", "BLC"])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_mask_passes_compile_in_one_graph_and_export(training, layout):
+    torch.compiler.reset()
+    z, mask, _ = padded(layout)
+    settings = {"interpolation_factor": 1, "input_layout": layout}
+    quantizer, other = (small_quantizer(**settings).train(training) for _ in range(2))
+    expected, expected_loss, (_, _, indices) = other(z, mask)
+    forwards = [torch.compile(quantizer, fullgraph=True, backend="aot_eager")]
+    if not training:
+        shorter = (z[:, :, :3], mask[:, :3]) if layout == "BCL" else (z[:, :3], mask[:, :3])
+        forwards.append(torch.export.export(quantizer, (z, mask)).module())
+        assert torch.equal(torch.compile(quantizer, fullgraph=True, backend="eager")(*shorter)[0], other(*shorter)[0])
+    for forward in forwards:
+        found, loss, (_, _, found_indices) = forward(z, mask)
+        assert torch.equal(found_indices, indices)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(loss, expected_loss)
+
+
 def test_ninety_percent_of_padding_does_not_hide_what_is_used():
     quantizer = small_quantizer(interpolation_factor=1, input_layout="BLC").eval()
     z, mask = torch.zeros(4, 1000, 8), torch.zeros(4, 1000, dtype=torch.bool)
