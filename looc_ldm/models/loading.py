@@ -1,4 +1,4 @@
-"""Load networks, with errors that say what is wrong with the folder or repository."""
+"""Load networks, with errors that name the fault of the folder or repository."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def load_network(folder: Path, dtype: torch.dtype = torch.float32, kind: type[Mo
         raise ModelError(f"{str(folder)!r} holds a {name}, which is no network that can be loaded.")
     try:
         model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    except Exception as error:  # whatever a constructor raises, values in the config are the reason
+    except Exception as error:  # of a constructor: values in the config are the reason
         raise ModelError(f"cannot load {str(folder)!r}: {one_line(error)[:400]}") from error
     missing = {*report["missing_keys"]} - ({"quantize.usage"} if name == "VQModel" else set())
     wrong = [*missing, *report["unexpected_keys"], *report["mismatched_keys"]]

@@ -19,7 +19,7 @@ from looc_ldm.utils.errors import DataError
 
 
 class LooCLDMImg2ImgPipeline(LooCLDMPipeline):
-    """Image to image (SDEdit): noise is added to an image and taken away again.
+    """Image to image (SDEdit): noise is added to an image, then removed.
 
     Components and arguments of the constructor are those of `LooCLDMPipeline`; a folder of the one loads as the other.
     The scheduler must be able to start midway: KDPM2 schedulers, DPMSolverSDEScheduler and LMSDiscreteScheduler cannot.

@@ -1,10 +1,11 @@
-"""`LooCLDMInpaintPipeline`: new content where a mask says so."""
+"""`LooCLDMInpaintPipeline`: new content in the region of a mask."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
@@ -30,7 +31,7 @@ class LooCLDMInpaintPipeline(LooCLDMImg2ImgPipeline):
     >>> pipe = LooCLDMPipeline.from_pretrained("quickstart/diffusion/pipeline")
     >>> (shirt,) = pipe(class_labels="shirt", num_inference_steps=5).images
     >>> mask = Image.new("L", shirt.size)
-    >>> mask.paste(255, (0, 0, 16, 32))  # white: the left half is drawn anew
+    >>> mask.paste(255, (0, 0, 16, 32))  # white: new content in the left half
     >>> pipe = LooCLDMInpaintPipeline.from_pipe(pipe)
     >>> (image,) = pipe(shirt, mask, class_labels="shirt", num_inference_steps=10).images
     ```
@@ -60,9 +61,9 @@ class LooCLDMInpaintPipeline(LooCLDMImg2ImgPipeline):
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them): As in `LooCLDMImg2ImgPipeline`.
-            mask_image (the same): White (1) where new content is wanted, black (0) or transparent where the image
-                stays; one for all images, or one per image; resized to the nearest pixels. Arrays may be of any type.
-                A latent position is drawn anew if any of its pixels is.
+            mask_image (the same): White for new content, black or transparent to keep the image; one for all images,
+                or one per image; resized to the nearest pixels. White is 1 in arrays, of any type, 255 in 8-bit and
+                65535 in 16-bit images; half of it is enough. A latent position is new if any of its pixels is.
             strength (`float`, defaults to 1.0): As in `LooCLDMImg2ImgPipeline`; below 1 the new content keeps something
                 of the old.
             The other arguments: See `LooCLDMImg2ImgPipeline.__call__`.
@@ -72,7 +73,8 @@ class LooCLDMInpaintPipeline(LooCLDMImg2ImgPipeline):
             image (as latents: those of its encoding).
 
         Raises:
-            ValueError: Before the UNet runs, for inputs that do not fit the model or each other.
+            ValueError: Before the UNet runs, for inputs that do not fit the model or each other, or a mask that is not
+                black, but has no value of half of white.
         """
         call = {name: value for name, value in locals().items() if name not in ("self", "image", "mask_image")}
         pixels = self.preprocess_image(image)
@@ -90,7 +92,7 @@ class LooCLDMInpaintPipeline(LooCLDMImg2ImgPipeline):
             return torch.where(open_latents > 0, latents, left)
 
         if strength == 1:
-            start = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # nothing of what the mask covers is left
+            start = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # nothing of the masked region is left
         else:
             start = self.add_noise(known, noise, timesteps[0])
         latents = self.denoise(start, timesteps, labels, keep_known, **call)
@@ -111,6 +113,8 @@ class LooCLDMInpaintPipeline(LooCLDMImg2ImgPipeline):
                 one = one.astype(np.float32) if isinstance(one, np.ndarray) else one.float()
             mask = self.resized(one, "mask_image", processor, "L", background="black")
             largest = mask.max().item()
+            if isinstance(one, PIL.Image.Image) and one.mode.startswith("I;16"):
+                largest = one.getextrema()[1] / 65535  # of 16 bits the mask has 8
             if not mask.isfinite().all() or 0 < largest < 0.5:
                 raise ValueError(
                     "mask_image must be white where new content is wanted: 1 in arrays, 255 in 8-bit and 65535 in "

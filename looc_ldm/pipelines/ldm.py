@@ -61,16 +61,16 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
         class_embedding (`ClassEmbedding`, *optional*): Class token of a `UNet2DConditionModel`.
         id2label (`dict[int, str]`, *optional*): Names of the classes; several names of one class with commas between.
         null_class_label (`int`, *optional*): The label that stands for no class, which guidance needs.
-        prediction_type (`str`, *optional*): What the UNet was trained to predict, `"epsilon"`, `"v_prediction"`,
-            `"sample"` or `"flow_prediction"`; if not given, what the scheduler says. Saved with the pipeline: a
-            scheduler that takes the output for something else is refused.
-        noise_schedule (`dict`, *optional*): The settings that say how noisy the UNet's training timesteps were
-            (`num_train_timesteps`, `beta_start`, ...); if not given, those of the scheduler. Saved with the pipeline,
-            which warns of a scheduler with others.
+        prediction_type (`str`, *optional*): The UNet's target in training, `"epsilon"`, `"v_prediction"`, `"sample"` or
+            `"flow_prediction"`; if not given, the scheduler's. Saved with the pipeline, which refuses a scheduler with
+            another one.
+        noise_schedule (`dict`, *optional*): The settings of the noise in training (`num_train_timesteps`,
+            `beta_start`, ...); if not given, the scheduler's. Saved with the pipeline, which warns of a scheduler with
+            others.
 
     Raises:
-        ValueError: `null_class_label` or `id2label` hold what is not a label of the model, components that do not fit
-            each other, or a scheduler for another kind of model.
+        ValueError: `null_class_label` or a key of `id2label` is not a label of the model, components do not fit each
+            other, or the scheduler is for another kind of model.
 
     Example:
 
@@ -120,8 +120,7 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
         channels = vqvae.config.vq_embed_dim or vqvae.config.latent_channels
         if unet.config.in_channels != channels:
             raise ValueError(
-                f"the UNet denoises latents of {unet.config.in_channels} channels, those of the first stage have "
-                f"{channels}."
+                f"the UNet denoises latents of {unet.config.in_channels} channels, but the first stage has {channels}."
             )
         # By the config, which a compiled or wrapped UNet has, too.
         if ("cross_attention_dim" in unet.config) != (class_embedding is not None):
@@ -170,8 +169,8 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
             guidance_scale (`float`, defaults to 1.0): w of classifier-free guidance, n + w (c - n) with the outputs c
                 for the class and n for the null class; 1 is no guidance.
             eta (`float`, defaults to 0.0): DDIM's eta; 0 is deterministic. Other schedulers ignore it.
-            generator (`torch.Generator` or list of them, *optional*): One for all images, or one an image: then an
-                image does not depend on those drawn with it.
+            generator (`torch.Generator` or list of them, *optional*): One for all images, or one per image, so
+                that an image does not depend on the rest of its batch.
             guidance_interval (`tuple[float, float]`, defaults to (0, 1)): Guide only while the timestep, as a share of
                 the training timesteps, is inside.
             guidance_rescale (`float`, defaults to 0.0): phi of "Common Diffusion Noise Schedules and Sample Steps are
@@ -182,9 +181,9 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
                 [0, 1], or `"latent"`, the scaled latents `(n, c, h, w)`.
             return_dict (`bool`, defaults to True): False for a plain tuple.
             callback_on_step_end (`Callable` or `PipelineCallback`, *optional*): Called as
-                `f(pipe, step, timestep, tensors)` after each step; returns a dict, whose `"latents"` replace those of
-                the loop, or None.
-            callback_on_step_end_tensor_inputs (`list[str]`): What it gets: `"latents"`, `"model_output"`.
+                `f(pipe, step, timestep, tensors)` after each step; returns None, or a dict whose `"latents"` replace
+                those of the loop.
+            callback_on_step_end_tensor_inputs (`list[str]`): Names of its tensors: `"latents"`, `"model_output"`.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple with them.

@@ -1,4 +1,4 @@
-"""Load a pipeline, with errors that say what is wrong with the folder or repository."""
+"""Load a pipeline, with errors that name the fault of the folder or repository."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def sample_images(
         **arguments: Arguments of the pipeline's call (`num_inference_steps`, `guidance_scale`, ...).
 
     Raises:
-        ValueError: Before the first image, for what the pipeline refuses.
+        ValueError: Before the first image, if the pipeline refuses its arguments.
     """
     pipe = copy.copy(pipe)  # with the same models, so that the caller's pipeline keeps its progress bar
     pipe.set_progress_bar_config(disable=True)

@@ -61,15 +61,6 @@ def test_every_setting_of_the_quantizer_survives_a_round_trip(tmp_path):
     assert {name: getattr(quantizer, name) for name in settings} == settings
 
 
-def test_the_scaling_factor_is_none_until_it_is_measured(tmp_path):
-    model = tiny_model(scaling_factor=None)
-    model.save_pretrained(tmp_path)
-    assert LooCVQModel.from_pretrained(tmp_path).config.scaling_factor is None
-    model.register_to_config(scaling_factor=0.5)
-    model.save_pretrained(tmp_path)
-    assert LooCVQModel.from_pretrained(tmp_path).config.scaling_factor == 0.5
-
-
 def test_latents_are_those_before_quantization():
     model, x = tiny_model(), images()
     latents = model.encode(x).latents

@@ -79,14 +79,18 @@ def test_the_default_scaling_factor_of_vqmodel_is_refused_wherever_it_comes_from
         torch.testing.assert_close(draw(one), draw(given), atol=1e-4, rtol=0)
 
 
-def test_diffusers_ldm_pipeline_draws_the_same_images_with_our_first_stage(make_pipeline):
+def test_diffusers_ldm_pipeline_draws_the_same_images_with_our_first_stage(make_pipeline, tmp_path):
     pipe = make_pipeline("unconditional")
-    theirs = LDMPipeline(vqvae=pipe.vqvae, unet=pipe.unet, scheduler=DDIMScheduler(clip_sample=False))
-    theirs.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(3)
-    expected = theirs(batch_size=2, generator=generator, num_inference_steps=3, output_type="np").images
     images = draw(pipe, batch_size=2, seed=3, output_type="np")
-    assert abs(images - expected).max() < 1e-5
+    theirs = LDMPipeline(vqvae=pipe.vqvae, unet=pipe.unet, scheduler=DDIMScheduler(clip_sample=False))
+    theirs.save_pretrained(tmp_path)
+    loaded = LDMPipeline.from_pretrained(tmp_path)
+    assert type(loaded.vqvae) is LooCVQModel
+    loaded.vqvae.enable_slicing()
+    for one in (theirs, loaded):
+        one.set_progress_bar_config(disable=True)
+        expected = draw(one, batch_size=2, seed=3, output_type="np")
+        assert abs(images - expected).max() < 1e-5
 
 
 def test_a_mean_and_a_deviation_a_channel_are_applied_to_the_latents(make_pipeline):

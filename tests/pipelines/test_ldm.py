@@ -468,7 +468,7 @@ def test_steps_that_a_scheduler_has_no_timesteps_for_are_refused(scheduler, step
 def test_components_that_do_not_fit_each_other_are_refused_at_once(make_pipeline):
     plain, attending = make_pipeline("unconditional"), make_pipeline("cross_attention")
     other = UNet2DModel(block_out_channels=(32,) * 4, in_channels=3)
-    with pytest.raises(ValueError, match="denoises latents of 3 channels, those of the first stage have 4"):
+    with pytest.raises(ValueError, match="denoises latents of 3 channels, but the first stage has 4"):
         LooCLDMPipeline(plain.vqvae, other, plain.scheduler)
     for unet, embedding in ((plain.unet, attending.class_embedding), (attending.unet, None)):
         with pytest.raises(ValueError, match="UNet2DConditionModel, and no other UNet, needs a class_embedding"):

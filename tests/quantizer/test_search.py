@@ -22,17 +22,6 @@ def test_closest_anchor_of_each_codevector_is_the_most_similar_raw_vector(distan
     torch.testing.assert_close(anchors.score, score.float(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("anchor", ["none", "closest"])
-@pytest.mark.parametrize("distance", DISTANCES)
-@pytest.mark.parametrize("num_distinct", [2, 3, 5, 16, 21, 100, 341])
-def test_equal_codevectors_lose_to_the_first_of_them(num_distinct, distance, anchor):
-    torch.manual_seed(0)
-    codebook = torch.randn(num_distinct, 6).repeat(3, 1)
-    for num_vectors in (1, 3, 500):
-        indices = nearest_codevectors(torch.randn(num_vectors, 6), codebook, distance, anchor).indices
-        assert indices.max() < num_distinct
-
-
 def test_equally_similar_vectors_lose_to_the_first_of_them(monkeypatch):
     codebook = torch.tensor([[1.0, 2.0], [-3.0, 1.0]])
     vectors = torch.cat([codebook, 2 * codebook, 4 * codebook])  # the same two directions

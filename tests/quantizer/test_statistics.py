@@ -82,18 +82,6 @@ def test_euclidean_distances_fall_into_their_bins():
     assert (found.distances[0], found.distances[-1]) == (2, 1)
 
 
-def test_cosine_distances_fall_into_their_bins():
-    quantizer = small_quantizer(vq_embed_dim=2, codevector_dim=2, interpolation_factor=1, distance="cosine")
-    with torch.no_grad():
-        quantizer.embedding.weight.copy_(torch.tensor([3.0, 0.0]))
-    angles = torch.tensor([0.0, 0.1, 1.0, 2.0, 3.1415926])
-    z = 7 * torch.stack([angles.cos(), angles.sin()]).view(1, 2, 1, 5)
-    found = codebook_statistics(quantizer, [z])
-    bins = [0, *(torch.searchsorted(DISTANCE_EDGES, (1 - angles[1:].double().cos())) - 1).tolist()]
-    assert found.distances.nonzero()[:, 0].tolist() == sorted(set(bins))
-    assert found.distances.sum() == 5
-
-
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_distances_are_those_between_segments_and_their_codevectors(distance):
     quantizer = small_quantizer(distance=distance, interpolation_factor=2)
