@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from looc_ldm.models.loading import stored_fingerprints
 from looc_ldm.models.registration import AUTOENCODERS
-from looc_ldm.models.stored_fingerprints import stored_fingerprints
 from looc_ldm.utils.errors import ModelError, UserError
 from looc_ldm.utils.files import read_json
 

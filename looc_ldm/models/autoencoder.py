@@ -27,6 +27,7 @@ from looc_ldm.utils.errors import ModelError
 # Arguments of earlier versions, which configs that are stored still hold.
 WITHDRAWN = ("revive_first_batch_only", "contrastive_weight")
 
+VQMODEL_SETTINGS = inspect.signature(VQModel.__init__).parameters.keys() - {"self"}
 QUANTIZER_SETTINGS = (
     "interpolation_factor",
     "segment_layout",
@@ -187,25 +188,9 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
             )
         if not isinstance(num_vq_embeddings, int) or num_vq_embeddings < 2:  # by 0, VQModel would divide
             raise ValueError(f"num_vq_embeddings must be a whole number of at least 2, got {num_vq_embeddings!r}.")
-        super().__init__(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            down_block_types=down_block_types,
-            up_block_types=up_block_types,
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            act_fn=act_fn,
-            latent_channels=latent_channels,
-            sample_size=sample_size,
-            num_vq_embeddings=num_vq_embeddings,
-            norm_num_groups=norm_num_groups,
-            vq_embed_dim=vq_embed_dim,
-            scaling_factor=scaling_factor,
-            norm_type=norm_type,
-            mid_block_add_attention=mid_block_add_attention,
-            lookup_from_codebook=lookup_from_codebook,
-            force_upcast=force_upcast,
-        )
+        # Arguments are read from the config, where `register_to_config` has put them.
+        theirs = {name: self.config[name] for name in VQMODEL_SETTINGS if name in self.config}
+        super().__init__(**theirs | {"vq_embed_dim": vq_embed_dim})
         self._make_quantizer(vq_embed_dim)
 
     def _make_quantizer(self, vq_embed_dim: int) -> None:
@@ -261,9 +246,8 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
     def extract_init_dict(cls, config_dict, **kwargs):
         """As `ConfigMixin.extract_init_dict`, for configs of earlier versions and of diffusers' `VQModel`, too."""
         # In memory a config does not name its class. A VQModel's has all arguments of VQModel, and none of ours.
-        theirs = inspect.signature(VQModel.__init__).parameters.keys() - {"self"}
-        ours = inspect.signature(cls.__init__).parameters.keys() - theirs - {"self"}
-        unnamed = theirs <= config_dict.keys() and not ours & config_dict.keys()
+        ours = inspect.signature(cls.__init__).parameters.keys() - VQMODEL_SETTINGS - {"self"}
+        unnamed = config_dict.keys() >= VQMODEL_SETTINGS and not ours & config_dict.keys()
         plain = config_dict.get("_class_name") == "VQModel" or unnamed
         # Withdrawn arguments only made a difference to training.
         config_dict = {name: value for name, value in config_dict.items() if name not in WITHDRAWN}

@@ -10,6 +10,7 @@ from diffusers import ModelMixin
 
 import looc_ldm
 from looc_ldm.models.autoencoder import LooCVQModel
+from looc_ldm.models.fingerprint import model_fingerprint
 from looc_ldm.models.registration import AUTOENCODERS, COMPONENTS
 from looc_ldm.models.starter import STARTER
 from looc_ldm.utils.errors import ModelError, one_line
@@ -57,6 +58,28 @@ def load_network(folder: Path, dtype: torch.dtype = torch.float32, kind: type[Mo
             f"the weights in {str(folder)!r} do not fit its config: {wrong[0]} and {len(wrong) - 1} more differ."
         )
     return model
+
+
+def stored_fingerprints(folder: Path, generation: bool = False) -> dict[str, str]:
+    """Return `model_fingerprint` of the plain weights in a model folder, by component, as they are stored.
+
+    Args:
+        folder (`Path`): A saved pipeline or autoencoder.
+        generation (`bool`): Include all networks of a pipeline, not only its first stage.
+
+    Returns:
+        `dict`: "vqvae", also for an autoencoder; with `generation` also "unet" and, if there is one,
+        "class_embedding".
+
+    Raises:
+        ModelError: A network is missing or cannot be loaded.
+    """
+    networks = {"vqvae": load_autoencoder(str(folder))}
+    if generation:
+        networks["unet"] = load_network(folder / "unet")
+        if (folder / "class_embedding").is_dir():
+            networks["class_embedding"] = load_network(folder / "class_embedding")
+    return {name: model_fingerprint(network) for name, network in networks.items()}
 
 
 def _class_name(folder: Path) -> str | None:

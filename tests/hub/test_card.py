@@ -13,8 +13,8 @@ import looc_ldm
 from looc_ldm import LooCSmallVQModel, LooCVQModel
 from looc_ldm.hub.card import MARK, write_card
 from looc_ldm.models.fingerprint import model_fingerprint
+from looc_ldm.models.loading import stored_fingerprints
 from looc_ldm.models.registration import AUTOENCODERS
-from looc_ldm.models.stored_fingerprints import stored_fingerprints
 from looc_ldm.utils.errors import ModelError, UserError
 
 RECONSTRUCTION = {
