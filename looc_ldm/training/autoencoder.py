@@ -87,7 +87,7 @@ def train(config: AutoencoderConfig) -> Path:
     accelerator = run.accelerator
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    if config.channels_last:
+    if run.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model = model.to(accelerator.device)
     ema = EMA(model, config.ema_halflife_images)
@@ -114,8 +114,16 @@ def train(config: AutoencoderConfig) -> Path:
     save = partial(save_model, run, ema.model, live)
     preview_and_evaluate = partial(_preview_and_evaluate, run, ema.model, live, validation, lpips, loading)
 
+    def trial() -> None:
+        """Do the work of a training step and leave no trace of it."""
+        output = model(torch.rand(batches.per_forward, live.config.in_channels, *2 * [config.data.resolution]))
+        accelerator.backward(output.sample.float().mean() + output.commit_loss)
+        optimizer.zero_grad()
+        live.quantize.discard()
+
     # 3. Training
     model.train()
+    run.use_fastest_threads(trial)
     with run.training("autoencoder"):
         for pixels, _ in run.batches(loader):
             batch = to_float(pixels)

@@ -81,7 +81,10 @@ class RunConfig:
         batch_size: Images per optimizer step, over all processes and accumulation steps.
         gradient_accumulation_steps: Forward passes per optimizer step.
         mixed_precision: `auto` is bf16 if the hardware computes in it, else `no`. A run keeps its first precision.
-        channels_last: Keep the trained network's convolution weights in the layout that is faster on most hardware.
+        threads: CPU threads, for training on a CPU. If neither this nor OMP_NUM_THREADS in the environment is given, a
+            new run measures which number is fastest, and keeps it.
+        channels_last: Keep convolution weights with their channels last. If not given: on accelerators, which are
+            faster with it, and not on CPUs, which are slower.
         compile: Compile the trained network with `torch.compile`; the first steps take minutes.
         gradient_checkpointing: Compute activations again in the backward pass: less memory, about a third more time.
         ema_halflife_images: Images after which a weight counts half in the average; it rises with 5 % of the images
@@ -105,7 +108,8 @@ class RunConfig:
     batch_size: PositiveInt = 64
     gradient_accumulation_steps: PositiveInt = 1
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    channels_last: bool = True
+    threads: PositiveInt | None = None
+    channels_last: bool | None = None
     compile: bool = False
     gradient_checkpointing: bool = False
     ema_halflife_images: PositiveInt = 100_000

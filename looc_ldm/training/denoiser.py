@@ -13,6 +13,7 @@ from looc_ldm.models.unet import FixedHeadsUNet2DModel
 from looc_ldm.training.checks import latent_side
 from looc_ldm.training.config import DiffusionConfig
 from looc_ldm.training.config_parsing import construct
+from looc_ldm.utils.cpu import attention_kernel
 from looc_ldm.utils.errors import ConfigError
 
 UNETS = {
@@ -67,11 +68,13 @@ class Denoiser(nn.Module):
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """Return the prediction `(B, c, h, w)` for noisy latents of that shape, timesteps `(B,)` and labels `(B,)`."""
+        conditions = {}
         if self.class_embedding is not None:
-            return self.unet(noisy, timesteps, encoder_hidden_states=self.class_embedding(labels)).sample
-        if labels is not None:
-            return self.unet(noisy, timesteps, class_labels=labels).sample
-        return self.unet(noisy, timesteps).sample
+            conditions["encoder_hidden_states"] = self.class_embedding(labels)
+        elif labels is not None:
+            conditions["class_labels"] = labels
+        with attention_kernel(noisy):
+            return self.unet(noisy, timesteps, **conditions).sample
 
 
 def make_scheduler(settings: dict) -> SchedulerMixin:

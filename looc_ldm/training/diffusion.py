@@ -101,7 +101,7 @@ def train(config: DiffusionConfig) -> Path:
         cache = cache_latents(vqvae, images, Path(config.latents or run.folder.path / "latents"), accelerator)
     if config.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
-    if config.channels_last and not sharded:  # FSDP cannot divide such weights
+    if run.channels_last and not sharded:  # FSDP cannot divide such weights
         denoiser = denoiser.to(memory_format=torch.channels_last)
     denoiser = denoiser.to(accelerator.device)
     ema = EMA(denoiser, config.ema_halflife_images)
@@ -164,8 +164,20 @@ def train(config: DiffusionConfig) -> Path:
                 figures = generation_figures(pipeline(), resembled, config, accelerator)  # a collective
                 run.log.write_evaluation(run.images_seen, figures)
 
+    def trial() -> None:
+        """Do the work of a training step and leave no trace of it."""
+        n, side = batches.per_forward, live.unet.config.sample_size
+        zeros = torch.zeros(n, dtype=torch.int64)
+        with accelerator.autocast():
+            prediction = denoiser(
+                torch.randn(n, vqvae.quantize.vq_embed_dim, side, side), zeros, zeros if classes else None
+            )
+        accelerator.backward(prediction.float().square().mean())
+        optimizer.zero_grad()
+
     # 3. Training
     denoiser.train()
+    run.use_fastest_threads(trial)
     with run.training("diffusion"):
         for latents, labels, noise, time, dropout in run.batches(loader):
             if not config.cache_latents:

@@ -20,6 +20,7 @@ Methods marked *collective* must be called by every process.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
 import time
@@ -42,6 +43,7 @@ from looc_ldm.training.optimization import learning_rate_at
 from looc_ldm.training.pushing import WAIT_AT_END_SECONDS, Pusher
 from looc_ldm.training.run_folder import RunFolder
 from looc_ldm.training.stopping import StopSignals
+from looc_ldm.utils.cpu import use_fastest_threads
 from looc_ldm.utils.distributed import on_main, wait_for_gloo
 from looc_ldm.utils.errors import Terminated, TrainingError
 
@@ -65,6 +67,7 @@ class Run:
         record (`Callable`): Adds scalars of one forward pass to the next log line, without waiting for the device.
         images_seen (`int`): Progress, in images.
         skipped_steps (`int`): Optimizer steps that were left out because a gradient was not finite.
+        channels_last (`bool`): Whether the trained network's weights have their channels last.
         cursors (`dict`): For streamed data: the cursor of each lane. Known after `resume`.
 
     Raises:
@@ -78,8 +81,11 @@ class Run:
         self.folder = RunFolder(config, result)
         if not self.folder.finished:
             on_main(self.accelerator, self.folder.lock)
+        on_cpu = self.accelerator.device.type == "cpu"
+        self.channels_last = not on_cpu if config.channels_last is None else config.channels_last
         self.images_seen = 0
         self.skipped_steps = 0
+        self._threads: int | None = None  # of the checkpoint
         self._skipped_in_a_row = 0
         self.log = RunLog(config, self.folder.path, self.accelerator)
         self.record = self.log.means.record
@@ -121,6 +127,7 @@ class Run:
         means = None
         if state is not None:
             self.images_seen, self.skipped_steps = state["images_seen"], state["skipped_steps"]
+            self._threads = state.get("threads")
             self.cursors = {int(lane): tuple(cursor) for lane, cursor in state["cursors"].items()}
             if len(state.get("sums", [])) == self.accelerator.num_processes:
                 means = state["sums"][self.accelerator.process_index]
@@ -142,7 +149,8 @@ class Run:
             # A process knows old cursors of the others' lanes from its start; lanes only go forward.
             known = sorted(cursor for part in gather_object([self.cursors]) for cursor in part.values())
             cursors = {cursor[0]: cursor for cursor in known}
-            state = {"skipped_steps": self.skipped_steps, "sums": means, "cursors": cursors}
+            threads = torch.get_num_threads()
+            state = {"skipped_steps": self.skipped_steps, "threads": threads, "sums": means, "cursors": cursors}
             self.checkpoints.save(self.images_seen, state)
 
     # The loop --------------------------------------------------------------------------------------------------------
@@ -152,6 +160,27 @@ class Run:
         config, accelerator = self.config, self.accelerator
         length = (self.images_seen, config.total_images, config.batch_size, config.gradient_accumulation_steps)
         return StreamBatches(*length, accelerator.process_index, accelerator.num_processes)
+
+    def use_fastest_threads(self, trial: Callable[[], None]) -> None:
+        """On a CPU, compute with the number of threads that was asked for, or is fastest. After `resume`.
+
+        A run keeps its number when it goes on, because sums of other parts have other last bits.
+
+        Args:
+            trial: The work of a training step, which changes nothing.
+        """
+        config, accelerator = self.config, self.accelerator
+        if accelerator.device.type != "cpu" or accelerator.num_processes > 1:
+            return
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        elif "OMP_NUM_THREADS" in os.environ or config.compile:  # compiled code is for one number of threads
+            return
+        elif self._threads is not None:
+            torch.set_num_threads(self._threads)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                use_fastest_threads(trial)
 
     def batches(self, loader: DataLoader) -> Iterator[list[torch.Tensor]]:
         """Yield the tensors of each batch, on the device; measure the time waited for data and keep the reports.

@@ -27,6 +27,8 @@ RESUMABLE = {
     *("keep_every_images", "max_skipped_steps", "push_to_hub", "push_private", "tracker", "data.num_workers"),
     *("data.max_unreadable_share", "evaluation.every_images", "evaluation.images", "evaluation.fid"),
     *("evaluation.inception_weights", "evaluation.feature_layer", "preview_steps", "preview_guidance_scale"),
+    # These change the last bits of sums, no more
+    *("threads", "channels_last"),
     # Compared by content: `auto` may become the precision that it stood for, and files may have moved
     *("mixed_precision", "output_dir", "latents", "data.path", "autoencoder", "loss.lpips_weights"),
 }

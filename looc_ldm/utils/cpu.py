@@ -1,0 +1,59 @@
+"""Speed on CPUs: the number of threads, and the kernel of attention."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+logger = logging.getLogger(__name__)
+
+# Below this many positions, attention by matrix products is the faster one to train (docs/benchmarks.md).
+SHORT_SEQUENCE = 256
+
+
+def use_fastest_threads(step: Callable[[], object], seconds: float = 0.3) -> int:
+    """Time `step` with 1, 2, 4, ... threads, up to the cores of this process; keep and return the fastest number.
+
+    Twice the threads are far slower, not faster, as soon as another process is busy: threads wait for each other.
+    The environment variable `OMP_NUM_THREADS` decides instead, if it is set.
+
+    Args:
+        step: A piece of the work to come, some milliseconds to seconds long. Called at least twice per number.
+        seconds: Least time to measure for each number.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    counts = [2**power for power in range(available.bit_length()) if 2**power < available] + [available]
+    best, least = 1, float("inf")
+    for count in counts:
+        torch.set_num_threads(count)
+        step()  # picks kernels and starts threads
+        calls, started = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - started) < seconds or not calls:
+            step()
+            calls += 1
+        if elapsed / calls > 0.95 * least:
+            break
+        best, least = count, elapsed / calls
+    torch.set_num_threads(best)
+    logger.info("%d of %d CPU threads, the fastest number by a short test (OMP_NUM_THREADS sets it)", best, available)
+    return best
+
+
+def attention_kernel(latents: torch.Tensor) -> AbstractContextManager:
+    """Return the context in which a UNet computes attention over latents `(B, c, h, w)` fastest.
+
+    PyTorch's fused attention for CPUs is slow backward, in bfloat16, on short sequences.
+    """
+    low_precision = torch.is_autocast_enabled("cpu") or latents.dtype == torch.bfloat16
+    positions = latents.shape[-2:].numel()
+    if latents.device.type == "cpu" and low_precision and torch.is_grad_enabled() and positions <= SHORT_SEQUENCE:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()

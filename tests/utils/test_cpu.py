@@ -1,0 +1,45 @@
+"""The number of threads that a run on a CPU takes, and the kernel of attention."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from looc_ldm.utils.cpu import attention_kernel, use_fastest_threads
+
+
+@pytest.fixture
+def four_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("fastest", [1, 2, 4])
+def test_the_fastest_number_of_threads_is_taken(four_cores, fastest):
+    """On a busy machine that is one, whatever the number of cores."""
+    step = lambda: time.sleep(0.01 * (1 + abs(torch.get_num_threads() - fastest)))  # noqa: E731
+    assert use_fastest_threads(step, seconds=0.02) == fastest == torch.get_num_threads()
+
+
+def test_the_environment_decides_if_it_says_a_number(four_cores, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    torch.set_num_threads(3)
+    assert use_fastest_threads(lambda: pytest.fail("nothing is measured")) == 3
+
+
+def test_attention_over_short_sequences_trains_by_matrix_products_in_bfloat16_on_cpus():
+    """Equal to the fused kernel within bfloat16's rounding."""
+    latents = torch.randn(2, 8, 8, 8)
+    query = torch.randn(2, 4, 64, 16, dtype=torch.bfloat16)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    with torch.autocast("cpu", torch.bfloat16), attention_kernel(latents):
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        ours = attention(query, query, query)
+    assert torch.backends.cuda.flash_sdp_enabled()
+    torch.testing.assert_close(ours, attention(query, query, query), atol=2e-2, rtol=2e-2)
+    with attention_kernel(latents):
+        assert torch.backends.cuda.flash_sdp_enabled()
