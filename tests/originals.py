@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
 
 # Small VQ-VAE ---------------------------------------------------------------------------------------------------------
 
@@ -247,57 +248,19 @@ class UNetAttention(nn.Module):
         return x + self.proj_out(h.flatten(1, 2)).view_as(x)
 
 
-class CrossAttention(nn.Module):
-    def __init__(self, channels: int, context: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(ins, channels, bias=False) for ins in (channels, context, context))
-        self.to_out = nn.Sequential(nn.Linear(channels, channels), nn.Dropout(0.0))
-
-    def forward(self, x, context):
-        cut = [
-            layer(y).unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for layer, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
-        ]
-        return self.to_out(F.scaled_dot_product_attention(*cut).transpose(1, 2).flatten(2))
-
-
-class GatedLinear(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.proj = nn.Linear(channels, 8 * channels)
-
-    def forward(self, x):
-        x, gate = self.proj(x).chunk(2, -1)
-        return x * F.gelu(gate)
-
-
-class TransformerBlock(nn.Module):
-    def __init__(self, channels: int, context: int, heads: int):
-        super().__init__()
-        self.attn1, self.attn2 = (CrossAttention(channels, width, heads) for width in (channels, context))
-        self.ff = nn.Module()
-        self.ff.net = nn.Sequential(GatedLinear(channels), nn.Dropout(0.0), nn.Linear(4 * channels, channels))
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
-
-    def forward(self, x, context):
-        normed = self.norm1(x)
-        x = x + self.attn1(normed, normed)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff.net(self.norm3(x))
-
-
 class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, context: int, heads: int, depth: int):
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in, self.proj_out = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context, heads) for _ in range(depth)])
+        size = channels // heads
+        blocks = [BasicTransformerBlock(channels, heads, size, cross_attention_dim=context) for _ in range(depth)]
+        self.transformer_blocks = nn.ModuleList(blocks)  # diffusers kept LDM's code and names
 
     def forward(self, x, context):
         h = self.proj_in(self.norm(x)).flatten(2).mT
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, encoder_hidden_states=context)
         return x + self.proj_out(h.mT.reshape(x.shape))
 
 
@@ -391,11 +354,6 @@ class UNet(nn.Module):
 
 
 # LatentDiffusion ------------------------------------------------------------------------------------------------------
-
-
-def ema_of(state: dict) -> dict:
-    """What LDM's LitEma keeps of a module's weights."""
-    return {f"model_ema.{key.replace('.', '')}": value * 0.9 + 0.01 for key, value in state.items()}
 
 
 def latent_diffusion(unet: nn.Module, vqgan: nn.Module, classes: nn.Embedding | None = None, **extra) -> dict:

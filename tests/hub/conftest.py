@@ -21,23 +21,9 @@ from tiny import import_file, tiny_autoencoder, tiny_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 IMAGES_SEEN = 640
-VALIDATION = {
-    "data": "/home/ada/pets",
-    "split": "test",
-    "protocol": "clean",
-    "images": 32,
-    "height": 16,
-    "width": 16,
-    "psnr": 21.25,
-    "ssim": 0.75,
-    "l1": 0.0625,
-    "codebook_use": 0.9375,
-    "perplexity": 12.5,
-    "bits_per_image": 512.0,
-    "bits_per_pixel": 2.0,
-    "num_codevectors": 16,
-    "codevector_dim": 2,
-}
+VALIDATION = {"data": "/home/ada/pets", "split": "test", "protocol": "clean", "images": 32, "height": 16, "width": 16}
+VALIDATION |= {"psnr": 21.25, "ssim": 0.75, "l1": 0.0625, "codebook_use": 0.9375, "perplexity": 12.5}
+VALIDATION |= {"bits_per_image": 512.0, "bits_per_pixel": 2.0, "num_codevectors": 16, "codevector_dim": 2}
 
 
 server = import_file(Path(__file__).with_name("server.py"))

@@ -1,4 +1,4 @@
-"""A small model hub on loopback: what huggingface_hub asks of one when models are pushed and pulled.
+"""A small model hub on loopback, for pushes and pulls by the genuine huggingface_hub.
 
 It speaks git LFS for large files (HF_HUB_DISABLE_XET=1), keeps everything in memory, and can be told to fail.
 """
@@ -31,15 +31,25 @@ class Repository:
     def commit(self, branch: str, files: dict[str, bytes]) -> str:
         parent = self.branches.get(branch, "")
         sha = hashlib.sha1(repr((parent, sorted(files), len(self.commits))).encode()).hexdigest()
-        self.commits[sha] = files
-        self.branches[branch] = sha
+        self.commits[sha], self.branches[branch] = files, sha
         return sha
 
-    def find(self, revision: str) -> str | None:
-        return revision if revision in self.commits else self.branches.get(revision)
+    def find(self, revision: str) -> str:
+        sha = revision if revision in self.commits else self.branches.get(revision)
+        if sha is None:
+            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return sha
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
         return self.commits[self.branches[revision]]
+
+
+class Refusal(Exception):
+    """A status, with the message and the code of the hub's errors, and more of the answer."""
+
+    def __init__(self, status: int, message: str, code: str = "", **more):
+        super().__init__(message)
+        self.status, self.message, self.code, self.more = status, message, code, more
 
 
 class Hub:
@@ -66,14 +76,7 @@ class Hub:
         self.corrupted: set[str] = set()
         self.refused_yaml = ""
         self.lock = threading.Lock()
-        hub = self
-
-        class Handler(_Handler):
-            pass
-
-        Handler.hub = hub
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self):
@@ -86,149 +89,119 @@ class Hub:
 
     def add(self, repo_id: str, files: dict[str, bytes], private: bool = False, branch: str = "main") -> str:
         """Put a repository, or a commit to it, there without a push."""
-        repository = self.repositories.setdefault(repo_id, Repository(private))
-        return repository.commit(branch, files)
+        return self.repositories.setdefault(repo_id, Repository(private)).commit(branch, files)
 
 
 class _Handler(BaseHTTPRequestHandler):
+    """Each function of `_ROUTES` returns the body of its answer, JSON or bytes, and may raise a Refusal."""
+
     hub: Hub
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments):
         pass
 
-    # Answers ---------------------------------------------------------------------------------------------------------
-
-    def answer(self, status: int, body: bytes | dict | list = b"", **headers: str) -> None:
-        if not isinstance(body, bytes):
-            body = json.dumps(body).encode()
-            headers.setdefault("Content-Type", "application/json")
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        self.query = parse_qs(urlsplit(self.path).query)
+        self.more_headers = {}
+        body = b"" if self.command == "PUT" else self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        status = 200
+        try:
+            for methods, pattern, function in _ROUTES:
+                match = re.fullmatch(pattern, path)
+                if match and self.command in methods:
+                    with self.hub.lock:
+                        self.hub.requests[f"{self.command} {function.__name__}"] += 1
+                    self.body = body
+                    answer = function(self, *match.groups())
+                    break
+            else:
+                raise Refusal(404, f"the test hub knows no {self.command} {path}")
+        except Refusal as refusal:
+            status, answer = refusal.status, {"error": refusal.message, **refusal.more}
+            self.more_headers = {"X-Error-Message": refusal.message, "X-Error-Code": refusal.code}
+        if answer is None:  # the connection was cut
+            return
+        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in {**self.more_headers, "Content-Length": str(len(content))}.items():
+            if value:
+                self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def error(self, status: int, code: str | None = None, message: str = "") -> None:
-        headers = {"X_Error_Code": code} if code else {}
-        self.answer(status, {"error": message}, **headers, **({"X_Error_Message": message} if message else {}))
-
-    def token(self) -> str | None:
-        return self.headers.get("Authorization", "").removeprefix("Bearer ") or None
-
-    def may_write(self, repo_id: str | None = None) -> bool:
-        """Or an error was answered. A pull request may be opened where one may not write."""
-        token = self.token()
-        own = repo_id is None or repo_id.startswith(f"{USER}/") or self.query.get("create_pr") == ["1"]
-        if token == GOOD_TOKEN and own:
-            return True
-        if token in (GOOD_TOKEN, READ_ONLY_TOKEN):
-            self.error(403, message="this token may not write")
-        elif token is None:
-            self.error(401, message="Invalid username or password.")
-        else:
-            self.error(401, message="Invalid credentials in Authorization header")
-        return False
-
-    def repository(self, repo_id: str) -> Repository | None:
-        """The repository, or None after an error was answered."""
-        if self.token() not in (None, GOOD_TOKEN, READ_ONLY_TOKEN):
-            self.error(401, message="Invalid credentials in Authorization header")
-            return None
-        found = self.hub.repositories.get(repo_id)
-        if found is None or (found.private and self.token() is None):
-            status = 401 if self.token() is None else 404
-            self.error(status, "RepoNotFound", "Repository not found")
-            return None
-        return found
-
-    # Requests --------------------------------------------------------------------------------------------------------
-
-    def do_GET(self):
-        self.route()
+            self.wfile.write(content)
 
     do_HEAD = do_POST = do_PUT = do_GET
 
-    def route(self):
-        self.path_only = unquote(urlsplit(self.path).path)
-        self.query = parse_qs(urlsplit(self.path).query)
-        for method, pattern, function in _ROUTES:
-            match = re.fullmatch(pattern, self.path_only)
-            if match and self.command in method:
-                with self.hub.lock:
-                    self.hub.requests[f"{self.command} {function.__name__}"] += 1
-                if self.command == "PUT":
-                    function(self, *match.groups())
-                    return
-                self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                function(self, *match.groups())
-                return
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.error(404, message=f"the test hub knows no {self.command} {self.path_only}")
+    def token(self) -> str | None:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
+        if token not in (None, GOOD_TOKEN, READ_ONLY_TOKEN):
+            raise Refusal(401, "Invalid credentials in Authorization header")
+        return token
+
+    def check_writable(self, repo_id: str = USER + "/") -> None:
+        """A pull request may be opened in any repository."""
+        if self.token() is None:
+            raise Refusal(401, "Invalid username or password.")
+        own = repo_id.startswith(f"{USER}/") or self.query.get("create_pr") == ["1"]
+        if self.token() != GOOD_TOKEN or not own:
+            raise Refusal(403, "this token may not write")
+
+    def repository(self, repo_id: str) -> Repository:
+        found = self.hub.repositories.get(repo_id)
+        if found is None or (found.private and self.token() is None):
+            raise Refusal(401 if self.token() is None else 404, "Repository not found", "RepoNotFound")
+        self.token()
+        return found
 
     def whoami(self):
-        if self.may_write():
-            self.answer(200, {"name": USER, "type": "user"})
+        self.check_writable()
+        return {"name": USER, "type": "user"}
 
     def create(self):
         payload = json.loads(self.body)
         repo_id = f"{payload.get('organization') or USER}/{payload['name']}"
-        if not self.may_write(repo_id):
-            return
-        url = {"url": f"{self.hub.url}/{repo_id}"}
+        self.check_writable(repo_id)
+        url = f"{self.hub.url}/{repo_id}"
         if repo_id in self.hub.repositories:
-            self.answer(409, url | {"error": "You already created this model repo"})
-            return
+            raise Refusal(409, "You already created this model repo", url=url)
         private = payload.get("visibility") == "private" or bool(payload.get("private"))
         self.hub.add(repo_id, {".gitattributes": b"*.safetensors filter=lfs\n"}, private)
-        self.answer(200, url)
+        return {"url": url}
 
     def validate_yaml(self):
         if self.hub.refused_yaml:
-            errors = [{"message": self.hub.refused_yaml}]
-            self.answer(400, {"errors": errors, "warnings": [], "error": self.hub.refused_yaml})
-        else:
-            self.answer(200, {"errors": [], "warnings": []})
+            raise Refusal(400, self.hub.refused_yaml, errors=[{"message": self.hub.refused_yaml}])
+        return {"errors": [], "warnings": []}
 
     def branch(self, repo_id, name):
-        repository = self.repository(repo_id) if self.may_write(repo_id) else None
-        if repository is None:
-            return
-        if name in repository.branches:
-            self.error(409, message="Reference already exists")
-            return
-        repository.branches[name] = repository.branches["main"]
-        self.answer(200, {})
+        self.check_writable(repo_id)
+        branches = self.repository(repo_id).branches
+        if name in branches:
+            raise Refusal(409, "Reference already exists")
+        branches[name] = branches["main"]
+        return {}
 
     def preupload(self, repo_id, revision):
-        repository = self.repository(repo_id) if self.may_write(repo_id) else None
-        if repository is None:
-            return
-        there = repository.commits.get(repository.find(revision) or "", {})
+        self.check_writable(repo_id)
+        repository = self.repository(repo_id)
+        there = repository.commits[repository.find(revision)]
         files = []
-        for file in json.loads(self.body)["files"]:
-            path = file["path"]
-            entry = {
-                "path": path,
-                "uploadMode": "lfs" if path.endswith(LFS_SUFFIXES) else "regular",
-                "shouldIgnore": False,
-            }
-            if path in there:
-                entry["oid"] = _sha256(there[path]) if path.endswith(LFS_SUFFIXES) else _git_sha(there[path])
-            files.append(entry)
-        self.answer(200, {"files": files})
+        for path in (file["path"] for file in json.loads(self.body)["files"]):
+            lfs = path.endswith(LFS_SUFFIXES)
+            entry = {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+            files.append(entry | ({"oid": (_sha256 if lfs else _git_sha)(there[path])} if path in there else {}))
+        return {"files": files}
 
     def batch(self, repo_id):
-        if not self.may_write():
-            return
+        self.check_writable()
         objects = []
         for entry in json.loads(self.body)["objects"]:
-            known = entry["oid"] in self.hub.objects
             upload = {"actions": {"upload": {"href": f"{self.hub.url}/upload/{entry['oid']}"}}}
+            known = entry["oid"] in self.hub.objects
             objects.append({"oid": entry["oid"], "size": entry["size"], **({} if known else upload)})
-        self.answer(200, {"transfer": "basic", "objects": objects})
+        return {"transfer": "basic", "objects": objects}
 
     def upload(self, oid):
         with self.hub.lock:
@@ -239,20 +212,18 @@ class _Handler(BaseHTTPRequestHandler):
         if cut:
             self.close_connection = True
             self.connection.close()
-            return
+            return None
         assert _sha256(content) == oid
         with self.hub.lock:
             self.hub.objects[oid] = content
             self.hub.uploads.append(oid)
-        self.answer(200)
+        return b""
 
     def commit(self, repo_id, revision):
-        repository = self.repository(repo_id) if self.may_write(repo_id) else None
-        if repository is None:
-            return
-        lines = [json.loads(line) for line in self.body.splitlines()]
+        self.check_writable(repo_id)
+        repository = self.repository(repo_id)
         files = dict(repository.commits[repository.find(revision)])
-        for line in lines:
+        for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
@@ -266,56 +237,37 @@ class _Handler(BaseHTTPRequestHandler):
             revision = f"refs/pr/{repository.pull_requests}"
             answer["pullRequestUrl"] = f"{self.hub.url}/{repo_id}/discussions/{repository.pull_requests}"
         sha = repository.commit(revision, files)
-        self.answer(200, {"commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}", "commitOid": sha, **answer})
+        return {"commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}", "commitOid": sha, **answer}
 
-    def info(self, repo_id, revision=None):
+    def info(self, repo_id, revision="main"):
         repository = self.repository(repo_id)
-        if repository is None:
-            return
-        sha = repository.find(revision or "main")
-        if sha is None:
-            self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            return
+        sha = repository.find(revision)
         siblings = [{"rfilename": path} for path in sorted(repository.commits[sha])]
-        self.answer(200, {"id": repo_id, "sha": sha, "private": repository.private, "siblings": siblings, "tags": []})
+        return {"id": repo_id, "sha": sha, "private": repository.private, "siblings": siblings, "tags": []}
 
     def tree(self, repo_id, revision):
         repository = self.repository(repo_id)
-        if repository is None:
-            return
-        sha = repository.find(revision)
-        if sha is None:
-            self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            return
         entries = []
-        for path, content in sorted(repository.commits[sha].items()):
+        for path, content in sorted(repository.commits[repository.find(revision)].items()):
             entry = {"type": "file", "path": path, "size": len(content), "oid": _git_sha(content)}
             if path.endswith(LFS_SUFFIXES):
                 entry["lfs"] = {"oid": _sha256(content), "size": len(content), "pointerSize": 130}
             entries.append(entry)
-        self.answer(200, entries)
+        return entries
 
     def resolve(self, repo_id, revision, path):
         repository = self.repository(repo_id)
-        if repository is None:
-            return
         sha = repository.find(revision)
-        if sha is None:
-            self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            return
         content = repository.commits[sha].get(path)
         if content is None:
-            self.error(404, "EntryNotFound", "Entry not found")
-            return
-        headers = {"X_Repo_Commit": sha, "ETag": f'"{_git_sha(content)}"'}
+            raise Refusal(404, "Entry not found", "EntryNotFound")
+        self.more_headers = {"X-Repo-Commit": sha, "ETag": f'"{_git_sha(content)}"'}
         if path.endswith(LFS_SUFFIXES):
-            headers |= {"X_Linked_Etag": f'"{_sha256(content)}"', "X_Linked_Size": str(len(content))}
-        if path in self.hub.corrupted:
-            content = content[:-1] + bytes([content[-1] ^ 1])
-        self.answer(200, content, **headers)
+            self.more_headers |= {"X-Linked-Etag": f'"{_sha256(content)}"', "X-Linked-Size": str(len(content))}
+        return content[:-1] + bytes([content[-1] ^ 1]) if path in self.hub.corrupted else content
 
 
-# A repository's name, and a revision: the client quotes the slashes of "refs/pr/1", `route` has unquoted them.
+# A repository's name, and a revision: the client quotes the slashes of "refs/pr/1", which are unquoted here.
 _R, _V = r"([^/]+/[^/]+?)", r"(refs/pr/\d+|[^/]+)"
 _ROUTES = [
     (("GET",), r"/api/whoami-v2", _Handler.whoami),
@@ -326,8 +278,7 @@ _ROUTES = [
     (("POST",), rf"/{_R}\.git/info/lfs/objects/batch", _Handler.batch),
     (("PUT",), r"/upload/(\w+)", _Handler.upload),
     (("POST",), rf"/api/models/{_R}/commit/{_V}", _Handler.commit),
-    (("GET",), rf"/api/models/{_R}", _Handler.info),
-    (("GET",), rf"/api/models/{_R}/revision/{_V}", _Handler.info),
+    (("GET",), rf"/api/models/{_R}(?:/revision/{_V})?", lambda self, r, v: self.info(r, v or "main")),
     (("GET",), rf"/api/models/{_R}/tree/{_V}", _Handler.tree),
     (("GET", "HEAD"), rf"/{_R}/resolve/{_V}/(.+)", _Handler.resolve),
 ]
