@@ -1,6 +1,6 @@
 """`.looc` files: the codes of one image, packed at ceil(log2 K) bits behind a header of 49 bytes.
 
-`docs/looc_format.md` describes every byte. `looc_ldm.codes.images` makes codes of images and images of codes.
+docs/looc_format.md describes every byte. `looc_ldm.codes.images` encodes and decodes images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from looc_ldm.utils.files import replace_bytes
 MAGIC = b"LOOC"
 VERSION = 1
 MAX_CODEVECTORS = 2**24
-FINGERPRINT_BYTES = 16  # of the model's 32; 16 are enough to tell models apart
+FINGERPRINT_BYTES = 16  # the first of the model's 32: enough to tell models apart
 # Magic, version, image height and width, h, w, C, K, fingerprint; then the CRC-32 of all this and of the payload.
 _FIELDS = struct.Struct("<4sB6I16s")
 _CHECKSUM = struct.Struct("<I")
@@ -27,7 +27,7 @@ _CODES_AT_ONCE = 2**16  # packed at a time: a multiple of 8, so that their bits 
 
 
 class CodesError(UserError):
-    """Codes that are damaged, or of another model. The message is one line."""
+    """Codes are damaged, or from a different model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +36,13 @@ class ImageCodes:
 
     Args:
         indices (`np.ndarray` of shape `(h, w, C)`, of integers): The codes, in [0, K).
-        height: Of the image, in pixels; the network saw it padded to a multiple of its downsampling factor.
-        width: Of the image, in pixels.
+        height: Height of the image in pixels; the network saw it padded to a multiple of its downsampling factor.
+        width: Width of the image in pixels.
         num_codevectors: K, at least 2 and at most 2**24.
-        fingerprint: Of the model that made them: 32 hexadecimal digits, the first half of `model_fingerprint`.
+        fingerprint: 32 hexadecimal digits, the first half of the `model_fingerprint` of the model that made them.
 
     Raises:
-        ValueError: A size or a code out of range, or a fingerprint of another length.
+        ValueError: A size or a code is out of range, or the fingerprint has the wrong length.
     """
 
     indices: np.ndarray
@@ -68,25 +68,18 @@ class ImageCodes:
             raise ValueError(f"fingerprint must have {2 * FINGERPRINT_BYTES} digits, got {self.fingerprint!r}.")
 
     def to_bytes(self) -> bytes:
-        """The content of a `.looc` file. Equal codes give equal bytes."""
-        fields = _FIELDS.pack(
-            MAGIC,
-            VERSION,
-            self.height,
-            self.width,
-            *self.indices.shape,
-            self.num_codevectors,
-            bytes.fromhex(self.fingerprint),
-        )
+        """Return the content of a `.looc` file. Equal codes give equal bytes."""
+        numbers = (self.height, self.width, *self.indices.shape, self.num_codevectors)
+        fields = _FIELDS.pack(MAGIC, VERSION, *numbers, bytes.fromhex(self.fingerprint))
         payload = pack(self.indices, bits_per_code(self.num_codevectors))
         return fields + _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(fields))) + payload
 
     @classmethod
     def from_bytes(cls, data: bytes) -> ImageCodes:
-        """The codes in the content of a `.looc` file.
+        """Return the codes in the content of a `.looc` file.
 
         Raises:
-            CodesError: Another kind of file, another version of the format, or content that is damaged.
+            CodesError: The content is of a different kind or version, or damaged.
         """
         if data[: len(MAGIC)] != MAGIC[: len(data)]:
             raise CodesError("not a .looc file: it does not start with LOOC.")
@@ -103,19 +96,18 @@ class ImageCodes:
         payload = memoryview(data)[HEADER_BYTES:]
         if _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(data[: _FIELDS.size]))) != data[_FIELDS.size : HEADER_BYTES]:
             raise CodesError("damaged: its checksum does not fit.")
-        # What is still wrong, its writer has written so.
+        # The checksum fits: its writer is to blame for everything that is wrong from here on.
         if not 2 <= num_codevectors <= MAX_CODEVECTORS or h * w * c == 0:
             raise CodesError(f"impossible: {h}x{w}x{c} codes of {num_codevectors} codevectors.")
         try:
-            return cls(
-                unpack(payload, h * w * c, bits).reshape(h, w, c), height, width, num_codevectors, fingerprint.hex()
-            )
+            indices = unpack(payload, h * w * c, bits).reshape(h, w, c)
+            return cls(indices, height, width, num_codevectors, fingerprint.hex())
         except ValueError as error:
             raise CodesError(f"impossible: {error}") from None
 
 
 def read_codes(file: Path) -> ImageCodes:
-    """Read a `.looc` file. Raises CodesError, naming the file, where its content is not what was written."""
+    """Read a `.looc` file. Raises CodesError, naming the file, if it is damaged."""
     try:
         return ImageCodes.from_bytes(file.read_bytes())
     except OSError as error:
@@ -125,29 +117,29 @@ def read_codes(file: Path) -> ImageCodes:
 
 
 def write_codes(codes: ImageCodes, file: Path) -> int:
-    """Write a `.looc` file, beside its place and then renamed. Returns its size in bytes."""
+    """Write a `.looc` file beside its place, rename it, and return its size in bytes."""
     content = codes.to_bytes()
     replace_bytes(file, content)
     return len(content)
 
 
 def bits_per_code(num_codevectors: int) -> int:
-    """ceil(log2 K)."""
+    """Return ceil(log2 K)."""
     return (num_codevectors - 1).bit_length()
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that `count` codes of `bits` bits take, rounded up."""
+    """Return the number of bytes that `count` codes of `bits` bits take, rounded up."""
     return -(-count * bits // 8)
 
 
 def index_dtype(num_codevectors: int) -> np.dtype:
-    """The smallest unsigned integers that hold all codes."""
+    """Return the smallest unsigned dtype that holds all codes."""
     return np.min_scalar_type(num_codevectors - 1)
 
 
 def pack(indices: np.ndarray, bits: int) -> bytes:
-    """Codes in [0, 2**bits), of any shape, in row-major order at `bits` bits each, the highest bit first."""
+    """Pack codes in [0, 2**bits), of any shape, in row-major order at `bits` bits each, the highest bit first."""
     flat = np.ascontiguousarray(indices, dtype=">u4").reshape(-1)
     parts = []
     for start in range(0, flat.size, _CODES_AT_ONCE):
@@ -158,7 +150,7 @@ def pack(indices: np.ndarray, bits: int) -> bytes:
 
 
 def unpack(data: bytes | memoryview, count: int, bits: int) -> np.ndarray:
-    """The inverse of `pack`: `(count,)`, of the smallest unsigned integers that hold `bits` bits."""
+    """Invert `pack`: return codes `(count,)` in the smallest unsigned dtype that holds `bits` bits."""
     flat = np.empty(count, index_dtype(2**bits))
     packed = np.frombuffer(data, np.uint8)
     for start in range(0, count, _CODES_AT_ONCE):

@@ -1,4 +1,4 @@
-"""`looc-ldm analyze`: the paper's figures for any checkpoint."""
+"""`looc-ldm analyze`: draw the paper's figures for a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def analyze(options: Analyze) -> None:
     """Write figures, a page and numbers."""
     check_folder(options.output)
     if options.output.is_dir() and any(options.output.iterdir()) and not (options.output / PAGE).is_file():
-        raise UserError(f"--output {str(options.output)!r} holds something else than an analysis: give a new folder.")
+        raise UserError(f"--output {str(options.output)!r} does not hold an analysis: give a new folder.")
     device = choose_device(options.device)
     model, fingerprint = load_model(options.model, device, options.dtype)
     images = load_images(options.data, options, options.model, model)

@@ -1,4 +1,4 @@
-"""Folders of classes, and classes of samples and of real images in one numbering: that of the real images."""
+"""Folders of classes, and labels of samples in the numbering of the real images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from looc_ldm.commands.image_sets import DrawnImages
 from looc_ldm.utils.errors import UserError
 
-FOLDER_BYTES = 90  # of a name; the number of a class may follow
+FOLDER_BYTES = 90  # in a name; the number of a class may follow
+DEVICE = re.compile(r"(con|prn|aux|nul|(com|lpt)\d)(\.|$)", re.IGNORECASE)  # Windows has no folder of such a name
 
 
 def class_folders(names: Mapping[int, str]) -> dict[int, str]:
@@ -21,6 +22,7 @@ def class_folders(names: Mapping[int, str]) -> dict[int, str]:
         valid = re.sub(r'[\x00-\x1f<>:"/\\|?*]', "-", name).encode(errors="ignore")[:FOLDER_BYTES]
         # Folders that begin with a dot or "__" are hidden.
         stem = valid.decode(errors="ignore").lstrip("._ ").rstrip(". ") or str(label)
+        stem = f"-{stem}" if DEVICE.match(stem) else stem
         folder, number = stem, label
         while folder.casefold() in taken:
             folder, number = f"{stem} ({number})", number + 1
@@ -30,13 +32,12 @@ def class_folders(names: Mapping[int, str]) -> dict[int, str]:
 
 
 def labels_to_draw(pipe, reference, count: int) -> tuple[list[int | None], torch.Tensor | None]:
-    """Return the class that each of `count` samples is drawn as.
+    """Return a class for each of `count` samples.
 
-    If the reference has the classes of the model, they are drawn in the shares that they have there, else all classes
-    of the model in equal shares.
+    If the reference has the model's classes, each gets its share of the reference, else all get equal shares.
 
     Returns:
-        The labels of the pipeline, None for no class; and, if they come from the reference, their numbers there.
+        The pipeline's labels, None for no class; and, if they come from the reference, their numbers there.
     """
     if not pipe.num_class_embeds:
         return [None] * count, None
@@ -52,14 +53,14 @@ def labels_to_draw(pipe, reference, count: int) -> tuple[list[int | None], torch
 def _labels_of_pipe(pipe, own: list[int], reference) -> Mapping[int, int] | None:
     """Return the pipeline's label of each class of the reference; None if the classes differ.
 
-    They are matched by name, or, if one of the two has only numbers, by number if both have as many.
+    Classes match by name; if one side has only numbers and both have as many classes, by number.
     """
     found = {label: pipe.labels.get(name.casefold(), []) for label, name in reference.classes.items()}
     if found and all(len(labels) == 1 for labels in found.values()):
         return {label: labels[0] for label, labels in found.items()}
     own_names = [name for name, labels in pipe.labels.items() if set(labels) & set(own)]
     if all(any(not name.isdecimal() for name in names) for names in (own_names, reference.classes.values())):
-        return None  # other names: numbers would match classes with strangers
+        return None  # numbers would match different classes
     numbers = sorted(reference.classes) or reference.labels.unique().tolist()
     return dict(enumerate(own)) if numbers == list(range(len(own))) else None
 
@@ -67,12 +68,7 @@ def _labels_of_pipe(pipe, own: list[int], reference) -> Mapping[int, int] | None
 def compared_labels(samples, reference, drawn_from: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the labels of samples and reference `(n,)`, `(m,)`, in the numbering of the reference.
 
-    Args:
-        samples, reference: The sets of images.
-        drawn_from: Classes of drawn samples in the reference, from `labels_to_draw`.
-
-    Raises:
-        UserError: A side has no classes, or they cannot be matched.
+    `drawn_from` comes from `labels_to_draw`. Raises UserError if a side has no classes, or they cannot be matched.
     """
     for images, side in ((samples, "samples have"), (reference, "reference has")):
         if images.labels is None:
@@ -82,7 +78,7 @@ def compared_labels(samples, reference, drawn_from: torch.Tensor | None) -> tupl
     if isinstance(samples, DrawnImages):
         raise UserError("class_fid: the model and the reference have different classes, by name and by number.")
     names = reference.classes
-    if not samples.classes:  # of an npz: numbers
+    if not samples.classes:  # an npz has only numbers
         if names and not set(samples.labels.tolist()) <= set(names):
             raise UserError(f"class_fid: labels of the samples must be in [0, {len(names)}), as in the reference.")
         return samples.labels, reference.labels

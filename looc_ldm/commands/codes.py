@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,12 +22,11 @@ from looc_ldm.codes.looc_file import (
     read_codes,
     write_codes,
 )
-from looc_ldm.codes.table import TableRow, file_names, image_names, read_code_table, write_code_table
+from looc_ldm.codes.table import TableRow, image_names, read_code_table, write_code_table
 from looc_ldm.commands.many_files import check_targets, compute_in_batches, read_ahead, targets_of
 from looc_ldm.commands.options import Decode, Encode
 from looc_ldm.commands.shared import load_images, load_model
-from looc_ldm.images.image_set import ImageSet
-from looc_ldm.images.source import IMAGE_SUFFIXES, Stored
+from looc_ldm.images.source import IMAGE_SUFFIXES
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.utils.devices import choose_device
 from looc_ldm.utils.errors import DataError, UserError
@@ -51,29 +50,6 @@ class _Coded(NamedTuple):
     target: Path
 
 
-@dataclass
-class _Totals:
-    """Images encoded, their codes, and their pixels without padding."""
-
-    num_codevectors: int
-    images: int = 0
-    codes: int = 0
-    pixels: int = 0
-
-    def add(self, indices: np.ndarray, size: tuple[int, int]) -> None:
-        self.images += 1
-        self.codes += indices.size
-        self.pixels += math.prod(size)
-
-    def rates(self) -> str:
-        packed, ideal = bits_per_code(self.num_codevectors), math.log2(self.num_codevectors)
-        rate = self.codes / self.pixels
-        return (
-            f"codes: {rate * packed:.4f} bits per pixel packed, at ceil(log2 K) = {packed} bits; "
-            f"{rate * ideal:.4f} at log2 K = {ideal:.4g} bits"
-        )
-
-
 def encode(options: Encode) -> None:
     """Write one .looc file per image, or one table of a data set, and print the rate."""
     if options.format == "parquet":
@@ -88,35 +64,34 @@ def _encode_files(options: Encode) -> None:
     targets = targets_of(options.images, IMAGE_SUFFIXES, options.output, ".looc")
     check_targets(targets, options.overwrite)
     model, fingerprint = _load(options)
-    channels, totals, written = model.config.in_channels, _Totals(model.config.num_vq_embeddings), 0
+    images = codes = pixels = written = 0
+
+    def read(pair: tuple[Path, Path]) -> _Image:
+        source, target = pair
+        return _Image(read_pixels(source, str(source), model.config.in_channels), str(source), target)
 
     def readable() -> Iterator[_Image]:
-        for (source, target), pixels in read_ahead(targets, lambda pair: read_pixels(pair[0], str(pair[0]), channels)):
+        for _, image in read_ahead(targets, read):
             try:
-                yield _Image(pixels.result(), str(source), target)
+                yield image.result()
             except DataError as error:
                 _warn(error)
 
     with tqdm(total=len(targets), desc="encoding", unit="img") as bar:
-        for image, indices in _encoded(model, readable(), options):
-            if indices is None:
+        for image, packed in _encoded(model, fingerprint, readable(), options):
+            if packed is None:
                 _warn(_too_large(image.name, image.pixels.shape))
                 continue
-            height, width, _ = image.pixels.shape
             make_folder(image.target.parent)
-            written += write_codes(
-                ImageCodes(indices, height, width, totals.num_codevectors, fingerprint), image.target
-            )
-            totals.add(indices, (height, width))
+            written += write_codes(packed, image.target)
+            images, codes, pixels = images + 1, codes + packed.indices.size, pixels + packed.height * packed.width
             bar.update()
-    if totals.images:
-        headers = totals.images * HEADER_BYTES / written
-        print(f"{options.output}: {totals.images} images, {written:,} bytes, {headers:.1%} of them headers")
-        print(totals.rates())
-    if totals.images < len(targets):
-        raise DataError(
-            f"{len(targets) - totals.images} of {len(targets)} images could not be encoded and are left out."
-        )
+    if images:
+        headers = images * HEADER_BYTES / written
+        print(f"{options.output}: {images} images, {written:,} bytes, {headers:.1%} of them headers")
+        print(_rates(codes / pixels, model.config.num_vq_embeddings))
+    if images < len(targets):
+        raise DataError(f"{len(targets) - images} of {len(targets)} images could not be encoded and are left out.")
 
 
 def _encode_data_set(options: Encode) -> None:
@@ -127,83 +102,92 @@ def _encode_data_set(options: Encode) -> None:
     file = options.output / f"{split}.parquet"
     check_targets([(data, file)], options.overwrite)
     model, fingerprint = _load(options)
+    num_codevectors = model.config.num_vq_embeddings
     fit = "crop" if own_size else options.fit  # None: as in training
     images = load_images(data, replace(options, split=split, fit=fit), options.model, model)
-    totals = _Totals(model.config.num_vq_embeddings)
+    folder = Path(images.config.path).resolve()
+    codes = pixels = 0
 
     def read(index: int) -> _Image:
         stored = images.source.read(index)
         if own_size:
-            pixels = read_pixels(stored.content, stored.name, model.config.in_channels)
+            found = read_pixels(stored.content, stored.name, model.config.in_channels)
         else:
-            pixels = images[index][0].permute(1, 2, 0).numpy()
-        return _Image(pixels, _name_in_table(images, stored, index), label=stored.label if images.classes else None)
+            found = images[index][0].permute(1, 2, 0).numpy()
+        name = f"{images.config.split}/{index:08d}.png"
+        if isinstance(stored.content, str) and Path(stored.content).is_relative_to(folder):
+            name = Path(stored.content).relative_to(folder).as_posix()
+        return _Image(found, name, label=stored.label if images.classes else None)
 
     def rows() -> Iterator[TableRow]:
+        nonlocal codes, pixels
         readable = (image.result() for _, image in read_ahead(range(len(images)), read))
-        for image, indices in _encoded(model, readable, options):
-            if indices is None:
+        for image, packed in _encoded(model, fingerprint, readable, options):
+            if packed is None:
                 raise DataError(_too_large(image.name, image.pixels.shape))
-            height, width, _ = image.pixels.shape
-            totals.add(indices, (height, width) if own_size else images.content_size or (height, width))
-            codes = ImageCodes(indices, height, width, totals.num_codevectors, fingerprint)
-            yield TableRow(codes, image.name, image.label)
+            codes += packed.indices.size
+            # Without fitting each image has its own size; padding is not counted.
+            content = None if own_size else images.content_size
+            pixels += math.prod(content or (packed.height, packed.width))
+            yield TableRow(packed, image.name, image.label)
 
     make_folder(options.output)
     with tqdm(rows(), total=len(images), desc="encoding", unit="img", delay=1) as bar:
-        write_code_table(file, bar, totals.num_codevectors, images.classes)
+        write_code_table(file, bar, num_codevectors, images.classes)
     size = file.stat().st_size
     classes = f"{len(images.classes) or 'no'} classes"
-    print(f"{file}: {totals.images} images, {classes}, {size:,} bytes, {8 * size / totals.pixels:.4f} bits per pixel")
-    print(totals.rates())
+    print(f"{file}: {len(images)} images, {classes}, {size:,} bytes, {8 * size / pixels:.4f} bits per pixel")
+    print(_rates(codes / pixels, num_codevectors))
 
 
 def _encoded(
-    model: LooCVQModel, images: Iterator[_Image], options: Encode
-) -> Iterator[tuple[_Image, np.ndarray | None]]:
-    """Yield each image with its indices `(h, w, C)`; None if memory does not suffice."""
-    return compute_in_batches(
+    model: LooCVQModel, fingerprint: str, images: Iterator[_Image], options: Encode
+) -> Iterator[tuple[_Image, ImageCodes | None]]:
+    """Yield each image with its codes; None if memory does not suffice."""
+    found = compute_in_batches(
         images,
         lambda image: image.pixels.shape[:2],
         lambda batch: encode_pixels(model, np.stack([image.pixels for image in batch])),
         model,
         options.batch_size,
     )
+    for image, indices in found:
+        height, width, _ = image.pixels.shape
+        if indices is None:
+            yield image, None
+        else:
+            yield image, ImageCodes(indices, height, width, model.config.num_vq_embeddings, fingerprint)
 
 
-def _name_in_table(images: ImageSet, stored: Stored, index: int) -> str:
-    """Return the path of an image in its folder of images, or split and number."""
-    folder = Path(images.config.path).resolve()
-    if isinstance(stored.content, str) and Path(stored.content).is_relative_to(folder):
-        return Path(stored.content).relative_to(folder).as_posix()
-    return f"{images.config.split}/{index:08d}.png"
+def _rates(codes_per_pixel: float, num_codevectors: int) -> str:
+    packed, ideal = bits_per_code(num_codevectors), math.log2(num_codevectors)
+    return (
+        f"codes: {codes_per_pixel * packed:.4f} bits per pixel packed, at ceil(log2 K) = {packed} bits; "
+        f"{codes_per_pixel * ideal:.4f} at log2 K = {ideal:.4g} bits"
+    )
 
 
 def decode(options: Decode) -> None:
     """Write one PNG per image."""
     # For each file, the names of its images in messages, and the files that they become.
-    sources: list[tuple[Path, list[str], list[Path]]] = []
+    sources: list[tuple[Path, list[tuple[str, Path]]]] = []
     for source, target in targets_of(options.codes, (".looc", ".parquet"), options.output, ".png"):
         if source.suffix.lower() == ".parquet":
-            rows = file_names(source)
-            names = [f"{source}, row {row}" for row in rows]
-            sources.append((source, names, [target.parent / name for name in image_names(rows)]))
+            rows = image_names(source)
+            sources.append((source, [(f"{source}, row {row}", target.parent / name) for row, name in rows]))
         else:
-            sources.append((source, [str(source)], [target]))
-    named = [pair for _, names, targets in sources for pair in zip(names, targets, strict=True)]
-    check_targets(named, options.overwrite)
+            sources.append((source, [(str(source), target)]))
+    targets = [pair for _, pairs in sources for pair in pairs]
+    check_targets(targets, options.overwrite)
     model, fingerprint = _load(options)
 
     def readable() -> Iterator[_Coded]:
-        for source, names, targets in sources:
+        for source, pairs in sources:
             is_table = source.suffix.lower() == ".parquet"
             stored = (row.codes for row in read_code_table(source)) if is_table else map(read_codes, [source])
             try:
-                for codes, name, target in zip(stored, names, targets, strict=True):
-                    try:
-                        check_codes(codes, model, fingerprint)
-                    except CodesError as error:
-                        raise CodesError(f"{name!r} is {error}") from None
+                for codes, (name, target) in zip(stored, pairs, strict=True):
+                    check_codes(codes, model, fingerprint, repr(name))
                     yield _Coded(codes, name, target)
             except CodesError as error:  # no further row of the table is read
                 _warn(error)
@@ -224,13 +208,11 @@ def decode(options: Decode) -> None:
     decoded = compute_in_batches(
         readable(), lambda image: (image.codes.height, image.codes.width), decode_batch, model, options.batch_size
     )
-    written = 0
-    with tqdm(read_ahead(decoded, write), "decoding", len(named), unit="img") as bar:  # PNGs are written in threads
-        for _, is_written in bar:
-            written += is_written.result()
+    with tqdm(read_ahead(decoded, write), "decoding", len(targets), unit="img") as bar:  # PNGs are written in threads
+        written = sum(is_written.result() for _, is_written in bar)
     print(f"{options.output}: {written} images")
-    if written < len(named):
-        raise CodesError(f"{len(named) - written} of {len(named)} images could not be decoded and are left out.")
+    if written < len(targets):
+        raise CodesError(f"{len(targets) - written} of {len(targets)} images could not be decoded and are left out.")
 
 
 def _load(options: Encode | Decode) -> tuple[LooCVQModel, str]:
@@ -240,7 +222,7 @@ def _load(options: Encode | Decode) -> tuple[LooCVQModel, str]:
 
 
 def _warn(message: object) -> None:
-    """Print what is left out, above the progress bar."""
+    """Print a message above the progress bar."""
     tqdm.write(str(message), file=sys.stderr)
 
 

@@ -1,11 +1,11 @@
-"""`looc-ldm compare`: several autoencoders on the same images, sorted by bits per pixel, beside JPEG and WebP."""
+"""`looc-ldm compare`: measure several autoencoders on the same images, sorted by rate, beside JPEG and WebP."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Subset
@@ -23,9 +23,9 @@ from looc_ldm.analysis.comparison import (
 from looc_ldm.analysis.rate_distortion import CODECS, codec_curve
 from looc_ldm.codes.images import set_tiling
 from looc_ldm.commands.many_files import batch_of_squares, pixel_budget
-from looc_ldm.commands.measures import ReconstructionMeasures, reconstruction_measures
+from looc_ldm.commands.measures import reconstruction_measures
 from looc_ldm.commands.options import Compare
-from looc_ldm.commands.record import bias_note, versions
+from looc_ldm.commands.record import versions
 from looc_ldm.commands.shared import cast, data_of, load_images, load_model
 from looc_ldm.images.image_set import ImageSet, spread
 from looc_ldm.images.pixels import centre_crop, to_float, to_uint8
@@ -36,8 +36,7 @@ from looc_ldm.utils.errors import ModelError, UserError
 from looc_ldm.utils.files import check_folder, make_folder, replace_bytes
 
 
-@dataclass
-class _Candidate:
+class _Candidate(NamedTuple):
     """A model to compare: source as typed, name in the table, fingerprint of its weights as they are stored."""
 
     source: str
@@ -83,7 +82,8 @@ def compare(options: Compare) -> None:
     originals = centre_crop(shown, images.content_size)
     factor = difference_factor(originals, models)
     drawings = [comparison_picture(originals, models, factor), rate_distortion_figure(codecs, models, len(compressed))]
-    table, notes = markdown_table(models), _notes(candidates, measures, images, len(chosen), options)
+    table = markdown_table(models)
+    notes = _notes(candidates, images, len(chosen), options) + measures.notes(len(chosen))
     record = {
         "models": [
             {"name": candidate.name, "model": candidate.source, "fingerprint": candidate.fingerprint, **model.figures}
@@ -101,9 +101,17 @@ def compare(options: Compare) -> None:
         "command": options.command_line,
         "version": __version__,
     }
-    _write(options.output, _page(table, notes, drawings, options), record, drawings)
-    print(table)
-    print("\n".join(["", *notes, f"{options.output}: comparison.md, .json, .png, .svg, rate_distortion.png, .svg"]))
+    page = ["# Comparison", table, "\n".join(f"- {note}" for note in notes)]
+    files = {"comparison.json": (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()}
+    for drawing in drawings:
+        page += [f"## {drawing.title}", f"![{drawing.title}]({drawing.name}.png)", drawing.caption]
+        files |= {f"{drawing.name}.png": drawing.png(), f"{drawing.name}.svg": drawing.svg()}
+    page += ["## Command", f"```\n{options.command_line}\n```\n"]
+    files["comparison.md"] = "\n\n".join(page).encode()
+    make_folder(options.output)
+    for name, content in files.items():
+        replace_bytes(options.output / name, content)
+    print("\n".join([table, "", *notes, f"{options.output}: {', '.join(files)}"]))
 
 
 def _load(options: Compare) -> list[_Candidate]:
@@ -111,24 +119,22 @@ def _load(options: Compare) -> list[_Candidate]:
     names = options.names or distinguishing_names(options.models)
     if len(names) != len(options.models):
         raise UserError(f"--names gives {len(names)} names to {len(options.models)} models.")
-    candidates = []
-    for source, name in zip(options.models, names, strict=True):
-        model, fingerprint = load_model(source, torch.device("cpu"))
-        candidates.append(_Candidate(source, name, model, fingerprint))
+    cpu = torch.device("cpu")
+    candidates = [_Candidate(s, name, *load_model(s, cpu)) for s, name in zip(options.models, names, strict=True)]
     first = candidates[0]
     side = options.resolution or first.model.config.sample_size
     multiple = math.lcm(*(candidate.model.downsampling_factor for candidate in candidates))
-    for candidate in candidates:
-        channels, expected = candidate.model.config.in_channels, first.model.config.in_channels
+    for source, _, model, _ in candidates:
+        channels, expected = model.config.in_channels, first.model.config.in_channels
         if channels != expected:
             raise ModelError(
-                f"{first.source!r} takes images of {expected} channels and {candidate.source!r} of {channels}: they "
-                "cannot be compared on the same images."
+                f"{first.source!r} takes images of {expected} channels and {source!r} of {channels}: they cannot be "
+                "compared on the same images."
             )
-        if side % candidate.model.downsampling_factor:
+        if side % model.downsampling_factor:
             raise UserError(
-                f"{candidate.source!r} takes images whose side is a multiple of {candidate.model.downsampling_factor}, "
-                f"not {side}x{side}: give --resolution, a multiple of {multiple} for all these models."
+                f"{source!r} takes images whose side is a multiple of {model.downsampling_factor}, not {side}x{side}: "
+                f"give --resolution, a multiple of {multiple} for all these models."
             )
     return candidates
 
@@ -140,10 +146,8 @@ def _reconstruct(model: LooCVQModel, originals: torch.Tensor, batch_size: int) -
     return torch.cat([to_uint8(model.decode(model.encode(batch).latents).sample).cpu() for batch in batches])
 
 
-def _notes(
-    candidates: list[_Candidate], measures: ReconstructionMeasures, images: ImageSet, count: int, options: Compare
-) -> list[str]:
-    """Return lines on what was measured and how."""
+def _notes(candidates: list[_Candidate], images: ImageSet, count: int, options: Compare) -> list[str]:
+    """Return lines on the data and the protocol."""
     config = images.config
     side = f"{config.resolution}x{config.resolution}"
     notes = [
@@ -155,32 +159,4 @@ def _notes(
         notes.append(f"measured, and bits counted, on the {width}x{height} pixels inside the padding")
     sizes = {candidate.name: candidate.model.config.sample_size for candidate in candidates}
     others = [f"{name} ({size}x{size})" for name, size in sizes.items() if size != config.resolution]
-    if others:
-        notes.append(f"trained at another resolution: {', '.join(others)}")
-    notes += measures.not_measured
-    if measures.features is not None and "rfid" in measures.metrics:
-        bias = bias_note(count, measures.features.dim, f"rfid@{measures.features.name}")
-        notes += [bias] if bias else []
-    return notes
-
-
-def _page(table: str, notes: list[str], drawings: list, options: Compare) -> str:
-    """Return comparison.md."""
-    parts = ["# Comparison", table, "\n".join(f"- {note}" for note in notes)]
-    for drawing in drawings:
-        parts += [f"## {drawing.title}", f"![{drawing.title}]({drawing.name}.png)", drawing.caption]
-    parts += ["## Command", f"```\n{options.command_line}\n```"]
-    return "\n\n".join(parts) + "\n"
-
-
-def _write(folder: Path, page: str, record: dict, drawings: list) -> None:
-    """Write all files; those of an earlier comparison are replaced."""
-    files = {f"{drawing.name}.png": drawing.png() for drawing in drawings}
-    files |= {f"{drawing.name}.svg": drawing.svg() for drawing in drawings}
-    files |= {
-        "comparison.md": page.encode(),
-        "comparison.json": (json.dumps(record, indent=2, allow_nan=False) + "\n").encode(),
-    }
-    make_folder(folder)
-    for name, content in files.items():
-        replace_bytes(folder / name, content)
+    return notes + ([f"trained at a different resolution: {', '.join(others)}"] if others else [])

@@ -1,13 +1,8 @@
-"""`looc-ldm convert`: weights of other projects as our folders."""
+"""`looc-ldm convert`: convert weights of other projects to our folders."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 
 from diffusers.utils import logging as diffusers_logging
 
@@ -21,16 +16,17 @@ from looc_ldm.convert import (
     read_original_config,
     settings_of,
 )
+from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.models.scaling import check_scaling
+from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.utils.errors import UserError
-from looc_ldm.utils.files import check_folder, check_name, partial_of
+from looc_ldm.utils.files import check_folder, folder_when_complete
 
 
 def convert(options: Convert) -> None:
     """Write the converted model to a new folder, and print its main properties."""
     if options.output.exists() or options.output.is_symlink():
         raise UserError(f"--output {str(options.output)!r} exists already: give a new folder.")
-    check_name(options.output)
     check_folder(options.output)
     tensors = read_checkpoint(options.checkpoint)
     kind = options.kind or kind_of(tensors)
@@ -39,41 +35,34 @@ def convert(options: Convert) -> None:
         settings = settings_of(read_original_config(options.original_config), kind)
     given = {item.name: getattr(options, item.name) for item in fields(Settings) if hasattr(options, item.name)}
     settings = settings.overridden_by(Settings(**given))
-    write = _write_pipeline if kind == "ldm" else _write_autoencoder
-    notes = write(tensors, kind, settings, options)
-    print("\n".join([*notes, f"{kind}: {options.output}"]))
-
-
-def _write_autoencoder(tensors: dict, kind: str, settings: Settings, options: Convert) -> list[str]:
-    model, updates = convert_autoencoder(tensors, kind, settings, use_ema=not options.no_ema)
-    notes = [*_notes_on_average(updates), *_notes_on_model(model)]
-    with _new_folder(options.output) as folder:
+    if kind == "ldm":
+        model, updates = convert_ldm(tensors, settings, use_ema=not options.no_ema)
+    else:
+        model, updates = convert_autoencoder(tensors, kind, settings, use_ema=not options.no_ema)
+    live = "the live ones" if updates is None else f"their moving average{f', of {updates:,} steps' * (updates >= 0)}"
+    notes = _notes_on_pipeline(model, settings) if kind == "ldm" else _notes_on_autoencoder(model)
+    diffusers_logging.disable_progress_bar()
+    with folder_when_complete(options.output) as folder:
         model.save_pretrained(folder)
-    try:
-        check_scaling(model)
-    except ValueError as error:
-        notes.append(f"For a diffusion model on it: {error}")
-    return notes
+    print("\n".join([f"Weights: {live}.", *notes, f"{kind}: {options.output}"]))
 
 
-def _write_pipeline(tensors: dict, kind: str, settings: Settings, options: Convert) -> list[str]:
-    pipe, updates = convert_ldm(tensors, settings, use_ema=not options.no_ema)
-    notes = [*_notes_on_average(updates), *_notes_on_model(pipe.vqvae), *_notes_on_model(pipe.unet)]
+def _notes_on_pipeline(pipe: LooCLDMPipeline, settings: Settings) -> list[str]:
+    notes = [*_notes_on_model(pipe.vqvae), *_notes_on_model(pipe.unet)]
     if pipe.class_embedding is None:
         order = "head by head" if settings.qkv_by_head else "for all heads together"
         notes.append(f"Attention: query, key and value are taken {order} (use_new_attention_order).")
     elif pipe.config.null_class_label is None:
         notes.append("No null class: guidance is off. If a label stands for no class, give it as --null-class-label.")
-    diffusers_logging.disable_progress_bar()
-    with _new_folder(options.output) as folder:
-        pipe.save_pretrained(folder)
     return notes
 
 
-def _notes_on_average(updates: int | None) -> list[str]:
-    if updates is None:
-        return ["Weights: the live ones."]
-    return [f"Weights: their moving average{'' if updates < 0 else f', of {updates:,} steps'}."]
+def _notes_on_autoencoder(model: LooCVQModel) -> list[str]:
+    try:
+        check_scaling(model)
+    except ValueError as error:
+        return [*_notes_on_model(model), f"For a diffusion model on it: {error}"]
+    return _notes_on_model(model)
 
 
 def _notes_on_model(model) -> list[str]:
@@ -91,18 +80,3 @@ def _notes_on_model(model) -> list[str]:
             f"codebook_update {config.codebook_update}, gradient {config.gradient}."
         )
     return notes
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder beside `folder`, which is renamed to it at the end."""
-    partial = partial_of(folder)
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        os.rename(partial, folder)
-    except OSError as error:
-        raise UserError(f"cannot write {str(folder)!r}: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""`looc-ldm evaluate reconstruction`: how well a first stage reconstructs, and at which rate.
+"""`looc-ldm evaluate reconstruction`: measure how well a first stage reconstructs, and at which rate.
 
 Several processes (`accelerate launch -m looc_ldm.cli evaluate ...`) divide the images and get the same figures.
 """
@@ -12,21 +12,21 @@ from looc_ldm.commands.image_sets import StoredImages
 from looc_ldm.commands.many_files import batch_of_squares, pixel_budget
 from looc_ldm.commands.measures import reconstruction_measures
 from looc_ldm.commands.options import EvaluateReconstruction
-from looc_ldm.commands.record import bias_note, machine, make_record, print_record, write_record
+from looc_ldm.commands.record import machine, make_record, write_and_print
 from looc_ldm.commands.shared import check_file, data_of, load_images, load_model
 from looc_ldm.images.pixels import to_float
 from looc_ldm.metrics.shares import share_of_batches
-from looc_ldm.utils.distributed import start_processes
+from looc_ldm.utils.distributed import make_accelerator
 
 READ_BATCH = 32  # images that are read, and reconstructed, at a time
 
 
-def evaluate_reconstruction(options: EvaluateReconstruction) -> None:
+def evaluate(options: EvaluateReconstruction) -> None:
     """Measure, print and write figures, with their rate. Collective."""
     check_file(options.output)
     measures = reconstruction_measures(options)
-    device, accelerator = start_processes(options.device)
-    is_main = accelerator is None or accelerator.is_main_process
+    accelerator = make_accelerator(options.device)
+    device, is_main = accelerator.device, accelerator.is_main_process
     model, fingerprint = load_model(options.model, device, options.dtype)
     images = load_images(options.data, options, options.model, model)
     side = images.config.resolution
@@ -37,22 +37,16 @@ def evaluate_reconstruction(options: EvaluateReconstruction) -> None:
         chosen.batches(shares), desc="reconstructing", unit="batch", total=len(shares), delay=1, disable=not is_main
     ) as bar:
         figures = measures.evaluate(model, map(to_float, bar), images.content_size, accelerator)
-    if accelerator is not None:
-        accelerator.end_training()
-    if not is_main:
-        return
-    record = make_record(
-        figures | data_of(images),
-        options,
-        options.model,
-        weights=measures.weights,
-        fingerprints={"vqvae": fingerprint},
-        seeds=measures.seeds,
-        machine=machine(device, accelerator),
-    )
-    notes = list(measures.not_measured)
-    if measures.features is not None and "rfid" in measures.metrics:
-        notes.append(bias_note(figures["images"], measures.features.dim, f"rfid@{measures.features.name}"))
-    record["notes"] = [note for note in notes if note]
-    write_record(record, options.output)
-    print_record(record, record["notes"])
+    accelerator.end_training()
+    if is_main:
+        record = make_record(
+            figures | data_of(images),
+            options,
+            options.model,
+            weights=measures.weights,
+            fingerprints={"vqvae": fingerprint},
+            seeds=measures.seeds,
+            machine=machine(accelerator),
+            notes=measures.notes(figures["images"]),
+        )
+        write_and_print(record, options.output)

@@ -14,14 +14,13 @@ from tqdm.auto import tqdm
 
 from looc_ldm.commands.image_sets import DrawnImages, NpzImages, StoredImages
 from looc_ldm.commands.measures import GenerationMeasures
-from looc_ldm.commands.options import EvaluateGeneration
 from looc_ldm.metrics.collect import Features
 from looc_ldm.metrics.frechet import FeatureMoments
 from looc_ldm.metrics.generation import METRICS, collect_features, vectors_needed
-from looc_ldm.metrics.reference import ReferenceCache, default_cache_folder
+from looc_ldm.metrics.reference import ReferenceCache
 from looc_ldm.metrics.samples import NpzWriter, npz_writer
 from looc_ldm.metrics.shares import share_of_batches
-from looc_ldm.utils.files import check_folder, make_folder
+from looc_ldm.utils.files import make_folder
 
 READ_BATCH = 50  # images that are read at a time
 
@@ -29,24 +28,15 @@ Reference = NpzImages | StoredImages
 Samples = DrawnImages | Reference
 
 
-def open_cache(options: EvaluateGeneration) -> ReferenceCache:
-    if options.no_cache:
-        return ReferenceCache(None)
-    folder = options.cache or default_cache_folder()
-    check_folder(folder)
-    return ReferenceCache(folder)
-
-
 def reference_features(
     reference: Reference,
     measures: GenerationMeasures,
     networks: Mapping,
     cache: ReferenceCache,
-    device: torch.device,
-    accelerator: Accelerator | None,
+    accelerator: Accelerator,
 ) -> dict[str, Features]:
     """Return features of the real images by network, complete on the main process. Collective."""
-    is_main = accelerator is None or accelerator.is_main_process
+    is_main = accelerator.is_main_process
     compared = [name for name in measures.metrics if not METRICS[name].logits]
     rows = {METRICS[name].network: vectors_needed(compared, METRICS[name].network) for name in compared}
     found: dict[str, Features] = {}
@@ -61,32 +51,29 @@ def reference_features(
                 stored = cache.load(keys[name] | {"rows": False})
             if stored is not None:
                 found[name] = stored
-    missing = [name for name in rows if name not in found]
-    if accelerator is not None:
-        (missing,) = broadcast_object_list([missing])  # as the main process sees it
+    (missing,) = broadcast_object_list([[name for name in rows if name not in found]])  # as the main process sees it
     if missing:
         if is_main:
             fewer = "" if isinstance(reference, NpzImages) else " (--reference-images N reads fewer)"
             kept = "" if cache.folder is None else "; their features are kept for further runs"
             print(f"reading {len(reference):,} real images to compare the samples with{fewer}{kept}", file=sys.stderr)
         shares = share_of_batches(len(reference), READ_BATCH, accelerator)
-        with tqdm(
-            reference.batches(shares), "real images", len(shares), unit="batch", delay=1, disable=not is_main
-        ) as bar:
+        batches = reference.batches(shares)
+        with tqdm(batches, "real images", len(shares), unit="batch", delay=1, disable=not is_main) as bar:
             needed = {name: networks[name] for name in missing}
             keep = [name for name in missing if rows[name]]
-            collected = collect_features(bar, needed, keep, accelerator, logits=False, device=device)
+            collected = collect_features(bar, needed, keep, accelerator, logits=False, device=accelerator.device)
         if is_main:
             for name, features in collected.items():
                 cache.save(keys[name] | {"rows": rows[name]}, features)
         found |= collected
-    if statistics is not None and "inception" in found:  # from the cache only the main process has them
+    if statistics is not None and "inception" in found:  # only the main process has what the cache held
         found["inception"].moments = statistics
     return found
 
 
 def stored_statistics(measures: GenerationMeasures, reference: Reference) -> FeatureMoments | None:
-    """Return the statistics in the reference if FID can be measured against them: of the usual FID's features."""
+    """Return the statistics in the reference if FID can be measured against them: they are of the usual features."""
     usual = "fid" in measures.metrics and measures.protocol.name == "clean"
     if not usual or not isinstance(reference, NpzImages) or not reference.has_statistics:
         return None
@@ -102,47 +89,36 @@ def _cache_key(reference: Reference, measures: GenerationMeasures, network: str)
 
 
 def sample_features(
-    samples: Samples,
-    measures: GenerationMeasures,
-    networks: Mapping,
-    export_npz: Path | None,
-    device: torch.device,
-    accelerator: Accelerator | None,
+    samples: Samples, measures: GenerationMeasures, networks: Mapping, export_npz: Path | None, accelerator: Accelerator
 ) -> dict[str, Features]:
     """Return features of samples by network, complete on the main process, and write the npz. Collective."""
-    is_main = accelerator is None or accelerator.is_main_process
-    drawn = isinstance(samples, DrawnImages)
+    is_main, drawn = accelerator.is_main_process, isinstance(samples, DrawnImages)
     batch_size = samples.sampling.batch_size if drawn else READ_BATCH
     shares = share_of_batches(len(samples), batch_size, accelerator)
-    hidden = drawn or not is_main  # samples that are drawn have a bar of their own
     writing = nullcontext()
     if export_npz is not None and is_main:
         make_folder(export_npz.parent)
         writing = npz_writer(export_npz, len(samples), samples.labels)
+    hidden = drawn or not is_main  # samples that are drawn have a bar of their own
     with (
         tqdm(samples.batches(shares), "samples", len(shares), unit="batch", delay=1, disable=hidden) as bar,
         writing as writer,
     ):
         images: Iterable[torch.Tensor] = bar
         if export_npz is not None:
-            processes = 1 if accelerator is None else accelerator.num_processes
-            images = _exported(bar, -(-len(samples) // (batch_size * processes)), writer, accelerator)
+            images = _exported(bar, -(-len(samples) // (batch_size * accelerator.num_processes)), writer)
         keep = [name for name in networks if vectors_needed(measures.metrics, name)]
-        return collect_features(images, networks, keep, accelerator, device=device)
+        return collect_features(images, networks, keep, accelerator, device=accelerator.device)
 
 
-def _exported(
-    batches: Iterable[torch.Tensor], rounds: int, writer: NpzWriter | None, accelerator: Accelerator | None
-) -> Iterator[torch.Tensor]:
+def _exported(batches: Iterable[torch.Tensor], rounds: int, writer: NpzWriter | None) -> Iterator[torch.Tensor]:
     """Yield the batches of this process, while the main one writes those of all. Collective, `rounds` times."""
     iterator = iter(batches)
     for _ in range(rounds):
         batch = next(iterator, None)
-        of_all = [batch] if accelerator is None else gather_object([batch])
-        if writer is not None:
-            for each in of_all:
-                if each is not None:
-                    writer.add(each)
+        for each in gather_object([batch]):
+            if writer is not None and each is not None:
+                writer.add(each)
         if batch is not None:
             yield batch
-    next(iterator, None)  # there is none; it completes the bar
+    next(iterator, None)  # finds nothing, and completes the bar

@@ -1,4 +1,4 @@
-"""`looc-ldm push` and `looc-ldm pull`: models to the model hub and from it."""
+"""`looc-ldm push` and `looc-ldm pull`: upload models to the hub, and download them."""
 
 from __future__ import annotations
 

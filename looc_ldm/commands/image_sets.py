@@ -1,13 +1,13 @@
-"""Sets of images that are measured: drawn from a model, of a data set, or of an .npz.
+"""Sets of images to measure: drawn from a model, from a data set, or from an .npz.
 
-Each has a length, `labels` (int64 `(n,)` or None), `classes` (names of the labels, or none), and `batches(shares)`:
-uint8 images `(B, C, H, W)` for each range of places, so that each of several processes asks for its own. Stored ones
-also have `shape` (C, H, W), `key` (what their features depend on) and `about` (for the record).
+Each has a length, `labels` (int64 `(n,)` or None), `classes` (names of the labels; may be empty), and
+`batches(shares)`: uint8 images `(B, C, H, W)` for each range of places. Stored ones also have `shape` (C, H, W), `key`
+(everything that their features depend on) and `about` (for the record).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -28,12 +28,9 @@ from looc_ldm.utils.errors import DataError
 
 
 class StoredImages:
-    """Images of a data set, read ahead in threads.
+    """Images of a data set, all or `count` at even distances, read ahead in threads.
 
-    Args:
-        images: The data set.
-        count: Take only this many, at even distances; all if not given.
-        at_own_size: Take images as they are stored, which must be one size, instead of bringing them to the set's size.
+    With `at_own_size` they are taken as they are stored, and must have one size.
     """
 
     def __init__(self, images: ImageSet, count: int | None = None, at_own_size: bool = False):
@@ -46,13 +43,11 @@ class StoredImages:
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def batches(self, shares: Iterable[range]) -> Iterator[torch.Tensor]:
-        """uint8 images `(B, C, H, W)` of each share. Raises DataError for one that is unreadable or of another size."""
-        shares = list(shares)
-        places = chain.from_iterable(shares)
-        # A whole batch: they are read while the network is busy with the one before.
+    def batches(self, shares: list[range]) -> Iterator[torch.Tensor]:
+        """Yield the images of each share. Raises DataError for one that is unreadable or of a different size."""
+        # At least a whole batch: it is read while the network is busy with the previous one.
         ahead = max(2 * READERS, *map(len, shares), 0)
-        reading = read_ahead((self.chosen[place] for place in places), self._read, ahead)
+        reading = read_ahead((self.chosen[place] for place in chain.from_iterable(shares)), self._read, ahead)
         for share in shares:
             yield torch.stack([future.result() for _, future in islice(reading, len(share))])
 
@@ -72,8 +67,7 @@ class StoredImages:
     def _read(self, index: int) -> torch.Tensor:
         if self._first is None:
             return self.images.read(index)[0]
-        image, stored = self.images.open(index)
-        first, stored_first = self._first
+        (image, stored), (first, stored_first) = self.images.open(index), self._first
         if image.size != first.size:
             raise DataError(
                 f"{stored.name} is {image.width}x{image.height} and {stored_first.name} {first.width}x{first.height}: "
@@ -97,14 +91,7 @@ class NpzImages(NpzSamples):
 
 
 class DrawnImages:
-    """Images that a pipeline draws when they are asked for; the same ones whatever the number of processes.
-
-    Args:
-        pipe: The model.
-        labels: The class of each image; None for no class.
-        sampling: Steps, guidance, batch size and seed.
-        progress: Whether to show a bar.
-    """
+    """Images that a pipeline draws on demand, one per label (None for no class), on any number of processes."""
 
     def __init__(self, pipe: LooCLDMPipeline, labels: list[int | None], sampling: SamplingOptions, progress: bool):
         self.pipe, self.sampling, self.progress = pipe, sampling, progress
@@ -115,9 +102,8 @@ class DrawnImages:
     def __len__(self) -> int:
         return len(self.drawn_as)
 
-    def batches(self, shares: Iterable[range]) -> Iterator[torch.Tensor]:
-        """uint8 images `(B, C, H, W)` of each share, whose lengths but the last one's are the batch size."""
-        shares = list(shares)
+    def batches(self, shares: list[range]) -> Iterator[torch.Tensor]:
+        """Yield the images of each share. All shares but the last have `batch_size` images."""
         drawn = sample_images(
             self.pipe,
             self.drawn_as,
@@ -130,7 +116,7 @@ class DrawnImages:
         )
         for share in shares:
             yield torch.stack(list(islice(drawn, len(share))))
-        next(drawn, None)  # there is none; it completes the bar
+        next(drawn, None)  # finds nothing, and completes the bar
 
 
 def is_npz(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""`looc-ldm`: the command line. A command's options and code are imported once its name is known."""
+"""`looc-ldm`: the command line. A command's options and code are imported only when its name is known."""
 
 from __future__ import annotations
 
@@ -21,14 +21,10 @@ COMMANDS = {
     "reconstruct": ("Reconstruct", "reconstruct:reconstruct", "show originals beside reconstructions"),
     "encode": ("Encode", "codes:encode", "encode images as packed codes or a table of codes"),
     "decode": ("Decode", "codes:decode", "decode packed codes to images"),
-    "evaluate reconstruction": (
-        "EvaluateReconstruction",
-        "evaluate_reconstruction:evaluate_reconstruction",
-        "measure reconstructions and their rate",
-    ),
+    "evaluate reconstruction": ("EvaluateReconstruction", "evaluate_reconstruction:evaluate", "measure an autoencoder"),
     "evaluate generation": (
         "EvaluateGeneration",
-        "evaluate_generation:evaluate_generation",
+        "evaluate_generation:evaluate",
         "measure samples against real images",
     ),
     "analyze": ("Analyze", "analyze:analyze", "draw the paper's figures for a model"),

@@ -1,4 +1,4 @@
-"""Work on many files: which becomes which, reading ahead of the network, batches that fit into memory."""
+"""Work on many files: map each to the file that it becomes, read ahead of the network, batch to fit into memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from looc_ldm.codes.images import set_tiling
 from looc_ldm.images.folders import files_in
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.utils.errors import DataError, UserError
-from looc_ldm.utils.files import check_folder, check_name
+from looc_ldm.utils.files import check_folder
 
 READERS = min(8, os.cpu_count() or 1)  # threads: Pillow decodes without holding the interpreter
-# At a time, where no batch size is given. On a CPU batches are worth something for small images only.
+# Pixels that go through the network at a time. On a CPU batches help small images only.
 PIXELS_PER_BATCH = {"cpu": 2**18}
 PIXELS_PER_BATCH_ELSEWHERE = 2**21
 
@@ -28,21 +28,18 @@ Result = TypeVar("Result")
 
 
 def targets_of(inputs: list[str], suffixes: tuple[str, ...], output: Path, suffix: str) -> list[tuple[Path, Path]]:
-    """Return each file that is meant, with the file that it becomes."""
+    """Return each input file, and each file in an input folder, with the file that it becomes."""
     targets = []
-    for name in inputs:
-        place = Path(name)
+    for place in map(Path, inputs):
         if place.is_dir():
             files = [place / file for file in files_in(place, suffixes)]
             if not files:
-                raise DataError(f"nothing to read in the folder {name} (looked for {', '.join(suffixes)}).")
+                raise DataError(f"nothing to read in the folder {place} (looked for {', '.join(suffixes)}).")
             targets += [(file, output / file.relative_to(place).with_suffix(suffix)) for file in files]
         elif place.is_file():
             targets.append((place, output / place.with_suffix(suffix).name))
-        elif suffix == ".looc":
-            raise DataError(f"no file or folder {name!r} (data sets by name go with --format parquet).")
         else:
-            raise DataError(f"no file or folder {name!r}.")
+            raise DataError(f"no file or folder {str(place)!r} (encode takes data sets by name with --format parquet).")
     return targets
 
 
@@ -50,17 +47,9 @@ def check_targets(targets: list[tuple[Path | str, Path]], overwrite: bool) -> No
     """Refuse, before any work, targets that would lose a file or cannot be written. Sources are only named."""
     sources: dict[Path, Path | str] = {}
     for source, target in targets:
-        check_name(target)
         if target in sources:
             raise UserError(f"{str(sources[target])!r} and {str(source)!r} would both become {str(target)!r}.")
         sources[target] = source
-    folders = {folder: target for target in sources for folder in target.parents}
-    for folder, target in folders.items():
-        if folder in sources:
-            raise UserError(
-                f"{str(sources[folder])!r} would become the file {str(folder)!r}, and {str(sources[target])!r} "
-                f"{str(target)!r} in a folder of that name."
-            )
     for folder in {target.parent for target in sources}:
         check_folder(folder)
     existing = [target for target in sources if os.path.lexists(target)]
@@ -74,7 +63,7 @@ def check_targets(targets: list[tuple[Path | str, Path]], overwrite: bool) -> No
 def read_ahead(
     sources: Iterable[T], read: Callable[[T], Result], ahead: int = 2 * READERS
 ) -> Iterator[tuple[T, Future[Result]]]:
-    """Yield each source with what `read` makes of it in a thread, in order; only `ahead` are held at a time."""
+    """Yield each source, in order, with the result of `read` in a thread; only `ahead` are held at a time."""
     with ThreadPoolExecutor(READERS) as pool:
         pending: deque[tuple[T, Future[Result]]] = deque()
         for source in sources:
@@ -103,14 +92,8 @@ def compute_in_batches(
 ) -> Iterator[tuple[T, Result | None]]:
     """Yield each item, in order, with its result; None if memory runs out for this item alone.
 
-    Items that follow each other and are of one size are computed together.
-
-    Args:
-        items: Images or codes.
-        size_of: Height and width of an item in pixels.
-        compute: Returns one result per item, by the model.
-        model: Computes larger images than its kind of device takes at a time in tiles.
-        limit: Most items of a batch; None for as many as suit the kind of device.
+    Consecutive items of one size (height, width) are computed together, at most `limit`, by default as many as suit the
+    kind of device. The model computes larger images than that in tiles.
     """
     budget = pixel_budget(model.device.type)
     for (height, width), neighbours in groupby(items, size_of):

@@ -1,59 +1,60 @@
-"""Figures that a command measures, with their networks, whose weights are checked before any work."""
+"""Figures that a command measures, with their networks. Weights are loaded once before any work, as a check."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch.nn as nn
 from accelerate import Accelerator
 
 from looc_ldm.commands.options import GenerationMetricOptions, InceptionOptions, ReconstructionMetricOptions
+from looc_ldm.commands.record import bias_note
 from looc_ldm.metrics import CLIPFeatures, DINOv2Features, InceptionFeatures, VGG16Features, evaluate_reconstruction
 from looc_ldm.metrics.extractors import Extractor
 from looc_ldm.metrics.fidelity import SEED
 from looc_ldm.metrics.generation import DEFAULT_METRICS, check_metrics, networks_needed
-from looc_ldm.metrics.lpips import NETWORKS, load_lpips, lpips_identity
+from looc_ldm.metrics.lpips import load_lpips, lpips_identity
 from looc_ldm.metrics.protocols import CleanProtocol, get_protocol
 from looc_ldm.metrics.reconstruction import FEATURE_METRICS, PIXEL_METRICS
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.utils.errors import UserError
 
-# The option that gives the weights of a figure's network; None if it needs none.
-LPIPS = {f"lpips_{network}": network for network in NETWORKS}
-RECONSTRUCTION: dict[str, str | None] = {
+T = TypeVar("T")
+
+LPIPS = {"lpips_vgg": "vgg", "lpips_alex": "alex"}
+# The network of each figure of reconstructions; None if it needs none.
+RECONSTRUCTION = {
     **dict.fromkeys(PIXEL_METRICS),
-    **{name: f"{name}_weights" for name in LPIPS},
-    **dict.fromkeys(FEATURE_METRICS, "inception_weights"),
+    **{name: name for name in LPIPS},
+    **dict.fromkeys(FEATURE_METRICS, "inception"),
 }
-NETWORK_OPTIONS = {"inception": "inception_weights", "dinov2": "dinov2", "clip": "clip", "vgg": "vgg_weights"}
+# The option that gives the weights of each network.
+WEIGHTS = {name: f"{name}_weights" for name in ("inception", *LPIPS, "vgg")} | {"dinov2": "dinov2", "clip": "clip"}
 
 
 @dataclass(frozen=True)
 class ReconstructionMeasures:
-    """Figures of reconstructions to measure, with their networks.
+    """Figures of reconstructions to measure, with their networks."""
 
-    Attributes:
-        metrics: Names of `RECONSTRUCTION`.
-        protocol: Name of the way images are prepared.
-        features: Network of rFID and KID.
-        lpips: Networks of LPIPS by the name of the figure.
-        weights: Identity of the networks' weights, for the record.
-        not_measured: One line per option that would give the weights of figures that are left out.
-    """
-
-    metrics: list[str]
+    metrics: list[str]  # names in `RECONSTRUCTION`
     protocol: str
-    features: InceptionFeatures | None
-    lpips: dict[str, nn.Module]
-    weights: dict[str, dict]
-    not_measured: list[str]
+    features: InceptionFeatures | None  # for rFID and KID
+    lpips: dict[str, nn.Module]  # by the name of the figure
+    weights: dict[str, dict]  # identity of the networks' weights, for the record
+    not_measured: list[str]  # one line per option that would give missing weights
 
     @property
     def seeds(self) -> dict[str, int]:
         """Seeds that figures depend on, for the record."""
         return {"kid": SEED} if "kid" in self.metrics else {}
+
+    def notes(self, images: int) -> list[str]:
+        """Return lines on figures that are left out, or biased because there are few images."""
+        if "rfid" not in self.metrics:
+            return self.not_measured
+        return self.not_measured + bias_note(images, self.features.dim, f"rfid@{self.features.name}")
 
     def evaluate(
         self,
@@ -83,14 +84,9 @@ class GenerationMeasures:
     protocol: CleanProtocol
     extractors: dict[str, Extractor]
 
-    @property
-    def weights(self) -> dict[str, dict]:
-        """Identity of the networks' weights, for the record."""
-        return {name: extractor.identity() for name, extractor in self.extractors.items()}
-
 
 def reconstruction_measures(options: ReconstructionMetricOptions) -> ReconstructionMeasures:
-    """Return the measures that the options name, with every network loaded once, as a check.
+    """Return the measures that the options name.
 
     Raises:
         UserError: Weights that are missing, of a different network, or cannot be downloaded.
@@ -100,31 +96,30 @@ def reconstruction_measures(options: ReconstructionMetricOptions) -> Reconstruct
     for name in asked:
         if name not in (*RECONSTRUCTION, "all"):
             raise UserError(f"--metrics must be of {', '.join(RECONSTRUCTION)}, or all, got {name!r}.")
+    files = {name: getattr(options, WEIGHTS[name]) for name in ("inception", *LPIPS)}
     metrics, left_out = [], {}
-    for name, option in RECONSTRUCTION.items():
-        has_weights = option is None or getattr(options, option) is not None
-        if name in asked or "all" in asked or (not asked and has_weights):
+    for name, network in RECONSTRUCTION.items():
+        if name in asked or "all" in asked or (not asked and (network is None or files[network])):
             metrics.append(name)
         elif not asked:
-            left_out.setdefault(option, []).append(name)
+            left_out.setdefault(network, []).append(name)
     not_measured = [
-        f"not measured: {', '.join(names)} (give {_flag(option)} FILE, or --metrics {' '.join(names)} to download it)"
-        for option, names in left_out.items()
+        f"not measured: {', '.join(names)} (give {_flag(network)} FILE, or --metrics {' '.join(names)} to download it)"
+        for network, names in left_out.items()
     ]
     features, lpips, weights = None, {}, {}
-    if set(metrics) & set(FEATURE_METRICS):
-        features = inception_features(options, pil_resize=protocol.pil_resize)
-        weights["inception"] = features.identity()
-    for name in [name for name in LPIPS if name in metrics]:
-        file = getattr(options, RECONSTRUCTION[name])
-        with _naming(RECONSTRUCTION[name]):
-            lpips[name] = load_lpips(LPIPS[name], file)
-        weights[name] = lpips_identity(LPIPS[name], file)
+    for network in dict.fromkeys(RECONSTRUCTION[name] for name in metrics):
+        if network == "inception":
+            features = inception_features(options, pil_resize=protocol.pil_resize)
+            weights[network] = features.identity()
+        elif network is not None:
+            lpips[network] = _load(network, lambda name=network: load_lpips(LPIPS[name], files[name]))
+            weights[network] = lpips_identity(LPIPS[network], files[network])
     return ReconstructionMeasures(metrics, options.protocol, features, lpips, weights, not_measured)
 
 
 def generation_measures(options: GenerationMetricOptions) -> GenerationMeasures:
-    """Return the measures that the options name, with every network loaded once, as a check.
+    """Return the measures that the options name.
 
     Raises:
         UserError: Weights that are missing, of a different network, or cannot be downloaded.
@@ -132,39 +127,35 @@ def generation_measures(options: GenerationMetricOptions) -> GenerationMeasures:
     metrics = check_metrics(DEFAULT_METRICS if options.metrics is None else options.metrics)
     protocol = get_protocol(options.protocol)
     makers = {
-        "inception": lambda: InceptionFeatures(
-            options.feature_layer, options.inception_weights, "is" in metrics, protocol.pil_resize
-        ),
+        "inception": lambda: inception_features(options, "is" in metrics, protocol.pil_resize),
         "dinov2": lambda: DINOv2Features(*filter(None, [options.dinov2])),
         "clip": lambda: CLIPFeatures(*filter(None, [options.clip])),
         "vgg": lambda: VGG16Features(options.vgg_weights),
     }
-    extractors = {}
-    for network in networks_needed(metrics):
-        with _naming(NETWORK_OPTIONS[network]):
-            extractors[network] = makers[network]()
-            extractors[network].check()
-    return GenerationMeasures(metrics, protocol, extractors)
+    return GenerationMeasures(metrics, protocol, {name: _load(name, makers[name]) for name in networks_needed(metrics)})
 
 
-def inception_features(options: InceptionOptions, pil_resize: int | None = None) -> InceptionFeatures:
-    """Return the network, loaded once, as a check. Raises UserError if that fails."""
-    with _naming("inception_weights"):
-        features = InceptionFeatures(options.feature_layer, options.inception_weights, pil_resize=pil_resize)
-        features.check()
-        return features
+def inception_features(
+    options: InceptionOptions, logits: bool = False, pil_resize: int | None = None
+) -> InceptionFeatures:
+    """Return the Inception network that the options name."""
+    return _load(
+        "inception", lambda: InceptionFeatures(options.feature_layer, options.inception_weights, logits, pil_resize)
+    )
 
 
-@contextmanager
-def _naming(option: str) -> Iterator[None]:
-    """Name the option that gives the weights in errors of loading them."""
+def _load(network: str, make: Callable[[], T]) -> T:
+    """Make a network, and load its weights once. In errors, name the option that gives them."""
     try:
-        yield
+        made = make()
+        if not isinstance(made, nn.Module):  # LPIPS is loaded already
+            made.check()
+        return made
     except UserError:
         raise
     except (ValueError, OSError) as error:
-        raise UserError(f"{_flag(option)}: {error}") from error
+        raise UserError(f"{_flag(network)}: {error}") from error
 
 
-def _flag(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
+def _flag(network: str) -> str:
+    return f"--{WEIGHTS[network].replace('_', '-')}"

@@ -8,6 +8,6 @@ from looc_ldm.training import quickstart
 
 
 def run(options: Quickstart) -> None:
-    """Train, sample and evaluate in miniature, and print where the report is."""
+    """Train, sample and evaluate in miniature, and print the path of the report."""
     features = inception_features(options) if options.inception_weights else None
     print(f"report: {quickstart.quickstart(options.output, features)}")

@@ -1,4 +1,4 @@
-"""`looc-ldm reconstruct`: originals beside reconstructions."""
+"""`looc-ldm reconstruct`: show originals beside reconstructions."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def reconstruct(options: Reconstruct) -> None:
     write_image(reconstruction_grid([model], images, options.images), options.output)
     bits, pixels = rate_of(model, images)
     print(
-        f"{options.output}: originals above, reconstructions below, {bits:.0f} bits an image, "
+        f"{options.output}: originals above, reconstructions below, {bits:.0f} bits per image, "
         f"{bits / pixels:.4g} bits per pixel"
     )

@@ -1,4 +1,4 @@
-"""The record of an evaluation: figures, and all that is needed to repeat them and to know what they are of."""
+"""The record of an evaluation: its figures, and everything that is needed to repeat them."""
 
 from __future__ import annotations
 
@@ -19,40 +19,33 @@ PACKAGES = (
     *("numpy", "pillow"),
 )
 
-# Columns of the Markdown table, where there are such figures; those at a layer or network carry its name.
+# Columns of the Markdown table, if there are such figures. Those at a layer or network carry its name.
 IN_TABLE = (
     *("psnr", "ssim", "l1", "lpips_vgg", "lpips_alex", "rfid", "fid", "kid", "is", "precision", "recall", "class_fid"),
     *("fd", "kd", "cmmd", "codebook_use", "perplexity", "bits_per_pixel", "bits_per_pixel_entropy"),
 )
-WIDTH = 24  # of names where figures are printed
 
 
 def make_record(figures: dict, options: ComputeOptions, model: str, **about) -> dict:
     """Return the JSON object of an evaluation.
 
-    Args:
-        figures: What was measured, by name, flat; details may be nested.
-        options: Options of the command.
-        model: What was measured, as typed.
-        **about: Further entries: `weights`, `fingerprints`, `seeds`, `machine`, ...
-
-    Returns:
-        `dict`: the figures; the entries of `about`; `dtype`; `versions` of Python and packages; `command`; `version`
-        of this package; `markdown`, a table of one row.
+    It holds the figures by name, the entries of `about` (`weights`, `fingerprints`, `seeds`, `machine`, ...), `dtype`,
+    `versions`, `command`, `version`, and `markdown`, a table of one row for this model.
     """
     record = {**figures, **about, "dtype": options.dtype, "versions": versions()}
     record |= {"command": options.command_line, "version": __version__}
     return record | {"markdown": markdown_table(record, model)}
 
 
-def machine(device: torch.device, accelerator: Accelerator | None = None) -> dict[str, str | int]:
-    """Return what computed the figures, which do not depend on it but for rounding."""
+def machine(accelerator: Accelerator) -> dict[str, str | int]:
+    """Return the device and the number of processes. Figures do not depend on them, rounding apart."""
+    device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "processes": 1 if accelerator is None else accelerator.num_processes}
+    return {"device": name, "processes": accelerator.num_processes}
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes the figures: Python and the packages that a bug report names."""
+    """Return the versions of Python and of the packages that figures depend on, and that a bug report names."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -64,9 +57,13 @@ def versions() -> dict[str, str]:
 
 def markdown_table(record: dict, model: str) -> str:
     """Return the main figures as a Markdown table of one row, with its head."""
+
+    def short(name: str) -> str:  # no folders of this machine
+        return Path(name).resolve().name if Path(name).exists() else name
+
     cells = {
-        "model": f"`{_short(model)}`",
-        "data": f"`{_short(record['data'])}`",
+        "model": f"`{short(model)}`",
+        "data": f"`{short(record['data'])}`",
         "images": f"{record['images'] if 'images' in record else record['images_first']:,}",
         "protocol": record["protocol"],
     }
@@ -78,39 +75,29 @@ def markdown_table(record: dict, model: str) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _short(name: str) -> str:
-    """Return a path without the folders it lies in; a name or hub id as it is."""
-    return Path(name).resolve().name if Path(name).exists() else name
+def write_and_print(record: dict, file: Path | None) -> None:
+    """Write the JSON file, if one is given; print one figure per line, then `notes`, then the table.
 
-
-def print_record(record: dict, notes: list[str]) -> None:
-    """Print one figure per line, then notes, then the table."""
-    for name, value in record.items():
-        if name in ("command", "version", "markdown", "dtype") or isinstance(value, dict | list):
-            continue
-        print(f"{name:{WIDTH}} {_shown(value) if isinstance(value, float) else value}")
-    for note in notes:
-        print(note)
-    print(f"\n{record['markdown']}")
-
-
-def _shown(value: float) -> str:
-    """Return a figure with four decimals, or, as these say little of KID, three digits."""
-    return f"{value:.4f}" if value == 0 or abs(value) >= 0.01 else f"{value:.3g}"
-
-
-def write_record(record: dict, file: Path | None) -> None:
-    """Write the JSON beside its place and rename it; nothing where `file` is None. No NaN gets into it."""
+    Raises:
+        ValueError: A figure is NaN or infinite. Nothing is written.
+    """
     if file is not None:
         make_folder(file.parent)
         replace_text(file, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    for name, value in record.items():
+        if name in ("command", "version", "markdown", "dtype") or isinstance(value, dict | list):
+            continue
+        if isinstance(value, float):  # four decimals say little of KID
+            value = f"{value:.4f}" if value == 0 or abs(value) >= 0.01 else f"{value:.3g}"
+        print(f"{name:24} {value}")
+    print("\n".join([*record["notes"], "", record["markdown"]]))
 
 
-def bias_note(images: int, dim: int, name: str) -> str | None:
-    """Return a warning if a Fréchet distance is of fewer images than features."""
+def bias_note(images: int, dim: int, name: str) -> list[str]:
+    """Return a warning if a Fréchet distance has fewer images than features, else nothing."""
     if images >= dim:
-        return None
-    return (
-        f"warning: {name} is of {images:,} images, fewer than its {dim:,} features: it is larger than that of many "
-        "images, and compares only with figures of as many"
-    )
+        return []
+    return [
+        f"warning: {name} is measured on {images:,} images, fewer than its {dim:,} features: it is too large, and "
+        "comparable only at the same number of images"
+    ]

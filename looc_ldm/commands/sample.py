@@ -1,4 +1,4 @@
-"""`looc-ldm sample`: draw images, and a grid of them."""
+"""`looc-ldm sample`: draw images, and arrange them in a grid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from looc_ldm.utils.devices import choose_device
 from looc_ldm.utils.errors import UserError
 from looc_ldm.utils.files import check_folder, write_image
 
-GRID_COLUMNS, GRID_ROWS = 16, 100  # of the grid, at most
+GRID_COLUMNS, GRID_ROWS = 16, 100  # at most
 
 
 def sample(options: Sample) -> None:
@@ -63,7 +63,6 @@ def _label_id(label: str, pipe: LooCLDMPipeline) -> int:
     (index,) = pipe.get_label_ids([int(label) if is_index else label])
     if index == pipe.config.null_class_label:
         raise UserError(
-            f"--labels: {label} stands for no class; classes are the other numbers in [0, {pipe.num_class_embeds}), "
-            "or their names."
+            f"--labels: {label} stands for no class: give a different number below {pipe.num_class_embeds}, or a name."
         )
     return index

@@ -1,4 +1,4 @@
-"""What several commands share: loading models and images, and checks before any work."""
+"""Load models and images, and check paths before any work, for several commands."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def load_model(name: str, device: torch.device, dtype: str = "float32") -> tuple
 
 
 def cast(network: nn.Module, device: torch.device, dtype: str) -> nn.Module:
-    """Move a network. A quantizer in it stays float32; diffusers' own `to` would warn about that."""
+    """Move and cast a network. Its quantizer stays float32, about which diffusers' own `to` would warn."""
     return nn.Module.to(network, device, getattr(torch, dtype))
 
 
 def load_images(data: str, options: DataOptions | Encode, name: str, model: LooCVQModel) -> ImageSet:
-    """Return square images of a size that the model `name` can take; what options leave open is as in its training.
+    """Return square images for the model `name`; by default of the side and the fit of its training.
 
     Raises:
-        UserError: A side that the model cannot take, or data that cannot be read.
+        UserError: The model cannot take images of this side, or the data cannot be read.
     """
     resolution = options.resolution or model.config.sample_size
     model.bits_per_image(resolution, resolution)  # refuses a side that the model cannot take
@@ -56,18 +56,18 @@ def square_images(data: str, split: str | None, resolution: int, fit: str, chann
 
 
 def fit_in_training(name: str) -> str:
-    """Return how images became square when the model was trained, from the training.json of its folder; else "crop"."""
+    """Return `fit` of the model's training, from the training.json in its folder; else "crop"."""
     file = model_folder(name) / "training.json"
     try:
         return json.loads(file.read_text())["data"]["fit"] if file.is_file() else "crop"
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{str(file)!r} does not say how images became square: give --fit.") from None
+        raise UserError(f"{str(file)!r} does not state data.fit: give --fit.") from None
 
 
-def rate_of(model: LooCVQModel, images: ImageSet) -> tuple[float, int]:
-    """Return the bits per image, and its pixels without padding, for which bits are spent, too."""
-    side = images.config.resolution
-    return model.bits_per_image(side, side), math.prod(images.content_size or (side, side))
+def rate_of(model: LooCVQModel, images: ImageSet | None) -> tuple[float, int]:
+    """Return the bits per image, and its pixels without padding; by default for images of the model's own size."""
+    side, size = (images.config.resolution, images.content_size) if images else (model.config.sample_size, None)
+    return model.bits_per_image(side, side), math.prod(size or (side, side))
 
 
 def data_of(images: ImageSet) -> dict[str, str]:

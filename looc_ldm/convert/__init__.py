@@ -2,40 +2,29 @@
 
 tensors = read_checkpoint(Path("last.ckpt"))
 settings = settings_of(read_original_config(Path("model.yaml")), kind_of(tensors))
-model = convert_autoencoder(tensors, "vqgan", settings)
+model, updates = convert_autoencoder(tensors, "vqgan", settings)
 """
 
 from __future__ import annotations
 
 from looc_ldm.convert.autoencoders import convert_small, convert_vqgan, small_kind
-from looc_ldm.convert.checkpoint import Tensors, read_checkpoint, under, with_ema
-from looc_ldm.convert.ldm import FIRST_STAGE, UNET, convert_ldm
-from looc_ldm.convert.settings import Settings, read_original_config, settings_of
-from looc_ldm.convert.unet import convert_unet
+from looc_ldm.convert.checkpoint import Tensors, under, with_ema, without_ema
+from looc_ldm.convert.checkpoint import read_checkpoint as read_checkpoint
+from looc_ldm.convert.ldm import FIRST_STAGE, UNET
+from looc_ldm.convert.ldm import convert_ldm as convert_ldm
+from looc_ldm.convert.settings import Settings
+from looc_ldm.convert.settings import read_original_config as read_original_config
+from looc_ldm.convert.settings import settings_of as settings_of
+from looc_ldm.convert.unet import convert_unet as convert_unet
 from looc_ldm.models.autoencoder import LooCVQModel, refuse_wrapped
 from looc_ldm.utils.errors import ModelError
-
-__all__ = [
-    "Settings",
-    "convert_autoencoder",
-    "convert_ldm",
-    "convert_small",
-    "convert_unet",
-    "convert_vqgan",
-    "kind_of",
-    "read_checkpoint",
-    "read_original_config",
-    "settings_of",
-    "under",
-    "with_ema",
-]
 
 # Parts of taming's Net2NetTransformer around a VQGAN (taming/models/cond_transformer.py).
 TRANSFORMER = ("transformer.", "cond_stage_model.", "permuter.")
 
 
 def kind_of(tensors: Tensors) -> str:
-    """Return `"looc"`, `"cvq"`, `"vqgan"` or `"ldm"` by the keys. Raise ModelError if they fit none, or two."""
+    """Return `"looc"`, `"cvq"`, `"vqgan"` or `"ldm"` by the keys. Raise ModelError if none or two fit."""
     if any(key.startswith(UNET) for key in tensors):
         return "ldm"
     if "_pre_vq_conv.weight" in tensors and "_vq_vae.embedding.weight" in tensors:
@@ -64,15 +53,10 @@ def convert_autoencoder(
         if "_pre_vq_conv.weight" not in tensors or "_vq_vae.embedding.weight" not in tensors:
             raise ModelError(f"not a small VQ-VAE, as --kind {kind} says: no _pre_vq_conv and _vq_vae.embedding.")
         return convert_small(tensors, kind, settings), None
-    prefix = "" if "encoder.conv_in.weight" in tensors else FIRST_STAGE
-    if prefix:
-        surplus = [key for key in tensors if not key.startswith((prefix, *TRANSFORMER))]
+    if "encoder.conv_in.weight" not in tensors:
+        surplus = [key for key in tensors if not key.startswith((FIRST_STAGE, *TRANSFORMER))]
         if surplus:
             raise ModelError(f"not a VQGAN: surplus {surplus[0]} and {len(surplus) - 1} more.")
-        tensors = under(tensors, prefix)
-    updates = None
-    if use_ema:
-        tensors, updates = with_ema(tensors)
-    else:
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("model_ema.")}
-    return convert_vqgan(tensors, settings, prefix=prefix), updates
+        tensors = under(tensors, FIRST_STAGE)
+    tensors, updates = with_ema(tensors) if use_ema else (without_ema(tensors), None)
+    return convert_vqgan(tensors, settings), updates

@@ -75,51 +75,34 @@ def convert_small(tensors: Tensors, kind: str, settings: Settings) -> LooCSmallV
     return model
 
 
-def vqgan_levels(tensors: Tensors) -> int:
-    """Return the number of resolutions of taming's encoder; the downsampling factor is 2 ** (levels - 1)."""
-    return numbered(tensors, "encoder.down")
-
-
-def has_revival(tensors: Tensors, module: str = "quantize") -> bool:
-    """Whether the quantizer is CVQ-VAE's or LooC's, which store the use of codevectors; taming's does not."""
-    return f"{module}.embed_prob" in tensors
-
-
-def check_vqgan(tensors: Tensors, prefix: str = "") -> None:
-    """Raise ModelError for an autoencoder without a codebook, or with another kind of quantizer."""
+def check_vqgan(tensors: Tensors) -> None:
+    """Raise ModelError for an autoencoder without a codebook, or with a Gumbel quantizer."""
     if "quantize.embed.weight" in tensors:
         raise ModelError("a VQGAN with a Gumbel quantizer (quantize.proj, quantize.embed) cannot be converted.")
     if "quantize.embedding.weight" not in tensors:
         raise ModelError(
-            f"the first stage has no codebook (missing {prefix}quantize.embedding.weight): a KL autoencoder is no "
+            "the first stage has no codebook (missing quantize.embedding.weight): a KL autoencoder is no "
             "vector quantizer, and is not converted."
         )
 
 
-def convert_vqgan(
-    tensors: Tensors, settings: Settings, scaling_factor: float | None = None, prefix: str = ""
-) -> LooCVQModel:
+def convert_vqgan(tensors: Tensors, settings: Settings, scaling_factor: float | None = None) -> LooCVQModel:
     """Convert taming's `VQModel`, with its own quantizer, CVQ-VAE's or LooC's.
 
-    Args:
-        tensors: Keys start with `encoder.`, `decoder.`, `quantize.`, `quant_conv.`, `post_quant_conv.`.
-        settings (`Settings`): Needs `resolution`, and for a quantizer with revival `distance` and
-            `interpolation_factor`.
-        scaling_factor (`float`, *optional*): Factor of latents in the diffusion model around it.
-        prefix (`str`): Prefix of the keys in the file, for errors.
+    Settings need `resolution`, and for a quantizer with revival `distance` and `interpolation_factor`.
     """
-    check_vqgan(tensors, prefix)
+    check_vqgan(tensors)
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(IGNORED)}
 
     def shape(layer: str) -> tuple[int, ...]:
-        return shape_of(tensors, f"{layer}.weight", prefix=prefix)
+        return shape_of(tensors, f"{layer}.weight")
 
-    levels, layers = vqgan_levels(tensors), numbered(tensors, "encoder.down.0.block")
+    levels, layers = numbered(tensors, "encoder.down"), numbered(tensors, "encoder.down.0.block")
     width, in_channels, *_ = shape("encoder.conv_in")
     channels = tuple(shape(f"encoder.down.{level}.block.0.conv1")[0] for level in range(levels))
     latent, z_channels, *_ = shape("quant_conv")
     # The anchor is the default of the class that replaces taming's quantizer.
-    tensors, quantizer = _quantizer(tensors, "quantize", latent, "vqgan", settings, "probrandom", prefix)
+    tensors, quantizer = _quantizer(tensors, "quantize", latent, "vqgan", settings, "probrandom")
     settings.check_architecture(
         ch=width,
         ch_mult=tuple(channel // width for channel in channels),
@@ -161,18 +144,18 @@ def convert_vqgan(
         (r"^quantize\.embed_prob$", "quantize.usage"),
         *ATTENTION_RULES,
     )
-    load_renamed(model, tensors, rules, prefix)
+    load_renamed(model, tensors, rules)
     return model
 
 
 def _quantizer(
-    tensors: Tensors, module: str, latent: int, kind: str, settings: Settings, anchor: str, prefix: str = ""
+    tensors: Tensors, module: str, latent: int, kind: str, settings: Settings, anchor: str
 ) -> tuple[Tensors, dict[str, object]]:
     """Return the tensors with a use of codevectors, and the quantizer's arguments.
 
-    Where no use was stored, it is even, so that no codevector counts as unused.
+    If no use was stored, it is even, so that no codevector counts as unused.
     """
-    size, width = shape_of(tensors, f"{module}.embedding.weight", 2, prefix)
+    size, width = shape_of(tensors, f"{module}.embedding.weight", 2)
     config: dict[str, object] = {
         "num_vq_embeddings": size,
         "vq_embed_dim": latent,
@@ -180,7 +163,7 @@ def _quantizer(
         "codebook_update": "gradient",  # in all of these projects
         "gradient": "straight-through",
     }
-    if not has_revival(tensors, module):
+    if f"{module}.embed_prob" not in tensors:  # taming's; CVQ-VAE and LooC store the use of codevectors
         if width != latent:
             raise ModelError(
                 f"a codebook of {width} channels for latents of {latent} without usage (embed_prob) is neither "

@@ -34,7 +34,7 @@ def read_checkpoint(file: Path) -> Tensors:
     Pickles are read with `weights_only=True`, so that nothing in them can run.
 
     Raises:
-        ModelError: The file is missing, of another format, or a pickle of more than tensors and plain containers.
+        ModelError: The file is missing, in a different format, or a pickle of more than tensors and plain containers.
     """
     try:
         if file.suffix == ".safetensors":
@@ -51,7 +51,7 @@ def read_checkpoint(file: Path) -> Tensors:
             "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = "it ends too early" if isinstance(error, EOFError) else one_line(error)[:300]
+        reason = "it ends too early" if isinstance(error, EOFError) else one_line(error, file)[:300]
         raise ModelError(f"cannot read {str(file)!r}: {reason}.") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]  # Lightning
@@ -74,6 +74,11 @@ def numbered(tensors: Tensors, module: str) -> int:
     return max((1 + int(match[1]) for match in found if match), default=0)
 
 
+def without_ema(tensors: Tensors) -> Tensors:
+    """Return the tensors without averages."""
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith("model_ema.")}
+
+
 def with_ema(tensors: Tensors, module: str = "") -> tuple[Tensors, int | None]:
     """Replace weights by their averages, if there are any.
 
@@ -86,40 +91,30 @@ def with_ema(tensors: Tensors, module: str = "") -> tuple[Tensors, int | None]:
     averages = under(tensors, "model_ema.")
     if not averages.keys() - {"decay", "num_updates"}:
         return tensors, None
-    updates = -1
-    if averages.pop("num_updates", None) is not None:
-        shape_of(tensors, "model_ema.num_updates", 0)
-        updates = int(tensors["model_ema.num_updates"])
+    updates = averages.pop("num_updates", torch.tensor(-1))
+    if updates.ndim:
+        raise ModelError(f"mis-shaped: model_ema.num_updates is {tuple(updates.shape)} instead of a number.")
     averages.pop("decay", None)
-    result = {key: tensor for key, tensor in tensors.items() if not key.startswith("model_ema.")}
+    result = without_ema(tensors)
     for key in result:
         if key.startswith(module):
             result[key] = averages.pop(key.removeprefix(module).replace(".", ""), result[key])
-    # What is left is reported as surplus, unless it is ignored.
-    return result | {f"model_ema.{name}": tensor for name, tensor in averages.items()}, updates
+    # The rest is reported as surplus, unless it is ignored.
+    return result | {f"model_ema.{name}": tensor for name, tensor in averages.items()}, int(updates)
 
 
-def shape_of(tensors: Tensors, key: str, dimensions: int = 4, prefix: str = "") -> tuple[int, ...]:
-    """Return the shape of a weight. Raise ModelError unless it has N dimensions, none of size 0.
-
-    `prefix` is that of the keys in the file, for errors.
-    """
+def shape_of(tensors: Tensors, key: str, dimensions: int = 4) -> tuple[int, ...]:
+    """Return the shape of a weight. Raise ModelError unless it has N dimensions, none of size 0."""
     if key not in tensors:
-        raise ModelError(f"the checkpoint is not complete: missing {prefix}{key}.")
+        raise ModelError(f"the checkpoint is not complete: missing {key}.")
     shape = tuple(tensors[key].shape)
     if len(shape) != dimensions or 0 in shape:
-        raise ModelError(f"mis-shaped: {prefix}{key} is {shape} instead of {dimensions} dimensions, none of size 0.")
+        raise ModelError(f"mis-shaped: {key} is {shape} instead of {dimensions} dimensions, none of size 0.")
     return shape
 
 
-def load_renamed(model: nn.Module, tensors: Tensors, rules: Rules, prefix: str = "") -> None:
-    """Load tensors under other names into a model on the meta device, which keeps its dtypes.
-
-    Args:
-        model (`nn.Module`): The model.
-        tensors: The original weights. Every one of them must be used.
-        rules: Turn their keys into ours.
-        prefix: Prefix of the keys in the file, for errors.
+def load_renamed(model: nn.Module, tensors: Tensors, rules: Rules) -> None:
+    """Load all tensors, under the names that the rules give, into a model on the meta device, which keeps its dtypes.
 
     Raises:
         ModelError: Weights are missing (by our name), surplus or mis-shaped; names the first of each and counts the
@@ -139,12 +134,12 @@ def load_renamed(model: nn.Module, tensors: Tensors, rules: Rules, prefix: str =
         if set(shape[parameter.ndim :]) == {1}:
             tensor = tensor.reshape(shape[: parameter.ndim])  # a 1x1 convolution as a layer
         if tensor.shape != parameter.shape:
-            wrong.append(f"{prefix}{theirs[name]} is {shape} instead of {tuple(parameter.shape)}")
+            wrong.append(f"{theirs[name]} is {shape} instead of {tuple(parameter.shape)}")
         # A copy: parts of one tensor must not share memory, and a mapped file must not be needed.
         state[name] = tensor.to(parameter.dtype, copy=True).contiguous()
     problems = {
         "missing": [name for name in expected if name not in theirs],
-        "surplus": [f"{prefix}{key}" for name, key in theirs.items() if name not in expected],
+        "surplus": [key for name, key in theirs.items() if name not in expected],
         "mis-shaped:": wrong,
     }
     found = [f"{problem} {names[0]} and {len(names) - 1} more" for problem, names in problems.items() if names]

@@ -10,28 +10,22 @@ from dataclasses import replace
 import torch
 from diffusers import DDIMScheduler
 
-from looc_ldm.convert.autoencoders import check_vqgan, convert_vqgan, has_revival, vqgan_levels
-from looc_ldm.convert.checkpoint import Tensors, load_renamed, shape_of, under, with_ema
+from looc_ldm.convert.autoencoders import check_vqgan, convert_vqgan
+from looc_ldm.convert.checkpoint import Tensors, load_renamed, numbered, shape_of, under, with_ema, without_ema
 from looc_ldm.convert.settings import Settings, require
-from looc_ldm.convert.unet import architecture_of, convert_unet
+from looc_ldm.convert.unet import context_of, convert_unet
 from looc_ldm.models.class_embedding import ClassEmbedding
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.utils.errors import ModelError
 
 UNET, FIRST_STAGE, CLASSES = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 
-# Buffers that follow from the noise schedule, weights of the loss, and the state of the average.
-IGNORED = (
-    "alphas_cumprod",
-    "sqrt_",
-    "log_one_minus_alphas_cumprod",
-    "posterior_",
-    "lvlb_weights",
-    "logvar",
-    "model_ema.decay",
-    "model_ema.num_updates",
+# Used, then ignored: buffers that follow from the noise schedule, weights of the loss, the state of the average.
+KNOWN = (
+    *("betas", "scale_factor", UNET, FIRST_STAGE, CLASSES),
+    *("alphas_cumprod", "sqrt_", "log_one_minus_alphas_cumprod", "posterior_", "lvlb_weights", "logvar"),
+    *("model_ema.decay", "model_ema.num_updates"),
 )
-USED = ("betas", "scale_factor", UNET, FIRST_STAGE, CLASSES)
 
 
 def convert_ldm(tensors: Tensors, settings: Settings, use_ema: bool = True) -> tuple[LooCLDMPipeline, int | None]:
@@ -47,27 +41,23 @@ def convert_ldm(tensors: Tensors, settings: Settings, use_ema: bool = True) -> t
         The pipeline, and the number of updates of the UNet's averaged weights: -1 if unknown, None for live weights.
 
     Raises:
-        ModelError: The model is of another kind, or weights are missing, surplus or mis-shaped.
+        ModelError: The model is of a different kind, or weights are missing, surplus or mis-shaped.
         ConfigError: Settings are missing that the weights do not show.
     """
-    updates = None
-    if use_ema:
-        tensors, updates = with_ema(tensors, module="model.")
-    ignored = (*IGNORED, *USED) if use_ema else (*IGNORED, *USED, "model_ema.")
-    surplus = [key for key in tensors if not key.startswith(ignored)]
+    tensors, updates = with_ema(tensors, module="model.") if use_ema else (without_ema(tensors), None)
+    surplus = [key for key in tensors if not key.startswith(KNOWN)]
     if surplus:
         raise ModelError(f"not a checkpoint of LatentDiffusion: surplus {surplus[0]} and {len(surplus) - 1} more.")
-    unet_tensors, first_stage = under(tensors, UNET), under(tensors, FIRST_STAGE)
-    check_vqgan(first_stage, FIRST_STAGE)
     # LDM trains on the live weights of its first stage, even if that has averaged ones.
-    first_stage = {key: tensor for key, tensor in first_stage.items() if not key.startswith("model_ema.")}
-    architecture = architecture_of(unet_tensors, UNET)
-    if architecture.in_channels != architecture.out_channels:
+    unet_tensors, first_stage = under(tensors, UNET), without_ema(under(tensors, FIRST_STAGE))
+    check_vqgan(first_stage)
+    ins, outs = shape_of(unet_tensors, "input_blocks.0.0.weight")[1], shape_of(unet_tensors, "out.2.weight")[0]
+    if ins != outs:
         raise ModelError(
-            f"a UNet of {architecture.in_channels} input and {architecture.out_channels} output channels is "
-            "conditioned on images: only unconditional and class-conditional models are converted."
+            f"a UNet of {ins} input and {outs} output channels is conditioned on images: only unconditional and "
+            "class-conditional models are converted."
         )
-    class_embedding = _class_embedding(under(tensors, CLASSES), architecture.context)
+    class_embedding = _class_embedding(under(tensors, CLASSES), context_of(unet_tensors))
 
     scaling_factor = settings.scaling_factor
     if "scale_factor" in tensors:
@@ -77,7 +67,7 @@ def convert_ldm(tensors: Tensors, settings: Settings, use_ema: bool = True) -> t
         shape_of(tensors, "betas", 1)
     elif settings.betas is None:
         raise ModelError("the checkpoint does not keep its noise schedule (betas): give --original-config FILE.")
-    factor = 2 ** (vqgan_levels(first_stage) - 1)
+    factor = 2 ** (numbered(first_stage, "encoder.down") - 1)
     latent_size = settings.latent_size or (settings.resolution and settings.resolution // factor)
     quantizer = {"distance": settings.distance, "interpolation_factor": settings.interpolation_factor}
     require(
@@ -85,7 +75,7 @@ def convert_ldm(tensors: Tensors, settings: Settings, use_ema: bool = True) -> t
         resolution=latent_size,
         prediction_type=settings.prediction_type,
         scaling_factor=scaling_factor,
-        **(quantizer if has_revival(first_stage) else {}),
+        **(quantizer if "quantize.embed_prob" in first_stage else {}),
     )
     labels = 0 if class_embedding is None else class_embedding.config.num_class_embeds
     null = settings.null_class_label
@@ -93,8 +83,8 @@ def convert_ldm(tensors: Tensors, settings: Settings, use_ema: bool = True) -> t
         raise ModelError(f"--null-class-label {null} is not one of the {labels} labels of the model.")
 
     vqvae_settings = replace(settings, resolution=latent_size * factor)
-    vqvae = convert_vqgan(first_stage, vqvae_settings, scaling_factor, FIRST_STAGE)
-    unet = convert_unet(unet_tensors, settings, latent_size, UNET)
+    vqvae = convert_vqgan(first_stage, vqvae_settings, scaling_factor)
+    unet = convert_unet(unet_tensors, settings, latent_size)
     scheduler = _scheduler(tensors.get("betas"), settings)
     return LooCLDMPipeline(vqvae, unet, scheduler, class_embedding, null_class_label=null), updates
 
@@ -109,12 +99,12 @@ def _class_embedding(tensors: Tensors, context: int | None) -> ClassEmbedding | 
             "only unconditional models and those with classes through cross-attention are converted: the UNet has "
             f"{'no ' if context is None else ''}cross-attention, and {CLASSES} holds {found}."
         )
-    count, channels = shape_of(tensors, "embedding.weight", 2, CLASSES)
+    count, channels = shape_of(tensors, "embedding.weight", 2)
     if channels != context:
         raise ModelError(f"class tokens of {channels} channels do not fit cross-attention on {context}.")
     with torch.device("meta"):
         model = ClassEmbedding(num_class_embeds=count, embedding_dim=channels)
-    load_renamed(model, tensors, (), CLASSES)
+    load_renamed(model, tensors, ())
     return model
 
 
@@ -130,11 +120,7 @@ def _scheduler(betas: torch.Tensor | None, settings: Settings) -> DDIMScheduler:
             raise ModelError(f"--original-config: beta_schedule must be one of {', '.join(names)}, got {name!r}.")
         noise = {"num_train_timesteps": steps, "beta_schedule": names[name], "beta_start": first, "beta_end": last}
     return DDIMScheduler(
-        **noise,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=settings.prediction_type,
+        **noise, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=settings.prediction_type
     )
 
 

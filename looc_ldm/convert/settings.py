@@ -14,42 +14,32 @@ DISTANCES = {"cos": "cosine", "l2": "euclidean"}  # LooC and CVQ-VAE, quantise.p
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}  # LDM's `parameterization`
 # Sides of the images that both papers' main.py train the small network on.
 SIDES = {"mnist": 28, "fashion-mnist": 28, "cifar10": 32, "celeba": 128, "ffhq": 256}
+# Sizes in the config files that are compared with the weights.
+SIZES = (
+    *("hidden_size", "num_residual_hidden", "num_residual_layers", "num_embedding", "embed_dim", "n_embed", "ch"),
+    *("ch_mult", "num_res_blocks", "z_channels", "model_channels", "channel_mult", "context_dim"),
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a conversion; None if unknown.
+    """Settings of a conversion; None if unknown."""
 
-    Args:
-        resolution (`int`): Side of the images in pixels.
-        distance (`str`): `"cosine"` or `"euclidean"`, of a quantizer with revival.
-        interpolation_factor (`int`): s of such a quantizer; 1 is off.
-        anchor (`str`): Anchor of such a quantizer; only further training uses it.
-        num_heads (`int`): Attention heads of the UNet at every level, or
-        num_head_channels (`int`): channels of each head at every level.
-        qkv_by_head (`bool`): Whether the UNet's fused projections hold (query, key, value) head by head, as LDM's code
-            does unless a config asks for the "new attention order".
-        prediction_type (`str`): diffusers' name for the UNet's prediction.
-        scaling_factor (`float`): Factor of the UNet's latents.
-        betas (`tuple[str, float, float, int]`): Noise schedule: name, first, last, number of timesteps.
-        latent_size (`int`): Side of the latents.
-        null_class_label (`int`): The label of no class.
-        architecture (`dict`): Sizes in the config file, to compare with the weights.
-    """
-
-    resolution: int | None = None
-    distance: str | None = None
-    interpolation_factor: int | None = None
+    resolution: int | None = None  # side of the images in pixels
+    # Quantizers with revival; only further training uses the anchor:
+    distance: str | None = None  # "cosine" or "euclidean"
+    interpolation_factor: int | None = None  # s; 1 is off
     anchor: str | None = None
+    # UNet: heads at every level, or the channels of each head:
     num_heads: int | None = None
     num_head_channels: int | None = None
-    qkv_by_head: bool = True
-    prediction_type: str | None = None
-    scaling_factor: float | None = None
-    betas: tuple[str, float, float, int] | None = None
-    latent_size: int | None = None
+    qkv_by_head: bool = True  # fused projections hold (q, k, v) head by head, not in the "new attention order"
+    prediction_type: str | None = None  # diffusers' name
+    scaling_factor: float | None = None  # latents are multiplied by it
+    betas: tuple[str, float, float, int] | None = None  # noise schedule: name, first, last, number of timesteps
+    latent_size: int | None = None  # side of the latents
     null_class_label: int | None = None
-    architecture: dict[str, object] = field(default_factory=dict)
+    architecture: dict[str, object] = field(default_factory=dict)  # sizes in the config file
 
     def overridden_by(self, other: Settings) -> Settings:
         """Return these settings with the values of `other`, if it has any."""
@@ -67,7 +57,9 @@ class Settings:
             said = self.architecture.get(name, value)
             said = tuple(said) if isinstance(said, list) else said
             if said != value:
-                raise ModelError(f"--original-config is of another model: it says {name} {said}, the weights {value}.")
+                raise ModelError(
+                    f"--original-config is for a different model: it says {name} {said}, the weights {value}."
+                )
 
 
 def require(**needed: object) -> None:
@@ -85,7 +77,7 @@ def read_original_config(file: Path) -> dict:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date like 2022-13-01
-        raise ConfigError(f"cannot read --original-config {str(file)!r}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"cannot read --original-config {str(file)!r}: {one_line(error, file)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--original-config {str(file)!r} is not a mapping of settings.")
     return content
@@ -97,24 +89,23 @@ def settings_of(config: dict, kind: str) -> Settings:
     A setting that the file leaves out has the default of the original code.
 
     Raises:
-        ConfigError: The file is of another kind, or has a wrong or an unsupported value.
+        ConfigError: The file is for a different kind, or has a wrong or an unsupported value.
     """
     if kind in ("looc", "cvq"):
         return _settings_of_small(config)
     model = _part(config, "model", "params")
     if kind == "ldm":
         return _settings_of_ldm(model)
-    if "first_stage_config" in model:  # of a transformer on top of the VQGAN
+    if "first_stage_config" in model:  # a transformer on top of the VQGAN
         model = _part(model, "first_stage_config", "params")
     return _settings_of_vqgan(model)
 
 
 def _settings_of_small(config: dict) -> Settings:
-    """Visual-AI/LooC, config/*.yaml: flat."""
+    """Read Visual-AI/LooC, config/*.yaml, which is flat."""
     if config.get("split_type", "fixed") != "fixed":
         raise ConfigError(f"--original-config: split_type {config['split_type']!r} is not supported, only 'fixed'.")
-    if config.get("dataset") == "imagenet":
-        # main.py normalizes these by mean and deviation of ImageNet.
+    if config.get("dataset") == "imagenet":  # main.py normalizes these by mean and deviation of ImageNet
         raise ConfigError("--original-config: models of dataset 'imagenet' do not take images in [-1, 1].")
     anchor, factor = _value(config, "anchor", str), _value(config, "shuffle_scale", NonNegativeInt)
     return Settings(
@@ -122,28 +113,26 @@ def _settings_of_small(config: dict) -> Settings:
         distance=_one_of(DISTANCES, config, "distance"),
         interpolation_factor=None if factor is None else max(factor, 1),  # 0 is off
         anchor=None if anchor == "disturbance" else anchor,
-        architecture=_sizes(config, "hidden_size", "num_residual_hidden", "num_residual_layers", "num_embedding"),
+        architecture=_sizes(config),
     )
 
 
 def _settings_of_vqgan(model: dict) -> Settings:
-    """CompVis/taming-transformers, configs/*vqgan.yaml; CompVis/latent-diffusion, models/first_stage_models."""
+    """Read CompVis/taming-transformers, configs/*vqgan.yaml, or latent-diffusion, models/first_stage_models."""
     network = _part(model, "ddconfig")
     for name in ("tanh_out", "give_pre_end"):
         if network.get(name):
             raise ConfigError(f"--original-config: {name} is not supported.")
-    sizes = _sizes(model, "embed_dim", "n_embed") | _sizes(network, "ch", "ch_mult", "num_res_blocks", "z_channels")
-    return Settings(resolution=_value(network, "resolution", PositiveInt), architecture=sizes)
+    return Settings(resolution=_value(network, "resolution", PositiveInt), architecture=_sizes(model) | _sizes(network))
 
 
 def _settings_of_ldm(model: dict) -> Settings:
-    """CompVis/latent-diffusion, configs/latent-diffusion/*.yaml; defaults are those of ldm/models/diffusion/ddpm.py."""
+    """Read CompVis/latent-diffusion, configs/latent-diffusion/*.yaml; defaults: ldm/models/diffusion/ddpm.py."""
     unet = _part(model, "unet_config", "params")
     first_stage = _settings_of_vqgan(_part(model, "first_stage_config", "params"))
     heads, head_channels = (
         None if unet.get(name) == -1 else _value(unet, name, PositiveInt) for name in ("num_heads", "num_head_channels")
     )
-    sizes = _sizes(unet, "model_channels", "channel_mult", "num_res_blocks", "context_dim")
     return Settings(
         num_heads=heads if head_channels is None else None,
         num_head_channels=head_channels,
@@ -157,7 +146,7 @@ def _settings_of_ldm(model: dict) -> Settings:
             _value(model, "timesteps", PositiveInt, 1000),
         ),
         latent_size=_value(model, "image_size", PositiveInt),
-        architecture=first_stage.architecture | sizes,
+        architecture=first_stage.architecture | _sizes(unet),
     )
 
 
@@ -165,7 +154,7 @@ def _part(config: dict, *names: str) -> dict:
     for name in names:
         config = config.get(name)
         if not isinstance(config, dict):
-            raise ConfigError(f"--original-config is not of this kind of model: it has no mapping {name!r}.")
+            raise ConfigError(f"--original-config is not for this kind of model: it has no mapping {name!r}.")
     return config
 
 
@@ -187,5 +176,5 @@ def _one_of(allowed: dict[str, str], config: dict, name: str) -> str | None:
     return allowed.get(value)
 
 
-def _sizes(config: dict, *names: str) -> dict[str, object]:
-    return {name: config[name] for name in names if config.get(name) is not None}
+def _sizes(config: dict) -> dict[str, object]:
+    return {name: config[name] for name in SIZES if config.get(name) is not None}

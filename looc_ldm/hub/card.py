@@ -1,8 +1,7 @@
-"""The model card of a trained model: what was measured, on what and how, and what it was trained with.
+"""The model card of a trained model: its figures, how they were measured, and its training.
 
-Everything in it is read from files: the configs and `training.json` beside the weights, the newest preview of the run,
-and the figures that `looc-ldm evaluate ... --output FILE` wrote. What is in none of them is left out. The text is in
-`model_card.md`.
+All facts come from files: the configs and `training.json` beside the weights, the newest preview of the run, and the
+figures that `looc-ldm evaluate ... --output FILE` wrote. Unknown facts are left out. The text is in `model_card.md`.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from looc_ldm.hub.facts import CIRCUMSTANCES, Facts, gather
 from looc_ldm.utils.errors import UserError
-from looc_ldm.utils.files import copy_file, replace_text
+from looc_ldm.utils.files import replace_bytes, replace_text
 
 MARK = "<!-- Written by looc-ldm. Delete this line to keep a card of your own: it is then pushed as it is. -->"
 
-# Figures that are not called by their name with spaces.
+# Titles of figures; all others are their name with spaces.
 TITLES = {
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
@@ -56,23 +55,22 @@ def write_card(
 
     Args:
         folder (`Path`): A saved `LooCLDMPipeline` or `LooCVQModel`, as a rule `pipeline/` or `model/` of a run.
-        repo_id (`str`, *optional*): "user/name", what the example of the card loads; the folder if not given.
-        metrics (list of `Path`): Figures to state, files that `looc-ldm evaluate ... --output FILE` wrote.
+        repo_id (`str`, *optional*): "user/name" for the example of the card; the folder if not given.
+        metrics (list of `Path`): Files that `looc-ldm evaluate ... --output FILE` wrote.
         samples (`Path`, *optional*): A picture to show; the newest preview of the run if not given.
-        license (`str`, *optional*): Licence of the weights, as the hub writes it ("mit", "cc-by-4.0"); "not stated" if
-            not given.
+        license (`str`, *optional*): Licence of the weights, as the hub writes it ("mit", "cc-by-4.0").
 
     Raises:
         ModelError: No model in the folder.
-        UserError: A file that is not what it should be, figures of another model, or a README.md that was written by
-            somebody else.
+        UserError: A file is of the wrong kind, figures belong to a different model, or looc-ldm has not written the
+            README.md that is there.
     """
     folder = Path(folder)
     text, picture = model_card(folder, repo_id, metrics, samples, license)
     if not is_ours(folder / "README.md"):
         raise UserError(f"{str(folder / 'README.md')!r} was not written by looc-ldm: delete it to have one written.")
     if picture is not None:
-        copy_file(picture, folder / picture_name(picture))
+        replace_bytes(folder / picture_name(picture), picture.read_bytes())
     replace_text(folder / "README.md", text)
     return folder / "README.md"
 
@@ -91,16 +89,17 @@ def model_card(
 ) -> tuple[str, Path | None]:
     """Return the text of a card, and the picture that it shows under the name `picture_name`; see `write_card`."""
     facts = gather(folder, metrics, samples)
+    is_pipeline, task = facts.index is not None, _task(facts)
     place = folder.resolve()
     run_or_model = place.parent if place.name in ("model", "pipeline") else place
     name = repo_id.split("/")[-1] if repo_id else run_or_model.name
     data = ModelCardData(
         license=license,
         library_name="diffusers",
-        pipeline_tag=_task(facts) if _task(facts) == "unconditional-image-generation" else None,  # one of the hub's
-        tags=["looc-ldm", "vector-quantization", "latent-diffusion" if facts.is_pipeline else "image-tokenizer"],
+        pipeline_tag=task if task == "unconditional-image-generation" else None,  # the only one that the hub has
+        tags=["looc-ldm", "vector-quantization", "latent-diffusion" if is_pipeline else "image-tokenizer"],
         model_name=name,
-        eval_results=list(_eval_results(facts)) or None,
+        eval_results=list(_eval_results(facts, task)) or None,
     )
     vqvae = facts.configs.get("vqvae", {})
     channels = vqvae.get("vq_embed_dim") or vqvae.get("hidden_channels") or vqvae.get("latent_channels")
@@ -114,22 +113,22 @@ def model_card(
         name=name,
         license=license,
         source=repo_id or folder.as_posix(),
-        is_pipeline=facts.is_pipeline,
+        is_pipeline=is_pipeline,
         configs=facts.configs,
         vqvae=vqvae,
         codevector_dim=codevector_dim,
         # One codevector per feature vector is plain vector quantization.
         shared=(channels, vqvae.get("interpolation_factor")) != (codevector_dim, 1),
-        conditional=_task(facts) == "class-conditional-image-generation",
+        conditional=task == "class-conditional-image-generation",
         classes=len(classes),
         label=json.dumps(next((word for word in words if words.count(word) == 1), 0), ensure_ascii=False),
         measurements=facts.measurements,
         title=title,
         facts=facts.training.get("facts"),
-        picture=facts.samples and picture_name(facts.samples),
-        caption=facts.samples_caption,
+        picture=facts.picture and picture_name(facts.picture),
+        caption=facts.caption,
     )
-    return f"{card}\n", facts.samples
+    return f"{card}\n", facts.picture
 
 
 def picture_name(picture: Path) -> str:
@@ -145,28 +144,28 @@ def title(name: str) -> str:
 
 
 def _task(facts: Facts) -> str:
-    if not facts.is_pipeline:
+    if facts.index is None:
         return "image-reconstruction"
     conditional = facts.index.get("id2label") or facts.index.get("null_class_label") is not None
     return "class-conditional-image-generation" if conditional else "unconditional-image-generation"
 
 
-def _eval_results(facts: Facts) -> Iterable[EvalResult]:
+def _eval_results(facts: Facts, task: str) -> Iterable[EvalResult]:
     for measurement in facts.measurements:
         record = measurement.record
         if record.get("data") is None:
             continue  # a model-index names the data set of every figure
-        arguments = {
-            key: record[key] for key in (*CIRCUMSTANCES, "protocol", "dtype", "bits_per_pixel") if key in record
-        }
+        protocol = f", protocol {record['protocol']}" if "protocol" in record else ""
         for name, value in measurement.figures.items():
             yield EvalResult(
-                task_type="image-reconstruction" if measurement.is_reconstruction else _task(facts),
+                task_type="image-reconstruction" if measurement.is_reconstruction else task,
                 dataset_type=record["data"],
                 dataset_name=record["data"],
                 dataset_split=record.get("split"),
                 metric_type=name,
                 metric_value=value,
-                metric_name=title(name) + (f", protocol {record['protocol']}" if "protocol" in record else ""),
-                metric_args=arguments,
+                metric_name=title(name) + protocol,
+                metric_args={
+                    k: record[k] for k in (*CIRCUMSTANCES, "protocol", "dtype", "bits_per_pixel") if k in record
+                },
             )

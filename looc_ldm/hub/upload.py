@@ -24,7 +24,7 @@ from looc_ldm import _HOME_OF
 from looc_ldm.hub.card import is_ours, model_card, picture_name
 from looc_ldm.hub.facts import shareable
 from looc_ldm.models.registration import CODE, CODE_FILE, COMPONENTS, with_modules
-from looc_ldm.utils.errors import ModelError, UserError
+from looc_ldm.utils.errors import ModelError, UserError, one_line
 from looc_ldm.utils.files import read_json, replace_text
 from looc_ldm.utils.hub_download import PICKLES
 from looc_ldm.utils.hub_errors import hub_errors
@@ -45,16 +45,11 @@ __all__ = ["{name}"]
 
 
 class HubMixin:
-    """`DiffusionPipeline`'s methods for folders and the hub, for pipelines that are not part of diffusers.
-
-    Stands before `DiffusionPipeline` among the bases of a class.
-    """
+    """Folders and the hub for pipelines that are not part of diffusers. Stands before `DiffusionPipeline`."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load a pipeline from a folder or hub id: `DiffusionPipeline.from_pretrained`, but never from pickles.
-
-        Takes all of its arguments: `dtype`, `variant`, `revision`, `cache_dir`, `local_files_only`, `token`, ...
+        """Load a pipeline from a folder or hub id, with the arguments of `DiffusionPipeline.from_pretrained`.
 
         Raises:
             OSError: Nothing is there, or weights that are not safetensors (`use_safetensors=False` allows pickles,
@@ -81,13 +76,11 @@ class HubMixin:
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs) -> None:
         """Save a folder that every way of loading takes: `DiffusionPipeline.save_pretrained`, and the code it names.
 
-        With `push_to_hub=True` the folder is pushed; `repo_id` (by default the name of the folder) and further
-        arguments are then those of `push`.
+        With `push_to_hub=True` the folder is pushed, with the arguments of `push` (`repo_id` is by default the name of
+        the folder).
         """
-        pushing = {}
-        if push_to_hub:
-            names = inspect.signature(push).parameters.keys() - {"folder"}
-            pushing = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+        names = inspect.signature(push).parameters.keys() & kwargs.keys() if push_to_hub else ()
+        pushing = {name: kwargs.pop(name) for name in names}
         super().save_pretrained(save_directory, *args, **kwargs)
         folder = Path(save_directory)
         if type(self).__module__ != "__main__":
@@ -96,33 +89,23 @@ class HubMixin:
         if push_to_hub:
             push(folder, **{"repo_id": folder.resolve().name, **pushing})
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        **pushing,
-    ) -> str:
-        """Upload the pipeline as it is, with a model card; see `push` for further arguments, result and errors.
+    def push_to_hub(self, repo_id: str, commit_message: str | None = None, **kwargs) -> str:
+        """Upload the pipeline as it is, with a model card; see `push` for its arguments, result and errors.
 
-        The card states the figures in `metrics` and no others: the weights may have changed since the pipeline was
-        trained. With a `variant`, a card that the repository has is left alone.
+        Takes `variant` and `max_shard_size`, too. The card states only the figures in `metrics`: the weights may have
+        changed since the training. With a `variant`, a card that the repository has is left alone.
 
         Raises:
             ValueError: `safe_serialization=False`: pickles are not pushed.
         """
-        if not safe_serialization:
+        if not kwargs.pop("safe_serialization", True):
             raise ValueError("safe_serialization must be True: pickles, which can run any code, are not pushed.")
-        message = commit_message or f"Upload {type(self).__name__}"
-        pushing |= {"private": private, "token": token, "create_pr": create_pr, "commit_message": message}
+        saving = {name: kwargs.pop(name) for name in ("variant", "max_shard_size") if name in kwargs}
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
-            return push(Path(folder), repo_id, keep_card=variant is not None, **pushing)
+            self.save_pretrained(folder, **saving)
+            keep_card = saving.get("variant") is not None
+            message = commit_message or f"Upload {type(self).__name__}"
+            return push(folder, repo_id, commit_message=message, keep_card=keep_card, **kwargs)
 
 
 def push(
@@ -141,8 +124,8 @@ def push(
 ) -> str:
     """Upload a model folder in one commit; the repository and the branch are made if they are not there.
 
-    After an interruption the same call goes on: it does not transfer again the weights that arrived, and the repository
-    stays as it was until everything is there. Files of the repository that are not in the folder stay.
+    After an interruption the same call goes on: weights that arrived are not transferred again, and the repository
+    stays as it was until everything is there. Other files in the repository stay.
 
     Args:
         folder (`Path`): A saved pipeline or `LooCVQModel`, such as `pipeline/` or `model/` of a training run.
@@ -152,7 +135,7 @@ def push(
         create_pr (`bool`): Open a pull request instead of committing.
         token (`str`, *optional*): By default what `hf auth login` stored, or HF_TOKEN.
         license, metrics, samples: For the model card; see `hub.card.write_card`. A README.md in the folder that
-            we did not write is pushed instead.
+            looc-ldm did not write is pushed instead.
         keep_card (`bool`): Leave a card that the repository already has.
 
     Returns:
@@ -190,7 +173,7 @@ def push(
 
 
 def repository_files(folder: Path, repo_id: str, **card_options) -> dict[str, Path | bytes]:
-    """Return what is uploaded of a folder, by path in the repository: files, and contents that are made for it.
+    """Return the files to upload from a folder, and new contents, by path in the repository.
 
     Raises:
         ModelError, UserError: See `push`.
@@ -231,11 +214,9 @@ def repository_files(folder: Path, repo_id: str, **card_options) -> dict[str, Pa
 
 
 def remote_code(index: dict, module: str | None = None) -> dict[str, str]:
-    """Return the files of code that a repository with this `model_index.json` needs, by path.
+    """Return the code that a repository with this `model_index.json` needs, by path.
 
-    Args:
-        index (`dict`): The content of `model_index.json`.
-        module (`str`, *optional*): The module of the pipeline's class, if it is none of ours.
+    `module` is that of the pipeline's class, if it is not one of ours.
     """
     shims = {
         f"{name}/looc_ldm.py": CODE
@@ -250,7 +231,7 @@ def remote_code(index: dict, module: str | None = None) -> dict[str, str]:
 
 
 def _records_and_code(folder: Path) -> dict[str, bytes]:
-    """Return what describes a training, and the code that loads the model, by path in the repository."""
+    """Return records of the training, and the code that loads the model, by path in the repository."""
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
         left_out = [name for name, kind in index.items() if kind == [None, None] and name != "class_embedding"]
@@ -271,7 +252,7 @@ def _records_and_code(folder: Path) -> dict[str, bytes]:
 
 
 def _config(file: Path, folder: Path) -> bytes:
-    """Return a config that names the code it needs, and not the folder it came from, which diffusers writes into it."""
+    """Return a config that names its code, but not the folder it came from, which diffusers writes into it."""
     config = read_json(file)
     config.pop("_name_or_path", None)
     name = config.get("_class_name")
@@ -292,4 +273,4 @@ def _check_weights(file: Path) -> None:
         with safe_open(file, framework="np"):
             pass
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{str(file)!r} is damaged, and not uploaded: {' '.join(str(error).split())[:200]}") from None
+        raise ModelError(f"{str(file)!r} is damaged, and not uploaded: {one_line(error)[:200]}") from None

@@ -1,7 +1,7 @@
-"""Options of a command, defined by one frozen dataclass: its types are checked, its docstring is the help.
+"""Options of a command, defined by one frozen dataclass: a field is an option, and its type is checked.
 
-A field without a default is required. `positional()` fields are typed without a name, fields of type list take several
-values, bool fields are switches. Each base class is a group in the help.
+A field without a default is required. Positional fields are typed without a name, fields of type list take several
+values, bool fields are switches. The first line of a base class is the title of its group in the help.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import inspect
 import re
 import shlex
 import types
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import docstring_parser
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt, restricted_number_type
 
@@ -26,27 +25,29 @@ Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 T = TypeVar("T", bound="Options")
 
 
-def positional(metavar: str) -> dict[str, Any]:
-    """Return the metadata of a field that is typed without a name, shown as `metavar`."""
-    return {"metavar": metavar, "positional": True}
+def option(help: str, default: Any = MISSING, **metadata: str) -> Any:
+    """Return a field with its help.
+
+    Args:
+        help: The help; the default is added to it.
+        default: The default. Without one the option is required.
+        **metadata: `positional`, what the help calls an argument that is typed without a name; `alias`, a second name.
+    """
+    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of any command."""
 
-    command_line: str = ""  # as typed, for records; it has no help and so is no option itself
+    command_line: str = ""  # as typed, for records
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions(Options):
-    """Device
+    """Device"""
 
-    Args:
-        device: cpu, cuda, cuda:1, mps, ... If not given, the best there is.
-    """
-
-    device: str | None = None
+    device: str | None = option("cpu, cuda, cuda:1, mps, ... If not given, the best there is.", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,21 +56,13 @@ class CacheLatents(DeviceOptions):
 
     After an interruption the same command goes on. On several GPUs: accelerate launch -m looc_ldm.training.latents,
     with the same options.
-
-    Args:
-        config: Diffusion config: name or file.
-        autoencoder: Folder or hub id of the first stage, or starter. If not given, the config's.
-        data: Bundled name, folder of images, parquet files, WebDataset shards or LSUN's LMDBs, or hub id. If not given,
-            the config's.
-        output: Folder. If not given, the config's `latents`, or latents in its output_dir.
-        batch_size: Images that a process encodes at a time. If not given, by device and resolution.
     """
 
-    config: str
-    autoencoder: str | None = None
-    data: str | None = None
-    output: str | None = None
-    batch_size: PositiveInt | None = None
+    config: str = option("Diffusion config: name or file.")
+    autoencoder: str | None = option("First stage: folder, hub id or starter. If not given, the config's.", None)
+    data: str | None = option("Bundled name, folder, files or hub id of images. If not given, the config's.", None)
+    output: str | None = option("Folder. If not given, the config's `latents`, or latents in its output_dir.", None)
+    batch_size: PositiveInt | None = option("Images encoded at a time. If not given, by device and resolution.", None)
 
 
 def parse_options(options_class: type[T], arguments: list[str], prog: str) -> T:
@@ -90,37 +83,32 @@ def parse_options(options_class: type[T], arguments: list[str], prog: str) -> T:
 
 def make_parser(options_class: type[Options], prog: str) -> ArgumentParser:
     """Return the parser of a command."""
-    docs = {part: docstring_parser.parse(inspect.getdoc(part)) for part in options_class.__mro__ if part is not object}
-    explained = {param.arg_name: (part, param) for part in reversed(docs) for param in docs[part].params}
-    own = docs[options_class]
-    description = "\n\n".join(filter(None, (own.short_description, own.long_description)))
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
-    groups = {own.short_description: parser}
-    for doc in docs.values():
-        if doc.params and doc.short_description not in groups:
-            group = parser.add_argument_group(doc.short_description, doc.long_description)
-            groups[doc.short_description] = group
+    parser = _Parser(prog=prog, description=inspect.getdoc(options_class), allow_abbrev=False)
+    owner = {name: base for base in reversed(options_class.__mro__) for name in vars(base).get("__annotations__", ())}
+    groups = {inspect.getdoc(options_class).partition("\n")[0]: parser}
     hints = get_type_hints(options_class)
     for item in fields(options_class):
-        if item.name in explained:
-            part, param = explained[item.name]
-            group = parser if item.metadata.get("positional") else groups[docs[part].short_description]
-            _add_argument(group, item, hints[item.name], " ".join(param.description.split()))
+        if "help" in item.metadata:
+            base = options_class if "positional" in item.metadata else owner[item.name]
+            title, _, description = inspect.getdoc(base).partition("\n\n")
+            if title not in groups:
+                groups[title] = parser.add_argument_group(title, description)
+            _add_argument(groups[title], item, hints[item.name])
     return parser
 
 
-def _add_argument(group, item: Field, hint: Any, help: str) -> None:
-    names = ["--" + name.replace("_", "-") for name in (item.name, *item.metadata.get("aliases", ()))]
-    if get_origin(hint) in (Union, types.UnionType):  # X | None: not given
-        hint = next(part for part in get_args(hint) if part is not types.NoneType)
-    settings: dict[str, Any] = {"help": help, "type": hint}
+def _add_argument(group, item: Field, hint: Any) -> None:
+    if get_origin(hint) is types.UnionType:  # X | None: not given
+        hint = get_args(hint)[0]
+    settings: dict[str, Any] = {"help": item.metadata["help"], "type": hint}
     if get_origin(hint) is list:
         settings |= {"type": get_args(hint)[0], "nargs": "+"}
-    if item.metadata.get("positional"):
+    names = ["--" + name.replace("_", "-") for name in (item.name, item.metadata.get("alias")) if name]
+    if "positional" in item.metadata:
         names = [item.name]
-        settings["metavar"] = item.metadata["metavar"]
+        settings["metavar"] = item.metadata["positional"]
     elif hint is bool:
-        settings = {"help": help, "action": "store_true"}
+        settings = {"help": item.metadata["help"], "action": "store_true"}
     else:
         settings |= {"required": True} if item.default is MISSING else {"default": item.default}
     group.add_argument(*names, **settings)

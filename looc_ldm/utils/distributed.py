@@ -25,28 +25,23 @@ from looc_ldm.utils.errors import ConfigError, TrainingError, UserError, one_lin
 
 T = TypeVar("T")
 
+# Engines that commands outside of training run with: they compute on each process by itself.
+ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 WAIT = timedelta(hours=2)  # for a process that evaluates or writes while the others have nothing to do
 # torch.save reports what the disk refuses as a RuntimeError with one of these in it.
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream")
 
 
-def start_processes(name: str | None) -> tuple[torch.device, Accelerator | None]:
-    """Return the device of this process, and the `Accelerator` that knows the others; None if there are no others.
+def make_accelerator(name: str | None) -> Accelerator:
+    """Return the `Accelerator` of one process or several, on the device of that name.
 
     Args:
         name: As for `choose_device`; of several processes each takes a GPU of its own, unless it is "cpu".
 
     Raises:
-        UserError: There is no such device, or one was given to several processes.
+        UserError: There is no such device, one was given to several processes, or Accelerate cannot start the engine
+            that its environment variables ask for.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return choose_device(name), None
-    accelerator = make_accelerator(name)
-    return accelerator.device, accelerator
-
-
-def make_accelerator(name: str | None) -> Accelerator:
-    """Return the `Accelerator` of one process or several, on the device of that name; see `start_processes`."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if name not in (None, "cpu"):
             raise UserError(f"--device {name}: of several processes each takes its own; only cpu can be given.")
@@ -56,7 +51,17 @@ def make_accelerator(name: str | None) -> Accelerator:
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)
         on_cpu = device.type == "cpu"
-    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
+    try:
+        accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
+    except Exception as error:  # each engine fails in its own way if its package is not there
+        raise ConfigError(
+            f"Accelerate's config or environment asks for what cannot be started: {one_line(error)}"
+        ) from error
+    if accelerator.distributed_type not in ENGINES:
+        raise ConfigError(
+            f"Accelerate's config or environment asks for {accelerator.distributed_type.value}: this command runs on "
+            f"one process, or with {', '.join(engine.value for engine in ENGINES[1:])}."
+        )
     refuse_lone_process(accelerator)
     return accelerator
 

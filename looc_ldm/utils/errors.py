@@ -1,4 +1,4 @@
-"""Errors that the command line shows as one line: what was wrong, and what is allowed."""
+"""Errors that the command line shows as one line, with the wrong value and what is allowed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
 
-# Errors of bad input or a failing network that do not derive from OSError or ValueError.
+# Errors of bad input or a failing network that are neither OSError nor ValueError.
 FOREIGN_ERRORS = (("yaml", "YAMLError"), ("wandb", "Error"))
 
 
@@ -18,15 +19,15 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A setting that is unknown, of the wrong type or out of range."""
+    """A setting is unknown, of the wrong type or out of range."""
 
 
 class DataError(UserError):
-    """Images that are missing or cannot be read."""
+    """Images are missing or cannot be read."""
 
 
 class UnreadableImage(DataError):
-    """One image that cannot be decoded. `name` is what it is called."""
+    """One image, called `name`, cannot be decoded."""
 
     def __init__(self, message: str, name: str = ""):  # a loader raises errors of its workers anew from the message
         super().__init__(message)
@@ -34,20 +35,25 @@ class UnreadableImage(DataError):
 
 
 class ModelError(UserError):
-    """A folder or id that is not a model of the kind that is needed."""
+    """A folder or id is not a model of the right kind."""
 
 
 class TrainingError(UserError):
-    """A run that cannot go on. Its checkpoints are as they were."""
+    """A run cannot go on. Its checkpoints are as they were."""
 
 
 class Terminated(KeyboardInterrupt):
-    """A run that SIGTERM ended, after it was saved."""
+    """SIGTERM ended a run, after it was saved."""
 
 
-def one_line(error: BaseException) -> str:
-    """Return what an error says, on one line."""
-    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+def one_line(error: BaseException, named: Path | None = None) -> str:
+    """Return the message of an error on one line; an OSError's with its file, unless that is `named` already."""
+    message = getattr(error, "strerror", None)
+    if not message:
+        return " ".join(str(error).split()) or type(error).__name__
+    file = getattr(error, "filename", None)
+    is_named = file is None or isinstance(file, int) or (named is not None and Path(os.fsdecode(file)) == named)
+    return message if is_named else f"{message}: {os.fsdecode(file)!r}"
 
 
 def is_first_process() -> bool:
@@ -56,18 +62,17 @@ def is_first_process() -> bool:
 
 
 def print_once(text, file: TextIO | None = None) -> None:
-    """Print what all processes have to say, in the first one."""
+    """Print text that all processes share, on the first one only."""
     if is_first_process():
         print(text, file=file)
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Command lines run in this: bad input ends in one line and exit status 2, Ctrl-C in one line and status 130.
+    """Run a command line: bad input ends in one line and exit status 2, Ctrl-C in one line and status 130.
 
-    Bad input is a UserError, and what the system, a library or YAML say of files and values: OSError, ValueError (of
-    which UnicodeError is one) and `FOREIGN_ERRORS`; also a loader's worker process that ended, for lack of memory.
-    SIGTERM during training ends in one line and status 143.
+    Bad input is a UserError, OSError, ValueError (such as UnicodeError), one of `FOREIGN_ERRORS`, or a loader's worker
+    process that ended for lack of memory. SIGTERM during training ends in one line and status 143.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Writing files so that a half-written one is never seen, and reading JSON."""
+"""Write files so that a half-written one is never seen, and read JSON."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from looc_ldm.utils.errors import UserError
+from looc_ldm.utils.errors import UserError, one_line
 
-NAME_BYTES, PATH_BYTES = 255, 4096  # of the usual file systems; paths with the NUL that ends them
+NAME_BYTES = 255  # in a name, on the usual file systems
 
 
 def check_folder(folder: Path) -> None:
@@ -25,29 +25,14 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"cannot write to {str(folder)!r}: no permission.")
 
 
-def check_name(file: Path) -> None:
-    """Refuse, before any work, a file or folder whose name, or that of the partial one beside it, is impossible."""
-    if "\0" in str(file):
-        raise UserError(f"cannot write {str(file)!r}: there is a NUL in its name.")
-    partial = partial_of(file)
-    if any(len(os.fsencode(part)) > NAME_BYTES for part in partial.parts):
-        spare = NAME_BYTES - len(os.fsencode(partial.name)) + len(os.fsencode(file.name))
-        raise UserError(
-            f"cannot write {str(file)!r}: names of folders may have {NAME_BYTES} bytes, of files {spare}, which leaves "
-            "some for the name beside it that is written to first."
-        )
-    if len(os.fsencode(partial.absolute())) >= PATH_BYTES:
-        raise UserError(f"cannot write {str(file)!r}: paths may have {PATH_BYTES - 1} bytes.")
-
-
 def is_relative_name(name: str) -> bool:
-    """Whether a name with `/` from elsewhere names a file inside the folder that it is put into, on any system."""
+    """Whether a foreign name with `/` stays inside the folder that it is put into, on any system."""
     path = PurePosixPath(name)
     return not (path.is_absolute() or ".." in path.parts or not path.name or "\\" in name or ":" in path.parts[0])
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, where they are not there. Raises UserError where that is not possible."""
+    """Make a folder and its missing parents. Raises UserError if that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,8 +41,7 @@ def make_folder(folder: Path) -> None:
 
 def replace_text(file: Path, text: str) -> None:
     """Write a UTF-8 text file beside its place and rename it."""
-    with renamed_when_complete(file) as partial:
-        partial.write_text(text, encoding="utf-8")
+    replace_bytes(file, text.encode())
 
 
 def replace_bytes(file: Path, content: bytes) -> None:
@@ -72,19 +56,13 @@ def write_image(image: Image.Image, file: Path) -> None:
         image.save(partial, format="PNG")
 
 
-def copy_file(source: Path, file: Path) -> None:
-    """Copy a file beside its place and rename it."""
-    with renamed_when_complete(file) as partial:
-        shutil.copyfile(source, partial)
-
-
 @contextmanager
 def renamed_when_complete(file: Path, partial: Path | None = None) -> Iterator[Path]:
-    """The path beside `file` to write to; it is renamed to `file` at the end, or removed where an error ends it.
+    """Yield a path beside `file` to write to. It is renamed to `file` at the end, or removed after an error.
 
     Args:
-        file: What is written.
-        partial: That path; `partial_of(file)` if not given.
+        file: The file to write.
+        partial: The path to yield; `partial_of(file)` if not given.
 
     Raises:
         UserError: The system refused something, for instance because the disk is full.
@@ -98,17 +76,33 @@ def renamed_when_complete(file: Path, partial: Path | None = None) -> Iterator[P
         with suppress(OSError):  # the first error is the one to see
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            # Of another file, such as the source of a copy, it has the name.
-            own = error.filename is None or Path(os.fsdecode(error.filename)) in (partial, file)
-            reason = error.strerror if own and error.strerror else " ".join(str(error).split())
-            raise UserError(f"cannot write {str(file)!r}: {reason}.") from error
+            raise UserError(f"cannot write {str(file)!r}: {one_line(error, partial)}.") from error
         raise
 
 
-def replace_folder(partial: Path, folder: Path) -> None:
-    """Rename a complete folder, in place of an older one if there is one.
+@contextmanager
+def folder_when_complete(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside `folder`, which replaces it at the end, or is removed after an error.
 
-    All of it reaches the disk before the name does: after a power cut, too, what has the name is complete.
+    Raises:
+        UserError: The system refused something.
+    """
+    partial = partial_of(folder)
+    shutil.rmtree(partial, ignore_errors=True)  # a command that was killed left it
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        replace_folder(partial, folder)
+    except OSError as error:
+        raise UserError(f"cannot write {str(folder)!r}: {one_line(error, partial)}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Rename a complete folder; an older one of that name is removed.
+
+    All content reaches the disk before the name does: even after a power cut, a folder of that name is complete.
     """
     for path in [*partial.rglob("*"), partial]:
         _to_disk(path)
@@ -127,7 +121,7 @@ def _to_disk(path: Path) -> None:
 
 
 def partial_of(file: Path) -> Path:
-    """The path beside `file` that is written to first."""
+    """Return the path beside `file` that is written to first."""
     return file.with_name(f".{file.name}.partial")
 
 
@@ -135,7 +129,7 @@ def read_json(file: Path) -> dict:
     """Return the JSON object in a file.
 
     Raises:
-        UserError: The file cannot be read, or holds something else.
+        UserError: The file cannot be read, or holds no JSON object.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))

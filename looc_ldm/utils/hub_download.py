@@ -1,4 +1,4 @@
-"""Download models from the hub: only the files that are needed, only safetensors, with their checksums verified."""
+"""Download models from the hub: only needed files, only safetensors, with verified checksums."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import glob
 import os
 import re
 import shutil
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 
 from looc_ldm.utils.errors import ModelError, UserError
-from looc_ldm.utils.files import NAME_BYTES, check_folder, is_relative_name
+from looc_ldm.utils.files import NAME_BYTES, check_folder, folder_when_complete, is_relative_name
 from looc_ldm.utils.hub_errors import HTTPError, hub_errors
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -31,8 +30,8 @@ def download(repo_id: str, revision: str | None = None, component: str | None = 
         `Path`: The folder of the model.
 
     Raises:
-        ModelError: No such repository or revision, no access, no model in it, a pickle instead of
-            safetensors, or a file that does not have the checksum that the hub states.
+        ModelError: No such repository or revision, no access, no model in it, a pickle instead of safetensors, or a
+            file with a different checksum than the hub states.
     """
     with hub_errors(repo_id):
         try:
@@ -54,38 +53,32 @@ def pull(
     variant: str | None = None,
     token: str | None = None,
 ) -> Path:
-    """Download a model into the cache, and copy it into a folder if one is given. Goes on after an interruption.
+    """Download a model into the cache, and copy it into a folder if one is given; return the folder.
 
     Args:
         repo_id, revision: See `download`.
         output (`Path`, *optional*): Folder that must not exist yet, or be empty; it appears when it is complete.
-        variant (`str`, *optional*): Take the weights of this variant ("non_ema", "fp16") where there are any.
+        variant (`str`, *optional*): Take the weights of this variant ("non_ema", "fp16") if there are any.
         token (`str`, *optional*): By default what `hf auth login` stored, or HF_TOKEN.
-
-    Returns:
-        `Path`: The folder of the model.
 
     Raises:
         ModelError: See `download`; also an unknown variant.
         UserError: `output` cannot be written to, or is not empty.
     """
     if output is not None:
-        target = output.resolve()  # a link cannot be replaced by a folder: write where it leads
-        check_folder(target)
-        if target.is_dir() and any(target.iterdir()):
+        check_folder(output)
+        if output.is_dir() and any(output.iterdir()):
             raise UserError(f"--output {str(output)!r} is not empty: give another folder, or delete it.")
     with hub_errors(repo_id):
         folder, files = _fetch(repo_id, revision, variant, token=token)
     if output is None:
         return folder
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for file in files:
-        (partial / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / file, partial / file)
-    with suppress(OSError):
-        target.rmdir()  # an empty one
-    os.replace(partial, target)
+    with folder_when_complete(
+        output.resolve()
+    ) as partial:  # a link cannot be replaced by a folder: write to its target
+        for file in files:
+            (partial / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / file, partial / file)
     return output
 
 
@@ -102,7 +95,7 @@ def _fetch(
     if "model_index.json" in names and component is not None:
         names = [name for name in names if name == "model_index.json" or name.startswith(f"{component}/")]
     files = wanted_files(repo_id, names, variant)
-    # By branch or tag, so that the cache knows it by that name when the hub cannot be reached.
+    # Not by commit: without the hub, the cache finds a branch or tag only by its name.
     patterns = [glob.escape(file) for file in files]
     folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
     _verify(repo_id, folder, files, token)

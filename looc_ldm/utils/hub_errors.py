@@ -1,4 +1,4 @@
-"""Errors of the model hub in one line."""
+"""Turn errors of the model hub into one line."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_a_pipeline_and_so_many_images(folder, model):
         (("model", "--data", "images", "--resolution", "15"), "divisible by 2"),
         (("model", "--data", "images", "--images", "0"), "--images: must be >0, got 0"),
         (("model",), "required: data"),
-        (("model", "--data", "images", "--output", "images"), "something else than an analysis"),
+        (("model", "--data", "images", "--output", "images"), "does not hold an analysis"),
         (("model", "--data", "images", "--output", "images/0.png"), "is not a folder"),
         (("model", "--data", "unreadable"), "2.png"),
     ],

@@ -149,7 +149,8 @@ def test_the_first_model_decides_how_images_become_square_unless_that_is_given(r
         assert (found["fit"], found["resolution"]) == expected
         assert {model["images"] for model in found["models"]} == {1}
     assert (
-        "trained at another resolution: coarse (16x16), cropping (16x16)" in Path("results/comparison.md").read_text()
+        "trained at a different resolution: coarse (16x16), cropping (16x16)"
+        in Path("results/comparison.md").read_text()
     )
 
 

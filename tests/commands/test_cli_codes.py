@@ -1,6 +1,5 @@
 """`looc-ldm encode` and `looc-ldm decode` as somebody types them, and the examples of docs/looc_format.md."""
 
-import json
 import math
 import os
 import re
@@ -16,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from looc_ldm import LooCSmallVQModel, LooCVQModel
+from looc_ldm import LooCVQModel
 from looc_ldm.codes.images import encode_image
 from looc_ldm.codes.looc_file import HEADER_BYTES, read_codes
-from looc_ldm.commands import many_files
+from looc_ldm.commands import codes, many_files
 from looc_ldm.commands.main import parse_command
 from looc_ldm.images.open import BUNDLED
 from looc_ldm.images.pixels import to_float
@@ -133,13 +132,6 @@ def test_a_pipeline_decodes_what_its_autoencoder_encoded_in_any_dtype(models, ca
     assert len(files("a-float32")) == len(files("b-bfloat16")) == 5
 
 
-def test_the_batch_size_does_not_show_in_the_files(models, capsys):
-    run(capsys, "encode", models / "colour", "photos", "--output", "alone", "--batch-size", 1)
-    run(capsys, "encode", models / "colour", "photos", "--output", "together", "--batch-size", 3)
-    for name in files("alone"):
-        assert Path("alone", name).read_bytes() == Path("together", name).read_bytes()
-
-
 def test_hidden_files_and_what_is_no_image_are_left_out(models, capsys):
     Path("photos/notes.txt").write_text("no image")
     Path("photos/.thumbnails").mkdir()
@@ -248,16 +240,6 @@ def test_padding_of_a_table_is_not_counted_as_pixels(models, capsys):
     assert f"{100 * C * 7 / (14 * 17):.4f} bits per pixel packed" in printed
 
 
-def test_images_of_a_table_become_square_as_in_training(models, capsys):
-    shutil.rmtree("photos/dogs")
-    shutil.copytree(models / "grey", "trained")
-    Path("trained/training.json").write_text(json.dumps({"data": {"fit": "pad"}}))
-    told = encode_table(capsys, models / "grey", "photos", "--fit", "pad", "--resolution", 20, "--output", "told")
-    trained = encode_table(capsys, "trained", "photos", "--resolution", 20, "--output", "table")
-    assert Path("told/train.parquet").read_bytes() == Path("table/train.parquet").read_bytes()
-    assert told.replace("told", "table") == trained
-
-
 def test_an_image_that_cannot_be_read_leaves_no_table(models, capsys):
     Path("photos/cats/b.jpg").write_text("no image")
     lines = stopped(capsys, "encode", models / "grey", "photos", "--format", "parquet", "--output", "table")
@@ -279,16 +261,6 @@ def test_a_damaged_table_is_refused(models, capsys):
     assert "cannot read 'table/train.parquet'" in refusal(capsys, "decode", models / "grey", "table", "--output", "o")
 
 
-@pytest.mark.parametrize("name", ["../a.png", "/a.png", "c/../../a.png", "C:\\a.png", "", None])
-def test_a_table_cannot_write_outside_of_the_output(name, models, capsys):
-    encode_table(capsys, models / "grey", "photos", "--output", "table")
-    table = pq.read_table("table/train.parquet")
-    column = pa.array([name, *table["file"].to_pylist()[1:]], pa.string())
-    pq.write_table(table.set_column(table.schema.get_field_index("file"), "file", column), "table/train.parquet")
-    message = refusal(capsys, "decode", models / "grey", "table", "--output", "images")
-    assert f"{name!r} is not a relative name of a file" in message
-
-
 def with_column(name: str, values: pa.Array) -> None:
     """Put other values into a column of `table/train.parquet`."""
     table = pq.read_table("table/train.parquet")
@@ -296,10 +268,12 @@ def with_column(name: str, values: pa.Array) -> None:
     pq.write_table(table.replace_schema_metadata(None), "table/train.parquet")
 
 
-def with_names(*names: str) -> None:
-    """Give the first rows of `table/train.parquet` these names."""
-    column = pq.read_table("table/train.parquet")["file"].to_pylist()
-    with_column("file", pa.array([*names, *column[len(names) :]]))
+@pytest.mark.parametrize("name", ["../a.png", "/a.png", "c/../../a.png", "C:\\a.png", ""])
+def test_a_table_cannot_write_outside_of_the_output(name, models, capsys):
+    encode_table(capsys, models / "grey", "photos", "--output", "table")
+    with_column("file", pa.array([name, "a", "b", "c", "d"]))
+    message = refusal(capsys, "decode", models / "grey", "table", "--output", "images")
+    assert f"{name!r} is not a relative name of a file" in message
 
 
 def test_codes_of_another_model_are_named_and_all_others_decoded(models, capsys):
@@ -307,53 +281,37 @@ def test_codes_of_another_model_are_named_and_all_others_decoded(models, capsys)
     run(capsys, "encode", models / "other", "photos/dogs/d.tiff", "--output", "codes/cats")
     encode_table(capsys, models / "other", "photos", "--output", "codes/table")
     lines = stopped(capsys, "decode", models / "grey", "codes", "--output", "images", "--batch-size", 8)
-    assert lines[0].startswith("'codes/cats/d.looc' is of another model: its fingerprint is ")
-    assert lines[1].startswith("'codes/table/train.parquet, row cats/a.png' is of another model: its fingerprint is ")
+    assert lines[0].startswith("'codes/cats/d.looc' is from a different model, ")
+    assert lines[1].startswith("'codes/table/train.parquet, row cats/a.png' is from a different model, ")
     assert lines[2:] == ["error: 6 of 11 images could not be decoded and are left out."]
     assert files("images") == ["cats/a.png", "cats/b.png", "cats/more/c.png", "dogs/d.png", "dogs/e.png"]
 
 
 def test_rows_whose_names_differ_in_their_suffix_only_are_decoded(models, capsys):
     encode_table(capsys, models / "grey", "photos", "--output", "table")
-    with_names("x/4.png", "x/4.webp", "y.jpg", "y.png/z.png")
+    with_column("file", pa.array(["x/4.png", "x/4.webp", "y.jpg", "y.png/z.png", "dogs/e.png"]))
     run(capsys, "decode", models / "grey", "table", "--output", "images")
     names = ["dogs/e.png.png", "x/4.png.png", "x/4.webp.png", "y.jpg.png", "y.png/z.png.png"]
     assert files("images") == names
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["a\0b.png"], "there is a NUL in its name"),
-        (["n" * 300], "names of folders may have 255 bytes"),
-        (["n" * 300 + "/a.png"], "names of folders may have 255 bytes"),
-        (["n/" * 2100 + "a.png"], "paths may have 4095 bytes"),
-        (["x", "x.png/y"], "row x' would become the file 'images/x.png', and"),
-        (["x", "x"], "row x' and 'table/train.parquet, row x' would both become"),
-    ],
-    ids=["NUL", "long", "long folder", "long path", "parent", "same"],
-)
-def test_names_in_a_table_that_cannot_be_written_are_refused(names, message, models, capsys):
+def test_a_name_that_stands_twice_in_a_table_is_refused(models, capsys):
     encode_table(capsys, models / "grey", "photos", "--output", "table")
-    with_names(*names)
-    assert message in refusal(capsys, "decode", models / "grey", "table", "--output", "images")
+    with_column("file", pa.array(["x", "x", "a", "b", "c"]))
+    message = refusal(capsys, "decode", models / "grey", "table", "--output", "images")
+    assert "row x' and 'table/train.parquet, row x' would both become" in message
 
 
 @pytest.mark.parametrize(
-    ("column", "values", "message"),
-    [
-        ("codes", ["a"] * 5, "'codes' holds string, not lists of integers"),
-        ("codes", [["a"]] * 5, "not lists of integers"),
-        ("height", [8.0] * 5, "'height' holds double, not integers"),
-        ("file", [1] * 5, "'file' holds int64, not text"),
-    ],
+    ("column", "values"),
+    [("codes", ["a"]), ("codes", [["a"]]), ("height", [8.5]), ("height", [None]), ("file", [None])],
 )
-def test_a_table_with_columns_of_other_types_is_refused(column, values, message, models, capsys):
+def test_a_table_with_columns_of_other_types_or_with_gaps_is_refused(column, values, models, capsys):
     encode_table(capsys, models / "grey", "photos", "--output", "table")
-    with_column(column, pa.array(values))
-    error = refusal(capsys, "decode", models / "grey", "table", "--output", "images")
-    assert "'table/train.parquet' is not a table of codes: its column " in error
-    assert message in error
+    with_column(column, pa.array(values * 5))
+    lines = stopped(capsys, "decode", models / "grey", "table", "--output", "images")
+    assert "cannot read 'table/train.parquet'" in lines[0]
+    assert files("images") == []
 
 
 # What is large --------------------------------------------------------------------------------------------------------
@@ -382,32 +340,18 @@ def test_only_images_above_the_budget_of_pixels_go_through_in_tiles(command, mod
             assert abs(a - b).max() <= 1
 
 
-@pytest.fixture
-def little_memory():
-    """A quarter of a GiB more than is used."""
-    resource = pytest.importorskip("resource")
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        pytest.skip("needs Linux")
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+def test_an_image_too_large_for_memory_is_named_and_the_others_are_encoded(models, capsys, monkeypatch):
+    def encode_pixels(model, pixels):
+        if pixels.shape[1] > 200:
+            raise MemoryError
+        return encode(model, pixels)
 
-    def limit():
-        used = int(statm.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, hard))
-
-    yield limit
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def test_an_image_too_large_for_memory_is_named_and_the_others_are_encoded(capsys, little_memory):
-    model = LooCSmallVQModel(in_channels=1, out_channels=1, hidden_channels=256, sample_size=16)
-    model.save_pretrained("small")
-    PIL.Image.new("L", (2400, 2000)).save("photos/cats/huge.png")
-    run(capsys, "encode", "small", "photos/dogs", "--output", "warm", "--device", "cpu")
-    little_memory()
-    lines = stopped(capsys, "encode", "small", "photos", "--output", "codes", "--device", "cpu")
+    encode = codes.encode_pixels
+    monkeypatch.setattr(codes, "encode_pixels", encode_pixels)
+    PIL.Image.new("L", (240, 201)).save("photos/cats/huge.png")
+    lines = stopped(capsys, "encode", models / "grey", "photos", "--output", "codes")
     assert lines == [
-        "not enough memory for 'photos/cats/huge.png', of 2400x2000 pixels.",
+        "not enough memory for 'photos/cats/huge.png', of 240x201 pixels.",
         "error: 1 of 6 images could not be encoded and are left out.",
     ]
     assert len(files("codes")) == 5
@@ -437,17 +381,13 @@ def test_where_memory_runs_out_for_a_batch_its_images_are_computed_in_smaller_on
     ("arguments", "message"),
     [
         (["encode", "grey", "photos"], "required: output"),
-        (["encode", "grey", "--output", "o"], "required: images"),
-        (["encode", "grey", "fotos", "--output", "o"], "no file or folder 'fotos' (data sets by name"),
+        (["encode", "grey", "fotos", "--output", "o"], "no file or folder 'fotos' (encode takes data sets by name"),
         (["encode", "grey", "empty", "--output", "o"], "nothing to read in the folder empty (looked for .jpg"),
         (["encode", "grey", "photos", "--output", "file/o"], "'file' is not a folder"),
         (["encode", "grey", "photos", "photos/cats/a.png", "photos/cats", "--output", "o"], "would both become 'o/a"),
         (["encode", "grey", "same", "--output", "o"], "'same/a.jpg' and 'same/a.png' would both become 'o/a.looc'"),
         (["encode", "grey", "photos", "--output", "o", "--resolution", "8"], "--fit need --format parquet"),
-        (["encode", "grey", "photos", "--output", "o", "--fit", "crop"], "--fit need --format parquet"),
         (["encode", "grey", "photos", "--output", "o", "--batch-size", "0"], "--batch-size: must be >0, got 0"),
-        (["encode", "grey", "photos", "--output", "o", "--device", "gpu"], "--device gpu"),
-        (["encode", "none", "photos", "--output", "o"], "none"),
         (["encode", "grey", "photos", "same", "--output", "o", "--format", "parquet"], "one data set, got 2"),
         (["encode", "grey", "fotos", "--output", "o", "--format", "parquet"], "'fotos'"),
         (["encode", "grey", "photos", "--output", "o", "--format", "parquet", "--split", "tain"], "'tain'"),
@@ -470,19 +410,6 @@ def test_bad_input_ends_in_one_line_and_status_2_with_nothing_written(arguments,
     pq.write_table(pa.table({"text": ["a"]}), "foreign.parquet")
     arguments[1] = str(models / arguments[1])
     assert message in refusal(capsys, *arguments)
-
-
-def test_an_image_whose_codes_could_not_be_written_is_refused_before_any_work(models, capsys):
-    shutil.copy("photos/cats/a.png", f"photos/{'n' * 245}.png")
-    assert "of files 246" in refusal(capsys, "encode", models / "grey", "photos", "--output", "codes")
-
-
-def test_a_folder_that_one_image_would_become_a_file_in_place_of_is_refused(models, capsys):
-    Path("photos/a.looc").mkdir()
-    shutil.copy("photos/cats/a.png", "photos/a.png")
-    shutil.copy("photos/cats/a.png", "photos/a.looc/b.png")
-    message = refusal(capsys, "encode", models / "grey", "photos", "--output", "codes")
-    assert "'photos/a.png' would become the file 'codes/a.looc'" in message
 
 
 def test_a_dangling_link_is_not_replaced(models, capsys):

@@ -82,15 +82,10 @@ def test_the_small_model_is_an_autoencoder_like_the_others(tmp_path):
     model.save_pretrained(tmp_path)
     again = LooCSmallVQModel.from_pretrained(tmp_path)
     assert isinstance(again, LooCVQModel)
-    assert {name: again.config[name] for name in model.config if name[0] != "_"} == {
-        name: value for name, value in model.config.items() if name[0] != "_"
-    }
     codes = again.eval().encode_indices(images)
     assert codes.shape == (2, 7, 7, 2)
     assert torch.equal(again.decode_indices(codes).sample, model.eval()(images).sample)
     assert again.bits_per_image(28, 28) == 7 * 7 * 2 * 4
-    again.enable_slicing()
-    assert torch.allclose(again(images).sample, model(images).sample, atol=1e-6)
     with pytest.raises(NotImplementedError, match="LooCSmallVQModel"):
         again.enable_tiling()
     with pytest.raises(ValueError, match="does not support gradient checkpointing"):

@@ -15,6 +15,7 @@ import originals
 from looc_ldm import LooCLDMPipeline
 from looc_ldm.commands.main import main
 from looc_ldm.models.loading import load_autoencoder
+from tiny import refusal
 
 FLAGS = "--resolution 32 --distance cosine --interpolation-factor 1"
 LDM_FLAGS = "--resolution 16 --num-head-channels 16 --prediction-type epsilon --scaling-factor 1"
@@ -50,21 +51,15 @@ def diffusion(tmp_path, monkeypatch) -> dict:
 
 
 def error_of(command: str, capsys) -> str:
-    """The one line that a command ends with, which must leave nothing behind."""
-    before = {path.name for path in Path().iterdir()}
-    with pytest.raises(SystemExit) as caught:
-        main(shlex.split(command))
-    assert caught.value.code == 2
-    assert {path.name for path in Path().iterdir()} == before
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    return lines[0]
+    """Return the one line that a command ends with, which must leave nothing behind."""
+    return refusal(capsys, *shlex.split(command))
 
 
 # Written --------------------------------------------------------------------------------------------------------------
 
 
 def test_an_autoencoder_folder_that_all_commands_take(small, capsys):
+    Path("models/.looc.partial/sub").mkdir(parents=True)  # a conversion that was killed left it
     main(shlex.split(f"convert best.pt --output models/looc {FLAGS}"))
     assert {path.name for path in Path("models").iterdir()} == {"looc"}
     assert {path.name for path in Path("models/looc").iterdir()} == {
@@ -185,20 +180,11 @@ def test_a_model_of_another_kind_than_said_is_refused(diffusion, capsys):
     assert "no _pre_vq_conv" in error_of(f"convert model.ckpt --output ours --kind looc {FLAGS}", capsys)
 
 
-def test_help_names_every_flag(capsys):
-    with pytest.raises(SystemExit):
-        main(["convert", "--help"])
-    text = capsys.readouterr().out
-    for flag in ("--output", "--kind", "--original-config", "--no-ema", "--num-head-channels", "--null-class-label"):
-        assert flag in text
-
-
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
         ({"shuffle_scale": "abc"}, "shuffle_scale is 'abc': invalid literal for int()"),
         ({"shuffle_scale": -1}, "shuffle_scale is -1: -1 does not conform to restriction v>=0"),
-        ({"dataset": ["mnist"]}, "give --resolution"),
         ({"distance": ["cos"]}, "distance must be one of cos, l2, got \"['cos']\""),
         ({"anchor": [1]}, "anchor must be one of"),
     ],
@@ -212,13 +198,9 @@ def test_values_of_a_wrong_type_in_a_small_models_config_are_named(small, settin
     ("part", "name", "value"),
     [
         ("model", "linear_start", "abc"),
-        ("model", "linear_end", [1]),
-        ("model", "timesteps", "abc"),
-        ("model", "scale_factor", {}),
         ("model", "image_size", [8, 8]),
         ("unet", "num_heads", "abc"),
         ("unet", "num_head_channels", 0),
-        ("vqgan", "resolution", "abc"),
     ],
 )
 def test_values_of_a_wrong_type_in_an_ldms_config_are_named(diffusion, part, name, value, capsys):
@@ -277,24 +259,10 @@ def test_weights_of_another_rank_in_an_ldm_are_named(diffusion, key, wrong, caps
     torch.save({**diffusion, key: wrong}, "bad.ckpt")
     flags = LDM_FLAGS.replace("--scaling-factor 1", "") if key == "scale_factor" else LDM_FLAGS
     error = error_of(f"convert bad.ckpt --output ours {flags}", capsys)
-    name = key.removeprefix(NET) if "qkv" in key else key
-    assert "mis-shaped: " in error
-    assert f"{name} is {tuple(wrong.shape)}" in error
+    assert f"mis-shaped: {key.removeprefix(NET).removeprefix(FIRST)} is {tuple(wrong.shape)}" in error
 
 
 def test_an_output_that_is_a_dangling_link_is_refused_before_any_work(small, capsys):
     Path("ours").symlink_to("nowhere")
     assert "'ours' exists already" in error_of("convert missing.pt --output ours", capsys)
     assert "'ours' is not a folder" in error_of("convert missing.pt --output ours/new", capsys)
-
-
-def test_what_a_killed_conversion_left_is_not_in_the_next_one(small):
-    Path(".ours.partial/sub").mkdir(parents=True)
-    Path(".ours.partial/sub/half.safetensors").write_text("half")
-    main(shlex.split(f"convert best.pt --output ours {FLAGS}"))
-    assert {path.name for path in Path("ours").iterdir()} == {
-        "config.json",
-        "diffusion_pytorch_model.safetensors",
-        "model.py",
-    }
-    assert not Path(".ours.partial").exists()

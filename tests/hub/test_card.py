@@ -17,41 +17,26 @@ from looc_ldm.models.loading import stored_fingerprints
 from looc_ldm.models.registration import AUTOENCODERS
 from looc_ldm.utils.errors import ModelError, UserError
 
-RECONSTRUCTION = {
-    "protocol": "clean",
-    "images": 500,
-    "height": 16,
-    "width": 16,
+RECONSTRUCTION = {"protocol": "clean", "images": 500, "height": 16, "width": 16, "data": "ada/animals", "split": "test"}
+RECONSTRUCTION |= {
     "psnr": 23.4567891,
     "ssim": 0.8125,
     "rfid@192": 7.125,
     "bits_per_image": 512.0,
     "bits_per_pixel": 2.0,
-    "num_codevectors": 16,
-    "codevector_dim": 2,
-    "data": "ada/animals",
-    "split": "test",
-    "dtype": "float32",
-    "command": "looc-ldm evaluate reconstruction runs/pets --data ada/animals --output figures.json",
-    "version": "0.1.0",
 }
+RECONSTRUCTION |= {"num_codevectors": 16, "codevector_dim": 2, "dtype": "float32", "version": "0.1.0"}
+RECONSTRUCTION |= {"command": "looc-ldm evaluate reconstruction runs/pets --data ada/animals --output figures.json"}
 GENERATION = {
     "protocol": "clean",
     "images_first": 10_000,
     "images_second": 500,
-    "fid@2048": 12.5,
-    "kid@2048": 0.0625,
-    "kid_std@2048": 0.001,
-    "bits_per_pixel": 2.0,
-    "num_inference_steps": 50,
-    "guidance_scale": 1.5,
-    "seed": 4,
     "data": "/data/animals",
     "split": "test",
-    "dtype": "bfloat16",
-    "command": "looc-ldm evaluate generation runs/pets --data /data/animals --output figures.json",
-    "version": "0.1.0",
 }
+GENERATION |= {"fid@2048": 12.5, "kid@2048": 0.0625, "kid_std@2048": 0.001, "bits_per_pixel": 2.0}
+GENERATION |= {"num_inference_steps": 50, "guidance_scale": 1.5, "seed": 4, "dtype": "bfloat16", "version": "0.1.0"}
+GENERATION |= {"command": "looc-ldm evaluate generation runs/pets --data /data/animals --output figures.json"}
 
 
 @pytest.fixture
@@ -128,7 +113,7 @@ def test_what_is_not_known_is_left_out(tmp_path, make_pipeline):
     text = card.read_text()
     assert "model-index" not in metadata_load(card)
     assert "license" not in metadata_load(card)
-    assert "Of the weights: not stated." in text
+    assert "Licence of the weights: not stated." in text
     for absent in ("## Measured", "## Training", "samples.png", "None", "unknown"):
         assert absent not in text
     assert text.splitlines()[text.splitlines().index(MARK) + 2] == "# bare"

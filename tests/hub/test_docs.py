@@ -29,7 +29,7 @@ def test_python_examples_run_one_after_the_other(hub, quickstart_folder, tmp_pat
         exec(compile(blocks("python"), "docs/hub.md", "exec"), {})
     finally:
         diffusers_logging.set_verbosity_warning()
-    assert "Of the weights: mit." in capsys.readouterr().out
+    assert "Licence of the weights: mit." in capsys.readouterr().out
     assert hub.repositories["ada/fashion"].private
     assert set(hub.repositories["ada/fashion"].branches) == {"main", "again"}
 

@@ -64,44 +64,6 @@ def test_diffusion_pipeline_loads_with_trust_and_without_it_says_that_it_needs_i
     assert torch.equal(draw(pipe), draw(LooCLDMPipeline.from_pretrained(pipeline_folder)))
 
 
-def test_a_process_that_never_heard_of_looc_ldm_loads_with_trust(pushed, pipeline_folder, hub_environment, tmp_path):
-    code = f"""
-import sys, torch
-from diffusers import DiffusionPipeline
-def draw(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    return pipe(class_labels=[0, "dog"], num_inference_steps=2, generator=generator, output_type="pt").images
-drawn = []
-for name in ({str(pipeline_folder)!r}, {ID!r}):
-    assert "looc_ldm" not in sys.modules or drawn
-    try:
-        DiffusionPipeline.from_pretrained(name)
-    except ValueError as error:
-        assert "trust_remote_code=True" in str(error), error
-    else:
-        raise AssertionError("loaded without trust")
-    drawn.append(draw(DiffusionPipeline.from_pretrained(name, trust_remote_code=True)))
-torch.save(drawn, {str(tmp_path / "drawn.pt")!r})
-"""
-    ended = subprocess.run([sys.executable, "-c", code], env=hub_environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    expected = draw(LooCLDMPipeline.from_pretrained(pipeline_folder))
-    for images in torch.load(tmp_path / "drawn.pt"):
-        assert torch.allclose(images, expected, atol=1e-5)
-
-
-def test_importing_looc_ldm_is_enough_for_auto_model(pushed, pipeline_folder, hub_environment):
-    code = f"""
-import looc_ldm
-from diffusers import AutoModel
-for name in ({str(pipeline_folder)!r}, {ID!r}):
-    assert type(AutoModel.from_pretrained(name, subfolder="vqvae")).__name__ == "LooCVQModel"
-"""
-    ended = subprocess.run([sys.executable, "-c", code], env=hub_environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-
-
 @pytest.mark.parametrize("loader", [AutoModel, LooCVQModel])
 @pytest.mark.parametrize("place", ["folder", "hub"])
 def test_the_first_stage_of_a_pipeline_loads_by_itself(loader, place, pushed, pipeline_folder):

@@ -107,18 +107,15 @@ def test_a_corrupted_download_is_refused_by_name_and_does_not_stay(pushed, say, 
     assert pushed.requests["GET resolve"] == requests + 1  # what was whole is not fetched again
 
 
-def test_a_corrupted_small_file_is_refused_too(pushed, say):
-    pushed.corrupted = {"scheduler/scheduler_config.json"}
-    status, _, errors = say("pull", ID)
+@pytest.mark.parametrize(
+    ("command", "file", "checksum"),
+    [(["pull"], "scheduler/scheduler_config.json", "git-sha1"), (["sample", "--steps", 1], UNET, "sha256")],
+)
+def test_small_files_and_downloads_of_other_commands_are_verified_too(pushed, say, command, file, checksum):
+    pushed.corrupted = {file}
+    status, _, errors = say(*command, ID)
     assert status == 2
-    assert "scheduler/scheduler_config.json of ada/pets is damaged: its git-sha1 is" in errors.splitlines()[-1]
-
-
-def test_what_sample_downloads_is_verified(pushed, say):
-    pushed.corrupted = {UNET}
-    status, _, errors = say("sample", ID, "--steps", 1)
-    assert status == 2
-    assert f"{UNET} of {ID} is damaged" in errors.splitlines()[-1]
+    assert f"{file} of ada/pets is damaged: its {checksum} is" in errors.splitlines()[-1]
 
 
 def test_a_repository_with_a_pickle_instead_of_safetensors_is_refused(pushed, say, tmp_path):
@@ -132,14 +129,14 @@ def test_a_repository_with_a_pickle_instead_of_safetensors_is_refused(pushed, sa
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_pickle_beside_safetensors_is_left_there(pushed, say, tmp_path):
-    pushed.add(ID, pushed.repositories[ID].files() | {"unet/diffusion_pytorch_model.bin": b"a pickle"})
-    assert say("pull", ID, "--output", "pets")[0] == 0
-    assert not [path for path in files_in(tmp_path / "pets") if path.endswith(".bin")]
-
-
-def test_pickles_that_no_component_is_loaded_from_are_left_there(pushed, say, tmp_path):
-    stray = {"training_args.bin", "checkpoints/optimizer.pt", "old_unet/model.bin", "old_unet/model.fp16.safetensors"}
+def test_pickles_that_no_component_needs_are_left_there(pushed, say, tmp_path):
+    stray = {
+        "unet/diffusion_pytorch_model.bin",
+        "training_args.bin",
+        "checkpoints/optimizer.pt",
+        "old_unet/model.bin",
+        "old_unet/model.fp16.safetensors",
+    }
     pushed.add(ID, pushed.repositories[ID].files() | dict.fromkeys(stray, b"") | {"old_vae/config.json": b""})
     status, _, errors = say("pull", ID, "--output", "pets")
     assert status == 0, errors

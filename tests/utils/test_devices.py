@@ -1,10 +1,15 @@
-"""`--device`: the best there is, or the one that is named, or one line."""
+"""Devices and engines: what works, and one line for the rest."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
+from looc_ldm.utils import distributed
 from looc_ldm.utils.devices import choose_device
-from looc_ldm.utils.errors import UserError
+from looc_ldm.utils.errors import ConfigError, UserError
+from tiny import refusal
 
 
 def test_a_device_that_there_is():
@@ -17,3 +22,31 @@ def test_a_device_that_nothing_can_be_computed_on_is_one_line(name):
     with pytest.raises(UserError, match=f"--device {name}: ") as caught:
         choose_device(name)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("engine", DistributedType)
+def test_an_engine_is_accepted_or_refused_in_one_line_that_names_those_that_work(engine, monkeypatch):
+    started = SimpleNamespace(distributed_type=engine, num_processes=1)
+    monkeypatch.setattr(distributed, "Accelerator", lambda **_: started)
+    if engine in distributed.ENGINES:
+        assert distributed.make_accelerator("cpu") is started
+    else:
+        with pytest.raises(ConfigError, match=f"asks for {engine.value}: this command runs on one process, or with"):
+            distributed.make_accelerator("cpu")
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "reconstruction", "starter", "--data", "fashion_mnist"],
+        ["evaluate", "generation", "starter", "--data", "fashion_mnist", "--inception-weights", "WEIGHTS"],
+        ["cache-latents", "--config", "starter/diffusion", "--autoencoder", "starter"],
+    ],
+    ids=lambda command: command[0],
+)
+@pytest.mark.usefixtures("in_an_empty_folder")
+def test_an_engine_that_is_not_installed_is_one_line(command, variable, monkeypatch, capsys, untrained_inception):
+    monkeypatch.setenv(variable, "true")
+    command = [str(untrained_inception) if part == "WEIGHTS" else part for part in command]
+    assert "Accelerate's config or environment asks for what cannot be started: " in refusal(capsys, *command)

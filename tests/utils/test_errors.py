@@ -1,12 +1,13 @@
 """What the command lines make of bad input and of interruptions."""
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
 
-from looc_ldm.utils.errors import DataError, Terminated, UserError, one_line_errors
+from looc_ldm.utils.errors import DataError, Terminated, UserError, one_line, one_line_errors
 
 
 @pytest.mark.parametrize(
@@ -49,3 +50,10 @@ def test_an_error_of_wandb_such_as_a_missing_login_is_one_line(monkeypatch, caps
 def test_an_error_of_the_program_keeps_its_traceback():
     with pytest.raises(KeyError), one_line_errors():
         raise KeyError("vqvae")
+
+
+def test_the_message_of_a_system_error_names_its_file_once():
+    error = OSError(2, "No such file or directory", "a.png")
+    assert one_line(error) == "No such file or directory: 'a.png'"
+    assert one_line(error, Path("a.png")) == "No such file or directory"
+    assert one_line(OSError("several\n  lines")) == "several lines"
