@@ -89,13 +89,13 @@ def test_a_folder_becomes_a_folder_of_codes_and_comes_back_with_names_sizes_and_
         assert decoded.mode == "RGB"
 
 
-def test_links_are_followed_as_in_training_and_those_that_lead_nowhere_are_named(models, capsys, caplog):
+def test_links_are_followed_as_in_training_and_those_that_lead_nowhere_are_named(models, capsys):
     Path("linked").mkdir()
     Path("linked/cats").symlink_to(Path("photos/cats").resolve())
     Path("linked/gone.png").symlink_to("nowhere.png")
-    run(capsys, "encode", models / "colour", "linked", "--output", "codes")
+    lines = stopped(capsys, "encode", models / "colour", "linked", "--output", "codes")
+    assert lines[0].startswith("cannot read linked/gone.png: No such file or directory")
     assert files("codes") == ["cats/a.looc", "cats/b.looc", "cats/more/c.looc"]
-    assert "linked: 1 links lead nowhere, the first is gone.png" in caplog.text
 
 
 def test_the_commands_do_what_the_python_functions_do(models, capsys):
