@@ -242,7 +242,7 @@ def _preview_and_evaluate(
     if run.skipping or not run.accelerator.is_main_process:
         return
     with run.log.pause_timer():
-        if run.due(config.preview_every_images):
+        if run.due(config.preview_every_images) or run.log.first_preview_due():
             run.log.write_preview(run.images_seen, reconstruction_grid([averaged, live], validation, PREVIEW_IMAGES))
         if run.due(config.evaluation.every_images):
             logger.info("measuring reconstructions of held-out images")

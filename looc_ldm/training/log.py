@@ -1,4 +1,4 @@
-"""Write the log of a run: a line per log interval on stderr, in `metrics.jsonl` and in the tracker; image grids."""
+"""Write the log of a run: a line per log interval in `metrics.jsonl` and in the tracker, one every 30 s on stderr."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ from looc_ldm.utils.files import replace_bytes, replace_text, write_image
 logger = logging.getLogger(__name__)
 
 # These depend on the machine and the moment, and so are not the same in a run that was interrupted.
+PROGRESS_SECONDS = 30  # between two lines on stderr; the first comes sooner
+FIRST_PROGRESS_SECONDS = 10
+FIRST_PREVIEW_SECONDS = 45
 VOLATILE_KEYS = ("images_per_second", "data_wait", "other_seconds", "memory_gib")
 
 
@@ -99,6 +102,9 @@ class RunLog:
         self.means = Means(accelerator.device)
         self.bar: tqdm | None = None
         self._written_at = (0, time.monotonic())  # images seen, and when
+        self._started_at = self._shown_at = self._written_at
+        self._next_progress = 0.0
+        self._means: dict[str, float] = {}  # of the last line
         # Since the last line, of this process, in seconds:
         self.waited = 0.0  # for data, while training
         self._other = 0.0  # anything but training
@@ -110,6 +116,11 @@ class RunLog:
         self.means.reset(means)
         self._start_tracker(images_seen)
         self._written_at = (images_seen, time.monotonic())
+        self._start_timing(images_seen)
+
+    def _start_timing(self, images_seen: int) -> None:
+        self._started_at = self._shown_at = (images_seen, time.monotonic())
+        self._next_progress = time.monotonic() + FIRST_PROGRESS_SECONDS
 
     def _start_tracker(self, images_seen: int) -> None:
         if self.config.tracker == "tensorboard":
@@ -160,6 +171,24 @@ class RunLog:
             then = self._written_at[1]
             self._written_at = (images_seen, then)
             self.waited, self._other = 0.0, time.monotonic() - then
+        self._start_timing(images_seen)
+
+    def show_progress(self, images_seen: int) -> None:
+        """Say on stderr, now and then, how far the run is, its speed and how long it still takes. Main process only."""
+        now = time.monotonic()
+        if now < self._next_progress or not self.accelerator.is_main_process:
+            return
+        self._next_progress = now + PROGRESS_SECONDS
+        (first, started), (before, then), total = self._started_at, self._shown_at, self.config.total_images
+        self._shown_at = (images_seen, now)
+        minutes = (total - images_seen) * (now - started) / (images_seen - first) / 60
+        parts = [
+            f"{images_seen:,}/{total:,} images",
+            f"{(images_seen - before) / (now - then):.4g} images/s",
+            f"{minutes:.1f} min left" if minutes < 90 else f"{minutes / 60:.1f} h left",
+        ]
+        parts += [f"{name} {value:.4g}" for name, value in self._means.items()]
+        logger.info(", ".join(parts))
 
     # Lines -----------------------------------------------------------------------------------------------------------
 
@@ -192,13 +221,17 @@ class RunLog:
         }
         if self.accelerator.is_main_process:
             self._append(images_seen, values)
+        self._means = means
         if self.bar is not None:
             self.bar.set_postfix({name: f"{value:.3g}" for name, value in means.items() if name.startswith("loss")})
 
     def write_evaluation(self, images_seen: int, figures: dict) -> None:
         """Write figures of an evaluation, with the prefix `val_`. Does nothing on other processes than the main one."""
         if self.accelerator.is_main_process:
-            self._append(images_seen, {f"val_{name}": value for name, value in figures.items()})
+            line = {f"val_{name}": value for name, value in figures.items()}
+            self._append(images_seen, line)
+            words = [f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in line.items()]
+            logger.info(", ".join([f"after {images_seen:,} images", *words]))
 
     def _append(self, images_seen: int, values: dict) -> None:
         # JSON and trackers have no place for NaN.
@@ -206,8 +239,6 @@ class RunLog:
         self.accelerator.log(line, step=images_seen)
         with writing("the log", self.folder), self.file.open("a") as file:
             file.write(json.dumps({"images": images_seen, **line}, allow_nan=False) + "\n")
-        words = [f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in line.items()]
-        logger.info(", ".join([f"{images_seen:,}/{self.config.total_images:,} images", *words]))
 
     # Grids -----------------------------------------------------------------------------------------------------------
 
@@ -215,11 +246,17 @@ class RunLog:
         """Return the file of the image grid after `images_seen` images."""
         return self.folder / "previews" / f"{images_seen:09d}.png"
 
+    def first_preview_due(self) -> bool:
+        """Whether training has gone on for a while without an image grid in the run's folder."""
+        waited = time.monotonic() - self._started_at[1] > FIRST_PREVIEW_SECONDS
+        return waited and not any((self.folder / "previews").glob("*.png"))
+
     def write_preview(self, images_seen: int, image: Image.Image) -> None:
         """Write an image grid and hand it to the tracker. Main process only."""
         file = self.preview_file(images_seen)
         file.parent.mkdir(exist_ok=True)
         write_image(image, file)
+        logger.info("image grid: %s", file)
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 pixels = np.asarray(image.convert("RGB"))[None]

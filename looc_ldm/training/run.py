@@ -231,6 +231,7 @@ class Run:
         self.images_seen += self.config.batch_size
         if self.log.bar is not None:
             self.log.bar.update(self.config.batch_size)
+        self.log.show_progress(self.images_seen)
 
     @property
     def skipping(self) -> bool:

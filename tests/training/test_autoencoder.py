@@ -369,3 +369,10 @@ def test_a_run_does_not_go_on_with_other_data(autoencoder_config, garments, tmp_
     ):
         autoencoder.train(replace(config, total_images=48))
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())[-1] == "000000032"
+
+
+def test_an_image_grid_is_there_within_a_minute_whatever_the_interval(autoencoder_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("looc_ldm.training.log.FIRST_PREVIEW_SECONDS", 0)
+    autoencoder.train(autoencoder_config(tmp_path, preview_every_images=1000))
+    grids = sorted(file.name for file in (tmp_path / "previews").iterdir())
+    assert grids == ["000000016.png", "000000048.png"]  # timing starts after the first step, of 8 images

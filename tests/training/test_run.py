@@ -39,9 +39,8 @@ def weights(folder: Path, images: int) -> dict[str, torch.Tensor]:
 # Log lines -------------------------------------------------------------------------------------------------------
 
 
-def test_a_log_interval_is_one_line_for_people_and_one_of_json(tmp_path, caplog):
-    with caplog.at_level(logging.INFO, "looc_ldm"):
-        train(config_of(tmp_path, total_images=48))
+def test_a_log_interval_is_one_line_of_json(tmp_path):
+    train(config_of(tmp_path, total_images=48))
     lines = log_lines(tmp_path)
     assert [line["images"] for line in lines] == [16, 32, 48]
     for line in lines:
@@ -52,18 +51,26 @@ def test_a_log_interval_is_one_line_for_people_and_one_of_json(tmp_path, caplog)
         assert line["skipped_steps"] == 0
         assert line["loss"] > 0
         assert line["grad_norm"] > 0
+
+
+def test_people_read_by_the_clock_how_far_a_run_is_its_speed_and_the_time_left(tmp_path, caplog, monkeypatch):
+    """Here every second, for steps of 0.25 s: 8 images per step, 128 in all."""
+    now = [1000.0]
+    monkeypatch.setattr("looc_ldm.training.log.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("looc_ldm.training.log.FIRST_PROGRESS_SECONDS", 1)
+    monkeypatch.setattr("looc_ldm.training.log.PROGRESS_SECONDS", 1)
+
+    def wait(run, loss):
+        now[0] += 0.25
+        return loss
+
+    with caplog.at_level(logging.INFO, "looc_ldm"):
+        train(config_of(tmp_path), at_step=wait)
     first, *said = [record.getMessage() for record in caplog.records]
     assert first.startswith("a new run, processes: 1, cpu")
-    assert len(said) == 3
-    for words in (
-        "32/48 images",
-        "images_per_second ",
-        "data_wait ",
-        "memory_gib ",
-        "learning_rate 0.01",
-        f"loss {lines[1]['loss']:.4g}",
-    ):
-        assert words in said[1]
+    loss = log_lines(tmp_path)[1]["loss"]
+    assert said[0].startswith(f"40/128 images, 32 images/s, 0.0 min left, loss {loss:.4g}")
+    assert [line.split("/")[0] for line in said] == ["40", "72", "104"]
 
 
 def test_the_logged_loss_is_the_mean_since_the_last_line(tmp_path):
