@@ -375,4 +375,4 @@ def test_an_image_grid_is_there_within_a_minute_whatever_the_interval(autoencode
     monkeypatch.setattr("looc_ldm.training.log.FIRST_PREVIEW_SECONDS", 0)
     autoencoder.train(autoencoder_config(tmp_path, preview_every_images=1000))
     grids = sorted(file.name for file in (tmp_path / "previews").iterdir())
-    assert grids == ["000000016.png", "000000048.png"]  # timing starts after the first step, of 8 images
+    assert grids == ["000000008.png", "000000048.png"]  # after the first step, and at the end
