@@ -1,6 +1,6 @@
 """A folder of checkpoints: each is written beside its place and renamed; older ones are removed.
 
-    000123000/           complete
+    000123000/           complete: its files have the sizes and SHA-256 in its `run.json`
     000124000.partial/   being written, or left over from a process that was killed meanwhile
 
 Nothing of a checkpoint is unpickled but by `torch.load(weights_only=True)`. Methods marked *collective* must be called
@@ -9,21 +9,25 @@ by every process.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 
 from looc_ldm.training.config import RunConfig
 from looc_ldm.training.ema import EMA
 from looc_ldm.training.latent_fingerprint import provenance_mismatch
 from looc_ldm.utils.distributed import on_main, writing
-from looc_ldm.utils.errors import ConfigError, TrainingError, one_line
+from looc_ldm.utils.errors import ConfigError, TrainingError, UserError, one_line
 from looc_ldm.utils.files import read_json, replace_folder
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE, EMA_FILE = "run.json", "ema.safetensors"
 
@@ -50,7 +54,7 @@ class Checkpoints:
         self.provenance: dict[str, dict] | None = None
 
     def load_newest(self, before_load: Callable[[int], None]) -> dict | None:
-        """Load the newest checkpoint. Collective.
+        """Load the newest checkpoint that is not damaged. Collective.
 
         Args:
             before_load: Called with the images of the checkpoint before it is loaded. What it seeds remains on a
@@ -61,25 +65,21 @@ class Checkpoints:
 
         Raises:
             ConfigError: It was written by a run of different `fixed_settings` or `provenance`.
-            TrainingError: It cannot be loaded.
+            TrainingError: It cannot be loaded, or all checkpoints are damaged.
         """
         if self.accelerator.is_main_process:
             for left_over in self.folder.glob("*.partial/"):
                 shutil.rmtree(left_over)
-        (path,) = broadcast_object_list([max(checkpoints_in(self.folder), key=images_of, default=None)])
+        path, state = on_main(self.accelerator, self._find_newest)
         if path is None:
             return None
-        state = on_main(self.accelerator, lambda: self._read_state(path))
         before_load(images_of(path))
         try:
             self.accelerator.load_state(str(path))
             if self.ema is not None:
                 self.ema.load_state_dict(load_file(path / EMA_FILE))
         except Exception as error:  # weights of other names or shapes show in many kinds of errors
-            raise TrainingError(
-                f"checkpoint {str(path)!r} cannot be loaded ({one_line(error)[:300]}); if it is damaged, delete it: "
-                "the same command then goes on from the one before."
-            ) from error
+            raise TrainingError(f"checkpoint {str(path)!r} cannot be loaded: {one_line(error)[:300]}.") from error
         self.newest = images_of(path)
         if self.accelerator.is_main_process:
             self._remove_old()  # if the process was killed before it came to that
@@ -91,22 +91,35 @@ class Checkpoints:
         divided = self.accelerator.distributed_type == DistributedType.FSDP
         return {"distributed": "FSDP" if divided else "DDP", "mixed_precision": self.accelerator.mixed_precision}
 
-    def _read_state(self, path: Path) -> dict:
-        """Return the `run.json` of a checkpoint. Raises ConfigError if this run cannot go on from it."""
-        state = read_json(path / RUN_FILE)
-        for name, now in self.fixed_settings.items():
-            if state[name] != now:
-                raise ConfigError(f"checkpoint {str(path)!r} has {name}={state[name]}, this start {now}: keep to one.")
-        if mismatch := provenance_mismatch(state["made_from"], self.provenance):
-            raise ConfigError(f"checkpoint {str(path)!r} {mismatch}.")
-        return state
+    def _find_newest(self) -> tuple[Path, dict] | tuple[None, None]:
+        """Return the newest checkpoint that is not damaged, and its `run.json`. See `load_newest` for the errors."""
+        paths = sorted(checkpoints_in(self.folder), key=images_of, reverse=True)
+        for path in paths:
+            try:
+                state = read_state(path)
+            except UserError as error:
+                logger.warning("checkpoint %s is damaged, an older one is looked for: %s", path, error)
+                continue
+            for name, now in self.fixed_settings.items():
+                if state[name] != now:
+                    raise ConfigError(
+                        f"checkpoint {str(path)!r} has {name}={state[name]}, this start {now}: keep to one."
+                    )
+            if mismatch := provenance_mismatch(state["made_from"], self.provenance):
+                raise ConfigError(f"checkpoint {str(path)!r} {mismatch}.")
+            return path, state
+        if paths:
+            raise TrainingError(
+                f"all checkpoints in {str(self.folder)!r} are damaged: delete the folder to start from the beginning."
+            )
+        return None, None
 
     def save(self, images: int, state: dict) -> None:
         """Write a checkpoint beside its place, rename it, and then remove older ones. Collective.
 
         Args:
             images: Images seen; its name.
-            state: The content of `run.json`, besides that number, the `fixed_settings` and the provenance.
+            state: The content of `run.json`, besides that number, the `fixed_settings`, provenance and files.
 
         Raises:
             TrainingError: The disk is full or refuses something else. The older checkpoints are as they were.
@@ -121,8 +134,9 @@ class Checkpoints:
                     if averages is not None:
                         save_file(averages, partial / EMA_FILE)
                     own = {"images_seen": images, **self.fixed_settings, "made_from": self.provenance}
-                    (partial / RUN_FILE).write_text(json.dumps(own | state))
+                    write_state(partial, own | state)
                     replace_folder(partial, self.folder / partial.stem)
+                    self.newest = images
                     self._remove_old()
         except TrainingError:
             shutil.rmtree(partial, ignore_errors=True)  # makes room again
@@ -130,14 +144,16 @@ class Checkpoints:
         self.newest = images
 
     def _remove_old(self) -> None:
-        for path in sorted(checkpoints_in(self.folder), key=images_of)[: -self.config.keep_last]:
+        # Newer ones than `newest` are damaged and do not count; the run replaces them.
+        paths = [path for path in checkpoints_in(self.folder) if images_of(path) <= self.newest]
+        for path in sorted(paths, key=images_of)[: -self.config.keep_last]:
             every = self.config.keep_every_images
             if every is None or not passes(images_of(path), self.config.batch_size, every):
                 shutil.rmtree(path)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the complete checkpoints of a folder."""
+    """Return the checkpoints of a folder under their final names."""
     return [path for path in folder.glob("*/") if path.name.isdigit()]
 
 
@@ -149,3 +165,31 @@ def images_of(checkpoint: Path) -> int:
 def passes(images: int, batch_size: int, interval: int) -> bool:
     """Whether the optimizer step that ended at `images` reached or passed a multiple of `interval`."""
     return images // interval > (images - batch_size) // interval
+
+
+def write_state(checkpoint: Path, state: dict) -> None:
+    """Write `run.json`: the state, size and SHA-256 of every other file, and the SHA-256 of all this."""
+    files = [file for file in checkpoint.rglob("*") if file.is_file() and file.name != RUN_FILE]
+    state = {**state, "files": {str(file.relative_to(checkpoint)): _fingerprint(file) for file in files}}
+    (checkpoint / RUN_FILE).write_text(json.dumps({"sha256": _digest(state), **state}))
+
+
+def read_state(checkpoint: Path) -> dict:
+    """Return the `run.json` of a checkpoint. Raises UserError if anything of the checkpoint is missing or damaged."""
+    state = read_json(checkpoint / RUN_FILE)
+    if state.pop("sha256", None) != _digest(state):
+        raise TrainingError(f"{RUN_FILE} does not have the SHA-256 that it states.")
+    for name, fingerprint in state["files"].items():
+        file = checkpoint / name
+        if not file.is_file() or _fingerprint(file) != fingerprint:
+            raise TrainingError(f"{name} is missing, or does not have the size and SHA-256 in {RUN_FILE}.")
+    return state
+
+
+def _fingerprint(file: Path) -> list:
+    with file.open("rb") as content:
+        return [file.stat().st_size, hashlib.file_digest(content, "sha256").hexdigest()]
+
+
+def _digest(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()

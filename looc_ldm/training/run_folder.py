@@ -98,7 +98,10 @@ class RunFolder:
         file = self.result / "training.json"
         if not file.is_file():
             return False
-        return read_json(file).get("images_seen", 0) >= self.config.total_images
+        images = read_json(file).get("images_seen")
+        if not isinstance(images, int):
+            raise ConfigError(f"{str(file)!r} is damaged: delete its folder, and the same command writes it again.")
+        return images >= self.config.total_images
 
     def warn_of_changes(self) -> None:
         """Warn if the number of images has changed and the learning rate depends on it."""

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import tiny
-from looc_ldm.training.checkpoints import checkpoints_in, images_of
+from looc_ldm.training.checkpoints import checkpoints_in, images_of, read_state, write_state
 from looc_ldm.training.ema import EMA
 from looc_ldm.training.log import VOLATILE_KEYS
 from looc_ldm.training.optimization import resolve_precision
@@ -104,15 +104,48 @@ def test_what_was_being_written_when_a_process_was_killed_is_removed_and_files_a
 # Which one a run goes on from ------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_that_cannot_be_loaded_is_named_and_without_it_the_run_goes_on_from_the_one_before(whole, half):
+def turn_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("model.safetensors", turn_a_bit, "model.safetensors is missing, or does not have the size and SHA-256"),
+        ("optimizer.bin", Path.unlink, "optimizer.bin is missing"),
+        ("random_states_0.pkl", lambda file: file.write_bytes(bytes(file.stat().st_size)), "random_states_0.pkl is"),
+        ("run.json", Path.unlink, "run.json': No such file"),
+        ("run.json", lambda file: file.write_text(file.read_text()[:-1]), "run.json' is not a JSON object"),
+        ("run.json", lambda file: file.write_text(file.read_text().replace(": 0", ": 1", 1)), "run.json does not have"),
+        ("run.json", lambda file: file.write_text('{"files": 3, "images_seen": "x"}'), "run.json does not have"),
+        ("run.json", lambda file: file.write_text("[1]"), "run.json' is not a JSON object"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_in_a_warning_and_the_run_goes_on_from_the_one_before(
+    whole, half, caplog, name, damage, reason
+):
     newest = half / "checkpoints" / "000000072"
-    (newest / "optimizer.bin").write_bytes(b"damaged")
-    with pytest.raises(TrainingError, match=rf"^checkpoint '{newest}' cannot be loaded \(.*\); if .*, delete it"):
-        train(config_of(half, keep_last=3))
-    shutil.rmtree(newest)
+    damage(newest / name)
+    train(config_of(half, keep_last=1, total_images=56))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.startswith(f"checkpoint {newest} is damaged, an older one is looked for: ")
+    assert reason in warning
+    assert names(half) == ["000000056", "000000072"]  # it does not take the place of a good one
     train(config_of(half, keep_last=3))
     assert_equal(result(half), result(whole))
     assert log_lines(half) == log_lines(whole)
+
+
+def test_without_any_usable_checkpoint_the_run_is_refused_and_nothing_is_touched(half):
+    for checkpoint in checkpoints_in(half / "checkpoints"):
+        turn_a_bit(checkpoint / "optimizer.bin")
+    log = (half / "metrics.jsonl").read_text()
+    with pytest.raises(TrainingError, match=r"^all checkpoints in '.*' are damaged: delete the folder to start"):
+        train(config_of(half, keep_last=3))
+    assert names(half) == ["000000024", "000000048", "000000072"]
+    assert (half / "metrics.jsonl").read_text() == log
 
 
 class Harmful:
@@ -128,7 +161,9 @@ class Harmful:
 @pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"])
 def test_no_code_of_a_checkpoint_is_executed(half, name):
     for checkpoint in checkpoints_in(half / "checkpoints"):
+        state = read_state(checkpoint)
         torch.save(Harmful(half / "harm"), checkpoint / name)
+        write_state(checkpoint, state)
     with contextlib.suppress(TrainingError):
         train(config_of(half, keep_last=3))
     assert not (half / "harm").exists()

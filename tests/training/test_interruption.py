@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 import tiny
 from looc_ldm.commands import main as cli
 from looc_ldm.training import autoencoder, diffusion
+from looc_ldm.training.checkpoints import read_state, write_state
 from looc_ldm.training.config_parsing import config_text
 from looc_ldm.training.data import float_batches
 from looc_ldm.training.log import VOLATILE_KEYS
@@ -409,9 +410,9 @@ def test_a_checkpoint_of_fsdp_is_refused_under_ddp_by_all_processes_in_one_line(
     folder = tmp_path / "run"
     assert start(config_of(folder, total_images=24), ranks=2).join() == [0, 0]
     checkpoint = folder / "checkpoints" / "000000024"
-    state = read_json(checkpoint / "run.json")
+    state = read_state(checkpoint)
     assert state["distributed"] == "DDP"
-    (checkpoint / "run.json").write_text(json.dumps({**state, "distributed": "FSDP"}))
+    write_state(checkpoint, {**state, "distributed": "FSDP"})
     processes = start(config_of(folder), ranks=2)
     assert processes.join() == [2, 2]
     assert "has distributed=FSDP, this start DDP" in processes.printed()

@@ -330,7 +330,7 @@ def test_damaged_settings_of_a_run_are_an_error_that_names_the_file(tmp_path, co
         train(config_of(tmp_path))
 
 
-@pytest.mark.parametrize("content", ["", '{"images_seen": 24', "[]"])
+@pytest.mark.parametrize("content", ["", '{"images_seen": 24', "[]", "{}", '{"images_seen": "x"}'])
 def test_a_damaged_result_is_an_error_that_names_the_file_and_not_a_finished_run(tmp_path, content):
     train(config_of(tmp_path, total_images=24))
     (tmp_path / "model" / "training.json").write_text(content)
