@@ -7,6 +7,8 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 
 import looc_ldm
 from looc_ldm.images import lsun
@@ -15,7 +17,7 @@ from looc_ldm.images.folders import ALL, first_image, image_folder, split_folder
 from looc_ldm.images.shards import find_shards
 from looc_ldm.images.source import SPLIT_NAMES, Source
 from looc_ldm.images.tables import open_tables
-from looc_ldm.utils.errors import DataError
+from looc_ldm.utils.errors import DataError, one_line
 
 BUNDLED = Path(looc_ldm.__file__).resolve().parent / "data"  # one folder of parquet files a data set
 
@@ -68,6 +70,7 @@ def open_sources(config: DataConfig, wanted: Collection[str] | None = None) -> d
 def _open_sources(config: DataConfig, wanted: Collection[str] | None) -> dict[str, Source]:
     folder = folder_of(config)
     if folder is None:
+        check_on_hub(config)
         rows = datasets.load_dataset(config.path, config.name, revision=config.revision)
         return open_tables(rows, config, wanted)
     if (folder / "dataset_dict.json").is_file():
@@ -77,9 +80,10 @@ def _open_sources(config: DataConfig, wanted: Collection[str] | None) -> dict[st
     shards = find_shards(folder, config) if config.split != ALL else None
     if shards is not None:
         if first_image(folder) is not None:
-            raise DataError(f"{folder} holds images beside {shards.builder} files: give a folder of only one kind.")
-        rows = datasets.load_dataset(shards.builder, data_files=shards.files)
-        return open_tables(rows, config, wanted)
+            raise DataError(f"{folder} holds images beside {shards.kind} files: give a folder of only one kind.")
+        builder = shards.builder()
+        builder.download_and_prepare()
+        return open_tables(builder.as_dataset(), config, wanted)
     lmdbs = lsun.find_lmdbs(folder)
     if lmdbs is not None:
         return {split: lsun.LmdbSource(lmdb) for split, lmdb in lmdbs.items()}
@@ -101,6 +105,21 @@ def folder_of(config: DataConfig) -> Path | None:
             f"data.path={config.path!r} is neither bundled ({', '.join(bundled)}), a folder, nor a hub id (user/name)."
         )
     return None
+
+
+def check_on_hub(config: DataConfig) -> None:
+    """Raise DataError if the hub lacks the data set or is out of reach, at once: `datasets` tries again for 20 s."""
+    try:
+        HfApi().dataset_info(config.path, timeout=10)
+    except RepositoryNotFoundError:
+        raise DataError(f"there is no folder {config.path!r}, nor a data set of that name on the hub.") from None
+    except Exception as error:  # errors of networks have no common base
+        user, name = config.path.split("/")
+        prepared = Path(datasets.config.HF_DATASETS_CACHE) / f"{user}___{datasets.naming.camelcase_to_snakecase(name)}"
+        if not prepared.is_dir():  # else `datasets` reads what it has downloaded before
+            raise DataError(
+                f"there is no folder {config.path!r}; the hub cannot be asked for a data set: {one_line(error)}"
+            ) from None
 
 
 def _reason(error: Exception) -> str:

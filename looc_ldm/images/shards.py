@@ -8,14 +8,16 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
 import pyarrow.parquet
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from looc_ldm.images.config import DataConfig
 from looc_ldm.images.folders import LABEL_FILES, split_folders_of
 from looc_ldm.images.source import SPLIT_NAMES
 from looc_ldm.utils.errors import DataError, one_line
 
-BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # names in `datasets`, by the suffix of the files
+KINDS = {".parquet": "parquet", ".tar": "webdataset"}  # names in `datasets`, by the suffix of the files
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +26,33 @@ class Shards(NamedTuple):
     """The shards of a folder.
 
     Attributes:
-        builder (`str`): Name of the builder of `datasets`.
+        kind (`str`): "parquet" or "webdataset".
         files (`dict[str, list[str]]`): The files of each split.
     """
 
-    builder: str
+    kind: str
     files: dict[str, list[str]]
+
+    def builder(self) -> datasets.DatasetBuilder:
+        """Return the builder of `datasets` that reads them."""
+        if self.kind == "webdataset":
+            return OneImageColumn(data_files=self.files)
+        return datasets.load_dataset_builder(self.kind, data_files=self.files)
+
+
+class OneImageColumn(WebDataset):
+    """WebDataset with the image of every sample in the column `image`, whatever its suffix; of two images, in neither.
+
+    `datasets` itself makes every suffix a column, and takes those of the first samples for all.
+    """
+
+    @classmethod
+    def _get_pipeline_from_tar(cls, tar_path, tar_iterator):
+        for sample in super()._get_pipeline_from_tar(tar_path, tar_iterator):
+            images = [name for name in sample if name.rsplit(".", 1)[-1].lower() in cls.IMAGE_EXTENSIONS]
+            if len(images) == 1:
+                sample["image"] = {"bytes": sample.pop(images[0]), "path": f"{sample['__key__']}.{images[0]}"}
+            yield sample
 
 
 def find_shards(folder: Path, config: DataConfig) -> Shards | None:
@@ -43,7 +66,7 @@ def find_shards(folder: Path, config: DataConfig) -> Shards | None:
     """
     places = split_folders_of(folder) or [(folder.resolve(), None), (folder.resolve() / "data", None)]
     found: dict[str, dict[str, list[str]]] = {}
-    for suffix in BUILDERS:
+    for suffix in KINDS:
         for place, split in places:
             for file in sorted(place.glob(f"*{suffix}")):
                 if file.name in LABEL_FILES or not has_images(file):
@@ -54,7 +77,7 @@ def find_shards(folder: Path, config: DataConfig) -> Shards | None:
     if ".tar" in found and ".parquet" in found:  # img2dataset writes tables of metadata beside its shards
         first = next(iter(found[".parquet"].values()))[0]
         del found[".tar" if config.image_column in pyarrow.parquet.read_schema(first).names else ".parquet"]
-    return next((Shards(BUILDERS[suffix], files) for suffix, files in found.items()), None)
+    return next((Shards(KINDS[suffix], files) for suffix, files in found.items()), None)
 
 
 def has_images(file: Path) -> bool:

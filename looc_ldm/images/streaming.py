@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from looc_ldm.images.config import DataConfig
 from looc_ldm.images.image_set import ImageReader, ImageSet, Report
 from looc_ldm.images.lanes import Cursor, Lane, starting_cursors
-from looc_ldm.images.open import folder_of, split_name
+from looc_ldm.images.open import check_on_hub, folder_of, split_name
 from looc_ldm.images.shards import find_shards, has_images
 from looc_ldm.images.source import Source, Stored
 from looc_ldm.images.tables import (
@@ -133,6 +133,7 @@ def open_streamed(config: DataConfig, channels: int) -> tuple[StreamedSet, Image
     folder = folder_of(config)
     try:
         if folder is None:
+            check_on_hub(config)
             builder = datasets.load_dataset_builder(config.path, config.name, revision=config.revision)
         else:
             shards = find_shards(folder, config)
@@ -141,7 +142,7 @@ def open_streamed(config: DataConfig, channels: int) -> tuple[StreamedSet, Image
                     f"data.streaming=true: {folder} holds neither parquet files nor WebDataset shards (.tar); "
                     "other data is read as it lies without streaming."
                 )
-            builder = datasets.load_dataset_builder(shards.builder, data_files=shards.files)
+            builder = shards.builder()
         splits = builder.as_streaming_dataset()
     except DataError:
         raise

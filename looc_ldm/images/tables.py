@@ -159,7 +159,7 @@ def find_columns(features: datasets.Features, config: DataConfig) -> Columns:
     """
     image, label = config.image_column, (config.label_column,)
     if "__key__" in features:  # WebDataset
-        typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        typed = [name for name in features if name == "image" or isinstance(features[name], datasets.Image)]
         if image not in features and len(typed) == 1:
             image = typed[0]
         fields = features.get("json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 
@@ -16,6 +17,8 @@ from looc_ldm.images.pixels import to_float
 from looc_ldm.images.streaming import StreamedImages, StreamedSet, open_streamed
 from looc_ldm.training.stopping import start_worker
 from looc_ldm.utils.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 
 def load_image_sets(
@@ -39,9 +42,10 @@ def _open_image_sets(config: DataConfig, channels: int) -> tuple[ImageSet, Image
     splits = open_sources(config, [*names_of_split(config.split), *names_of_split(config.validation_split)])
     images = splits[split_name(splits, "split", config)]
     if config.validation_split is not None:
-        held_out = splits[split_name(splits, "validation_split", config)]
-        held_out = held_out.select(spread(len(held_out), config.validation_images))
+        every = splits[split_name(splits, "validation_split", config)]
+        held_out = every.select(spread(len(every), config.validation_images))
     else:
+        every = images
         if config.validation_images >= len(images):
             raise DataError(
                 f"{config.path} has {len(images)} images: data.validation_images={config.validation_images} leaves "
@@ -53,6 +57,10 @@ def _open_image_sets(config: DataConfig, channels: int) -> tuple[ImageSet, Image
     for source, split in ((images, config.split), (held_out, config.validation_split)):
         if not len(source):
             raise DataError(f"{config.path} has no images in the split {split}.")
+    if images.classes:
+        untrained = [every.classes[label] for label in np.setdiff1d(every.labels(), [*images.labels(), -1])]
+        if untrained:
+            logger.warning("%s: validation images of %s, but no training images", config.path, ", ".join(untrained))
     return ImageSet(images, config, channels, True), ImageSet(held_out, config, channels, True)
 
 

@@ -5,19 +5,22 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
+import threading
 import time
 from dataclasses import replace
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import looc_ldm.images.open
 from looc_ldm.images.config import DataConfig
 from looc_ldm.images.image_set import load_image_set
 from looc_ldm.images.open import open_sources
@@ -89,7 +92,7 @@ def test_a_flat_folder_has_no_classes(tmp_path, small_data):
     assert train.labels().tolist() == [-1, -1]
 
 
-def test_train_and_val_folders_are_splits_with_classes(tmp_path, small_data):
+def test_train_and_val_folders_are_splits_with_classes(tmp_path, small_data, caplog):
     for split, count in (("train", 3), ("val", 2)):
         for name in ("cat", "dog"):
             for i in range(count):
@@ -100,6 +103,12 @@ def test_train_and_val_folders_are_splits_with_classes(tmp_path, small_data):
     assert train.classes == ["cat", "dog"]
     assert train.labels().tolist() == [0, 0, 0, 1, 1, 1]
     assert len(load_image_set(replace(config, split="", validation_split=None), channels=3)) == 4
+    assert "no training images" not in caplog.text
+    for name in ("ant", "bee"):
+        write_image(tmp_path / "val" / name / "1.png")
+    train, validation = load_image_sets(config, channels=3)
+    assert train.labels().tolist() == [2, 2, 2, 3, 3, 3]
+    assert f"{tmp_path}: validation images of ant, bee, but no training images" in caplog.text
 
 
 def test_words_in_file_names_are_not_splits(small_data, tmp_path):
@@ -405,22 +414,38 @@ def test_a_broken_parquet_file_is_one_line(small_data, tmp_path):
         load_image_sets(replace(small_data, path=str(tmp_path)), channels=1)
 
 
-def train_on_a_hub_id(folder: Path, **environment: str) -> list[str]:
-    """What the trainer, which fails, writes to stderr."""
-    command = [sys.executable, "-m", "looc_ldm.training.autoencoder", "--config", "fashion_mnist/autoencoder"]
-    command += ["--data.path", "nobody/nothing", "--output_dir", str(folder)]
-    others = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    ended = subprocess.run(command, env=others | environment, capture_output=True, text=True, timeout=600)
-    assert ended.returncode == 2
-    assert not folder.exists()
-    return ended.stderr.strip().splitlines()
+@pytest.fixture
+def hub_without_data_sets():
+    """Address of a server that has nothing."""
+
+    class Nothing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Nothing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
-def test_a_hub_id_that_may_not_be_looked_up_is_one_line_at_once(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("endpoint", "reason"),
+    [("nothing", ", nor a data set of that name on the hub"), ("http://127.0.0.1:9", "; the hub cannot be asked")],
+)
+def test_a_path_that_is_neither_on_the_disk_nor_on_the_hub_is_answered_at_once(
+    config, monkeypatch, hub_without_data_sets, endpoint, reason, streaming
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    address = hub_without_data_sets if endpoint == "nothing" else endpoint
+    monkeypatch.setattr(looc_ldm.images.open, "HfApi", partial(huggingface_hub.HfApi, endpoint=address))
+    config = replace(config, path="nobody/nothing", streaming=streaming, validation_split="validation")
     started = time.monotonic()
-    (line,) = train_on_a_hub_id(tmp_path / "run", HF_HUB_OFFLINE="1")
-    assert line.startswith("error: cannot load data.path='nobody/nothing'")
-    assert time.monotonic() - started < 60
+    with pytest.raises(DataError, match=f"there is no folder 'nobody/nothing'{reason}"):
+        load_image_sets(config, channels=3)
+    assert time.monotonic() - started < 5
 
 
 def test_only_the_splits_that_are_asked_for_count(tmp_path, config):
@@ -460,17 +485,19 @@ def encoded(number: int, format: str) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize(("suffix", "format"), [("jpg", "jpeg"), ("png", "png"), ("webp", "webp"), ("jpeg", "jpeg")])
-def test_webdataset_shards_with_numbered_classes(tmp_path, config, suffix, format):
-    examples = [{suffix: encoded(i, format), "cls": str(i % 3).encode()} for i in range(5)]
-    write_shards(tmp_path, examples)
+@pytest.mark.parametrize("per_shard", [1, 2, 5])
+def test_webdataset_shards_with_numbered_classes_and_any_kinds_of_images(tmp_path, config, per_shard):
+    kinds = [("jpg", "jpeg"), ("png", "png"), ("webp", "webp"), ("small.JPEG", "jpeg"), ("gif", "gif")]
+    examples = [{suffix: encoded(i, kind), "cls": str(i % 3).encode()} for i, (suffix, kind) in enumerate(kinds)]
+    write_shards(tmp_path, examples, per_shard=per_shard)
     write_shards(tmp_path, examples[:1], "mine-val-{:04d}.tar")
     config = replace(config, num_classes=3, validation_split="validation")
     train, validation = load_image_sets(config, channels=3)
     assert (brightness(train), brightness(validation)) == ([0, 20, 40, 60, 80], [0])
     assert train.classes == ["0", "1", "2"]
     assert train.labels().tolist() == [0, 1, 2, 0, 1]
-    assert train.source.read(3).name == f"00003.{suffix}"
+    assert [train.source.read(index).name for index in (2, 3)] == ["00002.webp", "00003.small.JPEG"]
+    assert len(load_image_set(replace(config, image_column="png"), channels=3)) == 5
 
 
 def test_webdataset_classes_in_json_or_in_a_text_of_their_own(tmp_path, config):
@@ -498,12 +525,6 @@ def test_webdataset_without_classes_and_with_two_images(tmp_path, config):
     images = load_image_set(replace(config, image_column="mask.png"), channels=3)
     assert brightness(images) == [40, 40, 40]
     assert images.classes == []
-
-
-def test_samples_of_several_kinds_of_images_are_one_line(tmp_path, config):
-    write_shards(tmp_path, [{"jpg": encoded(0, "jpeg")}, {"png": encoded(1, "png")}])
-    with pytest.raises(DataError, match=r"^cannot load data\.path=.*the files in the archive don't share the same"):
-        load_image_set(config, channels=3)
 
 
 def test_shards_of_images_win_over_tables_of_metadata_beside_them(tmp_path, config):

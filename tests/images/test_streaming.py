@@ -318,9 +318,13 @@ def test_classes_are_named_by_the_data_or_counted_by_the_config(parquet, tars):
     assert labels.tolist() == [-1] * BATCH_SIZE
 
 
-def test_a_missing_label_counts_only_if_needed(stored, tmp_path):
+def test_any_image_field_is_the_image_and_a_missing_label_counts_only_if_needed(stored, tmp_path):
     for split, first in (("train", 0), ("val", 8)):
         examples = examples_of(stored[first : first + 8])
+        for example in examples[1::2]:
+            image = io.BytesIO()
+            Image.open(io.BytesIO(example.pop("png"))).save(image, "bmp")
+            example["bmp"] = image.getvalue()
         if split == "train":
             del examples[6]["cls"]
         write_tar(tmp_path / f"{split}-0.tar", examples)
