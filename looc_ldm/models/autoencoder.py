@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -197,7 +198,10 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
         for name in ("latents_mean", "latents_std"):
             if self.config[name] is not None:
                 check_channel_values(name, self.config[name], vq_embed_dim)
-        if self.config.scaling_factor == VQMODEL_DEFAULT_FACTOR:
+        factor = self.config.scaling_factor
+        if factor is not None and not (isinstance(factor, (int, float)) and 0 < factor < math.inf):
+            raise ValueError(f"scaling_factor must be a positive number, got {factor!r}.")
+        if factor == VQMODEL_DEFAULT_FACTOR:
             raise ValueError(
                 f"scaling_factor={VQMODEL_DEFAULT_FACTOR} is the default of VQModel, not measured: give None, or call "
                 "from_config(vq.config) for the config of a VQModel."

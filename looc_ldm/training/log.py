@@ -28,10 +28,10 @@ from looc_ldm.utils.files import replace_bytes, replace_text, write_image
 
 logger = logging.getLogger(__name__)
 
-# These depend on the machine and the moment, and so are not the same in a run that was interrupted.
 PROGRESS_SECONDS = 30  # between two lines on stderr; the first comes sooner
 FIRST_PROGRESS_SECONDS = 10
 FIRST_PREVIEW_SECONDS = 45
+# These depend on the machine and the moment, and so are not the same in a run that was interrupted.
 VOLATILE_KEYS = ("images_per_second", "data_wait", "other_seconds", "memory_gib")
 
 

@@ -65,7 +65,14 @@ def test_arguments_that_a_scheduler_refuses_are_one_line(diffusion_config, tmp_p
 
 
 @pytest.mark.parametrize(
-    "model", [{"up_block_types": [1, 1]}, {"num_vq_embeddings": 0}, {"norm_num_groups": 0}, {"block_out_channels": 8}]
+    "model",
+    [
+        {"up_block_types": [1, 1]},
+        {"num_vq_embeddings": 0},
+        {"norm_num_groups": 0},
+        {"block_out_channels": 8},
+        {"scaling_factor": -1},
+    ],
 )
 def test_arguments_that_an_autoencoder_refuses_are_one_line(autoencoder_config, tmp_path, model):
     with pytest.raises(ConfigError, match=r"^model: ") as caught:

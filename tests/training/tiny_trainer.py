@@ -104,7 +104,7 @@ def _process(settings: dict) -> None:
     import resource
     import time
 
-    from looc_ldm.training.log import show_log_lines
+    from looc_ldm.training import log
     from looc_ldm.utils.errors import one_line_errors
 
     multiprocessing.set_start_method("fork", force=True)  # of its workers; that of the test would import all anew
@@ -116,6 +116,7 @@ def _process(settings: dict) -> None:
     if limit := settings.get("largest_file"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     torch.set_num_threads(1)
+    log.FIRST_PROGRESS_SECONDS = log.PROGRESS_SECONDS = 0  # a line each step
     pause = settings.get("pause", 0.0)
 
     def at_step(run, loss):
@@ -126,7 +127,7 @@ def _process(settings: dict) -> None:
         if "command" in settings:
             settings["command"](settings["arguments"])
         else:
-            show_log_lines()
+            log.show_log_lines()
             with one_line_errors():
                 train(settings["config"], at_step=at_step, width=settings.get("width", WIDTH))
     except Exception:
