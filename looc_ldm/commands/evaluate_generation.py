@@ -19,7 +19,14 @@ from looc_ldm.commands.image_sets import DrawnImages, NpzImages, StoredImages, i
 from looc_ldm.commands.measures import GenerationMeasures, generation_measures
 from looc_ldm.commands.options import EvaluateGeneration
 from looc_ldm.commands.record import bias_note, machine, make_record, write_and_print
-from looc_ldm.commands.shared import cast, check_file, load_images, rate_of, square_images
+from looc_ldm.commands.shared import (
+    cast,
+    check_file,
+    load_images,
+    rate_of,
+    square_images,
+    use_fastest_threads_to_sample,
+)
 from looc_ldm.images.folders import ALL
 from looc_ldm.metrics.fidelity import SEED
 from looc_ldm.metrics.generation import METRICS, generation_figures
@@ -63,6 +70,7 @@ def evaluate(options: EvaluateGeneration) -> None:
             cast(network, accelerator.device, options.dtype)
         reference = _open_reference(options, pipe.vqvae)
         labels, drawn_from = labels_to_draw(pipe, reference, options.images or DEFAULT_SAMPLES)
+        use_fastest_threads_to_sample(pipe, min(len(labels), options.batch_size))
         samples = DrawnImages(pipe, labels, options, progress=is_main)
         if samples.labels is not None and drawn_from is None:
             notes.append("note: the reference does not have the model's classes: all of them are drawn equally often")

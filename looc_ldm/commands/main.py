@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import platform
 import sys
 from importlib import import_module
@@ -45,6 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(0)
         name, options = parse_command(arguments)
         module, _, function = COMMANDS[name][1].partition(":")
+        if threads := getattr(options, "threads", None):
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # torch, which is imported next, reads it
         run = getattr(import_module(f"looc_ldm.commands.{module}"), function)
         if not name.startswith("train"):  # training has its own log
             logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

@@ -7,7 +7,7 @@ from diffusers.utils import make_image_grid
 
 from looc_ldm.commands.class_labels import class_folders
 from looc_ldm.commands.options import Sample
-from looc_ldm.commands.shared import check_file
+from looc_ldm.commands.shared import check_file, use_fastest_threads_to_sample
 from looc_ldm.images.pixels import to_pil
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.pipelines.loading import load_pipeline
@@ -33,6 +33,7 @@ def sample(options: Sample) -> None:
     folders = class_folders({label: names.get(label, str(label)) for label in range(pipe.num_class_embeds)})
     labels = [label for label in classes for _ in range(options.images)]
     columns, rows = min(options.images, GRID_COLUMNS), min(len(classes), GRID_ROWS)
+    use_fastest_threads_to_sample(pipe, min(len(labels), options.batch_size))
     images = sample_images(
         pipe,
         labels,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +18,8 @@ from looc_ldm.images.pixels import MODES
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.models.fingerprint import model_fingerprint
 from looc_ldm.models.loading import load_autoencoder, model_folder
+from looc_ldm.pipelines.ldm import LooCLDMPipeline
+from looc_ldm.utils.cpu import use_fastest_threads
 from looc_ldm.utils.errors import DataError, ModelError, UserError
 from looc_ldm.utils.files import check_folder
 
@@ -26,7 +30,24 @@ def load_model(name: str, device: torch.device, dtype: str = "float32") -> tuple
     if model.config.in_channels not in MODES:
         raise ModelError(f"images have 1 (grey) or 3 channels, {name!r} asks for {model.config.in_channels}.")
     fingerprint = model_fingerprint(model)
-    return cast(model, device, dtype), fingerprint
+    model = cast(model, device, dtype)
+    side = min(model.config.sample_size, 128)
+    image = torch.zeros(1, model.config.in_channels, side, side, dtype=model.dtype)
+    _use_fastest_threads(device, lambda: model(image))
+    return model, fingerprint
+
+
+def use_fastest_threads_to_sample(pipe: LooCLDMPipeline, batch_size: int) -> None:
+    """Take the number of threads that computes one pass of the UNet fastest, on a CPU."""
+    noise = torch.zeros(batch_size, *pipe.latent_shape, dtype=pipe.unet.dtype)
+    labels = torch.zeros(batch_size, dtype=torch.int64) if pipe.num_class_embeds else None
+    _use_fastest_threads(pipe.device, lambda: pipe.unet(noise, 0, **pipe.prepare_conditions(labels)[0]))
+
+
+def _use_fastest_threads(device: torch.device, step: Callable[[], object]) -> None:
+    if device.type == "cpu" and os.environ.get("WORLD_SIZE", "1") == "1":  # several processes share the cores
+        with torch.inference_mode():
+            use_fastest_threads(step, seconds=0.1)
 
 
 def cast(network: nn.Module, device: torch.device, dtype: str) -> nn.Module:

@@ -48,6 +48,7 @@ class DeviceOptions(Options):
     """Device"""
 
     device: str | None = option("cpu, cuda, cuda:1, mps, ... If not given, the best there is.", None)
+    threads: PositiveInt | None = option("CPU threads. If not given, the fastest number in a short test.", None)
 
 
 @dataclass(frozen=True, kw_only=True)
