@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from looc_ldm import LooCVQModel, configs
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import construct, load_config
+from looc_ldm.training.data import with_stage_1_images
 from looc_ldm.training.denoiser import Denoiser
 from looc_ldm.utils.errors import one_line_errors
 
@@ -52,6 +53,7 @@ def diffusion_costs() -> str:
             config = load_config(DiffusionConfig, name)
             first = "/".join(Path(config.autoencoder).parts[1:3])  # runs/ffhq/autoencoder/model
             vqvae = make_autoencoder(load_config(AutoencoderConfig, first))
+            config = with_stage_1_images(config, vqvae)
             classes = CLASSES[data_set] if config.class_conditional else 0
             denoiser = Denoiser.from_config(config, vqvae, classes)
             side = config.data.resolution // vqvae.downsampling_factor

@@ -25,6 +25,7 @@ from results import RESULTS, circumstances, replace_results
 from looc_ldm import LooCLDMPipeline, LooCVQModel
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import construct, load_config
+from looc_ldm.training.data import with_stage_1_images
 from looc_ldm.training.denoiser import Denoiser, make_scheduler
 
 TURNS = 5
@@ -39,7 +40,7 @@ def networks(name: str) -> dict:
     torch.manual_seed(0)
     vqvae = construct(LooCVQModel, {"sample_size": first.data.resolution, **first.model}, "model")
     vqvae.register_to_config(scaling_factor=1.0)
-    unet = Denoiser.from_config(config, vqvae, 0).unet
+    unet = Denoiser.from_config(with_stage_1_images(config, vqvae), vqvae, 0).unet
     return {"vqvae": vqvae.eval(), "unet": unet.eval(), "scheduler": make_scheduler(config.scheduler)}
 
 

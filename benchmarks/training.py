@@ -38,6 +38,7 @@ from torchvision.models import vgg16
 from looc_ldm import LooCVQModel
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import construct, load_config
+from looc_ldm.training.data import with_stage_1_images
 from looc_ldm.training.denoiser import Denoiser, make_scheduler
 from looc_ldm.training.losses import (
     PatchDiscriminator,
@@ -201,6 +202,7 @@ def main() -> None:
     first = load_config(AutoencoderConfig, f"{options.config}/autoencoder", batch_size=batch)
     second = load_config(DiffusionConfig, f"{options.config}/diffusion", batch_size=batch)
     vqvae, side = autoencoder(first), first.data.resolution
+    second = with_stage_1_images(second, vqvae)
     about = {
         "config": options.config,
         "batch_size": batch,

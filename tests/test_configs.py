@@ -11,6 +11,7 @@ from diffusers.models.attention_processor import Attention
 from looc_ldm import FixedHeadsUNet2DModel, LooCLDMPipeline, LooCVQModel, configs
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import construct, load_config
+from looc_ldm.training.data import with_stage_1_images
 from looc_ldm.training.denoiser import Denoiser, make_scheduler
 from tiny import tiny_autoencoder
 
@@ -58,10 +59,10 @@ def autoencoder_of(name: str) -> str:
 
 
 def build_denoiser(name: str, autoencoder: str) -> Denoiser:
-    config = load_config(DiffusionConfig, name)
+    config, vqvae = load_config(DiffusionConfig, name), build_autoencoder(autoencoder)
     num_classes = {"imagenet": 1000}.get(name.split("/")[0], 10) if config.class_conditional else 0
     with torch.device("meta"):
-        return Denoiser.from_config(config, build_autoencoder(autoencoder), num_classes)
+        return Denoiser.from_config(with_stage_1_images(config, vqvae), vqvae, num_classes)
 
 
 def millions(model: torch.nn.Module) -> float:
@@ -132,13 +133,14 @@ def test_full_size_autoencoder_trains_as_vqgan(name):
 
 @pytest.mark.parametrize("name", DIFFUSIONS)
 def test_diffusion_fits_its_autoencoder(name):
-    config = load_config(DiffusionConfig, name)
     autoencoder = build_autoencoder(autoencoder_of(name))
+    config = load_config(DiffusionConfig, name)
+    if config.data.fit is not None:  # its data set is always fitted so
+        assert config.data.fit == load_config(AutoencoderConfig, autoencoder_of(name)).data.fit
+    config = with_stage_1_images(config, autoencoder)
     images = load_config(AutoencoderConfig, autoencoder_of(name)).data
     unet = build_denoiser(name, autoencoder_of(name)).unet
     assert (config.data.path, config.data.resolution) == (images.path, images.resolution)
-    # Random crops cannot be encoded once, before training: the centre is.
-    assert config.data.fit == images.fit.replace("random_crop", "crop")
     assert unet.config.in_channels == unet.config.out_channels == autoencoder.quantize.vq_embed_dim
     assert unet.config.sample_size == config.data.resolution / autoencoder.downsampling_factor
 

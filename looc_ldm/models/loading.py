@@ -60,6 +60,15 @@ def load_network(folder: Path, dtype: torch.dtype = torch.float32, kind: type[Mo
     return model
 
 
+def training_record(model: LooCVQModel) -> dict:
+    """Return the training.json of the folder that a first stage was loaded from, or of its pipeline; {} without."""
+    folder = model.config.get("_name_or_path")
+    for place in (Path(folder), Path(folder).parent) if folder else ():
+        if (place / "training.json").is_file():
+            return read_json(place / "training.json")
+    return {}
+
+
 def stored_fingerprints(folder: Path, generation: bool = False) -> dict[str, str]:
     """Return `model_fingerprint` of the plain weights in a model folder, by component, as they are stored.
 

@@ -19,7 +19,7 @@ from jsonargparse.typing import (
     restricted_string_type,
 )
 
-from looc_ldm.images.config import DataConfig
+from looc_ldm.images.config import DataConfig, Fit
 from looc_ldm.utils.arguments import Seed
 
 HalfOpenUnitInterval = restricted_number_type("HalfOpenUnitInterval", float, [(">=", 0), ("<", 1)])
@@ -177,6 +177,20 @@ class AutoencoderConfig(RunConfig):
 
 
 @dataclass
+class DiffusionDataConfig(DataConfig):
+    """The images of stage 2.
+
+    Args:
+        resolution: Side in pixels of the square images. If not given, as in the autoencoder's training.
+        fit: How an image becomes square: see stage 1. If not given, as in the autoencoder's training, with `crop` for
+            `random_crop`.
+    """
+
+    resolution: PositiveInt | None = None
+    fit: Fit | None = None
+
+
+@dataclass
 class DiffusionConfig(RunConfig):
     """Stage 2: a UNet on the latents of a trained `LooCVQModel`.
 
@@ -212,7 +226,7 @@ class DiffusionConfig(RunConfig):
     """
 
     autoencoder: str = ""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DiffusionDataConfig = field(default_factory=DiffusionDataConfig)
     cache_latents: bool = True
     latents: str | None = None
     latent_scaling: Literal["scalar", "channel"] = "scalar"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,8 +16,13 @@ from looc_ldm.images.image_set import NOISE, ORDER, ImageSet, Report, random_at,
 from looc_ldm.images.open import names_of_split, open_sources, split_name
 from looc_ldm.images.pixels import to_float
 from looc_ldm.images.streaming import StreamedImages, StreamedSet, open_streamed
+from looc_ldm.models.autoencoder import LooCVQModel
+from looc_ldm.models.loading import training_record
+from looc_ldm.training.config import DiffusionConfig
 from looc_ldm.training.stopping import start_worker
 from looc_ldm.utils.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +68,18 @@ def _open_image_sets(config: DataConfig, channels: int) -> tuple[ImageSet, Image
         if untrained:
             logger.warning("%s: validation images of %s, but no training images", config.path, ", ".join(untrained))
     return ImageSet(images, config, channels, True), ImageSet(held_out, config, channels, True)
+
+
+def with_stage_1_images(config: DiffusionConfig, vqvae: LooCVQModel) -> DiffusionConfig:
+    """Return a config with resolution and fit of the autoencoder's training, unless it gives its own."""
+    trained = training_record(vqvae).get("data", {})
+    fit = trained.get("fit", "crop").replace("random_crop", "crop")  # not for latents that are encoded once
+    taken = {"resolution": vqvae.config.sample_size, "fit": fit}
+    taken = {name: value for name, value in taken.items() if getattr(config.data, name) is None}
+    if taken:
+        words = ", ".join(f"data.{name}={value}" for name, value in taken.items())
+        logger.info("%s, as in the autoencoder's training", words)
+    return replace(config, data=replace(config.data, **taken))
 
 
 class Stream(Dataset):

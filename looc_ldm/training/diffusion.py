@@ -41,6 +41,7 @@ from looc_ldm.training.data import (
     load_image_sets,
     make_stream,
     stream_loader,
+    with_stage_1_images,
 )
 from looc_ldm.training.denoiser import Denoiser, make_scheduler
 from looc_ldm.training.ema import EMA
@@ -74,6 +75,7 @@ def train(config: DiffusionConfig) -> Path:
     if not config.autoencoder and not config.init_from:
         raise ConfigError("autoencoder: give the folder or hub id of a trained first stage.")
     vqvae = load_autoencoder(config.autoencoder or config.init_from).requires_grad_(False)
+    config = with_stage_1_images(config, vqvae)
     first_stage = first_stage_figures(vqvae)
     images, validation = load_image_sets(config.data, vqvae.config.in_channels, config.class_conditional)
     classes = images.classes if config.class_conditional else []

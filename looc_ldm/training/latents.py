@@ -22,7 +22,7 @@ from looc_ldm.models.scaling import scale_latents
 from looc_ldm.training.checks import check_cacheable
 from looc_ldm.training.config import DiffusionConfig
 from looc_ldm.training.config_parsing import load_config
-from looc_ldm.training.data import Stream, draws_at, load_image_sets
+from looc_ldm.training.data import Stream, draws_at, load_image_sets, with_stage_1_images
 from looc_ldm.training.latent_cache import LatentCache
 from looc_ldm.training.latent_encoding import cache_latents
 from looc_ldm.training.moments import measure_scaling_factor as measure_scaling_factor  # documented to be here
@@ -66,6 +66,7 @@ def cache_data_set(options: CacheLatents) -> None:
     check_folder(folder)
     accelerator = make_accelerator(options.device)
     model = load_autoencoder(config.autoencoder).to(accelerator.device)
+    config = with_stage_1_images(config, model)
     images, _ = load_image_sets(config.data, model.config.in_channels, config.class_conditional)
     cache = cache_latents(model, images, folder, accelerator, options.batch_size)
     if accelerator.is_main_process:

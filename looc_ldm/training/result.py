@@ -12,10 +12,10 @@ from pathlib import Path
 from looc_ldm.images.config import DataConfig
 from looc_ldm.images.pixels import describe_transform
 from looc_ldm.models.autoencoder import LooCVQModel
+from looc_ldm.models.loading import training_record
 from looc_ldm.training.config import RunConfig
 from looc_ldm.training.config_parsing import to_dict
 from looc_ldm.training.run import Run
-from looc_ldm.utils.files import read_json
 
 
 def write_description(folder: Path, config: RunConfig, run: Run, preview: str, **figures) -> None:
@@ -59,9 +59,5 @@ def validation_data(data: DataConfig) -> dict[str, str]:
 
 def first_stage_figures(vqvae: LooCVQModel) -> dict:
     """Return the figures in the training.json of a loaded first stage; nothing if there are none."""
-    folder = Path(vqvae.config["_name_or_path"])
-    for file in (folder / "training.json", folder.parent / "training.json"):  # an autoencoder's, a pipeline's
-        if file.is_file():
-            training = read_json(file)
-            return training.get("validation") or training.get("first_stage") or {}
-    return {}
+    training = training_record(vqvae)
+    return training.get("validation") or training.get("first_stage") or {}

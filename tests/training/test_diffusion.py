@@ -15,7 +15,7 @@ from looc_ldm.images.config import DataConfig
 from looc_ldm.models.loading import load_autoencoder
 from looc_ldm.training import diffusion
 from looc_ldm.training.checks import check_config
-from looc_ldm.training.config import EvaluationConfig
+from looc_ldm.training.config import DiffusionDataConfig, EvaluationConfig
 from looc_ldm.training.denoiser import Denoiser, make_scheduler
 from looc_ldm.training.latents import LatentCache, LatentStream
 from looc_ldm.training.run import Run
@@ -74,6 +74,24 @@ def conditional_run(diffusion_config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "diffusion"
     diffusion.train(diffusion_config(folder, class_conditional=True, class_dropout=0.5))
     return folder
+
+
+# Images ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("told", "resolution", "fit"), [({}, 32, "pad"), ({"resolution": 64, "fit": "crop"}, 64, "crop")]
+)
+def test_resolution_and_fit_are_those_of_the_autoencoders_training_unless_given(
+    told, resolution, fit, diffusion_config, garments, tmp_path, caplog
+):
+    data = DiffusionDataConfig(path=str(garments), validation_images=16, num_workers=0, **told)
+    with caplog.at_level("INFO"):
+        result = diffusion.train(diffusion_config(tmp_path, data=data, total_images=8))
+    used = json.loads((result / "training.json").read_text())["data"]
+    assert (used["resolution"], used["fit"]) == (resolution, fit)
+    assert ("data.resolution=32, data.fit=pad, as in the autoencoder's training" in caplog.text) == (not told)
+    assert LooCLDMPipeline.from_pretrained(result).unet.config.sample_size == resolution // 2
 
 
 # Targets and labels ----------------------------------------------------------------------------------------------
