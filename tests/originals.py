@@ -401,6 +401,6 @@ def _randomized(make: Callable[[], nn.Module]) -> nn.Module:
             nn.init.normal_(module.weight, mean=1.0, std=0.1)
             nn.init.normal_(module.bias, std=0.1)
         elif isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d):
-            gain = 2.0 if "emb" in name else 1.0  # of time, which must not drown
+            gain = 2.0 if "emb" in name else 1.0  # large for the time, which must not drown
             nn.init.normal_(module.weight, std=gain / math.sqrt(module.weight[0].numel()))
     return model.eval().requires_grad_(False)

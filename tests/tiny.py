@@ -86,7 +86,7 @@ def tiny_pipeline(
     """Return a pipeline on `vqvae`, or on a `tiny_autoencoder`. The null class follows the others.
 
     Args:
-        kind: How the UNet gets the class: "num_class_embeds", "cross_attention", or "unconditional".
+        kind: The way the UNet gets the class: "num_class_embeds", "cross_attention", or "unconditional".
         arguments: Further arguments of the pipeline.
     """
     torch.manual_seed(seed)

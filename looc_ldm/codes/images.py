@@ -55,7 +55,7 @@ def decode_image(model: LooCVQModel, content: bytes, fingerprint: str | None = N
 
     Args:
         model: The model that encoded it, in eval mode.
-        content: What `encode_image` returned.
+        content: Bytes returned by `encode_image`.
         fingerprint: As in `encode_image`.
 
     Raises:

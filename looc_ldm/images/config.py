@@ -31,7 +31,7 @@ class DataConfig:
             disk first. Needs a `validation_split`.
         shuffle_images: Images of a shard that are shuffled together when streaming; shards are shuffled, too.
         resolution: Side in pixels of the square images the networks see.
-        fit: How an image becomes square. `crop`: the shorter side is resized (Lanczos), then the centre is cropped.
+        fit: Makes an image square. `crop`: the shorter side is resized (Lanczos), then the centre is cropped.
             `random_crop`: the same, cropped at a random place in training and at the centre elsewhere. `adm`: halved by
             box filters while the shorter side is at least twice the resolution, resized (bicubic), cropped at the
             centre.

@@ -50,7 +50,7 @@ class TableSource(Source):
 
     Args:
         classes: Names of the classes; empty without.
-        name: What the split is called in messages.
+        name: Name of the split in messages.
 
     Raises:
         DataError: A label that is none of the classes.

@@ -128,8 +128,8 @@ def npz_writer(file: Path, count: int, labels: torch.Tensor | None = None) -> It
     """Write an .npz, which appears when it is complete.
 
     Args:
-        file (`Path`): Where to.
-        count (`int`): How many images will come.
+        file (`Path`): The .npz.
+        count (`int`): Number of images to come.
         labels (`torch.Tensor`, *optional*): Their labels, integers `(count,)`.
 
     Raises:

@@ -41,7 +41,7 @@ class Checkpoints:
     Attributes:
         ema (`EMA`, *optional*): Averaged weights, saved and loaded with the rest.
         newest (`int`, *optional*): Images of the one that was loaded or saved last.
-        provenance (`dict`, *optional*): What the run depends on besides its settings, written with each checkpoint; see
+        provenance (`dict`, *optional*): All that the run depends on besides settings, written with each checkpoint; see
             `looc_ldm.training.latent_fingerprint.run_fingerprint`.
     """
 

@@ -182,7 +182,7 @@ class DiffusionDataConfig(DataConfig):
 
     Args:
         resolution: Side in pixels of the square images. If not given, as in the autoencoder's training.
-        fit: How an image becomes square: see stage 1. If not given, as in the autoencoder's training, with `crop` for
+        fit: Makes an image square: see stage 1. If not given, as in the autoencoder's training, with `crop` for
             `random_crop`.
     """
 
@@ -201,7 +201,7 @@ class DiffusionConfig(RunConfig):
         cache_latents: Encode all images once, before training. Otherwise they are encoded in the loop, which data that
             is streamed or cropped at random needs.
         latents: Folder of the cached latents; made before training if it does not hold them yet.
-        latent_scaling: How latents are brought to unit variance. `scalar`: by the first stage's `scaling_factor`,
+        latent_scaling: Brings latents to unit variance. `scalar`: by the first stage's `scaling_factor`,
             measured if it has none. `channel`: each channel by its own mean and deviation over the training images;
             diffusers' LDMPipeline does not know these.
         class_conditional: Train with the labels of the data.

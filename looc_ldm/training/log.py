@@ -104,7 +104,7 @@ class RunLog:
         self._written_at = (0, time.monotonic())  # images seen, and when
         self._started_at = self._shown_at = self._written_at
         self._next_progress = 0.0
-        self._means: dict[str, float] = {}  # of the last line
+        self._means: dict[str, float] = {}  # in the last line
         # Since the last line, of this process, in seconds:
         self.waited = 0.0  # for data, while training
         self._other = 0.0  # anything but training

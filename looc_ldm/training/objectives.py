@@ -85,7 +85,7 @@ class Objective:
 
         Args:
             latents (`torch.Tensor` of shape `(B, c, h, w)`): Scaled latents, float32.
-            noise (`torch.Tensor` of the same shape): Of unit variance.
+            noise (`torch.Tensor` of the same shape): Noise of unit variance.
             time (`torch.Tensor` of shape `(B,)`): Uniform numbers in [0, 1), which decide the timesteps.
         """
         raise NotImplementedError

@@ -23,7 +23,7 @@ def write_description(folder: Path, config: RunConfig, run: Run, preview: str, *
 
     Args:
         preview: Caption of the newest preview.
-        figures: What was measured, by "validation" or "first_stage".
+        figures: Measured figures, by "validation" or "first_stage".
     """
     transform, precision = describe_transform(config.data), run.accelerator.mixed_precision
     facts = {

@@ -85,7 +85,7 @@ class Run:
         self.channels_last = not on_cpu if config.channels_last is None else config.channels_last
         self.images_seen = 0
         self.skipped_steps = 0
-        self._threads: int | None = None  # of the checkpoint
+        self._threads: int | None = None  # in the checkpoint
         self._skipped_in_a_row = 0
         self.log = RunLog(config, self.folder.path, self.accelerator)
         self.record = self.log.means.record
@@ -186,7 +186,7 @@ class Run:
         """Yield the tensors of each batch, on the device; measure the time waited for data and keep the reports.
 
         Args:
-            loader (`DataLoader`): Of tuples of tensors that end with a `looc_ldm.images.image_set.Report`.
+            loader (`DataLoader`): Yields tuples of tensors that end with a `looc_ldm.images.image_set.Report`.
         """
         size = getattr(loader.dataset, "length", None)
         self._unreadable = UnreadableImages(self.config.data.max_unreadable_share, self.images_seen, size)

@@ -165,7 +165,7 @@ def test_the_vqgan_inside_a_taming_transformer():
 
 
 def test_the_published_vqgans_fit_by_name_and_size():
-    """Of taming's configs/imagenet_vqgan.yaml and LDM's models/first_stage_models/vq-f8."""
+    """The sizes of taming's configs/imagenet_vqgan.yaml and LDM's models/first_stage_models/vq-f8."""
     with torch.device("meta"):
         f16 = originals.VQGAN(128, (1, 1, 2, 2, 4), 2, (0, 0, 0, 0, 1), 256, 256, originals.Codebook(1024, 256, False))
         f8 = originals.VQGAN(128, (1, 2, 2, 4), 2, (0, 0, 0, 1), 4, 4, originals.Codebook(16384, 4, False))

@@ -22,7 +22,7 @@ LDM_FLAGS = "--resolution 16 --num-head-channels 16 --prediction-type epsilon --
 
 
 class Anything:
-    """Of a class that no reader of weights knows."""
+    """A class that no reader of weights knows."""
 
 
 class Bomb:

@@ -57,12 +57,12 @@ class Hub:
 
     Attributes:
         repositories: By id.
-        requests: How often each kind of request came, as "POST commit".
+        requests: Number of requests of each kind, as "POST commit".
         uploads: SHA-256 of every object that arrived completely, in order.
         failing_upload: From which upload on (counted from 1) connections are cut in the middle; None for never.
         corrupted: Paths whose contents are served with a flipped bit.
-        messages: Of the commits, in order.
-        refused_yaml: What `validate-yaml` answers with an error, if not empty.
+        messages: Messages of the commits, in order.
+        refused_yaml: Error that `validate-yaml` answers with, if not empty.
     """
 
     def __init__(self):

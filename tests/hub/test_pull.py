@@ -26,7 +26,7 @@ def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-# What comes -----------------------------------------------------------------------------------------------------------
+# Arrived files --------------------------------------------------------------------------------------------------------
 
 
 def test_pull_brings_a_model_without_other_variants_and_prints_where(pushed, say, tmp_path, pipeline_folder):
@@ -90,7 +90,7 @@ def test_shards_and_their_index_belong_to_a_variant_too(variant, weights):
     ]
 
 
-# What goes wrong ------------------------------------------------------------------------------------------------------
+# Errors ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", [[], ["--output", "pets"]], ids=["cache", "folder"])
@@ -104,7 +104,7 @@ def test_a_corrupted_download_is_refused_by_name_and_does_not_stay(pushed, say, 
     pushed.corrupted = set()
     requests = pushed.requests["GET resolve"]
     assert say("pull", ID, *place)[0] == 0
-    assert pushed.requests["GET resolve"] == requests + 1  # what was whole is not fetched again
+    assert pushed.requests["GET resolve"] == requests + 1  # complete files are not fetched again
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def files(hub, repo_id=ID, revision="main"):
     return hub.repositories[repo_id].files(revision)
 
 
-# What arrives ---------------------------------------------------------------------------------------------------------
+# Pushed files ---------------------------------------------------------------------------------------------------------
 
 
 def test_push_uploads_what_loading_needs_and_what_is_known_of_the_training(hub, say, pipeline_folder):
@@ -125,7 +125,7 @@ def test_a_repository_of_somebody_else_takes_a_pull_request_from_who_may_not_wri
 def test_a_pipeline_pushes_itself(hub, pipeline_folder):
     pipe = LooCLDMPipeline.from_pretrained(pipeline_folder)
     torch.nn.init.normal_(pipe.unet.conv_in.weight)
-    address = pipe.push_to_hub("pets", private=True)  # of the user whose token it is
+    address = pipe.push_to_hub("pets", private=True)  # below the user whose token it is
     assert address == f"{hub.url}/{ID}/commit/{hub.repositories[ID].branches['main']}"
     assert hub.repositories[ID].private
     card = files(hub)["README.md"].decode()
@@ -157,14 +157,14 @@ def test_sharded_weights_are_pushed_and_loaded(hub, pipeline_folder):
     assert torch.equal(loaded.unet.conv_out.weight, pipe.unet.conv_out.weight)
 
 
-# What goes wrong ------------------------------------------------------------------------------------------------------
+# Errors ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("no_waiting")
 def test_a_push_that_was_cut_off_goes_on_and_finishes_with_everything_there_and_nothing_doubled(
     hub, say, pipeline_folder
 ):
-    hub.failing_upload = 3  # of four: three of weights and one of the picture
+    hub.failing_upload = 3  # the third of four: three of weights and one of the picture
     status, _, errors = say("push", pipeline_folder, ID)
     assert status == 2
     assert errors.splitlines()[-1].startswith(f"error: {ID} at {hub.url}: ")  # not behind a bar
@@ -175,7 +175,7 @@ def test_a_push_that_was_cut_off_goes_on_and_finishes_with_everything_there_and_
     hub.failing_upload = None
     assert say("push", pipeline_folder, ID)[0] == 0
     assert set(files(hub)) > WEIGHTS | RECORDS
-    assert len(hub.uploads) == len(set(hub.uploads)) == 4  # what had arrived was not sent again
+    assert len(hub.uploads) == len(set(hub.uploads)) == 4  # arrived files were not sent again
     commits = len(hub.repositories[ID].commits)
     assert say("push", pipeline_folder, ID)[0] == 0  # and there is nothing left to do
     assert len(hub.repositories[ID].commits) == commits == 2

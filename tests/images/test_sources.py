@@ -323,7 +323,7 @@ def brightness(images) -> list[int]:
 
 @pytest.fixture
 def config(tmp_path, small_data) -> DataConfig:
-    """Of the data that a test puts into its folder, with all training images for validation, too."""
+    """Settings for the data that a test puts into its folder, with all training images for validation, too."""
     return replace(small_data, path=str(tmp_path), fit="crop", validation_split="train")
 
 

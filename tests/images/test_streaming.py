@@ -24,7 +24,7 @@ from looc_ldm.training.data import StreamBatches, load_image_sets, make_stream, 
 from looc_ldm.utils.errors import ConfigError, DataError
 from tiny import write_tar
 
-SHARD_SIZES = (11, 5, 17, 9, 14)  # of the training split; blocks of 6 images end in their middle
+SHARD_SIZES = (11, 5, 17, 9, 14)  # images per training shard; blocks of 6 images end in their middle
 VALIDATION = 8
 BATCH_SIZE = 4
 NAMES = [f"garment {label}" for label in range(10)]
@@ -87,7 +87,7 @@ def config_of(folder: Path, **settings) -> DataConfig:
 
 
 def stream(images, total, start=0, workers=0, world_size=1, cursors=None, seed=3):
-    """What all processes see, in the order of positions, and where the lanes go on: `[(images, labels)], cursors`."""
+    """Return the batches of all processes, in the order of positions, and the lanes' cursors."""
     chunks, cursors = {}, dict(cursors or {})
     began = None
     for rank in range(world_size):
@@ -390,7 +390,7 @@ def test_an_unreadable_image_is_named_and_the_next_one_takes_its_place(stored, t
     file = tmp_path / "train-0.tar"
     assert set(names) == {f"cannot read {number:05d}.png of {file}: {why}" for number, why in enumerate(reasons)}
     whole, _ = stream(images, 12)
-    for stop in (4, 8):  # what was skipped counts in the cursor
+    for stop in (4, 8):  # skipped images count in the cursor
         head, cursors = stream(images, stop)
         assert_same(head + stream(images, 12, stop, cursors=cursors)[0], whole)
 

@@ -226,7 +226,7 @@ def test_the_patchgan_starts_when_it_should_and_follows_the_learning_rate(autoen
     assert [line["adversarial_weight"] for line in lines[1:]] == pytest.approx([0.1] * 5)
     for file in ("optimizer.bin", "optimizer_1.bin"):
         state = torch.load(tmp_path / "checkpoints" / "000000048" / file)
-        assert state["param_groups"][0]["lr"] == pytest.approx(2e-3 * 41 / 64)  # of the step after 40 images
+        assert state["param_groups"][0]["lr"] == pytest.approx(2e-3 * 41 / 64)  # the rate of the step after 40 images
 
 
 def test_measuring_while_it_runs_changes_nothing(autoencoder_config, tmp_path):

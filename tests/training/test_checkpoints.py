@@ -189,7 +189,7 @@ def test_averaged_weights_are_saved_as_safetensors_and_loaded(tmp_path, layout):
         assert torch.equal(loaded.model.state_dict()[name], value)
 
 
-# How it was written ----------------------------------------------------------------------------------------------
+# Precision -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple]:
-    """What the denoiser was asked and answered while training: noisy latents, timesteps, labels, prediction."""
+    """Calls of the denoiser while training: noisy latents, timesteps, labels, prediction."""
     recorded = []
     forward = Denoiser.forward
 

@@ -39,7 +39,7 @@ def test_an_autoencoder_starts_with_the_weights_of_another(repeated, autoencoder
     model = autoencoder_from(config if repeated else replace(config, model={}))
     trained = LooCVQModel.from_pretrained(autoencoder_run / "model")
     assert same(model, trained)
-    assert model.config.scaling_factor is None  # of the images of this training, which are still to be measured
+    assert model.config.scaling_factor is None  # to be measured on the images of this training
     assert trained.config.scaling_factor > 0
 
 

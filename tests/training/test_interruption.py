@@ -118,7 +118,7 @@ def newest(folder: Path) -> int:
 
 
 def parts(name: str, value) -> Iterator[tuple[str, object]]:
-    """What a nested value is made of, by place."""
+    """Yield the parts of a nested value with their places."""
     if isinstance(value, dict | list | tuple):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from parts(f"{name}.{key}", part)

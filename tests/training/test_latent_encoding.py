@@ -29,7 +29,7 @@ from looc_ldm.training.latents import LatentCache, LatentStream, cache_latents
 from looc_ldm.utils.errors import ConfigError, DataError, UserError
 from tiny import launch
 
-IMAGE_BYTES = 2 * 2 * 4 * 16 * 16  # of the latents of an image and of its mirror image
+IMAGE_BYTES = 2 * 2 * 4 * 16 * 16  # the latents of an image and of its mirror image
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_killed_at_any_moment_nothing_looks_finished_that_is_not_and_the_next_go
         child.join()
         left = contents(folder)
         assert {name: content for name, content in left.items() if name[0] != "."}.items() <= whole.items()
-        if "description.json" not in left:  # where the machine is busy, a kill can come too late
+        if "description.json" not in left:  # if the machine is busy, a kill can come too late
             with pytest.raises(ConfigError, match=r"no cached latents in .*, or not all of them yet"):
                 LatentCache(folder)
         else:

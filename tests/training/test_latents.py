@@ -28,7 +28,7 @@ from looc_ldm.utils.errors import ConfigError
 
 CLASS_DROPOUT = 0.1
 HALF = 2e-3  # latents of up to 4 in size are stored in half precision
-SHARD_BYTES = 10 * 2 * 2 * 4 * 16 * 16  # of ten images and their mirror images
+SHARD_BYTES = 10 * 2 * 2 * 4 * 16 * 16  # ten images and their mirror images
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
 
-# What is cached ---------------------------------------------------------------------------------------------------
+# Cached latents ---------------------------------------------------------------------------------------------------
 
 
 def test_cached_latents_are_the_encoders_output_of_each_image_and_of_its_mirror_image(cache, model, images):
@@ -147,7 +147,7 @@ def test_the_scaling_factor_is_one_over_the_standard_deviation(model, images):
     assert measure_scaling_factor(model, pixels.split(4)) == pytest.approx(expected.item(), rel=1e-6)
 
 
-# What is read again, and what is stale ----------------------------------------------------------------------------
+# Latents that are read again, and stale ones ----------------------------------------------------------------------
 
 
 @pytest.fixture

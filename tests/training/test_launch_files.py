@@ -44,7 +44,7 @@ def commands() -> list[list[str]]:
 
 
 def launch_arguments(*arguments: str, config: Path | None = None):
-    """What `accelerate launch` makes of its flags and its config file."""
+    """Return the arguments that `accelerate launch` makes of its flags and its config file."""
     given = ["--config_file", str(config), *arguments] if config else list(arguments)
     parsed, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(given))
     return parsed, defaults
@@ -123,7 +123,7 @@ def test_files_that_the_guide_links_to_exist():
         assert "://" in target or not target or (GUIDE.parent / target).exists(), target
 
 
-# What the script needs of SLURM, for nodes that are all this machine: `srun` starts the command once a node and fails
+# The script's commands of SLURM, for nodes that are all this machine: `srun` starts the command once a node and fails
 # when one fails, `scancel` signals those processes, `scontrol` names the first node and notes what is requeued.
 CLUSTER_COMMANDS = {
     "srun": """

@@ -81,7 +81,7 @@ def test_the_patchgan_computes_in_float32_under_autocast():
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     expected = discriminator(images)
     with torch.autocast("cpu", torch.bfloat16):
-        assert nn.Conv2d(3, 1, 1)(images).dtype == torch.bfloat16  # what autocast does to others
+        assert nn.Conv2d(3, 1, 1)(images).dtype == torch.bfloat16  # as autocast does to other networks
         logits = discriminator(images)
     assert logits.dtype == torch.float32
     assert torch.equal(logits, expected)

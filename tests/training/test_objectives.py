@@ -1,4 +1,4 @@
-"""What the UNet is taught, against closed forms: a perfect model has no loss, weights count errors of x0 alike, and the
+"""The targets of the UNet, against closed forms: a perfect model has no loss, weights count errors of x0 alike, and the
 exact velocity field of flow matching, sampled by diffusers and by our pipeline, ends at the data."""
 
 from dataclasses import replace
@@ -25,7 +25,7 @@ from tiny import tiny_autoencoder, tiny_unet
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-ENDS = torch.tensor([0.0, 0.25, 0.5, 1 - 2**-24])  # of the uniform numbers: the first and the last timestep
+ENDS = torch.tensor([0.0, 0.25, 0.5, 1 - 2**-24])  # uniform numbers: the first and the last timestep
 MEAN, DEVIATION = 2.0, 0.5
 
 
@@ -207,7 +207,7 @@ def test_with_zero_terminal_snr_the_last_timestep_is_noise_alone_and_sampling_st
 
 
 def sampled_mean(scheduler: DDIMScheduler) -> float:
-    """Of values that the exact model of N(4, DEVIATION^2) draws in 20 steps, from noise whose mean is exactly 0."""
+    """Return the mean of what the exact model of N(4, DEVIATION^2) draws in 20 steps, from noise of mean 0."""
     sample = torch.randn(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sample -= sample.mean()
     scheduler.set_timesteps(20)

@@ -1,4 +1,4 @@
-"""What a run says of itself, when it skips a step or stops, and which images it names as unreadable."""
+"""The log of a run, when it skips a step or stops, and which images it names as unreadable."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""What the README launches on several processes: the trainers as modules, with all terms and accumulation."""
+"""The README's launches on several processes: the trainers as modules, with all terms and accumulation."""
 
 from pathlib import Path
 

@@ -107,7 +107,7 @@ def _process(settings: dict) -> None:
     from looc_ldm.training import log
     from looc_ldm.utils.errors import one_line_errors
 
-    multiprocessing.set_start_method("fork", force=True)  # of its workers; that of the test would import all anew
+    multiprocessing.set_start_method("fork", force=True)  # for its workers; the test's would import all anew
     os.setsid()  # so that its workers can be sent what a terminal or a batch system sends to all of them
     os.environ.update({"ACCELERATE_USE_CPU": "true", **settings["environment"]})
     descriptor = os.open(settings.get("terminal", settings["printed"]), os.O_RDWR | os.O_CREAT | os.O_APPEND)

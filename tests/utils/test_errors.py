@@ -1,4 +1,4 @@
-"""What the command lines make of bad input and of interruptions."""
+"""Bad input and interruptions of the command lines."""
 
 import sys
 from pathlib import Path
