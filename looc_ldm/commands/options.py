@@ -274,6 +274,7 @@ class Push(Options):
     metrics: list[Path] | None = option("Files of `looc-ldm evaluate ... --output FILE` for the card.", None)
     samples: Path | None = option("Picture for the card. If not given, the newest preview.", None)
     token: str | None = option("Token of the hub. If not given, that of `hf auth login`, or HF_TOKEN.", None)
+    dry_run: bool = option("Send nothing: list the files (stderr) and print the card (stdout).", False)
 
 
 @dataclass(frozen=True, kw_only=True)

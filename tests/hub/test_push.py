@@ -47,6 +47,16 @@ def test_push_uploads_what_loading_needs_and_what_is_known_of_the_training(hub, 
     assert hub.requests["POST commit"] == 1
 
 
+def test_a_dry_run_sends_nothing_and_shows_the_files_and_the_card_that_would_be_sent(hub, say, pipeline_folder):
+    status, card, listed = say("push", pipeline_folder, ID, "--license", "mit", "--dry-run")
+    assert status == 0, listed
+    assert not hub.requests
+    assert say("push", pipeline_folder, ID, "--license", "mit")[0] == 0
+    sent = {path: content for path, content in files(hub).items() if path != ".gitattributes"}
+    assert listed.splitlines() == [f"{len(content):>15,} bytes  {path}" for path, content in sorted(sent.items())]
+    assert card.strip() == sent["README.md"].decode().strip()
+
+
 def test_push_uploads_an_autoencoder(hub, say, autoencoder_folder):
     status, _, errors = say("push", autoencoder_folder, "ada/codes")
     assert status == 0, errors
