@@ -6,13 +6,13 @@ from looc_ldm.training import autoencoder, diffusion
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.latents import cache_data_set as cache_latents
 from looc_ldm.training.log import show_log_lines
-from looc_ldm.utils.errors import print_once
+from looc_ldm.training.result import show_result
 
 __all__ = ["cache_latents", "train"]
 
 
 def train(config: AutoencoderConfig | DiffusionConfig) -> None:
-    """Train a model and print its folder."""
+    """Train a model, print its folder, and log the commands that usually follow."""
     show_log_lines()
     stage = diffusion if isinstance(config, DiffusionConfig) else autoencoder
-    print_once(stage.train(config))
+    show_result(config, stage.train(config))

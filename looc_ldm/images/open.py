@@ -37,7 +37,10 @@ def split_name(splits: Iterable[str], setting: str, config: DataConfig) -> str:
     for called in names_of_split(name):
         if called in splits:
             return called
-    raise DataError(f"data.{setting}={name!r}: {config.path} has the splits {', '.join(splits)}.")
+    hint = ""
+    if setting == "validation_split" and not config.streaming:
+        hint = " --data.validation_split null holds out some of the training images."
+    raise DataError(f"data.{setting}={name!r}: {config.path} has the splits {', '.join(splits)}.{hint}")
 
 
 def open_sources(config: DataConfig, wanted: Collection[str] | None = None) -> dict[str, Source]:

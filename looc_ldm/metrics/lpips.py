@@ -71,11 +71,15 @@ def load_lpips(network: str, weights: Path | None = None) -> LPIPS:
 def lpips_identity(network: str, weights: Path | None = None) -> dict[str, str]:
     """Return network, weights and their SHA-256, for the record of a figure. Downloads the weights if need be."""
     if weights is None:
-        from torchvision.models import AlexNet_Weights, VGG16_Weights
-
-        url = {"vgg": VGG16_Weights, "alex": AlexNet_Weights}[network].IMAGENET1K_V1.url
-        weights = downloaded_weights(url, lambda: load_lpips(network))
+        weights = downloaded_weights(weights_url(network), lambda: load_lpips(network))
     return {"network": f"lpips-{network}", "weights": str(weights), "sha256": file_sha256(weights)}
+
+
+def weights_url(network: str) -> str:
+    """Return the address of torchvision's file of a network's weights."""
+    from torchvision.models import AlexNet_Weights, VGG16_Weights
+
+    return {"vgg": VGG16_Weights, "alex": AlexNet_Weights}[network].IMAGENET1K_V1.url
 
 
 def _lpips(network: str, **settings) -> nn.Module:

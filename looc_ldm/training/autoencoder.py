@@ -43,10 +43,10 @@ from looc_ldm.training.losses import (
 )
 from looc_ldm.training.moments import SCALING_IMAGES, measure_scaling_factor
 from looc_ldm.training.optimization import adamw, clip_gradients, set_learning_rate
-from looc_ldm.training.result import validation_data, write_description
+from looc_ldm.training.result import show_result, validation_data, write_description
 from looc_ldm.training.run import Run
-from looc_ldm.training.validation import codebook_use, reconstruction_figures, reconstruction_grid
-from looc_ldm.utils.errors import ConfigError, one_line_errors, print_once
+from looc_ldm.training.validation import LOGGED, codebook_use, reconstruction_figures, reconstruction_grid
+from looc_ldm.utils.errors import ConfigError, one_line_errors
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +218,7 @@ def train(config: AutoencoderConfig) -> Path:
             trained.register_to_config(scaling_factor=scaling_factor)
         with tqdm(float_batches(validation, **loading), "validation", disable=None) as batches:
             measured = evaluate_reconstruction(ema.model, batches, validation.content_size)
+        logger.info("held-out %s", ", ".join(f"{k} {measured[k]:.4g}" for k in LOGGED if k in measured))
         if not run.due(config.preview_every_images):
             run.log.write_preview(run.images_seen, reconstruction_grid([ema.model, live], validation, PREVIEW_IMAGES))
         with run.folder.writing_result() as folder:
@@ -260,7 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     show_log_lines()
     with one_line_errors():
         config = parse_command_line(AutoencoderConfig, sys.argv[1:] if arguments is None else arguments, PROG)
-        print_once(train(config))
+        show_result(config, train(config))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, EvaluationConfig
 from looc_ldm.utils.errors import ConfigError, one_line
 from looc_ldm.utils.files import check_folder
+
+logger = logging.getLogger(__name__)
 
 
 def check_config(config: AutoencoderConfig | DiffusionConfig) -> None:
@@ -51,6 +54,16 @@ def check_config(config: AutoencoderConfig | DiffusionConfig) -> None:
                 f"loss.discriminator_layers={layers} needs images of at least {smallest} pixels, but "
                 f"data.resolution={data.resolution}."
             )
+
+
+def warn_of_late_settings(config: AutoencoderConfig | DiffusionConfig) -> None:
+    """Warn of settings that would take effect only after the last image."""
+    starts = {"optimizer.warmup_images": config.optimizer.warmup_images}
+    if isinstance(config, AutoencoderConfig) and config.loss.adversarial_weight:
+        starts["loss.adversarial_start_images"] = config.loss.adversarial_start_images
+    late = [f"{name}={images}" for name, images in starts.items() if images >= config.total_images]
+    if late:
+        logger.warning("%s: the run ends before, at total_images=%d", " and ".join(late), config.total_images)
 
 
 def latent_side(model: LooCVQModel, data: DataConfig) -> int:

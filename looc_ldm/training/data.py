@@ -24,8 +24,6 @@ from looc_ldm.utils.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
 
 def load_image_sets(
     config: DataConfig, channels: int, needs_labels: bool = False

@@ -53,11 +53,11 @@ from looc_ldm.training.log import data_line, show_log_lines
 from looc_ldm.training.moments import SCALING_IMAGES, Moments, measure_latents
 from looc_ldm.training.objectives import Objective
 from looc_ldm.training.optimization import adamw, clip_gradients, set_learning_rate
-from looc_ldm.training.result import first_stage_figures, write_description
+from looc_ldm.training.result import first_stage_figures, show_result, write_description
 from looc_ldm.training.run import Run
 from looc_ldm.training.validation import generation_figures
 from looc_ldm.utils.distributed import gather_full_model, on_main, prepare_fsdp
-from looc_ldm.utils.errors import ConfigError, one_line_errors, print_once
+from looc_ldm.utils.errors import ConfigError, one_line_errors
 from looc_ldm.utils.files import replace_text
 
 logger = logging.getLogger(__name__)
@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     show_log_lines()
     with one_line_errors():
         config = parse_command_line(DiffusionConfig, sys.argv[1:] if arguments is None else arguments, PROG)
-        print_once(train(config))
+        show_result(config, train(config))
 
 
 if __name__ == "__main__":

@@ -93,6 +93,9 @@ def load_lpips(network: str, weights: str | None) -> LPIPS:
     try:
         return metrics_lpips.load_lpips(network, None if weights is None else Path(weights))
     except ConnectionError as error:
-        raise ConfigError(f"{error} Give loss.lpips_weights, a file.") from error
+        raise ConfigError(
+            f"{error} Give --loss.lpips_weights FILE, a download of {metrics_lpips.weights_url(network)}, or train "
+            "without this term: --loss.lpips_weight 0."
+        ) from error
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"loss.lpips_weights: {error}") from error

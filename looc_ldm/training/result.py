@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,9 +15,12 @@ from looc_ldm.images.config import DataConfig
 from looc_ldm.images.pixels import describe_transform
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.models.loading import training_record
-from looc_ldm.training.config import RunConfig
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig, RunConfig
 from looc_ldm.training.config_parsing import to_dict
 from looc_ldm.training.run import Run
+from looc_ldm.utils.errors import print_once
+
+logger = logging.getLogger(__name__)
 
 
 def write_description(folder: Path, config: RunConfig, run: Run, preview: str, **figures) -> None:
@@ -50,6 +55,19 @@ def write_description(folder: Path, config: RunConfig, run: Run, preview: str, *
         "skipped_steps": run.skipped_steps,
     }
     (folder / "training.json").write_text(json.dumps(description, indent=2))
+
+
+def show_result(config: AutoencoderConfig | DiffusionConfig, result: Path) -> None:
+    """Print the folder of a finished model, and log the commands that usually follow."""
+    data = config.data
+    if isinstance(config, AutoencoderConfig):
+        words = ["train", "diffusion", "--config", "CONFIG", "--autoencoder", result, "--data.path", data.path]
+        following = [[*words, "--data.validation_split", data.validation_split or "null"]]
+    else:
+        following = [["sample", result], ["evaluate", "generation", result, "--data", data.path]]
+    for words in following:
+        logger.info("next: %s", shlex.join(["looc-ldm", *map(str, words)]))
+    print_once(result)
 
 
 def validation_data(data: DataConfig) -> dict[str, str]:

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 
 from looc_ldm.images.unreadable import UnreadableImages
 from looc_ldm.training.checkpoints import Checkpoints, passes
+from looc_ldm.training.checks import warn_of_late_settings
 from looc_ldm.training.config import OptimizerConfig, RunConfig
 from looc_ldm.training.data import StreamBatches
 from looc_ldm.training.ema import EMA
@@ -123,6 +124,7 @@ class Run:
         if self.accelerator.is_main_process:
             if state is not None:
                 self.folder.warn_of_changes()
+            warn_of_late_settings(self.config)
             self.folder.write_settings()
         means = None
         if state is not None:

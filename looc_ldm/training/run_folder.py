@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shlex
 import shutil
 import socket
 from collections.abc import Iterator
@@ -68,7 +69,8 @@ class RunFolder:
             if changed:
                 raise ConfigError(
                     f"output_dir={str(self.path)!r} holds a run with other settings ({'; '.join(changed)}); "
-                    "give another output_dir, or delete this one."
+                    "give another output_dir, or delete this one. A new output_dir starts from the weights of this one "
+                    f"with --init-from {shlex.quote(str(self.path))}"
                 )
 
     def lock(self) -> None:

@@ -1,6 +1,7 @@
 """`looc-ldm` as somebody types it: what it makes, and the one line with which it refuses what it cannot do."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -224,6 +225,25 @@ def test_cache_latents_encodes_the_data_of_a_config(pipeline, image_folder, caps
     latents = torch.stack([cache.read(index)[0] for index in range(9)]).double()
     assert cache.moments.standard_deviation == pytest.approx(latents.std(correction=0).item(), rel=1e-6)
     assert f"9 images, standard deviation {cache.moments.standard_deviation:.4g}" in printed
+
+
+def test_training_ends_with_its_figures_its_folder_and_the_next_command(image_folder, capsys, caplog):
+    data = f"data: {{path: {image_folder}, validation_images: 3, resolution: 16, num_workers: 0}}\n"
+    common = data + "total_images: 8\nbatch_size: 8\ntracker: none\nmixed_precision: 'no'\n"
+    model = {"block_out_channels": [8], "norm_num_groups": 4, "vq_embed_dim": 4, "num_vq_embeddings": 16}
+    model |= {"codevector_dim": 2, "interpolation_factor": 1}
+    unet = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    unet |= {"norm_num_groups": 4, "add_attention": False}
+    Path("first.yaml").write_text(common + f"model: {json.dumps(model)}\noutput_dir: first\n")
+    Path("second.yaml").write_text(common + f"unet: {json.dumps(unet)}\npreview_steps: 1\noutput_dir: second\n")
+    with caplog.at_level("INFO", "looc_ldm"):
+        assert run(capsys, "train", "autoencoder", "--config", "first.yaml").split()[-1] == "first/model"
+        assert re.search(r"held-out images 3, psnr [\d.]+, ssim .*bits_per_pixel", caplog.text)
+        following = f"--autoencoder first/model --data.path {image_folder} --data.validation_split null"
+        assert f"next: looc-ldm train diffusion --config CONFIG {following}" in caplog.text
+        run(capsys, "train", "diffusion", "--config", "second.yaml", *following.split())
+    assert "next: looc-ldm sample second/pipeline" in caplog.text
+    assert f"next: looc-ldm evaluate generation second/pipeline --data {image_folder}" in caplog.text
 
 
 # What the commands refuse ---------------------------------------------------------------------------------------------

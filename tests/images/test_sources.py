@@ -609,7 +609,7 @@ def test_an_empty_path_is_nothing(small_data):
 def test_unknown_splits_and_columns_are_answered_with_the_known_ones(small_data):
     for wrong, answer in (
         ({"split": "some"}, "data.split='some': .* has the splits train"),
-        ({"validation_split": "val"}, "data.validation_split='val': .* has the splits train"),
+        ({"validation_split": "val"}, "='val': .* has the splits train. --data.validation_split null holds out"),
         ({"image_column": "picture"}, "data.image_column='picture': .* has image, label"),
     ):
         with pytest.raises(DataError, match=answer):

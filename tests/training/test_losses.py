@@ -133,6 +133,12 @@ def test_lpips_with_local_weights_is_the_reference(network, test_data):
     assert ours(*images).min() > 0.01
 
 
+def test_without_lpips_weights_the_error_names_the_file_and_the_way_without(monkeypatch):
+    monkeypatch.setattr("lpips.LPIPS", lambda **settings: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(ConfigError, match=r"no network.*--loss.lpips_weights FILE.*vgg16.*pth.*--loss.lpips_weight 0"):
+        load_lpips("vgg", None)
+
+
 def test_lpips_is_frozen_but_passes_the_gradient_to_the_image(test_data):
     lpips = load_lpips("alex", str(test_data / "metrics" / WEIGHTS["alex"]))
     image = torch.rand(1, 3, 64, 64, requires_grad=True)

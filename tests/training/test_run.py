@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from looc_ldm.training.config import LossConfig
 from looc_ldm.training.optimization import clip_gradients
 from looc_ldm.training.run import Run
 from looc_ldm.utils.errors import ConfigError, Terminated, TrainingError, UserError
@@ -51,6 +52,19 @@ def test_a_log_interval_is_one_line_of_json(tmp_path):
         assert line["skipped_steps"] == 0
         assert line["loss"] > 0
         assert line["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("end", [128, 129])
+def test_settings_that_would_take_effect_after_the_end_are_named_in_a_warning(end, tmp_path, caplog):
+    settings = {
+        "optimizer": {"warmup_images": 128},
+        "loss": LossConfig(adversarial_weight=1, adversarial_start_images=128),
+    }
+    Run(config_of(tmp_path, total_images=end, **settings), "model").resume()
+    warned = (
+        "optimizer.warmup_images=128 and loss.adversarial_start_images=128: the run ends before, at total_images=128"
+    )
+    assert (warned in caplog.text) == (end == 128)
 
 
 def test_people_read_by_the_clock_how_far_a_run_is_its_speed_and_the_time_left(tmp_path, caplog, monkeypatch):
