@@ -132,7 +132,7 @@ def _encode_data_set(options: Encode) -> None:
             yield TableRow(packed, image.name, image.label)
 
     make_folder(options.output)
-    with tqdm(rows(), total=len(images), desc="encoding", unit="img", delay=1) as bar:
+    with tqdm(rows(), total=len(images), desc="encoding", unit="img") as bar:
         write_code_table(file, bar, num_codevectors, images.classes)
     size = file.stat().st_size
     classes = f"{len(images.classes) or 'no'} classes"

@@ -120,9 +120,8 @@ def check_on_hub(config: DataConfig) -> None:
         user, name = config.path.split("/")
         prepared = Path(datasets.config.HF_DATASETS_CACHE) / f"{user}___{datasets.naming.camelcase_to_snakecase(name)}"
         if not prepared.is_dir():  # else `datasets` reads what it has downloaded before
-            raise DataError(
-                f"there is no folder {config.path!r}; the hub cannot be asked for a data set: {one_line(error)}"
-            ) from None
+            message = f"there is no folder {config.path!r}; the hub cannot be reached: {one_line(error)}"
+            raise DataError(message) from None
 
 
 def _reason(error: Exception) -> str:

@@ -41,10 +41,7 @@ class Shards(NamedTuple):
 
 
 class OneImageColumn(WebDataset):
-    """WebDataset with the image of every sample in the column `image`, whatever its suffix; of two images, in neither.
-
-    `datasets` itself makes every suffix a column, and takes those of the first samples for all.
-    """
+    """WebDataset with the only image of a sample in the column `image`. `datasets` takes one suffix for all samples."""
 
     @classmethod
     def _get_pipeline_from_tar(cls, tar_path, tar_iterator):

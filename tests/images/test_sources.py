@@ -433,7 +433,7 @@ def hub_without_data_sets():
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("endpoint", "reason"),
-    [("nothing", ", nor a data set of that name on the hub"), ("http://127.0.0.1:9", "; the hub cannot be asked")],
+    [("nothing", ", nor a data set of that name on the hub"), ("http://127.0.0.1:9", "; the hub cannot be reached: ")],
 )
 def test_a_path_that_is_neither_on_the_disk_nor_on_the_hub_is_answered_at_once(
     config, monkeypatch, hub_without_data_sets, endpoint, reason, streaming
