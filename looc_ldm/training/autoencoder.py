@@ -29,10 +29,10 @@ from looc_ldm.metrics.reconstruction import evaluate_reconstruction
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.training.checks import check_config, check_evaluation, latent_side
 from looc_ldm.training.config import AutoencoderConfig
-from looc_ldm.training.config_parsing import construct, parse_command_line
+from looc_ldm.training.config_parsing import parse_command_line
 from looc_ldm.training.data import float_batches, load_image_sets, make_stream, stream_loader
 from looc_ldm.training.ema import EMA
-from looc_ldm.training.init_from import autoencoder_from
+from looc_ldm.training.init_from import make_autoencoder, newest_weights
 from looc_ldm.training.latent_fingerprint import run_fingerprint
 from looc_ldm.training.log import data_line, show_log_lines
 from looc_ldm.training.losses import (
@@ -60,10 +60,8 @@ def train(config: AutoencoderConfig) -> Path:
     check_config(config)
     check_evaluation(config)
     set_seed(config.seed)
-    if config.init_from:
-        model = autoencoder_from(config)
-    else:
-        model = construct(LooCVQModel, {"sample_size": config.data.resolution, **config.model}, "model")
+    start = newest_weights(config)
+    model = make_autoencoder(config, start)
     if model.config.in_channels != model.config.out_channels:
         raise ConfigError(
             f"model.in_channels={model.config.in_channels} and model.out_channels={model.config.out_channels} must be "
@@ -91,6 +89,8 @@ def train(config: AutoencoderConfig) -> Path:
         model = model.to(memory_format=torch.channels_last)
     model = model.to(accelerator.device)
     ema = EMA(model, config.ema_halflife_images)
+    if start is not None:
+        ema.go_on_from(start.averaged, start.images)
     optimizer = adamw(model, config.optimizer)
     model, optimizer = accelerator.prepare(model, optimizer)
     live = accelerator.unwrap_model(model)

@@ -78,6 +78,7 @@ class Checkpoints:
             self.accelerator.load_state(str(path))
             if self.ema is not None:
                 self.ema.load_state_dict(load_file(path / EMA_FILE))
+                self.ema.earlier_images = state.get("earlier_images", 0)
         except Exception as error:  # weights of other names or shapes show in many kinds of errors
             raise TrainingError(f"checkpoint {str(path)!r} cannot be loaded: {one_line(error)[:300]}.") from error
         self.newest = images_of(path)
@@ -131,6 +132,7 @@ class Checkpoints:
                 if self.accelerator.is_main_process:
                     if averages is not None:
                         save_file(averages, partial / EMA_FILE)
+                        state = {**state, "earlier_images": self.ema.earlier_images}
                     own = {"images_seen": images, **self.fixed_settings, "made_from": self.provenance}
                     write_state(partial, own | state)
                     replace_folder(partial, self.folder / partial.stem)

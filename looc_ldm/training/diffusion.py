@@ -45,7 +45,7 @@ from looc_ldm.training.data import (
 )
 from looc_ldm.training.denoiser import Denoiser, make_scheduler
 from looc_ldm.training.ema import EMA
-from looc_ldm.training.init_from import denoiser_from
+from looc_ldm.training.init_from import denoiser_from, newest_weights
 from looc_ldm.training.latent_encoding import cache_latents
 from looc_ldm.training.latent_fingerprint import run_fingerprint
 from looc_ldm.training.latents import LatentStream
@@ -74,7 +74,9 @@ def train(config: DiffusionConfig) -> Path:
     set_seed(config.seed)
     if not config.autoencoder and not config.init_from:
         raise ConfigError("autoencoder: give the folder or hub id of a trained first stage.")
-    vqvae = load_autoencoder(config.autoencoder or config.init_from).requires_grad_(False)
+    start = newest_weights(config)
+    first = config.autoencoder or (config.init_from if start is None else start.settings.autoencoder)
+    vqvae = load_autoencoder(first).requires_grad_(False)
     config = with_stage_1_images(config, vqvae)
     first_stage = first_stage_figures(vqvae)
     images, validation = load_image_sets(config.data, vqvae.config.in_channels, config.class_conditional)
@@ -82,7 +84,7 @@ def train(config: DiffusionConfig) -> Path:
     if config.class_conditional and not classes:
         raise ConfigError(f"class_conditional=true, but {config.data.path} has no classes.")
     if config.init_from:
-        denoiser = denoiser_from(config, vqvae, classes)
+        denoiser = denoiser_from(config, vqvae, classes, start)
     else:
         denoiser = Denoiser.from_config(config, vqvae, len(classes))
     scheduler = make_scheduler(config.scheduler)
@@ -111,6 +113,8 @@ def train(config: DiffusionConfig) -> Path:
     denoiser, optimizer = accelerator.prepare(denoiser, optimizer)
     live = accelerator.unwrap_model(denoiser)
     ema.shard_like(live)
+    if start is not None:
+        ema.go_on_from(start.averaged, start.images)
     if config.compile:
         live.compile()  # in place: the names of its weights stay
     run.resume(partial(run_fingerprint, images, vqvae), ema)

@@ -27,6 +27,7 @@ class EMA:
 
     Attributes:
         model (`nn.Module`): The averaged model, in eval mode.
+        earlier_images (`int`): Images that it averages over already, from a run before this one.
     """
 
     def __init__(self, model: nn.Module, halflife_images: int):
@@ -34,6 +35,7 @@ class EMA:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self._device = next(model.parameters()).device
         self._parts: list[torch.Tensor] | None = None
+        self.earlier_images = 0
 
     def shard_like(self, live: nn.Module) -> None:
         """Shard the average as the live weights are. After `accelerator.prepare`, before a checkpoint is loaded."""
@@ -41,10 +43,15 @@ class EMA:
             self._parts = [parameter.detach().clone() for parameter in live.parameters()]
             self.model.to("cpu")
 
+    def go_on_from(self, averaged: dict[str, torch.Tensor], images: int) -> None:
+        """Take over averages of an earlier run of `images` images; weights that it lacks stay."""
+        self.load_state_dict({**self.model.state_dict(), **averaged})
+        self.earlier_images = images
+
     @torch.no_grad()
     def update(self, model: nn.Module, images_seen: int, batch_size: int) -> None:
         """Take in the weights after an optimizer step that brought the count to `images_seen`."""
-        halflife = min(self.halflife_images, images_seen * RAMP_UP)
+        halflife = min(self.halflife_images, (self.earlier_images + images_seen) * RAMP_UP)
         decay = 0.5 ** (batch_size / max(halflife, 1e-8))
         averaged, live = self._parts, list(model.parameters())
         if averaged is None:

@@ -1,21 +1,29 @@
-"""Start training from a finished model instead of random weights (`init_from`).
+"""Start training from a finished model, or the newest checkpoint of a run, instead of random weights (`init_from`).
 
-The networks are those of the finished model. The config's `model` or `unet` may leave them out or repeat them; a
+The networks are those of the model or run. The config's `model` or `unet` may leave them out or repeat them; a
 different value is an error, since the weights would not fit.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file
 
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.models.loading import load_autoencoder
 from looc_ldm.pipelines.loading import load_pipeline
+from looc_ldm.training.checkpoints import EMA_FILE, checkpoints_in, images_of, read_state
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
-from looc_ldm.training.config_parsing import construct
+from looc_ldm.training.config_parsing import construct, load_config
 from looc_ldm.training.denoiser import Denoiser
-from looc_ldm.utils.errors import ConfigError, ModelError
+from looc_ldm.training.latent_fingerprint import class_names_digest
+from looc_ldm.utils.errors import ConfigError, ModelError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +41,68 @@ DATA_ARGUMENTS = {"sample_size", "in_channels", "out_channels", "num_class_embed
 CLASS_WEIGHTS = ("unet.class_embedding.", "class_embedding.")
 
 
-def autoencoder_from(config: AutoencoderConfig) -> LooCVQModel:
-    """Load the model in the folder or hub repository `config.init_from`, to train it with the settings of the config.
+@dataclass
+class Start:
+    """The newest checkpoint of the run that `init_from` names.
+
+    Attributes:
+        settings: The config of that run.
+        live, averaged: Weights by name. Those of FSDP are divided in a checkpoint; there, `live` are the averaged ones.
+        images: Images that these were trained on.
+        class_names: Digest of the names of its classes; None for streamed data.
+    """
+
+    settings: AutoencoderConfig | DiffusionConfig
+    live: dict[str, torch.Tensor]
+    averaged: dict[str, torch.Tensor]
+    images: int
+    class_names: str | None
+
+
+def newest_weights(config: AutoencoderConfig | DiffusionConfig) -> Start | None:
+    """Return the weights to start from if `init_from` is the folder of a run; None for finished models and none.
+
+    Raises:
+        UserError: The run has no checkpoint, a damaged one, or settings of the other stage.
+    """
+    run = Path(config.init_from or "")
+    if not config.init_from or not (run / "checkpoints").is_dir():
+        return None
+    checkpoints = checkpoints_in(run / "checkpoints")
+    if not checkpoints:
+        raise ModelError(f"init_from={config.init_from!r} is a run without checkpoints.")
+    newest = max(checkpoints, key=images_of)
+    state = read_state(newest)
+    averaged, file = load_file(newest / EMA_FILE), newest / "model.safetensors"
+    live = load_file(file) if file.is_file() else averaged
+    return Start(
+        settings=load_config(type(config), str(run / "config.yaml")),
+        live={name.removeprefix("module."): tensor for name, tensor in live.items()},  # DDP's prefix
+        averaged=averaged,
+        images=state["images_seen"] + state.get("earlier_images", 0),
+        class_names=(state["made_from"] or {}).get("data", {}).get("names of classes"),
+    )
+
+
+def make_autoencoder(config: AutoencoderConfig, start: Start | None = None) -> LooCVQModel:
+    """Return the model to train: new, or that of `init_from` (`start`: its `newest_weights`)."""
+    if config.init_from:
+        return autoencoder_from(config, start)
+    return construct(LooCVQModel, {"sample_size": config.data.resolution, **config.model}, "model")
+
+
+def autoencoder_from(config: AutoencoderConfig, start: Start | None = None) -> LooCVQModel:
+    """Load the model that `config.init_from` names, to train it with the settings of the config.
 
     Raises:
         ConfigError: The config describes a different network.
         ModelError: There is no autoencoder.
     """
-    trained = load_autoencoder(config.init_from)
+    if start is None:
+        trained = load_autoencoder(config.init_from)
+    else:
+        trained = make_autoencoder(start.settings, newest_weights(start.settings))
+        trained.load_state_dict(start.live)
     of_checkpoint = {name: value for name, value in trained.config.items() if not name.startswith("_")}
     _refuse_differences(config.model, of_checkpoint, LEARNING_ARGUMENTS, "model")
     arguments = {**of_checkpoint, "sample_size": config.data.resolution, **config.model}
@@ -51,18 +113,58 @@ def autoencoder_from(config: AutoencoderConfig) -> LooCVQModel:
     return model
 
 
-def denoiser_from(config: DiffusionConfig, vqvae: LooCVQModel, classes: list[str]) -> Denoiser:
-    """Load the UNet and class token of the pipeline `config.init_from`; different classes get random embeddings.
+class _Trained(NamedTuple):
+    """Trained networks of stage 2, and what they were trained for."""
+
+    unet: nn.Module
+    class_embedding: nn.Module | None
+    prediction_type: str
+    classes: list[str]
+    null_label: int | None
+
+
+def _of_pipeline(name: str) -> _Trained:
+    pipe = load_pipeline(name)
+    classes = list((pipe.config.id2label or {}).values())
+    return _Trained(pipe.unet, pipe.class_embedding, pipe.config.prediction_type, classes, pipe.config.null_class_label)
+
+
+def _of_run(start: Start, vqvae: LooCVQModel, classes: list[str]) -> _Trained:
+    """Return the networks of a run; `classes` are those to train on, which the run's are compared with."""
+    settings, before = start.settings, []
+    if settings.class_conditional:
+        names = ("unet.class_embedding.weight", "class_embedding.embedding.weight")
+        (embeddings,) = (start.live[name] for name in names if name in start.live)
+        before = [str(number) for number in range(len(embeddings) - bool(settings.class_dropout))]
+        if start.class_names in (class_names_digest(classes), None) and len(before) == len(classes):
+            before = classes
+    try:
+        if settings.init_from:
+            denoiser = denoiser_from(settings, vqvae, before, newest_weights(settings))
+        else:
+            denoiser = Denoiser.from_config(settings, vqvae, len(before))
+        denoiser.load_state_dict(start.live)
+    except RuntimeError as error:  # latents of other channels
+        raise ModelError(f"the weights of the run do not fit the autoencoder: {one_line(error)[:300]}") from None
+    prediction = settings.scheduler.get("prediction_type", "epsilon")
+    return _Trained(denoiser.unet, denoiser.class_embedding, prediction, before, denoiser.null_label)
+
+
+def denoiser_from(
+    config: DiffusionConfig, vqvae: LooCVQModel, classes: list[str], start: Start | None = None
+) -> Denoiser:
+    """Load the UNet and class token that `config.init_from` names; different classes get random embeddings.
 
     Args:
         vqvae (`LooCVQModel`): The first stage, on whose latents it is trained.
         classes (`list[str]`): Names of the classes that are trained on.
+        start (`Start`, *optional*): The `newest_weights` of the config. Its averages lose embeddings of other classes.
 
     Raises:
         ConfigError: The config describes a different network or prediction, or its latents have other channels.
         ModelError: There is no pipeline.
     """
-    trained = load_pipeline(config.init_from)
+    trained = _of_pipeline(config.init_from) if start is None else _of_run(start, vqvae, classes)
     kind = type(trained.unet).__name__
     settings = {"type": "UNet2DModel", **config.unet} if config.unet else {"type": kind}
     if settings["type"] != kind:
@@ -82,20 +184,19 @@ def denoiser_from(config: DiffusionConfig, vqvae: LooCVQModel, classes: list[str
             f"init_from={config.init_from!r} denoises latents of {channels} channels, those of the autoencoder have "
             f"{denoiser.unet.config.in_channels}."
         )
-    predicts, asked = trained.config.prediction_type, config.scheduler.get("prediction_type", "epsilon")
+    predicts, asked = trained.prediction_type, config.scheduler.get("prediction_type", "epsilon")
     if predicts != asked:
         raise ConfigError(f"scheduler.prediction_type is {asked} in the config and {predicts} in init_from.")
 
-    # The pipeline's weights, except for embeddings of other classes
+    # The trained weights, except for embeddings of other classes
     weights = {f"unet.{name}": tensor for name, tensor in trained.unet.state_dict().items()}
     if trained.class_embedding is not None:
         weights |= {f"class_embedding.{name}": tensor for name, tensor in trained.class_embedding.state_dict().items()}
-    same_classes = (
-        list((trained.config.id2label or {}).values()) == classes
-        and trained.config.null_class_label == denoiser.null_label
-    )
+    same_classes = trained.classes == classes and trained.null_label == denoiser.null_label
     if not same_classes:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(CLASS_WEIGHTS)}
+        if start is not None:
+            start.averaged = {name: value for name, value in start.averaged.items() if name in weights}
         logger.warning("init_from=%r has different classes: their embeddings are random.", config.init_from)
     missing, surplus = denoiser.load_state_dict(weights, strict=False)
     wrong = [*surplus, *(name for name in missing if same_classes or not name.startswith(CLASS_WEIGHTS))]

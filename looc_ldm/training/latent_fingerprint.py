@@ -87,6 +87,11 @@ def _change(key: str, old, new) -> str:
     return key if any(str(value).startswith(DIGEST) for value in (old, new)) else f"{key}: {old} -> {new}"
 
 
+def class_names_digest(classes: list[str]) -> str:
+    """Return the fingerprint of the names of classes, in their order."""
+    return _digest(json.dumps(classes).encode())
+
+
 def _digest(content: bytes) -> str:
     return DIGEST + hashlib.sha256(content).hexdigest()
 
@@ -113,7 +118,7 @@ def _of_data(images: ImageSet) -> dict:
         stored.update(hashlib.sha256(content).digest())
     return {
         "number of images": len(images),
-        "names of classes": _digest(json.dumps(images.classes).encode()),
+        "names of classes": class_names_digest(images.classes),
         "labels": _digest(images.labels().astype("<i8").tobytes()),
         STORED: DIGEST + stored.hexdigest(),
     }

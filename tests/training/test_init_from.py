@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from looc_ldm import LooCLDMPipeline, LooCVQModel
 from looc_ldm.training import autoencoder, diffusion
-from looc_ldm.training.config import AutoencoderConfig
+from looc_ldm.training.checkpoints import read_state
+from looc_ldm.training.config import AutoencoderConfig, OptimizerConfig
 from looc_ldm.training.config_parsing import parse_config
-from looc_ldm.training.init_from import autoencoder_from, denoiser_from
+from looc_ldm.training.init_from import autoencoder_from, denoiser_from, newest_weights
 from looc_ldm.utils.errors import ConfigError, ModelError
 
 
@@ -92,6 +94,35 @@ def test_flags_may_be_typed_with_dashes():
     assert config.model == {}
 
 
+def test_a_run_gives_its_newest_live_and_averaged_weights_and_the_average_goes_on(
+    autoencoder_config, autoencoder_run, tmp_path
+):
+    newest = autoencoder_run / "checkpoints" / "000000048"
+    live, averaged = load_file(newest / "model.safetensors"), load_file(newest / "ema.safetensors")
+    slow = OptimizerConfig(learning_rate=1e-9)
+    config = autoencoder_config(tmp_path, init_from=str(autoencoder_run), optimizer=slow, total_images=8, batch_size=4)
+    config = replace(config, model={}, ema_halflife_images=1000)
+    result = autoencoder.train(config)
+    name = "encoder.conv_in.weight"
+    now = {variant: LooCVQModel.from_pretrained(result, variant=variant) for variant in (None, "non_ema")}
+    torch.testing.assert_close(now["non_ema"].state_dict()[name], live[name], rtol=0, atol=1e-7)
+    # Two steps of 4 images after the 48: half-lives of 5 % of 52 and of 56 images
+    weight = 0.5 ** (4 / (52 * 0.05)) * 0.5 ** (4 / (56 * 0.05))
+    expected = live[name] + weight * (averaged[name] - live[name])
+    torch.testing.assert_close(now[None].state_dict()[name], expected, rtol=0, atol=1e-7)
+    assert (expected - live[name]).abs().max() > 1e-5
+    assert read_state(tmp_path / "checkpoints" / "000000008")["earlier_images"] == 48
+    again = autoencoder_config(tmp_path / "again", model={}, init_from=str(tmp_path), total_images=8)
+    assert newest_weights(again).images == 56
+    autoencoder.train(replace(again, model={}))  # of a run that has no network in its own config
+
+
+def test_a_run_without_checkpoints_is_no_start(autoencoder_config, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ModelError, match="is a run without checkpoints"):
+        autoencoder.train(autoencoder_config(tmp_path / "new", init_from=str(tmp_path / "run")))
+
+
 # Stage 2 --------------------------------------------------------------------------------------------------------------
 
 
@@ -119,6 +150,24 @@ def test_with_other_classes_their_embeddings_start_anew(
     assert "their embeddings are random" in caplog.text
     unconditional = start(replace(config, class_conditional=False), [], autoencoder_run)
     assert torch.equal(unconditional.unet.conv_out.weight, trained.conv_out.weight)
+
+
+def test_a_run_of_stage_2_gives_its_newest_live_and_averaged_weights(diffusion_config, pipeline_run, classes, tmp_path):
+    newest = pipeline_run.parent / "checkpoints" / "000000008"
+    live, averaged = load_file(newest / "model.safetensors"), load_file(newest / "ema.safetensors")
+    config = diffusion_config(tmp_path, class_conditional=True, init_from=str(pipeline_run.parent), autoencoder="")
+    start_of_run = newest_weights(config)
+    vqvae = LooCLDMPipeline.from_pretrained(pipeline_run).vqvae
+    denoiser = denoiser_from(replace(config, unet={}), vqvae, classes, start_of_run)
+    assert all(torch.equal(tensor, live[name]) for name, tensor in denoiser.state_dict().items())
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in start_of_run.averaged.items())
+    other = denoiser_from(config, vqvae, ["cat", "dog"], start_of_run)
+    assert other.unet.class_embedding.weight.shape[0] == 3
+    assert torch.equal(other.unet.conv_in.weight, live["unet.conv_in.weight"])
+    assert start_of_run.averaged.keys() == live.keys() - {"unet.class_embedding.weight"}
+    result = diffusion.train(replace(config, unet={}, optimizer=OptimizerConfig(learning_rate=1e-9), total_images=8))
+    trained = load_file(result / "unet" / "diffusion_pytorch_model.non_ema.safetensors")
+    torch.testing.assert_close(trained["conv_in.weight"], live["unet.conv_in.weight"], rtol=0, atol=1e-7)
 
 
 def test_the_first_stage_of_the_pipeline_is_used_where_no_other_is_given(diffusion_config, pipeline_run, tmp_path):
