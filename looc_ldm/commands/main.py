@@ -31,6 +31,7 @@ COMMANDS = {
     "analyze": ("Analyze", "analyze:analyze", "draw the paper's figures for a model"),
     "compare": ("Compare", "compare:compare", "measure several models on the same images"),
     "convert": ("Convert", "convert:convert", "convert weights of other projects"),
+    "demo": ("Demo", "demo:demo", "serve a page to sample, vary, inpaint and tokenize"),
     "push": ("Push", "hub:push", "upload a model with its card to the hub"),
     "pull": ("Pull", "hub:pull", "download a model from the hub, and verify it"),
 }

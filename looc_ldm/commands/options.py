@@ -258,6 +258,19 @@ class Convert(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Demo(DeviceOptions):
+    """Serve a page to sample, vary, inpaint and tokenize in a browser.
+
+    Needs the extra demo: pip install "looc-ldm[demo]". One image or grid is drawn at a time.
+    """
+
+    model: str | None = option("Pipeline: folder or hub id. If not given, the bundled.", None, positional="MODEL")
+    host: str = option("Address to serve on; 0.0.0.0 is all of this machine.", "127.0.0.1")
+    port: PositiveInt | None = option("Port to serve on. If not given, the first free one from 7860.", None)
+    space: Path | None = option("Write the folder of a Hugging Face Space instead of serving the page.", None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Push(Options):
     """Upload a model with its model card to the hub.
 

@@ -108,6 +108,8 @@ def _add_argument(group, item: Field, hint: Any) -> None:
     if "positional" in item.metadata:
         names = [item.name]
         settings["metavar"] = item.metadata["positional"]
+        if item.default is not MISSING:
+            settings |= {"nargs": "?", "default": item.default}
     elif hint is bool:
         settings = {"help": item.metadata["help"], "action": "store_true"}
     else:
