@@ -104,7 +104,7 @@ def _encode_data_set(options: Encode) -> None:
     model, fingerprint = _load(options)
     num_codevectors = model.config.num_vq_embeddings
     fit = "crop" if own_size else options.fit  # None: as in training
-    images = load_images(data, replace(options, split=split, fit=fit), options.model, model)
+    images = load_images(data, replace(options, split=split, fit=fit), model)
     folder = Path(images.config.path).resolve()
     codes = pixels = 0
 

@@ -26,7 +26,7 @@ from looc_ldm.commands.many_files import batch_of_squares, pixel_budget
 from looc_ldm.commands.measures import reconstruction_measures
 from looc_ldm.commands.options import Compare
 from looc_ldm.commands.record import versions
-from looc_ldm.commands.shared import cast, data_of, load_images, load_model
+from looc_ldm.commands.shared import cast, data_of, load_images, load_model, warn_of_training_images
 from looc_ldm.images.image_set import ImageSet, spread
 from looc_ldm.images.pixels import centre_crop, to_float, to_uint8
 from looc_ldm.models.autoencoder import LooCVQModel
@@ -52,7 +52,9 @@ def compare(options: Compare) -> None:
     metrics = None if options.metrics is None else ["psnr", *options.metrics]
     measures = reconstruction_measures(replace(options, metrics=metrics))
     candidates = _load(options)
-    images = load_images(options.data, options, candidates[0].source, candidates[0].model)
+    images = load_images(options.data, options, candidates[0].model)
+    for candidate in candidates:
+        warn_of_training_images(images, candidate.model)
     chosen = spread(len(images), options.images or len(images))
     compressed = chosen[spread(len(chosen), options.codec_images)]
     shown = torch.stack([images[index][0] for index in chosen[spread(len(chosen), options.show)]])

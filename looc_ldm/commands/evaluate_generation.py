@@ -155,7 +155,7 @@ def _open_reference(options: EvaluateGeneration, samples: LooCVQModel | Referenc
         _refuse(options, options.data, "split", "resolution", "fit", "reference_images")
         return NpzImages(Path(options.data))
     if isinstance(samples, LooCVQModel):
-        images = load_images(options.data, options, options.samples, samples)
+        images = load_images(options.data, options, samples)
     else:
         resolution, fit = options.resolution or samples.shape[1], options.fit or "crop"
         images = square_images(options.data, options.split, resolution, fit, 3)

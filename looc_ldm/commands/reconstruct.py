@@ -17,7 +17,7 @@ def reconstruct(options: Reconstruct) -> None:
     if options.output.suffix.lower() != ".png":
         raise UserError(f"--output must be a .png file, got {str(options.output)!r}.")
     model = load_autoencoder(options.model).to(choose_device(options.device))
-    images = load_images(options.data, options, options.model, model)
+    images = load_images(options.data, options, model)
     make_folder(options.output.parent)
     write_image(reconstruction_grid([model], images, options.images), options.output)
     bits, pixels = rate_of(model, images)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,15 +14,19 @@ import torch.nn as nn
 
 from looc_ldm.commands.options import DataOptions, Encode
 from looc_ldm.images.config import DataConfig
-from looc_ldm.images.image_set import ImageSet, load_image_set
+from looc_ldm.images.image_set import ImageSet, load_image_set, spread
+from looc_ldm.images.open import names_of_split
 from looc_ldm.images.pixels import MODES
+from looc_ldm.images.source import SPLIT_NAMES
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.models.fingerprint import model_fingerprint
-from looc_ldm.models.loading import load_autoencoder, model_folder
+from looc_ldm.models.loading import load_autoencoder, training_record
 from looc_ldm.pipelines.ldm import LooCLDMPipeline
 from looc_ldm.utils.cpu import use_fastest_threads
 from looc_ldm.utils.errors import DataError, ModelError, UserError
 from looc_ldm.utils.files import check_folder
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(name: str, device: torch.device, dtype: str = "float32") -> tuple[LooCVQModel, str]:
@@ -55,16 +60,45 @@ def cast(network: nn.Module, device: torch.device, dtype: str) -> nn.Module:
     return nn.Module.to(network, device, getattr(torch, dtype))
 
 
-def load_images(data: str, options: DataOptions | Encode, name: str, model: LooCVQModel) -> ImageSet:
-    """Return square images for the model `name`; by default of the side and the fit of its training.
+def load_images(data: str, options: DataOptions | Encode, model: LooCVQModel) -> ImageSet:
+    """Return square images for a model; by default of the side and the fit of its training.
+
+    The split `validation` of the data that it was trained on are the held-out images, if the data has no such split.
 
     Raises:
         UserError: The model cannot take images of this side, or the data cannot be read.
     """
     resolution = options.resolution or model.config.sample_size
     model.bits_per_image(resolution, resolution)  # refuses a side that the model cannot take
-    fit = options.fit or fit_in_training(name)
-    return square_images(data, options.split, resolution, fit, model.config.in_channels)
+    trained_on = training_record(model).get("data", {})
+    arguments = resolution, options.fit or trained_on.get("fit", "crop"), model.config.in_channels
+    try:
+        return square_images(data, options.split, *arguments)
+    except DataError:
+        holds_out = _is_training_data(data, model) and trained_on["validation_split"] is None
+        if not holds_out or SPLIT_NAMES.get(options.split) != "validation":
+            raise
+    images = square_images(data, trained_on["split"], *arguments)
+    chosen = spread(len(images), trained_on["validation_images"])
+    if training_record(model).get("training_images") not in (None, len(images) - len(chosen)):
+        raise DataError(f"{data!r} has changed since the training: which images were held out is not known.")
+    config = replace(images.config, split=f"{images.config.split}, held out")
+    return ImageSet(images.source.select(chosen), config, model.config.in_channels)
+
+
+def warn_of_training_images(images: ImageSet, model: LooCVQModel) -> None:
+    """Warn if figures are of images that the model was trained on."""
+    if _is_training_data(images.config.path, model):
+        trained_on = training_record(model)["data"]
+        if images.config.split in names_of_split(trained_on["split"]):
+            held_out = trained_on["validation_split"] or "validation"
+            message = "%s: the model was trained on these images; --split %s measures on those held out"
+            logger.warning(message, images.config.path, held_out)
+
+
+def _is_training_data(data: str, model: LooCVQModel) -> bool:
+    path = training_record(model).get("data", {}).get("path")
+    return path is not None and (data == path or (Path(data).is_dir() and Path(data).resolve() == Path(path).resolve()))
 
 
 def square_images(data: str, split: str | None, resolution: int, fit: str, channels: int) -> ImageSet:
@@ -74,15 +108,6 @@ def square_images(data: str, split: str | None, resolution: int, fit: str, chann
     if not len(images):
         raise DataError(f"no images in {data!r}, split {images.config.split!r}.")
     return images
-
-
-def fit_in_training(name: str) -> str:
-    """Return `fit` of the model's training, from the training.json in its folder; else "crop"."""
-    file = model_folder(name) / "training.json"
-    try:
-        return json.loads(file.read_text())["data"]["fit"] if file.is_file() else "crop"
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{str(file)!r} does not state data.fit: give --fit.") from None
 
 
 def rate_of(model: LooCVQModel, images: ImageSet | None) -> tuple[float, int]:

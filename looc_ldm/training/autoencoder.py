@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 PROG = "looc-ldm train autoencoder"
 PREVIEW_IMAGES = 8
+PREVIEW_CAPTION = "Rows: held-out images; reconstructions by averaged weights; by live weights."
 
 
 def train(config: AutoencoderConfig) -> Path:
@@ -220,7 +221,8 @@ def train(config: AutoencoderConfig) -> Path:
             measured = evaluate_reconstruction(ema.model, batches, validation.content_size)
         logger.info("held-out %s", ", ".join(f"{k} {measured[k]:.4g}" for k in LOGGED if k in measured))
         if not run.due(config.preview_every_images):
-            run.log.write_preview(run.images_seen, reconstruction_grid([ema.model, live], validation, PREVIEW_IMAGES))
+            grid = reconstruction_grid([ema.model, live], validation, PREVIEW_IMAGES)
+            run.log.write_preview(run.images_seen, grid, PREVIEW_CAPTION)
         with run.folder.writing_result() as folder:
             save(folder, validation=measured | validation_data(config.data))
     run.finish()  # a collective
@@ -244,7 +246,8 @@ def _preview_and_evaluate(
         return
     with run.log.pause_timer():
         if run.due(config.preview_every_images) or run.log.first_preview_due():
-            run.log.write_preview(run.images_seen, reconstruction_grid([averaged, live], validation, PREVIEW_IMAGES))
+            grid = reconstruction_grid([averaged, live], validation, PREVIEW_IMAGES)
+            run.log.write_preview(run.images_seen, grid, PREVIEW_CAPTION)
         if run.due(config.evaluation.every_images):
             logger.info("measuring reconstructions of held-out images")
             figures = reconstruction_figures(averaged, validation, config.evaluation, **loading, lpips=lpips)

@@ -163,7 +163,7 @@ def train(config: DiffusionConfig) -> Path:
             if run.due(config.preview_every_images):
                 pipe = pipeline()  # a collective
                 if accelerator.is_main_process:
-                    run.log.write_preview(run.images_seen, preview(pipe, config))
+                    run.log.write_preview(run.images_seen, *preview(pipe, config))
             if run.due(config.evaluation.every_images):
                 resembled = validation if config.data.streaming else images
                 logger.info("drawing %d samples to measure", config.evaluation.images)
@@ -228,7 +228,7 @@ def train(config: DiffusionConfig) -> Path:
     pipe, live = pipeline(), gather_full_model(denoiser, ema.model, accelerator)  # collectives
     if accelerator.is_main_process:
         if not run.due(config.preview_every_images):
-            run.log.write_preview(run.images_seen, preview(pipe, config))
+            run.log.write_preview(run.images_seen, *preview(pipe, config))
         with run.folder.writing_result() as folder:
             save(folder, pipe, live)
     run.finish()  # a collective
@@ -254,8 +254,8 @@ def measured_once(vqvae: LooCVQModel, images: ImageSet | Subset, run: Run) -> Mo
     return on_main(run.accelerator, measure)
 
 
-def preview(pipe: LooCLDMPipeline, config: DiffusionConfig) -> Image.Image:
-    """Return a grid of samples from fixed noise: one column per class, or as many unconditional ones."""
+def preview(pipe: LooCLDMPipeline, config: DiffusionConfig) -> tuple[Image.Image, str]:
+    """Return a grid of samples from fixed noise and its caption: one column per class, or unconditional ones."""
     num_classes = len(pipe.config.id2label or {})
     columns = min(num_classes, 10) or 8
     rows = PREVIEW_IMAGES // columns
@@ -269,7 +269,10 @@ def preview(pipe: LooCLDMPipeline, config: DiffusionConfig) -> Image.Image:
         num_inference_steps=config.preview_steps,
         guidance_scale=guidance,
     )
-    return make_image_grid([to_pil(image) for image in images], rows, columns)
+    caption = f"Samples by averaged weights, {config.preview_steps} steps, guidance scale {guidance:g}."
+    if num_classes:
+        caption += f" Columns: {', '.join(pipe.config.id2label[column] for column in range(columns))}."
+    return make_image_grid([to_pil(image) for image in images], rows, columns), caption
 
 
 def main(arguments: list[str] | None = None) -> None:

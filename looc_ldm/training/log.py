@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import textwrap
 import time
 import uuid
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -251,10 +252,11 @@ class RunLog:
         waited = time.monotonic() - self._started_at[1] > FIRST_PREVIEW_SECONDS
         return waited and not any((self.folder / "previews").glob("*.png"))
 
-    def write_preview(self, images_seen: int, image: Image.Image) -> None:
-        """Write an image grid and hand it to the tracker. Main process only."""
+    def write_preview(self, images_seen: int, image: Image.Image, caption: str) -> None:
+        """Write an image grid with its caption and hand it to the tracker. Main process only."""
         file = self.preview_file(images_seen)
         file.parent.mkdir(exist_ok=True)
+        image = with_caption(image, caption)
         write_image(image, file)
         logger.info("image grid: %s", file)
         for tracker in self.accelerator.trackers:
@@ -263,6 +265,18 @@ class RunLog:
                 tracker.log_images({"preview": pixels}, step=images_seen, dataformats="NHWC")
             elif tracker.name == "wandb":
                 tracker.log_images({"preview": [image]}, step=images_seen)
+
+
+def with_caption(image: Image.Image, text: str) -> Image.Image:
+    """Return an RGB image with small text below it."""
+    font = ImageFont.load_default(max(11, image.width // 60))
+    characters = int(image.width / font.getlength("n"))
+    text = "\n".join(textwrap.wrap(text, characters))
+    _, _, _, bottom = ImageDraw.Draw(image).multiline_textbbox((2, image.height + 2), text, font)
+    captioned = Image.new("RGB", (image.width, int(bottom) + 4), "white")
+    captioned.paste(image)
+    ImageDraw.Draw(captioned).multiline_text((2, image.height + 2), text, "black", font)
+    return captioned
 
 
 def cut_lines(file: Path, images: int) -> None:

@@ -31,6 +31,7 @@ def write_description(folder: Path, config: RunConfig, run: Run, preview: str, *
         figures: Measured figures, by "validation" or "first_stage".
     """
     transform, precision = describe_transform(config.data), run.accelerator.mixed_precision
+    provenance = run.checkpoints.provenance or {}
     facts = {
         "data set": config.data.path,
         "split": config.data.split,
@@ -51,6 +52,7 @@ def write_description(folder: Path, config: RunConfig, run: Run, preview: str, *
         "data": asdict(config.data),
         "transform": transform,
         "images_seen": run.images_seen,
+        "training_images": provenance.get("data", {}).get("number of images"),  # None if streamed
         "mixed_precision": precision,
         "skipped_steps": run.skipped_steps,
     }

@@ -246,6 +246,31 @@ def test_training_ends_with_its_figures_its_folder_and_the_next_command(image_fo
     assert f"next: looc-ldm evaluate generation second/pipeline --data {image_folder}" in caplog.text
 
 
+def test_the_held_out_images_of_a_model_are_the_validation_split_of_its_data(image_folder, capsys, caplog):
+    config = f"data: {{path: {image_folder}, validation_images: 3, resolution: 16, num_workers: 0}}\n"
+    model = {"block_out_channels": [8], "norm_num_groups": 4, "vq_embed_dim": 4, "num_vq_embeddings": 16}
+    model |= {"codevector_dim": 2, "interpolation_factor": 1}
+    config += f"total_images: 8\nbatch_size: 8\ntracker: none\noutput_dir: run\nmodel: {json.dumps(model)}\n"
+    Path("first.yaml").write_text(config)
+    run(capsys, "train", "autoencoder", "--config", "first.yaml")
+    measure = ["evaluate", "reconstruction", "run/model", "--data", image_folder, "--output", "figures.json"]
+    run(capsys, *measure, "--split", "validation")
+    measured = json.loads(Path("figures.json").read_text())
+    trained = json.loads(Path("run/model/training.json").read_text())["validation"]
+    assert (measured["images"], measured["split"]) == (3, "train, held out")
+    assert measured["psnr"] == pytest.approx(trained["psnr"], rel=1e-5)
+    assert "was trained on these images" not in caplog.text
+    run(capsys, *measure)
+    assert "the model was trained on these images; --split validation measures on those held out" in caplog.text
+    shutil.copytree(image_folder, "more")
+    shutil.copyfile(next(Path("more").rglob("*.png")), "more/circle/another.png")
+    description = json.loads(Path("run/model/training.json").read_text())
+    description["data"]["path"] = "more"
+    Path("run/model/training.json").write_text(json.dumps(description))
+    measure[4] = "more"
+    assert "'more' has changed since the training" in refusal(capsys, *measure, "--split", "validation")
+
+
 # What the commands refuse ---------------------------------------------------------------------------------------------
 
 

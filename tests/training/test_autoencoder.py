@@ -100,7 +100,11 @@ def test_a_run_leaves_previews_a_log_checkpoints_and_its_config(autoencoder_run,
         "000000048.png",
     ]
     with Image.open(autoencoder_run / "previews" / "000000048.png") as grid:
-        assert grid.size == (8 * 32, 3 * 32)  # eight originals, with the averaged weights, with the live ones
+        # Eight originals, with the averaged weights, with the live ones; the caption below
+        assert grid.width == 8 * 32
+        caption = grid.crop((0, 3 * 32, *grid.size)).convert("L")
+        assert caption.height > 10
+        assert caption.getextrema() == (0, 255)
     lines = log_lines(autoencoder_run)
     assert [line["images"] for line in lines] == [8, 16, 24, 32, 40, 48]
     assert lines[-1]["loss_pixel"] < lines[0]["loss_pixel"]

@@ -94,6 +94,14 @@ def test_resolution_and_fit_are_those_of_the_autoencoders_training_unless_given(
     assert LooCLDMPipeline.from_pretrained(result).unet.config.sample_size == resolution // 2
 
 
+def test_the_caption_of_a_grid_names_weights_guidance_and_the_class_of_each_column(diffusion_config, conditional_run):
+    pipe = LooCLDMPipeline.from_pretrained(conditional_run / "pipeline")
+    config = diffusion_config(conditional_run, class_conditional=True, preview_guidance_scale=1.5)
+    names = ", ".join(pipe.config.id2label[label] for label in range(10))
+    expected = f"Samples by averaged weights, 2 steps, guidance scale 1.5. Columns: {names}."
+    assert diffusion.preview(pipe, config)[1] == expected
+
+
 # Targets and labels ----------------------------------------------------------------------------------------------
 
 
