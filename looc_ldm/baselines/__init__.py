@@ -10,21 +10,27 @@ straight through, as published. To compare the quantizers alone, give LooC and P
 
 from looc_ldm.baselines.factorized import FactorizedQuantizer
 from looc_ldm.baselines.library import (
+    BinarySphericalQuantizer,
     FiniteScalarQuantizer,
     LookupFreeQuantizer,
     ResidualFiniteScalarQuantizer,
     ResidualQuantizer,
+    ResidualSimVQQuantizer,
 )
 from looc_ldm.baselines.product import ProductQuantizer
+from looc_ldm.baselines.spherical import GroupSphericalQuantizer
 from looc_ldm.baselines.stochastic import StochasticQuantizer, gaussian_likelihood
 
 __all__ = [
+    "BinarySphericalQuantizer",
     "FactorizedQuantizer",
     "FiniteScalarQuantizer",
+    "GroupSphericalQuantizer",
     "LookupFreeQuantizer",
     "ProductQuantizer",
     "ResidualFiniteScalarQuantizer",
     "ResidualQuantizer",
+    "ResidualSimVQQuantizer",
     "StochasticQuantizer",
     "gaussian_likelihood",
 ]

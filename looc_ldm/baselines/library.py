@@ -139,6 +139,8 @@ class LookupFreeQuantizer(_LibraryQuantizer):
         commitment_weight (`float`, defaults to 0.25): beta.
     """
 
+    spherical = False
+
     def __init__(self, vq_embed_dim: int, bits: int, codes_per_position: int = 1, commitment_weight: float = 0.25):
         at_least_one("bits", bits)
         if bits > 32:
@@ -152,10 +154,17 @@ class LookupFreeQuantizer(_LibraryQuantizer):
             num_codebooks=codes_per_position,
             keep_num_codebooks_dim=True,
             commitment_loss_weight=commitment_weight,
+            spherical=self.spherical,
         )
 
     def _vectors(self, indices):
         return self.inner.indices_to_codes(indices)
+
+
+class BinarySphericalQuantizer(LookupFreeQuantizer):
+    """BSQ: LFQ of projections that are normalised, for each code (Zhao et al. 2024). Arguments as in LFQ."""
+
+    spherical = True
 
 
 class ResidualFiniteScalarQuantizer(_FiniteScalar):
@@ -174,3 +183,28 @@ class ResidualFiniteScalarQuantizer(_FiniteScalar):
         super().__init__(vq_embed_dim, (math.prod(levels),) * depth, tuple(range(depth)))
         self.levels = tuple(levels)
         self.inner = _library().ResidualFSQ(levels=list(levels), num_quantizers=depth, dim=vq_embed_dim)
+
+
+class ResidualSimVQQuantizer(_LibraryQuantizer):
+    """SimVQ: each codebook is a learned linear map of fixed random vectors (Zhu et al. 2024); residual codes.
+
+    Args:
+        vq_embed_dim (`int`): n_q, the channels of a feature vector and of a codevector.
+        num_codevectors (`int`): K.
+        depth (`int`): Codes per position.
+    """
+
+    def __init__(self, vq_embed_dim: int, num_codevectors: int, depth: int):
+        at_least_one("depth", depth)
+        super().__init__(vq_embed_dim, (num_codevectors,) * depth, tuple(range(depth)))
+        self.inner = _library().ResidualSimVQ(
+            dim=vq_embed_dim, num_quantizers=depth, codebook_size=num_codevectors, rotation_trick=False
+        )
+
+    @property
+    def codebook_scalars(self) -> int:
+        return sum(self.code_sizes) * self.vq_embed_dim
+
+    def _quantize_vectors(self, vectors):
+        quantized, indices, losses = self.inner(vectors)
+        return quantized, losses.sum(), indices

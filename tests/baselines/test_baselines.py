@@ -5,14 +5,17 @@ import math
 import pytest
 import torch
 
-from looc_ldm import LooCSmallVQModel
+from looc_ldm import LooCQuantizer, LooCSmallVQModel
 from looc_ldm.baselines import (
+    BinarySphericalQuantizer,
     FactorizedQuantizer,
     FiniteScalarQuantizer,
+    GroupSphericalQuantizer,
     LookupFreeQuantizer,
     ProductQuantizer,
     ResidualFiniteScalarQuantizer,
     ResidualQuantizer,
+    ResidualSimVQQuantizer,
     StochasticQuantizer,
     gaussian_likelihood,
 )
@@ -25,6 +28,9 @@ MAKERS = {
     "FSQ": lambda: FiniteScalarQuantizer(N_Q, (5, 5, 5), codes_per_position=2),
     "LFQ": lambda: LookupFreeQuantizer(N_Q, 6, codes_per_position=2),
     "SQ": lambda: StochasticQuantizer(N_Q, 32),
+    "BSQ": lambda: BinarySphericalQuantizer(N_Q, 6, codes_per_position=2),
+    "GSQ": lambda: GroupSphericalQuantizer(N_Q, 32, 4),
+    "SimVQ": lambda: ResidualSimVQQuantizer(N_Q, 32, depth=2),
     "residual FSQ": lambda: ResidualFiniteScalarQuantizer(N_Q, (5, 5, 5), depth=2),
 }
 
@@ -218,3 +224,19 @@ def test_a_model_whose_config_describes_another_quantizer_is_not_saved(tmp_path)
         with pytest.raises(ValueError, match=r"describes a LooCQuantizer, not the \w+ that was assigned"):
             model.save_pretrained(tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_gsq_is_looc_with_cosine_distance_on_a_unit_sphere():
+    gsq = GroupSphericalQuantizer(N_Q, 32, 4).eval()
+    looc = LooCQuantizer(N_Q, 32, 4, interpolation_factor=1, distance="cosine").eval()
+    looc.embedding.weight.data.copy_(gsq.embedding.weight)
+    assert torch.equal(gsq.encode_indices(feature_map()), looc.encode_indices(feature_map()))
+    quantized = gsq(feature_map())[0].unflatten(1, (-1, 4))
+    torch.testing.assert_close(quantized.norm(dim=2), torch.ones(4, 4, 5, 6))
+
+
+def test_bsq_places_codes_on_a_unit_sphere_and_lfq_on_a_cube():
+    for kind, length in ((BinarySphericalQuantizer, 1.0), (LookupFreeQuantizer, math.sqrt(6))):
+        inner = kind(N_Q, 6, codes_per_position=2).eval().inner
+        codes = inner.indices_to_codes(torch.arange(64)[None, :, None].expand(1, 64, 2), project_out=False)
+        torch.testing.assert_close(codes.unflatten(-1, (2, 6)).norm(dim=-1), torch.full((1, 64, 2), length))

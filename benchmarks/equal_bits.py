@@ -1,0 +1,137 @@
+"""Compare quantizers at equal bits in the small VQ-VAE, each with the sizes that suit it, several seeds each.
+
+    python benchmarks/equal_bits.py --data FOLDER --sets fashion_mnist --quantizers looc-8x256x3 fsq-8 --seeds 1 2 3
+    python benchmarks/equal_bits.py --data FOLDER --list | xargs -P 2 -L 1 python benchmarks/equal_bits.py --data FOLDER
+
+Each training is one line of results/equal_bits.jsonl: the PSNR of the mean error of the 10,000 test images, with the
+weights chosen on the last 5,000 training images. Trainings that have a line are skipped, and interrupted ones resume.
+Without --quantizers: LooC, FSQ, GSQ, BSQ and RQ at about 0.5, 2 and 4 bits per pixel on Fashion-MNIST and CIFAR-10.
+Set OMP_NUM_THREADS=1 for each of several processes.
+
+Names: looc-CxKxd is LooC with C codes of K codevectors of d channels per position (n_q = C d) and euclidean distance,
+looc-CxKxd-cosine with cosine distance; gsq-CxKxd; fsq-C and rfsq-C with levels (8, 5, 5); bsq-C and lfq-C with 8 bits
+per code; rq-C, simvq-C, pq-C and factorized with 256 codevectors per code. A latent position stands for 16 pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from results import RESULTS, add_result, circumstances, read_results
+from small_images import load_images
+from small_vqvae import Training, held_out_error, train
+
+from looc_ldm import LooCQuantizer, LooCSmallVQModel, baselines
+from looc_ldm.utils.errors import UserError, one_line_errors
+
+FILE = RESULTS / "equal_bits.jsonl"
+SETS = ("fashion_mnist", "cifar10")
+CODES = (1, 4, 8)  # per position, of about 8 bits: 0.5, 2 and 4 bits per pixel
+MAIN = [f"{kind}-{codes}" for codes in CODES for kind in ("fsq", "bsq", "rq")]
+MAIN += [f"{kind}-{codes}x256x{d}" for codes, d in zip(CODES, (8, 3, 3), strict=True) for kind in ("looc", "gsq")]
+WIDTH = 128  # channels of the latents if the quantizer projects to fewer by itself
+
+
+def make_quantizer(name: str) -> torch.nn.Module:
+    """Return the quantizer of a name. Raises UserError for an unknown one."""
+    kind, _, sizes = name.partition("-")
+    sizes, _, distance = sizes.partition("-")
+    try:
+        codes, *more = map(int, sizes.split("x"))
+        if kind == "looc":
+            return LooCQuantizer(codes * more[1], *more, interpolation_factor=1, distance=distance or "euclidean")
+        return {
+            "gsq": lambda: baselines.GroupSphericalQuantizer(codes * more[1], *more),
+            "fsq": lambda: baselines.FiniteScalarQuantizer(WIDTH, (8, 5, 5), codes),
+            "rfsq": lambda: baselines.ResidualFiniteScalarQuantizer(WIDTH, (8, 5, 5), codes),
+            "bsq": lambda: baselines.BinarySphericalQuantizer(WIDTH, 8, codes),
+            "lfq": lambda: baselines.LookupFreeQuantizer(WIDTH, 8, codes),
+            "rq": lambda: baselines.ResidualQuantizer(WIDTH, 256, codes, kmeans_init=True),
+            "simvq": lambda: baselines.ResidualSimVQQuantizer(WIDTH, 256, codes),
+            "pq": lambda: baselines.ProductQuantizer(4 * codes, 256, 4),
+            "factorized": lambda: baselines.FactorizedQuantizer(WIDTH, 256, 8),
+        }[kind]()
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise UserError(f"no quantizer {name!r}, see --help ({error}).") from None
+
+
+def run(images: str, name: str, seed: int, options: argparse.Namespace) -> dict:
+    """Train and measure one quantizer, and return its line."""
+    pixels = load_images(images, options.data, "train")
+    channels, side = pixels.shape[1], pixels.shape[-1]
+    training = Training(
+        options.images,
+        batch_size=16,
+        learning_rate=options.learning_rate,
+        warm_up_steps=1250,
+        decay_to=0.0,
+        max_grad_norm=1.0,
+        bf16=True,
+        seed=seed,
+    )
+
+    def make_model() -> LooCSmallVQModel:
+        quantizer = make_quantizer(name)
+        model = LooCSmallVQModel(
+            channels, channels, sample_size=side, vq_embed_dim=quantizer.vq_embed_dim, interpolation_factor=1
+        )
+        model.quantize = quantizer
+        return model
+
+    checkpoint = options.work / f"{images}_{name}_{seed}_{options.images}.pt"
+    model, outcome = train(
+        make_model,
+        pixels,
+        training,
+        checkpoint,
+        torch.device("cpu"),
+        log=lambda line: print(f"{name}: {line}", flush=True),
+    )
+    mse = held_out_error(model, load_images(images, options.data, "test"))
+    line = {
+        "set": images,
+        "quantizer": name,
+        "n_q": model.quantize.vq_embed_dim,
+        "bits_per_pixel": model.quantize.bits_per_position / 16,
+        "seed": seed,
+        "psnr": 10 * math.log10(4 / mse),
+        "images": options.images,
+        "learning_rate": options.learning_rate,
+        "validation_psnr": 10 * math.log10(4 / outcome["validation_mse"]),
+        "chosen_at_images": outcome["chosen_at_images"],
+        "minutes": outcome["seconds"] / 60,
+        **circumstances("cpu"),
+    }
+    checkpoint.unlink()
+    return line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
+    parser.add_argument("--quantizers", nargs="+", default=MAIN, metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(1, 2, 3))
+    parser.add_argument("--images", type=int, default=120_000, help="training images, with repeats")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="the highest one")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with one folder per set")
+    parser.add_argument("--work", type=Path, default=Path("runs/equal_bits"), help="folder of checkpoints")
+    parser.add_argument("--results", type=Path, default=FILE)
+    parser.add_argument("--list", action="store_true", help="print the trainings as arguments, for xargs -L 1")
+    options = parser.parse_args()
+    jobs = [(s, name, seed) for s in options.sets for name in options.quantizers for seed in options.seeds]
+    if options.list:
+        print("\n".join(f"--sets {s} --quantizers {name} --seeds {seed}" for s, name, seed in jobs))
+        return
+    keys = ("set", "quantizer", "seed", "images", "learning_rate")
+    with one_line_errors():
+        done = {tuple(line[key] for key in keys) for line in read_results(options.results)}
+        for images, name, seed in jobs:
+            if (images, name, seed, options.images, options.learning_rate) not in done:
+                add_result(options.results, run(images, name, seed, options))
+
+
+if __name__ == "__main__":
+    main()
