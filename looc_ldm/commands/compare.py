@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, replace
+from html import escape
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from looc_ldm.training.data import float_batches
 from looc_ldm.utils.devices import choose_device
 from looc_ldm.utils.errors import ModelError, UserError
 from looc_ldm.utils.files import check_folder, make_folder, replace_bytes
+from looc_ldm.utils.report import Report
 
 
 class _Candidate(NamedTuple):
@@ -103,13 +105,19 @@ def compare(options: Compare) -> None:
         "command": options.command_line,
         "version": __version__,
     }
+    report = Report("Comparison")
+    report.text(f'<pre style="overflow-x: auto">{escape(table)}</pre>{"<br>".join(map(escape, notes))}')
     page = ["# Comparison", table, "\n".join(f"- {note}" for note in notes)]
     files = {"comparison.json": (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()}
     for drawing in drawings:
         page += [f"## {drawing.title}", f"![{drawing.title}]({drawing.name}.png)", drawing.caption]
         files |= {f"{drawing.name}.png": drawing.png(), f"{drawing.name}.svg": drawing.svg()}
+        report.heading(drawing.title)
+        report.figure(drawing.svg(), drawing.title, drawing.caption)
     page += ["## Command", f"```\n{options.command_line}\n```\n"]
     files["comparison.md"] = "\n\n".join(page).encode()
+    report.text(f"<code>{escape(options.command_line)}</code>")
+    files["comparison.html"] = report.html().encode()
     make_folder(options.output)
     for name, content in files.items():
         replace_bytes(options.output / name, content)

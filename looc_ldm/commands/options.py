@@ -219,8 +219,9 @@ class Analyze(ModelOptions, MeasuredImageOptions, ComputeOptions):
 class Compare(ReconstructionMetricOptions, MeasuredImageOptions, ComputeOptions):
     """Measure several models on the same images, sorted by bits per pixel.
 
-    Writes comparison.md (the table), comparison.json (every figure), comparison.png and .svg (reconstructions and
-    amplified differences), rate_distortion.png and .svg (the models beside JPEG and WebP). PSNR is always measured.
+    Writes comparison.html and .md (the table and the pictures), comparison.json (every figure), comparison.png and .svg
+    (reconstructions and amplified differences), rate_distortion.png and .svg (the models beside JPEG and WebP). PSNR is
+    always measured.
     """
 
     models: list[str] = option("Autoencoders or pipelines: folders, hub ids or starter.", positional="MODEL")

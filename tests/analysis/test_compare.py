@@ -24,7 +24,7 @@ from tiny import noise, refusal, tiny_autoencoder
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
-FILES = ["comparison.json", "comparison.md", "comparison.png", "comparison.svg"]
+FILES = ["comparison.html", "comparison.json", "comparison.md", "comparison.png", "comparison.svg"]
 FILES += ["rate_distortion.png", "rate_distortion.svg"]
 
 
@@ -129,9 +129,13 @@ def test_codecs_see_what_is_measured_of_the_models(compared, data, runs):
 
 def test_the_terminal_shows_the_table_and_on_what_it_was_measured(runs, data, capsys):
     compare(runs / "coarse" / "model", data=data, images=3, output="results")
-    printed, page = capsys.readouterr().out, Path("results/comparison.md").read_text()
-    assert table(printed) == table(page)
-    for text in (printed, page):
+    printed, page, html = (
+        capsys.readouterr().out,
+        *(Path(f"results/comparison.{kind}").read_text() for kind in ("md", "html")),
+    )
+    assert table(printed) == table(page) == table(re.sub("</?pre[^>]*>", "\n", html))
+    assert html.count("data:image/svg+xml") == 2
+    for text in (printed, page, html):
         assert f"images: 3 of {data}, split train, 16x16, fit=pad" in text
         assert "on the 14x12 pixels inside the padding" in text
         assert "--inception-weights" in text  # the option for a figure that was not measured
@@ -222,7 +226,7 @@ def test_differences_are_amplified_as_far_as_the_middle_model_is_clipped_little(
 def test_all_files_are_there_and_the_same_comparison_gives_the_same_files(compared, runs, data):
     assert sorted(file.name for file in compared.iterdir()) == FILES
     compare(*(runs / name / "model" for name in ("fine", "coarse", "wide", "fine")), data=data, output="again")
-    for name in FILES[2:]:
+    for name in FILES[3:]:
         assert (compared / name).read_bytes() == Path("again", name).read_bytes(), name
 
 
