@@ -35,7 +35,7 @@ class Training:
     batch_size: int = 128
     learning_rate: float = 3e-4  # Adam's; the highest one if it changes
     warm_up_steps: int = 0  # steps in which the learning rate rises linearly
-    decay_from: float = 0.0  # share of the steps, in [0, 1), after which it falls along half a cosine
+    decay_from: float = 0.0  # share of the steps, in [0, 1), after which it falls linearly
     decay_to: float = 1.0  # last learning rate as a share of the highest; 1 is a constant rate
     max_grad_norm: float | None = None  # norm to which gradients are clipped
     ema_halflife_images: int = 0  # the measured average of weights; 0 measures the live weights
@@ -50,8 +50,7 @@ class Training:
         """Return the learning rate of a step, counted from 1."""
         warm_up = min(1.0, step / self.warm_up_steps) if self.warm_up_steps else 1.0
         progress = max(0.0, (step / self.steps - self.decay_from) / (1 - self.decay_from))
-        decay = self.decay_to + (1 - self.decay_to) * (1 + math.cos(math.pi * progress)) / 2
-        return self.learning_rate * warm_up * decay
+        return self.learning_rate * warm_up * (1 - (1 - self.decay_to) * progress)
 
 
 def train(
