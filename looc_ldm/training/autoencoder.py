@@ -21,7 +21,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from torch.utils.data import Subset
-from tqdm.auto import tqdm
 
 from looc_ldm.images.image_set import ImageSet, spread
 from looc_ldm.images.pixels import to_float
@@ -34,7 +33,7 @@ from looc_ldm.training.data import float_batches, load_image_sets, make_stream, 
 from looc_ldm.training.ema import EMA
 from looc_ldm.training.init_from import make_autoencoder, newest_weights
 from looc_ldm.training.latent_fingerprint import run_fingerprint
-from looc_ldm.training.log import data_line, show_log_lines
+from looc_ldm.training.log import data_line, progress, show_log_lines
 from looc_ldm.training.losses import (
     PatchDiscriminator,
     adaptive_adversarial_weight,
@@ -213,11 +212,11 @@ def train(config: AutoencoderConfig) -> Path:
     logger.info("measuring the scaling factor and the reconstructions of all held-out images")
     if accelerator.is_main_process:
         known = validation if config.data.streaming else Subset(images, spread(len(images), SCALING_IMAGES))
-        with tqdm(float_batches(known, **loading), "scaling factor", disable=None) as batches:  # on terminals
+        with progress(float_batches(known, **loading), "scaling factor") as batches:
             scaling_factor = measure_scaling_factor(ema.model, batches)
         for trained in (ema.model, live):
             trained.register_to_config(scaling_factor=scaling_factor)
-        with tqdm(float_batches(validation, **loading), "validation", disable=None) as batches:
+        with progress(float_batches(validation, **loading), "validation") as batches:
             measured = evaluate_reconstruction(ema.model, batches, validation.content_size)
         logger.info("held-out %s", ", ".join(f"{k} {measured[k]:.4g}" for k in LOGGED if k in measured))
         if not run.due(config.preview_every_images):

@@ -23,7 +23,6 @@ from accelerate.utils import set_seed
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch.utils.data import Subset
-from tqdm.auto import tqdm
 
 from looc_ldm.images.image_set import ImageSet, spread
 from looc_ldm.images.pixels import to_float, to_pil
@@ -49,7 +48,7 @@ from looc_ldm.training.init_from import denoiser_from, newest_weights
 from looc_ldm.training.latent_encoding import cache_latents
 from looc_ldm.training.latent_fingerprint import run_fingerprint
 from looc_ldm.training.latents import LatentStream
-from looc_ldm.training.log import data_line, show_log_lines
+from looc_ldm.training.log import data_line, progress, show_log_lines
 from looc_ldm.training.moments import SCALING_IMAGES, Moments, measure_latents
 from looc_ldm.training.objectives import Objective
 from looc_ldm.training.optimization import adamw, clip_gradients, set_learning_rate
@@ -246,7 +245,7 @@ def measured_once(vqvae: LooCVQModel, images: ImageSet | Subset, run: Run) -> Mo
         if run.images_seen and file.is_file():
             return Moments(**json.loads(file.read_text()))
         batches = float_batches(images, num_workers=run.config.data.num_workers)
-        with tqdm(batches, "measuring latents", disable=None) as bar:
+        with progress(batches, "measuring latents") as bar:
             moments = measure_latents(vqvae, bar)
         replace_text(file, json.dumps(asdict(moments)))
         return moments

@@ -20,7 +20,6 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from looc_ldm.images.image_set import ImageSet
 from looc_ldm.images.pixels import to_float
@@ -30,6 +29,7 @@ from looc_ldm.models.scaling import encode_latents
 from looc_ldm.training.checks import check_cacheable, latent_side
 from looc_ldm.training.latent_cache import DESCRIPTION, FORMAT, LatentCache
 from looc_ldm.training.latent_fingerprint import cache_fingerprint, differences
+from looc_ldm.training.log import progress
 from looc_ldm.training.moments import Moments
 from looc_ldm.training.stopping import start_worker
 from looc_ldm.utils.distributed import on_main
@@ -166,7 +166,7 @@ def _encode_shards(
     shards: list[tuple[Path, range]],
     about: dict,
     batch_size: int,
-    progress: bool,
+    shown: bool,
 ) -> None:
     # Batches end with their shard, so that they do not depend on which others are encoded.
     batches = [(file, span[i : i + batch_size]) for file, span in shards for i in range(0, len(span), batch_size)]
@@ -179,7 +179,7 @@ def _encode_shards(
         # Its own: a loader draws a number when it is made, which would change the training that follows.
         generator=torch.Generator(),
     )
-    bar = tqdm(loader, "encoding latents", unit="batch", mininterval=1, disable=None if progress else True)
+    bar = progress(loader, "encoding latents", shown=shown)
     for file, of_shard in groupby(bar, key=itemgetter(0)):
         tensors, problems = _encode(model, of_shard, images.config.flip)
         latents = [tensors[name] for name in ("latents", "flipped") if name in tensors]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 import textwrap
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -41,6 +42,25 @@ def show_log_lines() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     if is_first_process():
         logging.getLogger("looc_ldm").setLevel(logging.INFO)
+
+
+class _LogLines:
+    """A stream whose lines go to the log."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            logger.info(text.strip())
+
+    def flush(self) -> None: ...
+
+
+def progress(items: Iterable, description: str, unit: str = "batch", shown: bool = True) -> tqdm:
+    """Return the items behind a bar on terminals, and elsewhere with a log line every 30 s that has the time left."""
+    if not shown or sys.stderr.isatty():
+        return tqdm(items, description, unit=unit, mininterval=1, disable=not shown)
+    seconds = dict.fromkeys(("mininterval", "maxinterval", "delay"), PROGRESS_SECONDS)
+    bar_format = "{desc}: {n_fmt}/{total_fmt}, {remaining} left"
+    return tqdm(items, description, unit=unit, file=_LogLines(), bar_format=bar_format, **seconds)
 
 
 class Means:

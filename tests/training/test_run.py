@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from looc_ldm.training import log
 from looc_ldm.training.config import LossConfig
 from looc_ldm.training.optimization import clip_gradients
 from looc_ldm.training.run import Run
@@ -359,3 +360,12 @@ def test_an_interval_that_is_not_given_is_never_due(tmp_path):
     assert run.due(24)
     assert run.due(20)  # passed by this step
     assert not run.due(16)
+
+
+def test_work_besides_training_says_every_30_seconds_how_far_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(log, "PROGRESS_SECONDS", 0.05)
+    with caplog.at_level("INFO", "looc_ldm"):
+        assert list(log.progress((time.sleep(0.02) for _ in range(8)), "encoding latents")) == [None] * 8
+    lines = [record.getMessage() for record in caplog.records]
+    assert 1 <= len(lines) < 8
+    assert all(line.startswith("encoding latents: ") and line.endswith(" left") for line in lines)
