@@ -15,6 +15,7 @@ from looc_ldm.utils.errors import UserError, one_line_errors
 # The class of the options in `commands.options`, the function in `commands`, and one line of help.
 COMMANDS = {
     "quickstart": ("Quickstart", "quickstart:run", "run the whole chain in miniature"),
+    "train photos": ("TrainPhotos", "train_photos:run", "from a folder of photographs to a model and a report"),
     "train autoencoder": ("AutoencoderConfig", "train:train", "train the first stage"),
     "train diffusion": ("DiffusionConfig", "train:train", "train the second stage"),
     "cache-latents": ("CacheLatents", "train:cache_latents", "encode a data set once, for stage 2"),
@@ -69,7 +70,7 @@ def parse_command(arguments: list[str]):
         known = f"did you mean {close[0]!r}?" if close else f"give a COMMAND: {', '.join(COMMANDS)}."
         raise UserError(f"no command {name!r}; {known}")
     options_class = getattr(import_module("looc_ldm.commands.options"), COMMANDS[name][0])
-    if name.startswith("train"):
+    if name in ("train autoencoder", "train diffusion"):
         from looc_ldm.training.config_parsing import parse_command_line as parse
     else:
         from looc_ldm.utils.arguments import parse_options as parse

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from looc_ldm.images.config import Fit
 from looc_ldm.training.config import AutoencoderConfig as AutoencoderConfig
 from looc_ldm.training.config import DiffusionConfig as DiffusionConfig
 from looc_ldm.utils.arguments import CacheLatents as CacheLatents
-from looc_ldm.utils.arguments import DeviceOptions, Dtype, Options, Seed, option
+from looc_ldm.utils.arguments import DeviceOptions, Dtype, Factor, InceptionOptions, Options, Seed, option
+from looc_ldm.utils.arguments import TrainPhotos as TrainPhotos
 from looc_ldm.utils.errors import UserError
 
-Factor = restricted_number_type("Factor", float, [(">", 0.0), ("<", float("inf"))])
 DATA = "bundled name, folder of images, parquet files, WebDataset shards or LSUN's LMDBs, or hub id"
 
 
@@ -67,14 +67,6 @@ class SamplingOptions(Options):
     guidance_scale: float = option("Scale of classifier-free guidance; 1 is none.", 1.0)
     batch_size: PositiveInt = option("Images drawn at a time.", 64)
     seed: Seed = option("Seed of the samples; they do not depend on the batch size.", 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class InceptionOptions(Options):
-    """Inception network"""
-
-    inception_weights: Path | None = option("torch-fidelity's file. If not given and needed, downloaded.", None)
-    feature_layer: Literal["64", "192", "768", "2048"] = option("Layer; only 2048 is the published FID.", "2048")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,8 @@ from looc_ldm.utils.errors import UserError
 Dtype = Literal["float32", "bfloat16", "float16"]
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
+Factor = restricted_number_type("Factor", float, [(">", 0), ("<", float("inf"))])
+
 T = TypeVar("T", bound="Options")
 
 
@@ -31,7 +33,8 @@ def option(help: str, default: Any = MISSING, **metadata: str) -> Any:
     Args:
         help: The help; the default is added to it.
         default: The default. Without one the option is required.
-        **metadata: `positional`, what the help calls an argument that is typed without a name; `alias`, a second name.
+        **metadata: `positional`, what the help calls an argument that is typed without a name; `alias`, a second name;
+            `prefix`: the field takes the settings of a config, typed as `--NAME.KEY VALUE`, as a tuple of flags.
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -66,6 +69,32 @@ class CacheLatents(DeviceOptions):
     batch_size: PositiveInt | None = option("Images encoded at a time. If not given, by device and resolution.", None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class InceptionOptions(Options):
+    """Inception network"""
+
+    inception_weights: Path | None = option("torch-fidelity's file. If not given and needed, downloaded.", None)
+    feature_layer: Literal["64", "192", "768", "2048"] = option("Layer; only 2048 is the published FID.", "2048")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPhotos(InceptionOptions):
+    """Train both stages on a folder of photographs within some hours, with a report to look at.
+
+    After an interruption the same command goes on; with more hours, a finished one trains the second stage further.
+    Figures that need weights are measured if these are given.
+    """
+
+    folder: str = option("Images: a folder, with one sub-folder per class or none.", positional="FOLDER")
+    output: Path = option("Folder of all results.")
+    resolution: Literal[64, 128, 256] | None = option("Side in pixels. If not given, by device and images.", None)
+    hours: Factor = option("Training and evaluation, summed over interruptions.", 2.0)
+    classes: Literal["auto", "none"] = option("auto: the sub-folders, if there are any; none: without.", "auto")
+    lpips_weights: Path | None = option("torchvision's VGG16. If not given, used if it was downloaded before.", None)
+    autoencoder: tuple[str, ...] = option("Setting of `looc-ldm train autoencoder`.", (), prefix="KEY")
+    diffusion: tuple[str, ...] = option("Setting of `looc-ldm train diffusion`.", (), prefix="KEY")
+
+
 def parse_options(options_class: type[T], arguments: list[str], prog: str) -> T:
     """Return the options that arguments describe; hyphens and underscores in their names are equal.
 
@@ -75,11 +104,28 @@ def parse_options(options_class: type[T], arguments: list[str], prog: str) -> T:
         UserError: One line that names the wrong argument and what is allowed.
         SystemExit: After `--help`.
     """
-    arguments = list(arguments)
+    arguments, typed = list(arguments), shlex.join([*prog.split(), *arguments])
+    arguments, settings = _split_settings(options_class, arguments)
     hyphened = [re.sub("^--[^=]+", lambda name: name.group().replace("_", "-"), argument) for argument in arguments]
     expanded = [re.sub("^(--[^=]+=)?~(?=/)", rf"\g<1>{Path.home()}", argument) for argument in hyphened]
     values = make_parser(options_class, prog).parse_args(expanded).as_dict()
-    return options_class(command_line=shlex.join([*prog.split(), *arguments]), **values)
+    return options_class(command_line=typed, **{**values, **settings})
+
+
+def _split_settings(options_class: type, arguments: list[str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+    """Return the arguments without settings of configs, and these as flags `--KEY=VALUE` by the name of the field."""
+    settings: dict[str, tuple] = {item.name: () for item in fields(options_class) if "prefix" in item.metadata}
+    others, left = [], iter(arguments)
+    for argument in left:
+        flag, equals, value = argument.partition("=")
+        name, _, key = flag.removeprefix("--").partition(".")
+        if not (flag.startswith("--") and key and name in settings):
+            others.append(argument)
+            continue
+        if not equals and (value := next(left, None)) is None:
+            raise UserError(f"{flag}: expected a value.")
+        settings[name] += (f"--{key.replace('-', '_')}={value}",)
+    return others, settings
 
 
 def make_parser(options_class: type[Options], prog: str) -> ArgumentParser:
@@ -104,6 +150,9 @@ def _add_argument(group, item: Field, hint: Any) -> None:
     settings: dict[str, Any] = {"help": item.metadata["help"], "type": hint}
     if get_origin(hint) is list:
         settings |= {"type": get_args(hint)[0], "nargs": "+"}
+    if "prefix" in item.metadata:  # for the help: `_split_settings` takes them
+        group.add_argument(f"--{item.name}.{item.metadata['prefix']}", metavar="VALUE", help=item.metadata["help"])
+        return
     names = ["--" + name.replace("_", "-") for name in (item.name, item.metadata.get("alias")) if name]
     if "positional" in item.metadata:
         names = [item.name]

@@ -16,7 +16,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 img { image-rendering: pixelated; display: block; max-width: 100%; }
 .row { display: flex; align-items: center; gap: 1rem; }
-.row span { width: 6rem; text-align: right; }
+.row span { flex: none; width: 6rem; text-align: right; }
+.row img { min-width: 0; }
 table { border-collapse: collapse; margin: .5rem 0; }
 td { padding: .3rem 1rem .3rem 0; border-bottom: 1px solid #ddd; }
 td:nth-child(2) { font-weight: 600; white-space: nowrap; }

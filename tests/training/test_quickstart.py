@@ -12,6 +12,7 @@ import pytest
 from looc_ldm.metrics import InceptionFeatures
 from looc_ldm.training import quickstart as module
 from looc_ldm.training.config_parsing import load_config
+from looc_ldm.training.photos import chain
 from looc_ldm.training.quickstart import quickstart
 
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
@@ -27,8 +28,8 @@ def miniature(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "load_config", functools.partial(load_config, **FEW))
-        patch.setattr(module, "SAMPLES_PER_CLASS", 2)
-        patch.setattr(module, "SAMPLING_STEPS", 2)
+        patch.setattr(chain, "SAMPLES_PER_CLASS", 2)
+        patch.setattr(chain, "SAMPLING_STEPS", 2)
         patch.setattr("urllib.request.urlopen", refuse)
         patch.setattr("torch.hub.download_url_to_file", refuse)
         folder = tmp_path_factory.mktemp("quickstart") / "out"
@@ -85,12 +86,11 @@ def test_with_inception_weights_both_stages_have_their_fid(miniature, inception_
     folder, _ = miniature
     few_held_out = functools.partial(load_config, **FEW, data__validation_images=20)
     monkeypatch.setattr(module, "load_config", few_held_out)
-    monkeypatch.setattr(module, "SAMPLING_STEPS", 2)
-    monkeypatch.setattr(module, "FID_SAMPLES", 10)
+    monkeypatch.setattr(chain, "SAMPLING_STEPS", 2)
     quickstart(folder.with_name("fid"), InceptionFeatures("768", inception_weights), lambda line: None)
     figures = json.loads((folder.with_name("fid") / "figures.json").read_text())
     assert figures["reconstruction"]["rfid@768"] > 0
-    assert figures["generation"]["images_first"] == 10
+    assert figures["generation"]["images_first"] == 20
     assert "FID@768" in (folder.with_name("fid") / "report.html").read_text()
 
 
