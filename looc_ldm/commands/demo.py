@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from importlib.metadata import requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,9 +56,19 @@ def demo(options: Demo) -> None:
     else:
         from looc_ldm.demo.page import launch
 
+        check_address(options.host, options.port)
         page = launch(models, options.device, server_name=options.host, server_port=options.port)
         print(f"{page.local_url} shows the page until Ctrl-C", flush=True)
         page.block_thread()
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Refuse an address that cannot be served on; gradio would only say so after trying 100 ports for minutes."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port or 0), family=family).close()
+    except OSError as error:
+        raise UserError(f"cannot serve on --host {host}, --port {port or 'any'}: {error.strerror}.") from None
 
 
 def write_space(folder: Path, models: list[str]) -> None:

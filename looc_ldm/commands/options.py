@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
 
 from looc_ldm.images.config import Fit
 from looc_ldm.training.config import AutoencoderConfig as AutoencoderConfig
@@ -19,6 +19,7 @@ from looc_ldm.utils.arguments import DeviceOptions, Dtype, Factor, InceptionOpti
 from looc_ldm.utils.arguments import TrainPhotos as TrainPhotos
 from looc_ldm.utils.errors import UserError
 
+Port = restricted_number_type("Port", int, [(">", 0), ("<", 2**16)])
 DATA = "bundled name, folder of images, parquet files, WebDataset shards or LSUN's LMDBs, or hub id"
 
 
@@ -259,7 +260,7 @@ class Demo(DeviceOptions):
 
     model: str | None = option("Pipeline: folder or hub id. If not given, the bundled.", None, positional="MODEL")
     host: str = option("Address to serve on; 0.0.0.0 is all of this machine.", "127.0.0.1")
-    port: PositiveInt | None = option("Port to serve on. If not given, the first free one from 7860.", None)
+    port: Port | None = option("Port to serve on. If not given, the first free one from 7860.", None)
     space: Path | None = option("Write the folder of a Hugging Face Space instead of serving the page.", None)
 
 

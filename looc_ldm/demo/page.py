@@ -30,7 +30,7 @@ EVERY_CLASS, NO_CLASS = "every class in turn", "no class"
 STEPS = 25
 GRIDS = {f"{n} × {n}": n for n in range(1, 5)}
 FIRST_SEED = 1000  # of images to start from: with the seed of a result, inpainting would draw the same image again
-LONGEST_SIDE = 1024  # pixels; larger images are reduced before they are encoded
+LONGEST_SIDE = 512  # pixels; larger images are reduced before they are encoded
 MOST_BYTES = "20mb"  # of an upload
 PROGRESS = gr.Progress()  # as a default value it stands for that of the call
 # Small images are shown with visible pixels rather than as stamps; labels stand above pictures, not on them.
@@ -272,7 +272,7 @@ def _description(codes: ImageCodes) -> str:
         f"{codes.width} × {codes.height} pixels become {width} × {height} positions with {count} "
         f"code{'s' * (count > 1)} each, of {codes.num_codevectors:,} codevectors: **{bits:.3f} bits per pixel**. "
         f"A .looc file adds a header of {HEADER_BYTES} bytes. The map has one picture per segment and one colour per "
-        "codevector."
+        "codevector. Images unlike those of the model's training are reconstructed less well."
     )
 
 
@@ -299,6 +299,7 @@ def _in_a_sentence(run: Callable) -> Callable:
         try:
             return run(*arguments)
         except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
-            raise gr.Error(str(error) or "There is not enough memory for this.", duration=None) from None
+            message = str(error) or "There is not enough memory for this."
+            raise gr.Error(message, duration=None, print_exception=False) from None
 
     return answer
