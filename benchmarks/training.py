@@ -74,7 +74,7 @@ def bare_autoencoder(config: AutoencoderConfig, device: str) -> Callable[[], Non
     """Return a step of stage 1 without anything around it."""
     terms, side = config.loss, config.data.resolution
     model = autoencoder(config).to(device).train()
-    if config.channels_last:
+    if device != "cpu" if config.channels_last is None else config.channels_last:
         model.to(memory_format=torch.channels_last)
     critic = PatchDiscriminator(3, terms.discriminator_channels, terms.discriminator_layers).to(device)
     averaged, lpips = copy.deepcopy(model), load_lpips(terms.lpips_network, terms.lpips_weights).to(device)
@@ -110,7 +110,7 @@ def bare_diffusion(config: DiffusionConfig, vqvae: LooCVQModel, classes: int, de
     """Return a step of stage 2 without anything around it."""
     torch.manual_seed(0)
     denoiser = Denoiser.from_config(config, vqvae, classes).to(device).train()
-    if config.channels_last:
+    if device != "cpu" if config.channels_last is None else config.channels_last:
         denoiser.to(memory_format=torch.channels_last)
     averaged = copy.deepcopy(denoiser)
     objective = Objective.from_config(config, make_scheduler(config.scheduler))
