@@ -122,7 +122,7 @@ def go_on(options: TrainPhotos, plan: Plan, log: Log) -> Plan:
     }
     for name in (name for name, is_refused in refused.items() if is_refused):
         planned = f"{str(options.output)!r} is planned with --{name} {getattr(plan, name)}"
-        more = ", more" if name == "hours" else ""
+        more = " or more" if name == "hours" else ""
         raise UserError(f"--{name} {getattr(options, name)}: {planned}; give that{more}, or another --output.")
     if options.hours > plan.hours:
         newest = options.output / run_name(len(plan.diffusion_images) - 1)
