@@ -49,7 +49,7 @@ def _number(digits: int) -> Callable[[float], str]:
     return lambda value: f"{value:,.{digits}f}"
 
 
-# Headings with the better direction, and the format of a figure. Figures of a feature layer have it after an "@".
+# Headings (the arrow is the better direction) and number formats. Figures of a feature layer have it after an "@".
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "bits_per_pixel": ("bits/pixel ↓", lambda value: f"{value:#.4g}"),
     "bits_per_pixel_entropy": ("entropy, bits/pixel ↓", lambda value: f"{value:#.4g}"),

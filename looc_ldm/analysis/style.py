@@ -1,4 +1,4 @@
-"""The style of all figures: colours that colour-blind readers can tell apart, and text that stays text."""
+"""Style of all figures: colours that colour-blind readers can tell apart, and SVG text that can be searched."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ SETTINGS = {
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "image.interpolation": "nearest",
-    "svg.fonttype": "none",  # text, which readers can search and copy
-    "svg.hashsalt": "looc-ldm",  # one drawing, one file
+    "svg.fonttype": "none",  # keep text as text, which readers can search and copy
+    "svg.hashsalt": "looc-ldm",  # the same drawing always gives the same file
     "figure.facecolor": "white",
 }
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure with its words."""
+    """A figure with its file name, title and caption."""
 
     name: str  # file name without suffix
     title: str  # heading
@@ -55,10 +55,10 @@ class Drawing:
         return self._saved("png")
 
     def svg(self) -> bytes:
-        """Return the content of the SVG file, in which thousands of dots are pixels too."""
+        """Return the content of the SVG file. Scatter plots with thousands of dots are embedded as pixels."""
         return self._svg
 
-    @cached_property  # the page and the file share it: drawing takes long
+    @cached_property  # cached: drawing is slow, and both the page and the file need it
     def _svg(self) -> bytes:
         return self._saved("svg", metadata={"Date": None})
 
@@ -71,7 +71,7 @@ class Drawing:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Set matplotlib's settings for making and saving figures, whatever the user's own are."""
+    """Use these settings for making and saving figures, and ignore the user's own matplotlib settings."""
     import matplotlib.style
     from cycler import cycler
 
@@ -81,7 +81,7 @@ def style() -> Iterator[None]:
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:
-    """Return an empty figure whose parts make room for each other; sizes in inches."""
+    """Return an empty figure with constrained layout; sizes in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -1,11 +1,12 @@
 """Other people's quantizers with the interface of `LooCQuantizer`, for comparisons in every model of this package.
 
-Assign one to a model: `model.quantize = ResidualQuantizer(128, 256, depth=4)`. It returns the tuple of diffusers'
-`VectorQuantizer`, has the rate of its codes (`bits_per_position`) and the size of its codebooks (`codebook_scalars`),
-and its `revive()` must be called once per optimizer step, like LooC's.
+Assign one to a model: `model.quantize = ResidualQuantizer(128, 256, depth=4)`. It returns the same tuple as diffusers'
+`VectorQuantizer`. `bits_per_position` is its rate, and `codebook_scalars` the size of its codebooks. Call `revive()`
+once per optimizer step, as with LooC.
 
-LooC and `ProductQuantizer`, which is made of its parts, use the rotation trick by default. The others pass gradients
-straight through, as published. To compare the quantizers alone, give LooC and PQ `gradient="straight-through"`.
+LooC and `ProductQuantizer`, which is built from LooC's code, use the rotation trick by default. The others pass
+gradients straight through, as published. To compare only the quantizers, give LooC and PQ
+`gradient="straight-through"`.
 """
 
 from looc_ldm.baselines.factorized import FactorizedQuantizer

@@ -8,7 +8,7 @@ dB over mirrored padding, and 4 dB over black. (A model trained on images in bla
 
 On one machine, device and dtype, the same images in the same batches give the same codes. A different batch size,
 device, dtype or version of PyTorch changes the last digits: if two codevectors are about equally near, the choice may
-change (on a CPU, between batch sizes, for up to 4 in 100,000 codes). Decoding follows its codes as closely.
+change (on a CPU, between batch sizes, for up to 4 in 100,000 codes). Decoded pixels are as reproducible.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def check_codes(codes: ImageCodes, model: LooCVQModel, fingerprint: str, name: s
 
 
 def set_tiling(model: LooCVQModel, pixels: int, budget: int) -> None:
-    """Switch the model's tiling on for images of more pixels than `budget`, else off. The small model has none."""
+    """Enable the model's tiling if `pixels` exceeds `budget`, else disable it. `LooCSmallVQModel` has no tiling."""
     if pixels <= budget or isinstance(model, LooCSmallVQModel):
         model.disable_tiling()
     else:

@@ -18,7 +18,7 @@ from looc_ldm.utils.files import replace_bytes
 MAGIC = b"LOOC"
 VERSION = 1
 MAX_CODEVECTORS = 2**24
-FINGERPRINT_BYTES = 16  # the first of the model's 32: enough to tell models apart
+FINGERPRINT_BYTES = 16  # the first half of the model's fingerprint of 32 bytes: enough to tell models apart
 # Magic, version, image height and width, h, w, C, K, fingerprint; then the CRC-32 of all this and of the payload.
 _FIELDS = struct.Struct("<4sB6I16s")
 _CHECKSUM = struct.Struct("<I")
@@ -95,8 +95,8 @@ class ImageCodes:
             raise CodesError(f"{reason}: {len(data)} bytes, and its header promises {expected}.")
         payload = memoryview(data)[HEADER_BYTES:]
         if _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(data[: _FIELDS.size]))) != data[_FIELDS.size : HEADER_BYTES]:
-            raise CodesError("damaged: its checksum does not fit.")
-        # The checksum fits: its writer is to blame for everything that is wrong from here on.
+            raise CodesError("damaged: its checksum does not match.")
+        # The checksum matches, so any error from here on was made by the program that wrote the file.
         if not 2 <= num_codevectors <= MAX_CODEVECTORS or h * w * c == 0:
             raise CodesError(f"impossible: {h}x{w}x{c} codes of {num_codevectors} codevectors.")
         try:
@@ -117,7 +117,7 @@ def read_codes(file: Path) -> ImageCodes:
 
 
 def write_codes(codes: ImageCodes, file: Path) -> int:
-    """Write a `.looc` file beside its place, rename it, and return its size in bytes."""
+    """Write a `.looc` file atomically, and return its size in bytes."""
     content = codes.to_bytes()
     replace_bytes(file, content)
     return len(content)
@@ -129,7 +129,7 @@ def bits_per_code(num_codevectors: int) -> int:
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Return the number of bytes that `count` codes of `bits` bits take, rounded up."""
+    """Return ceil(count * bits / 8), the bytes for `count` codes of `bits` bits each."""
     return -(-count * bits // 8)
 
 

@@ -31,7 +31,7 @@ class TableRow:
 
 
 def write_code_table(file: Path, rows: Iterable[TableRow], num_codevectors: int, classes: list[str]) -> None:
-    """Write rows to a parquet file, beside its place and then renamed, one row group at a time.
+    """Write rows to a parquet file atomically, one row group at a time.
 
     Args:
         file: Parquet file.

@@ -157,7 +157,7 @@ def _reconstruct(model: LooCVQModel, originals: torch.Tensor, batch_size: int) -
 
 
 def _notes(candidates: list[_Candidate], images: ImageSet, count: int, options: Compare) -> list[str]:
-    """Return lines on the data and the protocol."""
+    """Return notes on the data, the protocol, and models that were trained at a different resolution."""
     config = images.config
     side = f"{config.resolution}x{config.resolution}"
     notes = [

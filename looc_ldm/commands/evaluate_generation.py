@@ -141,7 +141,7 @@ def _are_files(name: str) -> bool:
 def _read_samples(options: EvaluateGeneration) -> Reference:
     _refuse(options, options.samples, "images")
     if not is_npz(options.samples):
-        # Never by splits: a model may have a class called train or test.
+        # Never look for splits: a model may have a class called train or test.
         return StoredImages(square_images(options.samples, ALL, 1, "crop", 3), at_own_size=True)
     npz = NpzImages(Path(options.samples))
     if not len(npz):
@@ -150,7 +150,7 @@ def _read_samples(options: EvaluateGeneration) -> Reference:
 
 
 def _open_reference(options: EvaluateGeneration, samples: LooCVQModel | Reference) -> Reference:
-    """Return the real images, of the size in the training of the model that draws, or of the samples."""
+    """Return the real images. Their default size is that of the sampled model's training, or of the samples."""
     if is_npz(options.data):
         _refuse(options, options.data, "split", "resolution", "fit", "reference_images")
         return NpzImages(Path(options.data))
@@ -163,22 +163,22 @@ def _open_reference(options: EvaluateGeneration, samples: LooCVQModel | Referenc
 
 
 def _refuse(options: EvaluateGeneration, name: str, *fields: str) -> None:
-    """Refuse options that would be ignored because `name` is read as it is."""
+    """Raise UserError for options that would be ignored, because `name` is read unchanged."""
     for field in fields:
         if getattr(options, field) is not None:
-            raise UserError(f"--{field.replace('_', '-')} does not go with {name!r}, which is read whole.")
+            raise UserError(f"--{field.replace('_', '-')} does not go with {name!r}, which is read unchanged.")
 
 
 def _check_counts(measures: GenerationMeasures, samples: Samples, reference: Reference) -> None:
-    """Refuse, before anything is drawn, figures for which there are too few images, or only statistics."""
+    """Raise UserError, before anything is drawn, if a metric has too few images or has only statistics as reference."""
     for name in measures.metrics:
         least, against = METRICS[name].least, len(reference)
         if METRICS[name].logits or (name == "fid" and stored_statistics(measures, reference) is not None):
             against = least  # needs no real images
         if not against:
             raise UserError(
-                f"{name} needs the images of the reference: {reference.about['data']!r} holds only statistics, for fid "
-                "of the same number of features with --protocol clean."
+                f"{name} needs the images of the reference: {reference.about['data']!r} holds only statistics. They "
+                "serve for fid only, with --protocol clean and the same number of features."
             )
         if min(len(samples), against) < least:
             raise UserError(
@@ -187,7 +187,7 @@ def _check_counts(measures: GenerationMeasures, samples: Samples, reference: Ref
 
 
 def _notes_on_classes(detail: dict | None, measures: GenerationMeasures) -> list[str]:
-    """Return warnings of classes that class_fid leaves out, and of small ones."""
+    """Return warnings about classes that class_fid leaves out, and about classes with few images."""
     notes = []
     if detail and detail["skipped"]:
         reasons = [f"{name} ({reason})" for name, reason in detail["skipped"].items()]
@@ -195,7 +195,7 @@ def _notes_on_classes(detail: dict | None, measures: GenerationMeasures) -> list
     if detail and detail["biased"]:
         dim = measures.extractors["inception"].dim
         few = [f"{name} ({count:,})" for name, count in sorted(detail["biased"].items(), key=lambda pair: pair[1])]
-        notes.append(f"warning: class_fid is of classes with fewer images than the {dim:,} features: {_first_of(few)}")
+        notes.append(f"warning: class_fid uses classes with fewer images than the {dim:,} features: {_first_of(few)}")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""Work on many files: map each to the file that it becomes, read ahead of the network, batch to fit into memory."""
+"""Process many files: map inputs to outputs, read ahead of the network, and batch to fit into memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.utils.errors import DataError, UserError
 from looc_ldm.utils.files import check_folder
 
-READERS = min(8, os.cpu_count() or 1)  # threads: Pillow decodes without holding the interpreter
+READERS = min(8, os.cpu_count() or 1)  # threads, not processes: Pillow releases the GIL while it decodes
 # Pixels that go through the network at a time. On a CPU batches help small images only.
 PIXELS_PER_BATCH = {"cpu": 2**18}
 PIXELS_PER_BATCH_ELSEWHERE = 2**21
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 def targets_of(inputs: list[str], suffixes: tuple[str, ...], output: Path, suffix: str) -> list[tuple[Path, Path]]:
-    """Return each input file, and each file in an input folder, with the file that it becomes."""
+    """Return a pair (input, output) for each input file and for each file in an input folder."""
     targets = []
     for place in map(Path, inputs):
         if place.is_dir():
@@ -44,7 +44,10 @@ def targets_of(inputs: list[str], suffixes: tuple[str, ...], output: Path, suffi
 
 
 def check_targets(targets: list[tuple[Path | str, Path]], overwrite: bool) -> None:
-    """Refuse, before any work, targets that would lose a file or cannot be written. Sources are only named."""
+    """Raise UserError if two sources share a target, or a target exists or cannot be written. Changes no files.
+
+    Call it before any work. Sources are only used in messages.
+    """
     sources: dict[Path, Path | str] = {}
     for source, target in targets:
         if target in sources:
@@ -55,7 +58,7 @@ def check_targets(targets: list[tuple[Path | str, Path]], overwrite: bool) -> No
     existing = [target for target in sources if os.path.lexists(target)]
     if existing and not overwrite:
         raise UserError(
-            f"{len(existing)} of {len(sources)} outputs are there already, such as {str(existing[0])!r}: "
+            f"{len(existing)} of {len(sources)} outputs already exist, such as {str(existing[0])!r}: "
             "--overwrite replaces them, or give another --output."
         )
 
@@ -63,7 +66,7 @@ def check_targets(targets: list[tuple[Path | str, Path]], overwrite: bool) -> No
 def read_ahead(
     sources: Iterable[T], read: Callable[[T], Result], ahead: int = 2 * READERS
 ) -> Iterator[tuple[T, Future[Result]]]:
-    """Yield each source, in order, with the result of `read` in a thread; only `ahead` are held at a time."""
+    """Yield each source, in order, with the future of `read(source)`, which runs in a thread; at most `ahead` wait."""
     with ThreadPoolExecutor(READERS) as pool:
         pending: deque[tuple[T, Future[Result]]] = deque()
         for source in sources:
@@ -92,8 +95,8 @@ def compute_in_batches(
 ) -> Iterator[tuple[T, Result | None]]:
     """Yield each item, in order, with its result; None if memory runs out for this item alone.
 
-    Consecutive items of one size (height, width) are computed together, at most `limit`, by default as many as suit the
-    kind of device. The model computes larger images than that in tiles.
+    Consecutive items of one size (height, width) are computed together, at most `limit` at a time. The default limit
+    depends on the kind of device. Images with more pixels than one batch may have are computed in tiles.
     """
     budget = pixel_budget(model.device.type)
     for (height, width), neighbours in groupby(items, size_of):

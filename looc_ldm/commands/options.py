@@ -44,7 +44,7 @@ class ModelOptions(Options):
 class DataOptions(Options):
     """Images
 
-    If --resolution or --fit is not given, it is as in the training of the (first) model, or as in the samples.
+    The defaults of --resolution and --fit are those of the training of the (first) model, or of the samples.
     """
 
     data: str = option(f"Images: {DATA}.")
@@ -75,7 +75,7 @@ class ReconstructionMetricOptions(InceptionOptions):
     """Metrics
 
     Rate and use of the codebook are always measured. Without --metrics, only figures that need no download are
-    measured. Weights that --metrics needs and no option gives are downloaded.
+    measured. Weights that --metrics needs are downloaded, unless an option gives them.
     """
 
     metrics: list[str] | None = option("Any of psnr, ssim, l1, lpips_vgg, lpips_alex, rfid and kid; or all.", None)
@@ -89,7 +89,7 @@ class GenerationMetricOptions(InceptionOptions):
     """Metrics
 
     Any of fid, kid, is, precision_recall, class_fid (FID within each class, averaged), fd@dinov2, kd@dinov2,
-    precision_recall@dinov2, precision_recall@vgg and cmmd (CLIP). Weights that are needed and not given are downloaded.
+    precision_recall@dinov2, precision_recall@vgg and cmmd (CLIP). Weights are downloaded, unless an option gives them.
     """
 
     metrics: list[str] | None = option("Metrics to measure. If not given, fid and kid.", None)
@@ -104,7 +104,7 @@ class GenerationMetricOptions(InceptionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Quickstart(InceptionOptions):
-    """Run the whole chain in miniature on bundled images, with a report to look at."""
+    """Run every step on a small scale, on bundled images, and write a report."""
 
     output: Path = option("Folder of all results.", Path("quickstart"))
 
@@ -268,7 +268,7 @@ class Demo(DeviceOptions):
 class Push(Options):
     """Upload a model with its model card to the hub.
 
-    The card is made from what was measured. Interrupted, the same command goes on. Needs a token that may write:
+    The card shows the measured figures. To resume an interrupted upload, repeat the command. Needs a write token:
     `hf auth login`, HF_TOKEN or --token.
     """
 
@@ -288,8 +288,8 @@ class Push(Options):
 class Pull(Options):
     """Download a model from the hub, and verify it.
 
-    Takes what a model needs, without other variants of its weights, and compares every file with the checksum that the
-    hub states.
+    Downloads only the files that the model needs, without other variants of its weights, and compares each with the
+    checksum on the hub.
     """
 
     repo_id: str = option("Repository to download.", positional="USER/NAME")

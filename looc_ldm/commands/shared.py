@@ -33,7 +33,7 @@ def load_model(name: str, device: torch.device, dtype: str = "float32") -> tuple
     """Return an autoencoder of images, and the fingerprint of its weights as they are stored."""
     model = load_autoencoder(name)
     if model.config.in_channels not in MODES:
-        raise ModelError(f"images have 1 (grey) or 3 channels, {name!r} asks for {model.config.in_channels}.")
+        raise ModelError(f"images have 1 (grey) or 3 channels, but {name!r} expects {model.config.in_channels}.")
     fingerprint = model_fingerprint(model)
     model = cast(model, device, dtype)
     side = min(model.config.sample_size, 128)
@@ -61,7 +61,7 @@ def cast(network: nn.Module, device: torch.device, dtype: str) -> nn.Module:
 
 
 def load_images(data: str, options: DataOptions | Encode, model: LooCVQModel) -> ImageSet:
-    """Return square images for a model; by default of the side and the fit of its training.
+    """Return square images for a model; `resolution` and `fit` default to those of its training.
 
     The split `validation` of the data that it was trained on are the held-out images, if the data has no such split.
 
@@ -87,7 +87,7 @@ def load_images(data: str, options: DataOptions | Encode, model: LooCVQModel) ->
 
 
 def warn_of_training_images(images: ImageSet, model: LooCVQModel) -> None:
-    """Warn if figures are of images that the model was trained on."""
+    """Warn if the figures are measured on images that the model was trained on."""
     if _is_training_data(images.config.path, model):
         trained_on = training_record(model)["data"]
         if images.config.split in names_of_split(trained_on["split"]):
@@ -102,7 +102,7 @@ def _is_training_data(data: str, model: LooCVQModel) -> bool:
 
 
 def square_images(data: str, split: str | None, resolution: int, fit: str, channels: int) -> ImageSet:
-    """Return images of one size; if no split is given, test, validation, or the first there is."""
+    """Return images of one size. The default split is test, else validation, else the first."""
     fit = "crop" if fit == "random_crop" else fit  # random only in training
     images = load_image_set(DataConfig(path=data, split=split or "", resolution=resolution, fit=fit), channels)
     if not len(images):
@@ -122,7 +122,7 @@ def data_of(images: ImageSet) -> dict[str, str]:
 
 
 def check_file(file: Path | None) -> None:
-    """Refuse, before any work, a file that cannot be written."""
+    """Raise UserError, before any work, if a file cannot be written."""
     if file is not None:
         if file.is_dir():
             raise UserError(f"cannot write {str(file)!r}: it is a folder.")

@@ -47,8 +47,8 @@ class Facts:
     Attributes:
         configs: Configs by component; an autoencoder's is "vqvae".
         index: `model_index.json` of a pipeline, else None.
-        training: `training.json`, without folders of this machine.
-        measurements: Figures from the training, then those that were given.
+        training: `training.json`, with absolute paths cut to their last part.
+        measurements: Figures from the training, then from the files given.
         picture: A picture for the card, with its caption.
     """
 
@@ -61,7 +61,7 @@ class Facts:
 
 
 def gather(folder: Path, metrics: Sequence[Path | str] = (), samples: Path | str | None = None) -> Facts:
-    """Read what is known of a model folder and of its evaluations; for the arguments see `hub.card.write_card`."""
+    """Read the facts about a model folder and its evaluations; see `hub.card.write_card` for the arguments."""
     index = None
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
@@ -85,7 +85,7 @@ def gather(folder: Path, metrics: Sequence[Path | str] = (), samples: Path | str
 
 
 def shareable(value):
-    """Return settings without the folders of this machine: only the last part of every absolute path."""
+    """Return settings with every absolute path cut to its last part, to hide the folders of this machine."""
     if isinstance(value, dict):
         return {key: shareable(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -109,7 +109,11 @@ def _read_metrics(files: Sequence[Path | str], folder: Path, is_pipeline: bool) 
 
 
 def _picture(folder: Path, training: dict, samples: Path | str | None) -> tuple[Path | None, str]:
-    """Return the picture for the card and its caption: by default the newest preview, if it shows these weights."""
+    """Return the picture for the card, and its caption.
+
+    If `samples` is not given, take the preview that was written after as many images as these weights have seen. None
+    and "" if there is none.
+    """
     if samples is not None:
         samples = Path(samples)
         if not samples.is_file() or samples.suffix.lower() not in IMAGES:

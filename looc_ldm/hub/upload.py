@@ -124,8 +124,8 @@ def push(
 ) -> str:
     """Upload a model folder in one commit; the repository and the branch are made if they are not there.
 
-    After an interruption the same call goes on: weights that arrived are not transferred again, and the repository
-    stays as it was until everything is there. Other files in the repository stay.
+    To resume an interrupted upload, call it again: weights that arrived are not transferred again. The repository does
+    not change until everything is uploaded. Other files in the repository stay.
 
     Args:
         folder (`Path`): A saved pipeline or `LooCVQModel`, such as `pipeline/` or `model/` of a training run.
@@ -157,7 +157,7 @@ def push(
             repo_id = full_id
             contents = repository_files(folder, repo_id, **card_options)
         if private and not api.repo_info(repo_id).private:
-            raise ModelError(f"{repo_id} is there already, and public: nothing was uploaded; make it private first.")
+            raise ModelError(f"{repo_id} already exists and is public: nothing was uploaded; make it private first.")
         if revision is not None and revision != "main" and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         if keep_card and api.file_exists(repo_id, "README.md", revision=revision):

@@ -19,9 +19,9 @@ from looc_ldm.images.source import IMAGE_SUFFIXES, SPLIT_NAMES, FileSource, Sour
 from looc_ldm.images.tables import label_error
 from looc_ldm.utils.errors import DataError
 
-MOST_CLASSES = 1_000_000  # larger labels are numbers of something else
+MOST_CLASSES = 1_000_000  # larger labels are probably not class numbers
 LABEL_FILES = ("dataset.json", "metadata.csv", "metadata.jsonl", "metadata.parquet")
-ALL = "all"  # the split of all images of a folder, however its sub-folders are called
+ALL = "all"  # the split that holds all images of a folder, whatever its sub-folders are called
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 def files_in(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[str]:
     """Return paths, relative to the folder, of the files with some suffixes in it and below it, sorted.
 
-    Links are followed. Hidden files and `__MACOSX` are left out. A warning counts files with other suffixes, another
-    one files of labels in sub-folders.
+    Links are followed. Hidden files and `__MACOSX` are left out. One
+    warning counts files with other suffixes, and one counts label files in sub-folders.
     """
     found, unused, others = [], [], Counter()
     for name in _walk(folder):
@@ -45,7 +45,7 @@ def files_in(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[s
             others[suffix or "none"] += 1
     if unused:
         count, first = len(unused), min(unused)
-        logger.warning("%s: %d files of labels in sub-folders are not used, the first is %s", folder, count, first)
+        logger.warning("%s: %d label files in sub-folders are not used; the first is %s", folder, count, first)
     if found and others:
         counts = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common())
         logger.warning("%s: %d files with other suffixes are not read (%s)", folder, others.total(), counts)
@@ -53,7 +53,7 @@ def files_in(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[s
 
 
 def first_image(folder: Path, leave_out: Collection[str] = ()) -> str | None:
-    """Return the path of any image in or below a folder; `leave_out` are names in it, in small letters."""
+    """Return the path of any image in or below a folder. Entries named in `leave_out` (lower case) are skipped."""
     return next((name for name in _walk(folder, leave_out) if name.lower().endswith(IMAGE_SUFFIXES)), None)
 
 
@@ -77,7 +77,7 @@ def _walk(
 
 
 def split_folders_of(folder: Path) -> list[tuple[Path, str]]:
-    """Find the sub-folders that are splits, and the names of these."""
+    """Return (sub-folder, split) for each sub-folder with the name of a split."""
     with os.scandir(folder) as entries:  # a flat folder may have millions: only a handful become objects that are kept
         found = sorted(entry.name for entry in entries if entry.name.lower() in SPLIT_NAMES and entry.is_dir())
     places: dict[str, Path] = {}
@@ -90,13 +90,13 @@ def split_folders_of(folder: Path) -> list[tuple[Path, str]]:
 
 
 def image_folder(folder: Path, split_folders: list[tuple[Path, str]], config: DataConfig) -> dict[str, Source]:
-    """Open a folder of images: its sub-folders are splits if they are named so, else classes.
+    """Open a folder of images. Sub-folders with the names of splits are splits; others are classes.
 
-    Labels in `dataset.json` (EDM, StyleGAN), or `metadata.csv`, `.jsonl` or `.parquet` (imagefolder of `datasets`) come
-    first.
+    Labels in `dataset.json` (EDM, StyleGAN), or in `metadata.csv`, `.jsonl` or `.parquet` (imagefolder of `datasets`),
+    take precedence over sub-folders.
 
     Raises:
-        DataError: No images, or a folder that may be a split or a class.
+        DataError: There are no images, or a sub-folder may be either a split or a class.
     """
     if config.image_column != "image":
         raise DataError(f"data.image_column={config.image_column!r}: {config.path} has image, label.")
@@ -109,16 +109,14 @@ def image_folder(folder: Path, split_folders: list[tuple[Path, str]], config: Da
     files = {split: found for split, place in places.items() if (found := files_in(place))}
     if not files:
         raise DataError(
-            f"no images in the folder {folder} (looked for {', '.join(IMAGE_SUFFIXES)}). Shards (.tar, .parquet) may "
-            "lie in it, in its sub-folder data, or in sub-folders that are splits, and not compressed."
+            f"no images in the folder {folder} (looked for {', '.join(IMAGE_SUFFIXES)}). Uncompressed "
+            "shards (.tar, .parquet) may be in it, in its sub-folder data, or in sub-folders named like splits."
         )
     labels = {split: _labels(places[split], names, config) for split, names in files.items()}
     known = {label for of_split in labels.values() for label in of_split if label is not None}
     numbered = bool(known) and all(isinstance(label, int) for label in known)
     if numbered and max(known) >= MOST_CLASSES:
-        raise DataError(
-            f"{folder}: a label is {max(known)}; numbers of classes count from 0, up to {MOST_CLASSES - 1}."
-        )
+        raise DataError(f"{folder}: a label is {max(known)}; class numbers start at 0 and go up to {MOST_CLASSES - 1}.")
     if numbered:
         classes = [str(number) for number in range(config.num_classes or max(known) + 1)]
     else:
@@ -152,7 +150,7 @@ def _check_beside(folder: Path, splits: list[str]) -> None:
 
 
 def _labels(place: Path, names: list[str], config: DataConfig) -> list[int | str | None]:
-    """Return the label of each image of a split: stated in a file, or its first sub-folder if all images have one."""
+    """Return the label of each image of a split: from a label file, or its first sub-folder if all have one."""
     if not config.label_column:
         return [None] * len(names)
     stated = _stated_labels(place, config)
@@ -160,7 +158,7 @@ def _labels(place: Path, names: list[str], config: DataConfig) -> list[int | str
         labels = [stated.get(name.replace(os.sep, "/")) for name in names]
         if not any(name.replace(os.sep, "/") in stated for name in names):
             first = next(iter(stated))
-            logger.warning("%s: the labels are those of other files, such as %s: there are no classes", place, first)
+            logger.warning("%s: the label file lists other files, such as %s: there are no classes", place, first)
         labels = [None if label in ("", -1) else label for label in labels]
         if any(label is not None for label in labels) and len(set(labels) - {None}) == 1:
             logger.warning("%s: the only label is %s, so there are no classes", place, *(set(labels) - {None}))

@@ -42,7 +42,7 @@ class Report:
 
     Attributes:
         unreadable (`list[str]`): One line for each image that could not be read; see `ImageReader.first_readable`.
-        cursor (`tuple[int, ...]`, *optional*): The place at which the lane of a streamed data set goes on.
+        cursor (`tuple[int, ...]`, *optional*): The position at which the lane of a streamed data set continues.
     """
 
     unreadable: list[str] = field(default_factory=list)
@@ -53,7 +53,7 @@ class ImageReader:
     """Turn encoded images into tensors of one size.
 
     Args:
-        config (`DataConfig`): Their settings.
+        config (`DataConfig`): Settings of the data set, such as `resolution` and `fit`.
         channels (`int`): 1 (grey) or 3.
 
     Attributes:
@@ -64,7 +64,7 @@ class ImageReader:
 
     def __init__(self, config: DataConfig, channels: int):
         if channels not in MODES:
-            raise ConfigError(f"images have 1 (grey) or 3 channels, the model asks for {channels}.")
+            raise ConfigError(f"images have 1 (grey) or 3 channels, but the model expects {channels}.")
         self.config = config
         self.mode = MODES[channels]
         self.content_size: tuple[int, int] | None = None
@@ -155,12 +155,12 @@ class ImageSet(ImageReader, Dataset):
         return self.to_item(self.source.read(index), at)
 
     def open(self, index: int) -> tuple[Image.Image, Stored]:
-        """Return image `index` at its own size, and how it is stored. Raises UnreadableImage."""
+        """Return image `index` at its original size, and its `Stored` record. Raises UnreadableImage."""
         stored = self.source.read(index)
         return self.decode(stored), stored
 
     def indices_from(self, index: int) -> Iterator[int]:
-        """Return all indices, beginning with `index`: the others may take its place."""
+        """Return all indices, beginning with `index`: if it cannot be read, the next ones replace it."""
         return ((index + offset) % len(self) for offset in range(len(self)))
 
     def labels(self) -> np.ndarray:

@@ -6,9 +6,9 @@ order depends on the seed and the epoch. Lane `l` of `L` reads the numbers `l`, 
 stay near each other. A shard is read in blocks of `data.shuffle_images` images, each permuted by (seed, number,
 block).
 
-A *cursor* is the exact place at which a lane goes on: `(lane, number of a shard, images of it already given)`. After
-the number of lanes has changed, further pairs of number and images follow. The lane goes on in steps of `L` from the
-last.
+A *cursor* is the exact position at which a lane continues: `(lane, number of a shard, images of it already given)`.
+After the number of lanes has changed, further pairs of number and images follow. The lane continues in steps of `L`
+from the last.
 
 The division of `datasets` itself is not used: its shuffle buffer is lost in an interruption.
 """

@@ -19,7 +19,7 @@ from looc_ldm.images.source import SPLIT_NAMES, Source
 from looc_ldm.images.tables import open_tables
 from looc_ldm.utils.errors import DataError, one_line
 
-BUNDLED = Path(looc_ldm.__file__).resolve().parent / "data"  # one folder of parquet files a data set
+BUNDLED = Path(looc_ldm.__file__).resolve().parent / "data"  # one folder of parquet files per data set
 
 
 def names_of_split(name: str | None) -> tuple[str, ...]:
@@ -47,11 +47,11 @@ def open_sources(config: DataConfig, wanted: Collection[str] | None = None) -> d
     """Return the splits of what `data.path` names.
 
     Args:
-        wanted: Names of splits; those of a table that are not among them get no labels, which may be wrong there. All
-            if not given.
+        wanted: Names of the splits to read labels for; all if not given. Other splits of a table get no labels, since
+            their labels may be invalid.
 
     Raises:
-        DataError: There is no such data, or it is not what it should be.
+        DataError: The data does not exist, cannot be loaded, or does not fit `data.num_classes`.
     """
     try:
         splits = _open_sources(config, wanted)
@@ -99,7 +99,7 @@ def folder_of(config: DataConfig) -> Path | None:
     Raises:
         DataError: It is neither.
     """
-    bundled = sorted({file.parent.name for file in BUNDLED.glob("*/*.parquet")})  # a model lies beside them
+    bundled = sorted({file.parent.name for file in BUNDLED.glob("*/*.parquet")})  # these folders also hold a model
     folder = BUNDLED / config.path if config.path in bundled else Path(config.path).expanduser()
     if config.path and folder.is_dir():
         return folder
@@ -111,7 +111,7 @@ def folder_of(config: DataConfig) -> Path | None:
 
 
 def check_on_hub(config: DataConfig) -> None:
-    """Raise DataError if the hub lacks the data set or is out of reach, at once: `datasets` tries again for 20 s."""
+    """Raise DataError at once if the hub lacks the data set or cannot be reached; `datasets` would retry for 20 s."""
     try:
         HfApi().dataset_info(config.path, timeout=10)
     except RepositoryNotFoundError:
@@ -119,7 +119,7 @@ def check_on_hub(config: DataConfig) -> None:
     except Exception as error:  # errors of networks have no common base
         user, name = config.path.split("/")
         prepared = Path(datasets.config.HF_DATASETS_CACHE) / f"{user}___{datasets.naming.camelcase_to_snakecase(name)}"
-        if not prepared.is_dir():  # else `datasets` reads what it has downloaded before
+        if not prepared.is_dir():  # otherwise `datasets` reads its cache
             message = f"there is no folder {config.path!r}; the hub cannot be reached: {one_line(error)}"
             raise DataError(message) from None
 

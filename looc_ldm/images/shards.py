@@ -41,7 +41,7 @@ class Shards(NamedTuple):
 
 
 class OneImageColumn(WebDataset):
-    """WebDataset with the only image of a sample in the column `image`. `datasets` takes one suffix for all samples."""
+    """WebDataset that moves a sample's only image to the column `image`, so that samples may differ in file suffix."""
 
     @classmethod
     def _get_pipeline_from_tar(cls, tar_path, tar_iterator):
@@ -55,8 +55,9 @@ class OneImageColumn(WebDataset):
 def find_shards(folder: Path, config: DataConfig) -> Shards | None:
     """Find the parquet files or WebDataset shards of a folder; None if there are none.
 
-    They lie in sub-folders that are splits, or if there are none, in the folder or in its `data` (as on the hub).
-    The split is then the first word of a file's name that is one (`imagenet1k-train-0003.tar`), else it is `train`.
+    They are in sub-folders with the names of splits. If there are none, they are in the folder or its `data`
+    (as on the hub). The split is then the first split name among the words of a file's name
+    (`imagenet1k-train-0003.tar`), else it is `train`.
 
     Raises:
         DataError: A shard that is damaged, cut off or compressed.
@@ -78,10 +79,10 @@ def find_shards(folder: Path, config: DataConfig) -> Shards | None:
 
 
 def has_images(file: Path) -> bool:
-    """Whether a shard holds anything, with a warning if it does not. True for remote files.
+    """Whether a shard is not empty; warn if it is. Always True for remote files.
 
     Raises:
-        DataError: It is damaged or compressed, or a tar is cut off, which the archive's reader may take for its end.
+        DataError: It is damaged or compressed, or a tar is cut off, which its reader may not notice.
     """
     if not file.is_file():
         return True

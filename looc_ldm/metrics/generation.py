@@ -1,7 +1,7 @@
 """Compare generated images with real ones: FID, KID, Inception score, precision and recall, and others.
 
-All figures of one network come from one pass of the images through it. Images come in batches and are not kept; some
-figures need their features to be kept. `METRICS` is the only list of the figures.
+All figures of one network come from one pass of the images through it. Images are read in batches and discarded.
+Some figures need all features in memory. `METRICS` is the only list of the figures.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ DEFAULT_METRICS = ("fid", "kid")
 
 
 def check_metrics(names: Collection[str]) -> list[str]:
-    """Return the names, each once, in the order of `METRICS`. Raises ValueError for an unknown one, or for none."""
+    """Return the names without duplicates, in the order of `METRICS`. Raises ValueError for an unknown or no name."""
     for name in names:
         if name not in METRICS:
             raise ValueError(f"metrics must be of {', '.join(METRICS)}, got {name!r}.")
@@ -89,7 +89,7 @@ def networks_needed(names: Collection[str]) -> list[str]:
 
 
 def vectors_needed(names: Collection[str], network: str) -> bool:
-    """Whether one of these metrics needs the features of that network themselves, and not only their moments."""
+    """Whether one of these metrics needs all features of that network, not only their moments."""
     return any(METRICS[name].vectors for name in names if METRICS[name].network == network)
 
 

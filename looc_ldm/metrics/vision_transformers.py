@@ -48,7 +48,7 @@ class _TransformersFeatures:
         _load(str(self.model), self.kind)
 
     def identity(self) -> dict[str, str]:
-        """Return network, hub id or folder, and SHA-256 of weights and config. Downloads the model if need be."""
+        """Return the network, its hub id or folder, and the SHA-256 of weights and config. May download the model."""
         model = str(self.model)
         config = {key: value for key, value in _read_config(model, self.kind).items() if key not in VOLATILE_KEYS}
         return {

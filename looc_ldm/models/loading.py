@@ -1,4 +1,4 @@
-"""Load networks, with errors that name the fault of the folder or repository."""
+"""Load networks. Errors say what is wrong with the folder or repository."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from looc_ldm.utils.files import read_json
 def load_autoencoder(name: str, dtype: torch.dtype = torch.float32, revision: str | None = None) -> LooCVQModel:
     """Return the `LooCVQModel` in a folder or hub repository (its own, or a pipeline's), from safetensors only.
 
-    A plain `VQModel` is returned as a `LooCVQModel` that quantizes as it did.
+    A plain `VQModel` is returned as a `LooCVQModel` with the same quantization.
 
     Downloads are verified (`looc_ldm.utils.hub_download`). The quantizer stays float32 whatever the `dtype`.
 
@@ -38,18 +38,18 @@ def load_autoencoder(name: str, dtype: torch.dtype = torch.float32, revision: st
 
 
 def load_network(folder: Path, dtype: torch.dtype = torch.float32, kind: type[ModelMixin] | None = None) -> ModelMixin:
-    """Return the network in a folder, from safetensors only; `kind` instead of the class that its config names.
+    """Return the network in a folder, from safetensors only. `kind` replaces the class that its config names.
 
     Raises:
-        ModelError: There is none, or its weights do not fit its config.
+        ModelError: The folder has no network, or the weights do not fit the config.
     """
     name = _class_name(folder)
     kind = kind or getattr(looc_ldm if name in COMPONENTS else diffusers, str(name), None)
     if not isinstance(kind, type) or not issubclass(kind, ModelMixin):
-        raise ModelError(f"{str(folder)!r} holds a {name}, which is no network that can be loaded.")
+        raise ModelError(f"{str(folder)!r} holds a {name}, which cannot be loaded as a network.")
     try:
         model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    except Exception as error:  # of a constructor: values in the config are the reason
+    except Exception as error:  # the constructor raises anything if the config has wrong values
         raise ModelError(f"cannot load {str(folder)!r}: {one_line(error)[:400]}") from error
     missing = {*report["missing_keys"]} - ({"quantize.usage"} if name == "VQModel" else set())
     wrong = [*missing, *report["unexpected_keys"], *report["mismatched_keys"]]
@@ -61,7 +61,7 @@ def load_network(folder: Path, dtype: torch.dtype = torch.float32, kind: type[Mo
 
 
 def training_record(model: LooCVQModel) -> dict:
-    """Return the training.json of the folder that a first stage was loaded from, or of its pipeline; {} without."""
+    """Return the training.json of the first stage's folder, or of its pipeline's folder; {} if there is none."""
     folder = model.config.get("_name_or_path")
     for place in (Path(folder), Path(folder).parent) if folder else ():
         if (place / "training.json").is_file():
@@ -98,7 +98,7 @@ def _class_name(folder: Path) -> str | None:
 
 
 def model_folder(name: str, revision: str | None = None, component: str | None = None, kind: str = "model") -> Path:
-    """Return the folder `name`, that of the starter model, or one with the hub repository `name`, downloaded.
+    """Return the folder `name`, the starter model's folder, or the folder of the downloaded hub repository `name`.
 
     Raises:
         ModelError: Neither exists, or the hub raises an error.
@@ -117,4 +117,4 @@ def model_folder(name: str, revision: str | None = None, component: str | None =
     except ModelError as error:
         if error.__cause__ is None:
             raise
-        raise ModelError(f"{error} There is no folder {name!r} either.") from error  # perhaps one was meant
+        raise ModelError(f"{error} There is no folder {name!r} either.") from error  # the user may have meant a folder

@@ -60,7 +60,7 @@ _load_auto_model = AutoModel.from_pretrained.__func__
 
 
 def _from_pretrained(cls, pretrained_model_or_path=None, **kwargs):
-    """Load our classes, too; `AutoModel.from_pretrained` itself knows diffusers' classes and trusted remote code."""
+    """Extend `AutoModel.from_pretrained`, which loads diffusers' classes and trusted remote code, to our classes."""
     try:
         return _load_auto_model(cls, pretrained_model_or_path, **kwargs)
     except (ValueError, AttributeError):

@@ -122,9 +122,9 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
             raise ValueError(
                 f"the UNet denoises latents of {unet.config.in_channels} channels, but the first stage has {channels}."
             )
-        # By the config, which a compiled or wrapped UNet has, too.
+        # Tested by the config, because the type of a compiled or wrapped UNet differs.
         if ("cross_attention_dim" in unet.config) != (class_embedding is not None):
-            raise ValueError("a UNet2DConditionModel, and no other UNet, needs a class_embedding to attend to.")
+            raise ValueError("class_embedding must be given with a UNet2DConditionModel, and with no other UNet.")
         for label, name in (id2label or {}).items():
             if not isinstance(name, str) or not 0 <= label < self.num_class_embeds:
                 raise ValueError(
@@ -315,8 +315,8 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
 
         Args:
             labels (`torch.Tensor` of shape `(n,)`, *optional*): The class of each image.
-            after_step: Called as `f(step, latents)` after each step; returns the latents to go on with.
-            The others: See `__call__`, of which all arguments may be given.
+            after_step: Called as `f(step, latents)` after each step; returns the latents for the next step.
+            The others: See `__call__`. Its remaining arguments are accepted and ignored.
         """
         names = _tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         generator = list(generator) if isinstance(generator, tuple) else generator
@@ -347,15 +347,15 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
         return latents
 
     def prepare_extra_step_kwargs(self, generator, eta: float) -> dict:
-        """Return what this scheduler's `step` takes besides the usual: `eta` (DDIM), `generator` (stochastic ones)."""
+        """Return the extra arguments of this scheduler's `step`: `eta` (DDIM), `generator` (stochastic schedulers)."""
         accepted = inspect.signature(self.scheduler.step).parameters
         offered = {"eta": eta, "generator": generator}
         return {name: value for name, value in offered.items() if name in accepted}
 
     def prepare_conditions(self, labels: torch.Tensor | None) -> tuple[dict, dict | None]:
-        """Return the UNet's further arguments: for the labels, and for guidance for labels and null class.
+        """Return two sets of extra UNet arguments: for the labels alone, and for guidance (labels and null class).
 
-        The latter is None if there is no null class.
+        The second is None if there is no null class.
         """
         if labels is None:
             return {}, None
@@ -419,7 +419,7 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
         return cls(**{name: given[name] for name in names & given.keys()})
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """Save the pipeline to a folder that every way of loading takes; see `HubMixin.save_pretrained`.
+        """Save the pipeline to a folder that looc_ldm and diffusers can load; see `HubMixin.save_pretrained`.
 
         Raises:
             ValueError: diffusers would leave out a component, or save the layers of an adapter, which do not load.
@@ -481,7 +481,7 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
 
 
 def _tensor_inputs(callback, names) -> list[str]:
-    """Return the names of the tensors that a callback gets; diffusers' own callbacks name theirs."""
+    """Return the names of the tensors for a callback. diffusers' callback objects have their own list."""
     if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
         names = callback.tensor_inputs
     return list(names or ())

@@ -1,4 +1,4 @@
-"""Backward passes of the loss, and of the choice of a codevector c for a segment z."""
+"""Backward passes of the loss, and of the replacement of a segment z by its codevector c."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class QuantizerLoss(torch.autograd.Function):
 
 
 class Rotation(torch.autograd.Function):
-    """The identity, whose gradient is that of the rotation and scaling that takes each segment z to its codevector c.
+    """Identity in forward; backward uses the gradient of the rotation and scaling that maps each segment z to its c.
 
     Source: "Restructuring vector quantization with the rotation trick", ICLR 2025.
     """

@@ -180,12 +180,12 @@ class LooCQuantizer(RevivedCodebook):
     def forward(
         self, z: torch.Tensor, mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, None, torch.Tensor]]:
-        """Quantize a feature map. Gradients pass the choice of codevectors as `gradient` says.
+        """Quantize a feature map. `gradient` decides how gradients flow back through the quantization.
 
         Args:
             z (`torch.Tensor` of shape `(B, n_q, H, W)`): The feature map; other shapes as `input_layout` says.
             mask (`torch.Tensor` of shape `(B, L)`, bool, *optional*): For padded sequences (`"BCL"`, `"BLC"`, s = 1):
-                True where a position counts. The others have no part in loss, perplexity, usage and revival; their
+                True for positions to quantize. The others are ignored in loss, perplexity, usage and revival; their
                 output is 0 and their index -1.
 
         Returns:
@@ -195,10 +195,11 @@ class LooCQuantizer(RevivedCodebook):
             and K, and indices are int64 `(B, H, W, C)`.
 
         Raises:
-            ValueError: `z` has another shape, or holds values that are not finite. Training on an accelerator does not
-                wait for the device to find the latter: call `check_finite`. Compiled or exported, evaluation returns
-                NaN in `quantized` and `loss` instead, and any indices. Or `mask` has another shape or type, counts no
-                position, or comes with interpolation or feature maps.
+            ValueError: `z` has a different shape, or holds values that are not finite. Training on an accelerator does
+                not wait for the device to find the latter: call `check_finite`. Compiled or exported, evaluation does
+                not raise: `quantized` and `loss` hold NaN, and the indices are arbitrary.
+            ValueError: `mask` has a different shape or type, is True nowhere, or is given with interpolation or feature
+                maps.
         """
         if mask is not None:
             return self._forward_masked(z, mask)
@@ -290,9 +291,10 @@ class LooCQuantizer(RevivedCodebook):
         return [torch.bincount(indices[indices >= 0], minlength=self.num_codevectors).cpu()]
 
     def _check_input(self, z: torch.Tensor, wait: bool = False) -> torch.Tensor:
-        """Return, as a tensor, whether z holds values that are not finite.
+        """Return a bool tensor: whether z holds values that are not finite.
 
-        Raises ValueError for wrong shapes and, if that costs no wait for a busy device, for such values.
+        Raises ValueError for wrong shapes. Raises it for values that are not finite only with `wait`, in evaluation, or
+        on a CPU without `owner_revives`. Elsewhere the check would delay training; traces cannot raise.
         """
         channel_axis = self.input_layout.index("C")
         if z.ndim != len(self.input_layout) or z.shape[channel_axis] != self.vq_embed_dim or not z.is_floating_point():
@@ -335,7 +337,7 @@ class LooCQuantizer(RevivedCodebook):
                 f"{tuple(mask.shape)}."
             )
         if not is_recording() and not mask.any():
-            raise ValueError("mask must be True at one position at least.")
+            raise ValueError("mask must be True for at least one position.")
         kept = by_position[mask][None]
         return kept if self.input_layout == "BLC" else kept.transpose(1, 2)
 

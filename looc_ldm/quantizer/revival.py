@@ -136,8 +136,8 @@ class RevivedCodebook(nn.Module):
     def check_finite(self) -> None:
         """Raise if a training forward met values that are not finite, as of the last `revive`. Waits for the device.
 
-        Training on an accelerator leaves codebook and usage alone in a step with such values, and goes on: call this
-        where you wait for the device anyway, when logging. All ranks raise together.
+        Training on an accelerator does not stop at such values: the step leaves codebook and usage unchanged. Call this
+        where you wait for the device anyway, such as when logging. All ranks raise together.
 
         Raises:
             ValueError: There were such values.

@@ -40,7 +40,7 @@ def jit(**options):
 
 @jit()
 def _pack(score, row):
-    """Return an int64 that is greater for a greater score (float32, not NaN), then for a lower row."""
+    """Pack a score (float32, not NaN) and a row into an int64 that sorts by score, and for equal scores by -row."""
     bits = score.to(tl.int32, bitcast=True)
     # Integers order positive floats as they are, and negative ones once all bits but the sign are flipped.
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -93,7 +93,7 @@ def _search_kernel(
     for block in range(NUM_BLOCKS):
         if CLOSEST:
             slots = packed + (tl.program_id(0) % REPLICAS * NUM_BLOCKS + block) * BLOCK_K + tile_codes
-            # From L2, as L1 does not see the atomics. An old value costs a needless atomic, no more.
+            # Read from L2: L1 does not see the atomics. A stale value only costs an unnecessary atomic.
             seen = tl.load(slots, cache_modifier=".cg")
         entry = table + block * ((D + 1) * BLOCK_K) + tile_codes
         similarity = tl.load(entry + D * BLOCK_K)[None, :]

@@ -5,7 +5,7 @@
     accelerate launch -m looc_ldm.training.autoencoder --config imagenet/autoencoder --data.path /data/imagenet
 
 The loss is reconstruction + LPIPS + lambda * PatchGAN + quantizer (VQGAN, taming-transformers), each term switchable.
-The same command again goes on where it stopped.
+To resume an interrupted run, run the same command again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ PREVIEW_CAPTION = "Rows: held-out images; reconstructions by averaged weights; b
 
 
 def train(config: AutoencoderConfig) -> Path:
-    """Train the autoencoder of a config, or go on with it; return the folder of the finished model."""
+    """Train the autoencoder of a config, or resume its run; return the folder of the finished model."""
     # 1. Data and models, before anything is written
     check_config(config)
     check_evaluation(config)

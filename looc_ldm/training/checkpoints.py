@@ -1,9 +1,9 @@
-"""A folder of checkpoints: each is written beside its place and renamed; older ones are removed.
+"""A folder of checkpoints. Each is written atomically; older ones are removed.
 
     000123000/           complete: its files have the sizes and SHA-256 in its `run.json`
     000124000.partial/   being written, or left over from a process that was killed meanwhile
 
-Nothing of a checkpoint is unpickled but by `torch.load(weights_only=True)`. Methods marked *collective* must be called
+Checkpoints are only unpickled by `torch.load(weights_only=True)`. Methods marked *collective* must be called
 by every process.
 """
 
@@ -88,7 +88,7 @@ class Checkpoints:
 
     @property
     def fixed_settings(self) -> dict[str, str]:
-        """Return what a run keeps to besides its config: how weights are divided, the precision that `auto` became."""
+        """Return settings that a run must keep besides its config: sharding, and the precision `auto` resolved to."""
         divided = self.accelerator.distributed_type == DistributedType.FSDP
         return {"distributed": "FSDP" if divided else "DDP", "mixed_precision": self.accelerator.mixed_precision}
 
@@ -114,14 +114,14 @@ class Checkpoints:
         return None, None
 
     def save(self, images: int, state: dict) -> None:
-        """Write a checkpoint beside its place, rename it, and then remove older ones. Collective.
+        """Write a checkpoint atomically, and then remove older ones. Collective.
 
         Args:
             images: Images seen; its name.
             state: The content of `run.json`, besides that number, the `fixed_settings`, provenance and files.
 
         Raises:
-            TrainingError: The disk is full or refuses something else. The older checkpoints are as they were.
+            TrainingError: The disk is full or another write fails. Older checkpoints are unchanged.
         """
         partial = self.folder / f"{images:09d}.partial"
         try:

@@ -53,12 +53,12 @@ class EvaluationConfig:
     """Evaluation during training. Figures go to the log with the prefix `val_`.
 
     Args:
-        every_images: Interval; not at all if not given.
+        every_images: Interval in images. If not given, nothing is evaluated.
         images: Held-out images that are reconstructed (stage 1), or samples that are drawn (stage 2).
         fid: Measure rFID (stage 1, between the images and their reconstructions) or FID (stage 2, between the samples
             and the training images). Needs at least 2 images.
         inception_weights: File of torch-fidelity's Inception network; if not given, torch-fidelity downloads it.
-        feature_layer: Its features; only 2048 compares with published figures.
+        feature_layer: Features of the Inception network to use. Only 2048 is comparable with published figures.
     """
 
     every_images: PositiveInt | None = None
@@ -81,7 +81,7 @@ class RunConfig:
         total_images: Images to train on, repeats counted.
         batch_size: Images per optimizer step, over all processes and accumulation steps.
         gradient_accumulation_steps: Forward passes per optimizer step.
-        mixed_precision: `auto` is bf16 if the hardware computes in it, else `no`. A run keeps its first precision.
+        mixed_precision: `auto` is bf16 if the hardware supports it, else `no`. A resumed run keeps its precision.
         threads: CPU threads, for training on a CPU. If neither this nor OMP_NUM_THREADS in the environment is given, a
             new run measures which number is fastest, and keeps it.
         channels_last: Keep convolution weights with their channels last. If not given: on accelerators, which are
@@ -92,12 +92,12 @@ class RunConfig:
             seen, so that early averages follow.
         log_every_images: Interval of log lines.
         preview_every_images: Interval of image grids.
-        checkpoint_every_images: Interval of checkpoints; one more is written at the end.
-        keep_last: Newest checkpoints that are kept.
-        keep_every_images: Interval of checkpoints that are kept for good, a multiple of `checkpoint_every_images`.
-        max_skipped_steps: Steps in a row that may be skipped because a gradient is not finite; one more stops the run.
+        checkpoint_every_images: Interval of checkpoints. The end of training also writes one.
+        keep_last: Number of newest checkpoints to keep.
+        keep_every_images: Interval of checkpoints that are never removed, a multiple of `checkpoint_every_images`.
+        max_skipped_steps: Steps in a row that may be skipped because a gradient is not finite; one more stops it.
         push_to_hub: Repository (`user/name`) that the averaged model is uploaded to at every checkpoint, in the
-            background. A failing upload is logged and does not stop the run.
+            background. A failed upload is logged and does not stop the run.
         push_private: Make that repository a private one.
         tracker: A second place for scalars and grids, besides the run's folder: `tensorboard`, `wandb` or `none`.
     """
@@ -138,11 +138,11 @@ class LossConfig:
         lpips_weights: Local file (.safetensors or .pth, torchvision's names) of that network's convolutions; if not
             given, torchvision downloads them.
         adversarial_weight: Weight of the PatchGAN term; 0 leaves it out.
-        adversarial_start_images: Images seen before the PatchGAN counts; it is not trained before that.
+        adversarial_start_images: Images seen before the PatchGAN is trained and its term is added to the loss.
         adaptive_weight: Scale the PatchGAN term so that its gradient at the last layer is as large as the
             reconstruction's.
         discriminator_channels: Channels of the PatchGAN's first layer.
-        discriminator_layers: Its strided layers; 3 see patches of 70x70 pixels.
+        discriminator_layers: Strided layers of the PatchGAN; with 3, each output sees a patch of 70x70 pixels.
     """
 
     reconstruction: Literal["l1", "l2"] = "l1"
@@ -166,7 +166,7 @@ class AutoencoderConfig(RunConfig):
         data: The images.
         model: Arguments of `LooCVQModel`.
         loss: Terms of the loss.
-        optimizer: For the autoencoder, and with the same settings for the PatchGAN.
+        optimizer: Settings for the autoencoder's optimizer, and also for the PatchGAN's.
         evaluation: Measuring while it runs.
     """
 
@@ -182,8 +182,8 @@ class DiffusionDataConfig(DataConfig):
     """The images of stage 2.
 
     Args:
-        resolution: Side in pixels of the square images. If not given, as in the autoencoder's training.
-        fit: Makes an image square: see stage 1. If not given, as in the autoencoder's training, with `crop` for
+        resolution: Side in pixels of the square images. The default is the autoencoder's.
+        fit: Method to make images square; see stage 1. The default is the autoencoder's, but `crop` if that is
             `random_crop`.
     """
 
@@ -196,11 +196,11 @@ class DiffusionConfig(RunConfig):
     """Stage 2: a UNet on the latents of a trained `LooCVQModel`.
 
     Args:
-        autoencoder: Folder or hub id of the first stage, or of a pipeline that holds one. If not given, that of
-            `init_from`.
+        autoencoder: Folder or hub id of the first stage, or of a pipeline that holds one. The default is the
+            first stage of `init_from`.
         data: The images.
-        cache_latents: Encode all images once, before training. Otherwise they are encoded in the loop, which data that
-            is streamed or cropped at random needs.
+        cache_latents: Encode all images once, before training. Set it to false for data that is streamed or cropped at
+            random: these images are encoded in the training loop.
         latents: Folder of the cached latents; made before training if it does not hold them yet.
         latent_scaling: Brings latents to unit variance. `scalar`: by the first stage's `scaling_factor`,
             measured if it has none. `channel`: each channel by its own mean and deviation over the training images;
@@ -217,13 +217,13 @@ class DiffusionConfig(RunConfig):
             flow matching. `rescale_betas_zero_snr` is for `v_prediction` and `sample`.
         loss: `l2` or `l1` between the prediction and its target.
         loss_weighting: `min_snr` weighs timesteps by min(SNR, gamma), as a loss on the latents; not for flow matching.
-        min_snr_gamma: Its gamma.
+        min_snr_gamma: gamma of `min_snr`.
         timestep_sampling: `uniform`, or `logit_normal` (the logistic function of a standard normal variable, as a share
             of the timesteps), which is usual for flow matching.
         optimizer: For the UNet.
         evaluation: Measuring while it runs.
         preview_steps: Denoising steps of the sample grids.
-        preview_guidance_scale: Their guidance scale, on conditional models with a null class.
+        preview_guidance_scale: Guidance scale of the sample grids, for conditional models with a null class.
     """
 
     autoencoder: str = ""

@@ -18,7 +18,7 @@ from looc_ldm.utils.errors import ConfigError, one_line
 
 T = TypeVar("T")
 
-# Settings of earlier versions that stored configs still hold, with the only value that is left.
+# Settings of earlier versions that stored configs may still contain, with the only value that is accepted.
 WITHDRAWN = {
     "data.validation_labels": None,
     "loss.adversarial_ramp_images": 0,
@@ -52,7 +52,7 @@ def parse_config(config_class: type[T], arguments: list[str], prog: str) -> T:
 
 
 def parse_command_line(config_class: type[T], arguments: list[str], prog: str) -> T:
-    """Parse as `parse_config`, but require `--config`: the defaults alone describe no run that anybody wants."""
+    """Parse as `parse_config`, but require `--config`: the defaults alone do not describe a useful run."""
     config = parse_config(config_class, arguments, prog)
     if not any(argument.split("=")[0] == "--config" for argument in arguments):
         raise ConfigError(f"--config is required: a YAML file, or one of {', '.join(configs.names())}.")
@@ -69,7 +69,7 @@ def load_config(config_class: type[T], name: str, **overrides) -> T:
 
 
 def to_dict(config) -> dict:
-    """Return the config as plain values, as YAML and JSON hold them."""
+    """Return the config as nested dicts and lists of plain values, ready for YAML and JSON."""
     return _plain(asdict(config))
 
 
@@ -82,8 +82,7 @@ def construct(cls, arguments: dict[str, Any], what: str):
     """Return `cls(**arguments)` after a check of the names. Lists become tuples, as in diffusers' configs.
 
     Raises:
-        ConfigError: An argument that the constructor does not have, with the nearest one that it has; or one that it
-            refuses.
+        ConfigError: The constructor does not have an argument (the message names the nearest one), or rejects it.
     """
     known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs")]
     for name in arguments:
@@ -92,7 +91,7 @@ def construct(cls, arguments: dict[str, Any], what: str):
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
     try:
         return cls(**values)
-    except Exception as error:  # whatever a constructor raises, its arguments are the reason
+    except Exception as error:  # any exception of a constructor means that its arguments are wrong
         raise ConfigError(f"{what}: {one_line(error)}") from error
 
 
@@ -113,12 +112,12 @@ def read_settings(file: Path) -> dict:
         if isinstance(settings.get(section), dict) and key in settings[section]:
             value = settings[section].pop(key)
             if value != only:
-                raise ConfigError(f"{str(file)!r}: {name}={value!r} was withdrawn, only {only!r} is left.")
+                raise ConfigError(f"{str(file)!r}: {name}={value!r} was withdrawn; only {only!r} is accepted.")
     return settings
 
 
 def _prepare(config_class: type, arguments: list[str]) -> list[str]:
-    """Check the names of settings, in flags and files. Hyphens become underscores, files become what is in them."""
+    """Check the names of settings in flags and files. Replace hyphens by underscores, and files by their content."""
     prepared, after_config = [], False
     for argument in arguments:
         flag, equals, value = argument.partition("=")
@@ -173,7 +172,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _unrestricted(value):
-    """Return numbers and strings as what Python, YAML and pickle know, instead of the parser's restricted types.
+    """Convert the parser's restricted types to plain numbers and strings, which YAML and pickle support.
 
     A string that begins with `~` is a path: that becomes the user's folder.
     """

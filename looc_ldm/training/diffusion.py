@@ -4,8 +4,8 @@
     looc-ldm train diffusion --config imagenette/diffusion --autoencoder runs/mine/model --data.path my_images
     accelerate launch -m looc_ldm.training.diffusion --config imagenet/diffusion --data.path /data/imagenet
 
-The latents are encoded once, before training, and are those before quantization; the decoder quantizes. The same
-command again goes on where it stopped.
+The latents are encoded once, before training. They are not quantized yet: the decoder quantizes them. To resume an
+interrupted run, run the same command again.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ PREVIEW_IMAGES = 40
 
 
 def train(config: DiffusionConfig) -> Path:
-    """Train the diffusion model of a config, or go on with it; return the folder of the finished pipeline."""
+    """Train the diffusion model of a config, or resume its run; return the folder of the finished pipeline."""
     # 1. Data and models, before anything is written
     check_config(config)
     check_evaluation(config)
@@ -104,7 +104,7 @@ def train(config: DiffusionConfig) -> Path:
         cache = cache_latents(vqvae, images, Path(config.latents or run.folder.path / "latents"), accelerator)
     if config.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
-    if run.channels_last and not sharded:  # FSDP cannot divide such weights
+    if run.channels_last and not sharded:  # FSDP cannot shard channels_last weights
         denoiser = denoiser.to(memory_format=torch.channels_last)
     denoiser = denoiser.to(accelerator.device)
     ema = EMA(denoiser, config.ema_halflife_images)
@@ -143,7 +143,7 @@ def train(config: DiffusionConfig) -> Path:
         return LooCLDMPipeline(vqvae, averaged.unet, scheduler, averaged.class_embedding, id2label, null_label)
 
     def save(folder: Path, pipe: LooCLDMPipeline, live: Denoiser) -> None:
-        """Save averaged weights under the plain name, live ones as the variant `non_ema`, and how they were made."""
+        """Save averaged weights under the plain name, live ones as the variant `non_ema`, and `training.json`."""
         pipe.save_pretrained(folder)
         live.unet.save_pretrained(folder / "unet", variant="non_ema")
         if live.class_embedding is not None:
@@ -170,7 +170,7 @@ def train(config: DiffusionConfig) -> Path:
                 run.log.write_evaluation(run.images_seen, figures)
 
     def trial() -> None:
-        """Do the work of a training step and leave no trace of it."""
+        """Compute one forward and backward pass on dummy data, and drop its gradients."""
         n, side = batches.per_forward, live.unet.config.sample_size
         zeros = torch.zeros(n, dtype=torch.int64)
         with accelerator.autocast():
@@ -186,7 +186,7 @@ def train(config: DiffusionConfig) -> Path:
     with run.training("diffusion"):
         for latents, labels, noise, time, dropout in run.batches(loader):
             if not config.cache_latents:
-                latents = encode_latents(vqvae, to_float(latents))  # they were images
+                latents = encode_latents(vqvae, to_float(latents))  # the loader gave images
             with accelerator.accumulate(denoiser):
                 noisy, timesteps, target, weight = objective.example(latents, noise, time)
                 if null_label is not None:
@@ -235,9 +235,9 @@ def train(config: DiffusionConfig) -> Path:
 
 
 def measured_once(vqvae: LooCVQModel, images: ImageSet | Subset, run: Run) -> Moments:
-    """Measure mean and deviation of the latents of some images when a run starts; keep them for when it goes on.
+    """Measure the mean and deviation of the latents of `images`, or read them from `moments.json` in a resumed run.
 
-    On the main process only. Collective; after `run.resume`.
+    Collective: the main process measures, and every process gets the result. Call it after `run.resume`.
     """
     file = run.folder.path / "moments.json"
 

@@ -47,7 +47,7 @@ class Start:
 
     Attributes:
         settings: The config of that run.
-        live, averaged: Weights by name. Those of FSDP are divided in a checkpoint; there, `live` are the averaged ones.
+        live, averaged: Weights by name. FSDP checkpoints hold sharded live weights; there, `live` equals `averaged`.
         images: Images that these were trained on.
         class_names: Digest of the names of its classes; None for streamed data.
     """
@@ -60,7 +60,7 @@ class Start:
 
 
 def newest_weights(config: AutoencoderConfig | DiffusionConfig) -> Start | None:
-    """Return the weights to start from if `init_from` is the folder of a run; None for finished models and none.
+    """Return the weights to start from if `init_from` is a run's folder; None for a finished model or no `init_from`.
 
     Raises:
         UserError: The run has no checkpoint, a damaged one, or settings of the other stage.
@@ -85,7 +85,7 @@ def newest_weights(config: AutoencoderConfig | DiffusionConfig) -> Start | None:
 
 
 def make_autoencoder(config: AutoencoderConfig, start: Start | None = None) -> LooCVQModel:
-    """Return the model to train: new, or that of `init_from` (`start`: its `newest_weights`)."""
+    """Return the model to train: a new one, or the one that `init_from` names. `start` is from `newest_weights`."""
     if config.init_from:
         return autoencoder_from(config, start)
     return construct(LooCVQModel, {"sample_size": config.data.resolution, **config.model}, "model")

@@ -1,8 +1,8 @@
 """Encode a data set into a cache of latents, one shard at a time, on all processes.
 
-Each shard is written beside its place and renamed, so that an interrupted encoding keeps its complete shards. The
-content of a shard depends on the images and the batch size alone: any number of processes writes the same bytes (on
-CPUs, with the same number of threads per process). Only one run at a time may write into a folder.
+Each shard is written atomically, so that an interrupted encoding keeps its complete shards. The content of a shard
+depends only on the images and the batch size: any number of processes writes the same bytes (on CPUs, with the same
+number of threads per process). Only one run at a time may write to a folder.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from looc_ldm.utils.errors import ConfigError, DataError, UnreadableImage
 from looc_ldm.utils.files import make_folder, replace_bytes, replace_text
 
 SHARD_BYTES = 64 * 2**20
-# Small data sets are cut into smaller shards: there are some for each process, and an interruption costs little.
+# Small data sets get smaller shards, so that each process has some and an interruption loses little work.
 SHARDS, LEAST_IMAGES = 64, 64
 # Pixels per batch. A CPU is fastest while activations stay in its caches, a GPU once they fill it.
 CPU_PIXELS, GPU_PIXELS = 2**16, 2**20
@@ -54,9 +54,9 @@ def cache_latents(
     batch_size: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> LatentCache:
-    """Encode a data set, or return the cache that an earlier call with the same model and data has left. Collective.
+    """Encode a data set, or return the cache of an earlier call with the same model and data. Collective.
 
-    An interrupted encoding goes on: complete shards are kept, also with a different number of processes. Unreadable
+    An interrupted encoding is resumed: complete shards are kept, also with a different number of processes. Unreadable
     images are left out, with a warning that names them. Only the model's encoder runs, in the model's data type.
 
     Args:
@@ -83,7 +83,7 @@ def cache_latents(
 
 
 def divide(folder: Path, images: int, image_bytes: int, shard_bytes: int = SHARD_BYTES) -> list[tuple[Path, range]]:
-    """Return each shard's file and the indices of its images; the same for any number of processes."""
+    """Return the file of each shard and the indices of its images. Independent of the number of processes."""
     size = max(1, min(shard_bytes // image_bytes, max(LEAST_IMAGES, images // SHARDS)))
     spans = [range(images)[start : start + size] for start in range(0, images, size)]
     names = (f"latents-{number:05d}-of-{len(spans):05d}.safetensors" for number in range(len(spans)))
@@ -137,7 +137,7 @@ def _complete(
     if problem := too_many(unreadable, len(images), images.config.max_unreadable_share):
         for (file, _), metadata in zip(shards, found, strict=True):
             if metadata["unreadable"]:
-                file.unlink()  # encoded again by the same command, once the images are repaired
+                file.unlink()  # the same command encodes them again once the images are repaired
         raise DataError(problem)
     if unreadable == len(images):
         raise DataError(f"none of the {len(images)} images of {images.config.path} can be read.")
@@ -168,7 +168,7 @@ def _encode_shards(
     batch_size: int,
     shown: bool,
 ) -> None:
-    # Batches end with their shard, so that they do not depend on which others are encoded.
+    # No batch spans two shards, so that batches do not depend on which other shards are encoded.
     batches = [(file, span[i : i + batch_size]) for file, span in shards for i in range(0, len(span), batch_size)]
     loader = DataLoader(
         _Batches(images, batches),
@@ -176,7 +176,7 @@ def _encode_shards(
         num_workers=min(images.config.num_workers, len(batches)),
         pin_memory=model.device.type == "cuda",
         worker_init_fn=start_worker,
-        # Its own: a loader draws a number when it is made, which would change the training that follows.
+        # A separate generator: a loader draws a number when it is made, which would change the training that follows.
         generator=torch.Generator(),
     )
     bar = progress(loader, "encoding latents", shown=shown)
@@ -189,7 +189,7 @@ def _encode_shards(
 
 
 class _Batches(Dataset):
-    """Shard, pixels, (index, label) of the readable images and (index, problem) of the others, for each batch."""
+    """Batches of images. Item: shard file, pixels, (index, label) of readable images, (index, problem) of others."""
 
     def __init__(self, images: ImageSet, batches: list[tuple[Path, range]]):
         self.images, self.batches = images, batches

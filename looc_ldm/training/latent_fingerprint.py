@@ -68,7 +68,7 @@ def differences(old: dict[str, dict], new: dict[str, dict]) -> list[str]:
 
 
 def provenance_mismatch(then: dict[str, dict] | None, now: dict[str, dict] | None) -> str | None:
-    """Return why a run of the `run_fingerprint` `then` cannot go on with that of `now`; None if it can.
+    """Return why a run with the `run_fingerprint` `then` cannot resume with `now`; None if it can.
 
     Different bytes under the same labels are a warning only: damaged files may have been replaced.
     """

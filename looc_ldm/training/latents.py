@@ -3,8 +3,8 @@
     looc-ldm cache-latents --config imagenet/diffusion --data /data/imagenet
     accelerate launch -m looc_ldm.training.latents --config imagenet/diffusion --data /data/imagenet
 
-Each process encodes a part; the folder must be one that all of them see. Interrupted, the same command goes on, also
-with a different number of processes.
+Each process encodes a part. All processes must see the same folder. To resume after an interruption, run the same
+command again; the number of processes may differ.
 """
 
 from __future__ import annotations

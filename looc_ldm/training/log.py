@@ -1,4 +1,4 @@
-"""Write the log of a run: a line per log interval in `metrics.jsonl` and in the tracker, one every 30 s on stderr."""
+"""Write the log of a run: one line per log interval to `metrics.jsonl` and the tracker, one every 30 s to stderr."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ logger = logging.getLogger(__name__)
 PROGRESS_SECONDS = 30  # between two lines on stderr; the first comes sooner
 FIRST_PROGRESS_SECONDS = 10
 FIRST_PREVIEW_SECONDS = 45
-# These depend on the machine and the moment, and so are not the same in a run that was interrupted.
+# These depend on the machine and the time, so an interrupted and resumed run has different ones.
 VOLATILE_KEYS = ("images_per_second", "data_wait", "other_seconds", "memory_gib")
 
 
 def show_log_lines() -> None:
-    """Show the log of training on stderr. Of several processes only the first one shows more than warnings."""
+    """Show the log of training on stderr. Processes other than the first show only warnings and errors."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     if is_first_process():
         logging.getLogger("looc_ldm").setLevel(logging.INFO)
@@ -64,7 +64,7 @@ def progress(items: Iterable, description: str, unit: str = "batch", shown: bool
 
 
 class Means:
-    """Means of scalars that are recorded step by step. Values that are not finite are left out.
+    """Means of scalars that are recorded at every step. Values that are not finite are left out.
 
     Sums stay on the device, so that recording does not wait for it.
     """
@@ -75,7 +75,7 @@ class Means:
         self._latest: dict[str, torch.Tensor] = {}
 
     def record(self, **values: torch.Tensor | float) -> None:
-        """Take in scalars of one forward pass."""
+        """Add the scalars of one forward pass."""
         for name, value in values.items():
             value = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach().reshape(())
             finite = value.isfinite()
@@ -92,12 +92,12 @@ class Means:
         return {name: sums.tolist() for name, sums in self._sums.items()}
 
     def reset(self, state: dict[str, list[float]] | None = None) -> None:
-        """Forget what was recorded, or go on from a `state`."""
+        """Clear the recorded sums, or restore them from a `state`."""
         self._sums = {name: torch.tensor(sums, device=self.device) for name, sums in (state or {}).items()}
 
 
 def means_of(states: list[dict[str, list[float]]]) -> dict[str, float]:
-    """Return the means over several processes' `Means.state`, without scalars that were never finite."""
+    """Return the means over the `Means.state` of all processes. Scalars that were never finite are left out."""
     means = {}
     for name in dict.fromkeys(name for state in states for name in state):
         total, count = map(sum, zip(*(state[name] for state in states if name in state), strict=True))
@@ -111,7 +111,7 @@ class RunLog:
 
     Attributes:
         means (`Means`): Scalars recorded since the last line.
-        waited (`float`): Seconds since the last line that training has waited for its data.
+        waited (`float`): Seconds that training has waited for data since the last line.
         bar (`tqdm`, *optional*): The progress bar, over images.
     """
 
@@ -131,7 +131,7 @@ class RunLog:
         self._other = 0.0  # anything but training
 
     def start(self, images_seen: int, means: dict | None) -> None:
-        """Go on after `images_seen` images, with what was recorded since the last line. On every process."""
+        """Start or resume at `images_seen` images, with the scalars recorded since the last line. On every process."""
         if self.accelerator.is_main_process:
             cut_lines(self.file, images_seen)
         self.means.reset(means)
@@ -145,12 +145,12 @@ class RunLog:
 
     def _start_tracker(self, images_seen: int) -> None:
         if self.config.tracker == "tensorboard":
-            # It hides what was logged after the checkpoint.
+            # It hides values logged after the checkpoint.
             self.accelerator.init_trackers("logs", init_kwargs={"tensorboard": {"purge_step": images_seen + 1}})
         elif self.config.tracker == "wandb":
             settings = {}
             if self.accelerator.is_main_process:
-                id_file = self.folder / "wandb_id.txt"  # the same run again after an interruption
+                id_file = self.folder / "wandb_id.txt"  # so that W&B resumes the same run after an interruption
                 if not id_file.is_file():
                     replace_text(id_file, uuid.uuid4().hex[:8] + "\n")
                 settings = {
@@ -174,28 +174,28 @@ class RunLog:
             unit="img",
             unit_scale=True,
             mininterval=0.5,
-            disable=None if self.accelerator.is_main_process else True,  # None: unless it is a terminal
+            disable=None if self.accelerator.is_main_process else True,  # None: hidden unless on a terminal
         )
         with self.bar, nullcontext() if self.bar.disable else logging_redirect_tqdm():
             yield
 
     @contextmanager
     def pause_timer(self) -> Iterator[None]:
-        """Exclude a block that is no training, such as a grid or an evaluation, from speed and waiting."""
+        """Exclude a block that is not training, such as a grid or an evaluation, from speed and waiting time."""
         began = time.monotonic()
         yield
         self._other += time.monotonic() - began
 
     def exclude_first_step(self, images_seen: int) -> None:
         """Exclude the first step from images/s: it also starts workers, compiles and picks kernels."""
-        if self._written_at[0] != images_seen:  # a line about this step alone is written already
+        if self._written_at[0] != images_seen:  # the log line of this step is already written
             then = self._written_at[1]
             self._written_at = (images_seen, then)
             self.waited, self._other = 0.0, time.monotonic() - then
         self._start_timing(images_seen)
 
     def show_progress(self, images_seen: int) -> None:
-        """Say on stderr, now and then, how far the run is, its speed and how long it still takes. Main process only."""
+        """Print progress, speed and remaining time to stderr every 30 s. Main process only."""
         now = time.monotonic()
         if now < self._next_progress or not self.accelerator.is_main_process:
             return
@@ -214,10 +214,10 @@ class RunLog:
     # Lines -----------------------------------------------------------------------------------------------------------
 
     def write(self, images_seen: int, **extra: float) -> None:
-        """Write a line: the means since the last one, over all processes. Collective; waits for the device.
+        """Write a line: the means since the last line, over all processes. Collective; waits for the device.
 
-        Speed and waiting are those of training alone, without the first step after a start unless the line has no other
-        step; the rest is `other_seconds`.
+        Speed and waiting time cover training only. They exclude the first step after a start, unless it is the only
+        step of the line. `other_seconds` is the remaining time.
         """
         images, then = self._written_at
         now = time.monotonic()
@@ -230,13 +230,13 @@ class RunLog:
         self.means.reset()
         self.waited = self._other = 0.0
         states, trained, waits, others, memory = zip(*parts, strict=True)
-        seconds = min(trained)  # the other processes also count their wait for an evaluation of the main process
+        seconds = min(trained)  # other processes also count the time they wait while the main process evaluates
         means = means_of(states)
         values = {
             "images_per_second": (images_seen - images) / seconds,
             "data_wait": min(1.0, max(waits) / seconds),  # the slowest process holds up the others
             "other_seconds": max(others),
-            "memory_gib": max(memory) / 2**30,  # the peak on a GPU, the present on a CPU
+            "memory_gib": max(memory) / 2**30,  # peak on a GPU, current on a CPU
             **means,
             **extra,
         }
@@ -247,7 +247,7 @@ class RunLog:
             self.bar.set_postfix({name: f"{value:.3g}" for name, value in means.items() if name.startswith("loss")})
 
     def write_evaluation(self, images_seen: int, figures: dict) -> None:
-        """Write figures of an evaluation, with the prefix `val_`. Does nothing on other processes than the main one."""
+        """Write the figures of an evaluation, with the prefix `val_`. Does nothing except on the main process."""
         if self.accelerator.is_main_process:
             line = {f"val_{name}": value for name, value in figures.items()}
             self._append(images_seen, line)
@@ -255,7 +255,7 @@ class RunLog:
             logger.info(", ".join([f"after {images_seen:,} images", *words]))
 
     def _append(self, images_seen: int, values: dict) -> None:
-        # JSON and trackers have no place for NaN.
+        # JSON and trackers cannot store NaN.
         line = {key: value for key, value in values.items() if not isinstance(value, float) or math.isfinite(value)}
         self.accelerator.log(line, step=images_seen)
         with writing("the log", self.folder), self.file.open("a") as file:
@@ -268,7 +268,7 @@ class RunLog:
         return self.folder / "previews" / f"{images_seen:09d}.png"
 
     def first_preview_due(self) -> bool:
-        """Whether training has gone on for a while without an image grid in the run's folder."""
+        """Whether training has run for 45 s and the run's folder has no image grid yet."""
         waited = time.monotonic() - self._started_at[1] > FIRST_PREVIEW_SECONDS
         return waited and not any((self.folder / "previews").glob("*.png"))
 
@@ -300,7 +300,7 @@ def with_caption(image: Image.Image, text: str) -> Image.Image:
 
 
 def cut_lines(file: Path, images: int) -> None:
-    """Remove the lines after `images` images, and one that was half written when the process was killed."""
+    """Remove the lines after `images` images, and an incomplete last line of a killed process."""
     content = file.read_bytes() if file.is_file() else b""
     kept = []
     for line in content.splitlines(keepends=True):
@@ -312,7 +312,7 @@ def cut_lines(file: Path, images: int) -> None:
 
 
 def data_line(images, held_out, classes: list[str], model: torch.nn.Module) -> str:
-    """Return one line on what a run trains, and on which data."""
+    """Return one line that describes the network and the data of a run."""
     count = f"{images.num_shards} shards of images" if hasattr(images, "num_shards") else f"{len(images):,} images"
     return (
         f"{count}, {len(held_out):,} held out, {len(classes) or 'no'} classes; "

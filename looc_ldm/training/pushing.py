@@ -1,4 +1,4 @@
-"""Upload models to the hub while training goes on, each in a process of its own: one that hangs can be ended."""
+"""Upload models to the hub during training. Each upload runs in a separate process, which can be killed if it hangs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WAIT_AT_END_SECONDS = 300
 
 
 class Pusher:
-    """Upload folders to a repository `user/name`, one at a time. An upload that fails prints its own error line."""
+    """Upload folders to a repository `user/name`, one at a time. A failed upload prints its own error line."""
 
     def __init__(self, repo_id: str, private: bool):
         self.repo_id, self.private = repo_id, private
@@ -27,14 +27,14 @@ class Pusher:
         return self._process is not None and self._process.poll() is None
 
     def push(self, folder: Path, message: str) -> None:
-        """Begin to upload a folder, which must stay as it is until the upload ends. An upload under way is ended."""
+        """Start to upload a folder, which must not change until the upload ends. Kills an earlier upload."""
         self.wait(0)
         command = [sys.executable, "-m", __name__, str(folder), self.repo_id, message, *["private"] * self.private]
         environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         self._process = subprocess.Popen(command, env=environment, start_new_session=True)  # Ctrl-C is for the trainer
 
     def wait(self, seconds: float = WAIT_AT_END_SECONDS) -> bool:
-        """Wait for the upload under way, end it after `seconds`, and return whether it succeeded."""
+        """Wait up to `seconds` for the running upload, then kill it; return whether it succeeded."""
         if self._process is None:
             return True
         with suppress(subprocess.TimeoutExpired):

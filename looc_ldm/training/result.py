@@ -1,6 +1,6 @@
 """Write `training.json`, the record of a finished model, beside its weights.
 
-`looc_ldm.hub.card` prints what it finds under "facts", "preview", "validation" and "first_stage", and knows no setting.
+`looc_ldm.hub.card` prints the entries "facts", "preview", "validation" and "first_stage", and reads no settings.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def write_description(folder: Path, config: RunConfig, run: Run, preview: str, *
 
     Args:
         preview: Caption of the newest preview.
-        figures: Measured figures, by "validation" or "first_stage".
+        figures: Measured figures, each a dict under the key "validation" or "first_stage".
     """
     transform, precision = describe_transform(config.data), run.accelerator.mixed_precision
     provenance = run.checkpoints.provenance or {}
@@ -73,7 +73,7 @@ def show_result(config: AutoencoderConfig | DiffusionConfig, result: Path) -> No
 
 
 def validation_data(data: DataConfig) -> dict[str, str]:
-    """Return the data set and split of the validation set, as the records of `looc-ldm evaluate` name them."""
+    """Return the data set and split of the validation set, in the format of `looc-ldm evaluate` records."""
     return {"data": data.path, "split": data.validation_split or f"{data.split}, held out"}
 
 

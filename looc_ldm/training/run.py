@@ -8,11 +8,11 @@ A run is resumed by repeating its command. It owns its output folder, which all 
     metrics.jsonl         one line per log interval, cut back to the checkpoint on resuming
     previews/000123.png   image grids
     upload.partial/       the model that is being uploaded, with `push_to_hub`
-    logs/, wandb/         the tracker's files; wandb_id.txt names the run that W&B goes on with
+    logs/, wandb/         the tracker's files; wandb_id.txt names the W&B run to resume
     model/ or pipeline/   the result, written at the end; training.json has its number of images
 
-The log line of a step, its grid and its evaluation come before its checkpoint: a run that is killed meanwhile makes
-them again when it goes on.
+The log line of a step, its grid and its evaluation are written before its checkpoint. If a run is killed in between,
+the resumed run writes them again.
 
 Methods marked *collective* must be called by every process.
 """
@@ -104,8 +104,8 @@ class Run:
     def resume(self, provenance: Callable[[], dict[str, dict]] | None = None, ema: EMA | None = None) -> None:
         """Load the newest checkpoint, if there is one. Collective; after `accelerator.prepare`.
 
-        With a different number of processes than before, the count of images and the schedule go on. Processes that
-        were not there before draw their random numbers (dropout, random anchors) from seeds of their own.
+        The number of processes may differ from before: the count of images and the schedule continue. Additional
+        processes draw their random numbers (dropout, random anchors) from new seeds.
 
         Args:
             provenance: Returns what the run depends on, on the main process: `latent_fingerprint.run_fingerprint`.
@@ -133,7 +133,7 @@ class Run:
             self.cursors = {int(lane): tuple(cursor) for lane, cursor in state["cursors"].items()}
             if len(state.get("sums", [])) == self.accelerator.num_processes:
                 means = state["sums"][self.accelerator.process_index]
-        begins = "a new run" if state is None else f"going on from checkpoint {self.images_seen}"
+        begins = "a new run" if state is None else f"resuming from checkpoint {self.images_seen}"
         count, precision = self.accelerator.num_processes, self.accelerator.mixed_precision
         logger.info("%s, processes: %d, %s, precision: %s", begins, count, self.accelerator.device.type, precision)
         self.log.start(self.images_seen, means)
@@ -166,7 +166,7 @@ class Run:
     def use_fastest_threads(self, trial: Callable[[], None]) -> None:
         """On a CPU, compute with the number of threads that was asked for, or is fastest. After `resume`.
 
-        A run keeps its number when it goes on, because sums of other parts have other last bits.
+        A resumed run keeps its number of threads: a different number changes the last bits of sums.
 
         Args:
             trial: The work of a training step, which changes nothing.
@@ -283,7 +283,7 @@ class Run:
             self.accelerator.end_training()
             newest = self.checkpoints.newest
             place = f"checkpoint {newest}" if newest else "the beginning"
-            message = f"stopped at {self.images_seen} images; the same command goes on from {place}"
+            message = f"stopped at {self.images_seen} images; run the same command again to resume from {place}"
             raise KeyboardInterrupt(message) if received == signal.SIGINT else Terminated(message)
 
     def write_log(self, **extra: float) -> None:

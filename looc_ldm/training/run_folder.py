@@ -21,16 +21,16 @@ from looc_ldm.utils.files import check_folder, read_json, replace_folder, replac
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "run.lock"
-# Settings that may differ when a run goes on.
+# Settings that may change when a run is resumed.
 RESUMABLE = {
     # Length and reports
     *("total_images", "log_every_images", "preview_every_images", "checkpoint_every_images", "keep_last"),
     *("keep_every_images", "max_skipped_steps", "push_to_hub", "push_private", "tracker", "data.num_workers"),
     *("data.max_unreadable_share", "evaluation.every_images", "evaluation.images", "evaluation.fid"),
     *("evaluation.inception_weights", "evaluation.feature_layer", "preview_steps", "preview_guidance_scale"),
-    # These change the last bits of sums, no more
+    # These only change the last bits of sums
     *("threads", "channels_last"),
-    # Compared by content: `auto` may become the precision that it stood for, and files may have moved
+    # Compared by content elsewhere: `auto` may be replaced by the precision it resolved to, and files may have moved
     *("mixed_precision", "output_dir", "latents", "data.path", "autoencoder", "loss.lpips_weights"),
 }
 
@@ -42,11 +42,13 @@ class RunFolder:
         result (`str`): Name of the folder that the finished model is written to.
 
     Attributes:
-        path, checkpoints, result, upload (`Path`): The folder, and those of its checkpoints, of the finished model and
-            of the model that is being uploaded.
+        path (`Path`): The output folder.
+        checkpoints (`Path`): Folder of the checkpoints.
+        result (`Path`): Folder of the finished model.
+        upload (`Path`): Folder of the model that is being uploaded.
 
     Raises:
-        ConfigError: It holds a run with other settings, or cannot be written.
+        ConfigError: The folder holds a run with different settings, or cannot be written.
     """
 
     def __init__(self, config: RunConfig, result: str):
@@ -96,7 +98,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the result is there and was trained on as many images as are asked for."""
+        """Whether the result exists and was trained on `total_images` images."""
         file = self.result / "training.json"
         if not file.is_file():
             return False
@@ -129,7 +131,7 @@ class RunFolder:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """Return the settings that may not differ when a run is resumed, and do, each as `name: old -> new`."""
+    """Return the changed settings that may not change when a run is resumed, each as `name: old -> new`."""
     old, new = flatten(old), flatten(new)
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in RESUMABLE]
     return [f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in names]

@@ -58,7 +58,7 @@ class StopSignals:
 
 
 def _start_worker(worker: int, over: ctypes.c_bool) -> None:
-    """Let a loader's worker go on while the trainer, which gets the same signals, finishes its step.
+    """Keep a loader's worker running while the trainer, which gets the same signals, finishes its step.
 
     When no training is under way, SIGTERM ends the worker at once: the loader sends it to a worker that is slow to end.
     A worker that cannot send a batch, because /dev/shm is full, ends too; otherwise the trainer would wait for ever.

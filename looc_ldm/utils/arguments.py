@@ -58,7 +58,7 @@ class DeviceOptions(Options):
 class CacheLatents(DeviceOptions):
     """Encode a data set once, for stage 2.
 
-    After an interruption the same command goes on. On several GPUs: accelerate launch -m looc_ldm.training.latents,
+    To resume an interrupted run, repeat the command. On several GPUs: accelerate launch -m looc_ldm.training.latents,
     with the same options.
     """
 

@@ -1,4 +1,4 @@
-"""Several processes: start them, let one act for all, and stop together, so that none waits for one that has ended.
+"""Start several processes, run code on the main one, and stop all together, so that none waits for one that has ended.
 
 Functions marked *collective* must be called by every process.
 """
@@ -27,24 +27,24 @@ T = TypeVar("T")
 
 # Engines that commands outside of training run with: they compute on each process by itself.
 ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
-WAIT = timedelta(hours=2)  # for a process that evaluates or writes while the others have nothing to do
+WAIT = timedelta(hours=2)  # how long processes wait for one that evaluates or writes
 # torch.save reports what the disk refuses as a RuntimeError with one of these in it.
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream")
 
 
 def make_accelerator(name: str | None) -> Accelerator:
-    """Return the `Accelerator` of one process or several, on the device of that name.
+    """Return the `Accelerator` for one or several processes.
 
     Args:
-        name: As for `choose_device`; of several processes each takes a GPU of its own, unless it is "cpu".
+        name: One process: a device, as in `choose_device`. Several processes: "cpu", or None for one GPU per process.
 
     Raises:
-        UserError: There is no such device, one was given to several processes, or Accelerate cannot start the engine
-            that its environment variables ask for.
+        UserError: There is no such device, a GPU was named for several processes, or Accelerate cannot start the engine
+            that its config or environment selects.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if name not in (None, "cpu"):
-            raise UserError(f"--device {name}: of several processes each takes its own; only cpu can be given.")
+            raise UserError(f"--device {name}: with several processes, each selects its GPU; only cpu may be given.")
         on_cpu = name == "cpu"
     else:
         device = choose_device(name)
@@ -67,7 +67,7 @@ def make_accelerator(name: str | None) -> Accelerator:
 
 
 def refuse_lone_process(accelerator: Accelerator) -> None:
-    """Raise ConfigError if this is meant to be one of several processes and does not know the others."""
+    """Raise ConfigError if WORLD_SIZE is greater than 1, but this process is not connected to others."""
     count = os.environ.get("WORLD_SIZE", "1")
     if accelerator.num_processes == 1 and count != "1":
         raise ConfigError(
@@ -87,7 +87,7 @@ def wait_for_gloo(accelerator: Accelerator) -> None:
 
 
 def on_main(accelerator: Accelerator | None, make: Callable[[], T]) -> T:
-    """Call `make` on the main process only; return on all what it returns, raise on all its ValueErrors. Collective."""
+    """Call `make` on the main process; return its result, or raise its ValueError, on every process. Collective."""
     if accelerator is None or accelerator.num_processes == 1:
         return make()
     outcome: list = [None, None]
@@ -104,7 +104,7 @@ def on_main(accelerator: Accelerator | None, make: Callable[[], T]) -> T:
 
 @contextmanager
 def writing(what: str, folder: Path) -> Iterator[None]:
-    """Raise TrainingError, in one line, if the disk refuses what is written in this block.
+    """Raise a one-line TrainingError if a write in this block fails.
 
     A process that fails does not wait for the others: its launcher ends them.
     """

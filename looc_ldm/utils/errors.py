@@ -39,7 +39,7 @@ class ModelError(UserError):
 
 
 class TrainingError(UserError):
-    """A run cannot go on. Its checkpoints are as they were."""
+    """A run cannot continue. Its checkpoints are unchanged."""
 
 
 class Terminated(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Write files so that a half-written one is never seen, and read JSON."""
+"""Write files atomically, and read JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAME_BYTES = 255  # in a name, on the usual file systems
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse, before any work, a folder that cannot be made or written to. Makes nothing."""
+    """Raise UserError, before any work, if a folder cannot be made or written to. Makes no folder."""
     nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))  # dangling links too
     if not nearest.is_dir():
         raise UserError(f"cannot write to {str(folder)!r}: {str(nearest)!r} is not a folder.")
@@ -40,18 +40,18 @@ def make_folder(folder: Path) -> None:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a UTF-8 text file beside its place and rename it."""
+    """Write a UTF-8 text file atomically."""
     replace_bytes(file, text.encode())
 
 
 def replace_bytes(file: Path, content: bytes) -> None:
-    """Write a file beside its place and rename it."""
+    """Write a file atomically: under a temporary name in the same folder, and then renamed."""
     with renamed_when_complete(file) as partial:
         partial.write_bytes(content)
 
 
 def write_image(image: Image.Image, file: Path) -> None:
-    """Write a PNG beside its place and rename it."""
+    """Write a PNG atomically."""
     with renamed_when_complete(file) as partial:
         image.save(partial, format="PNG")
 
@@ -65,12 +65,12 @@ def renamed_when_complete(file: Path, partial: Path | None = None) -> Iterator[P
         partial: The path to yield; `partial_of(file)` if not given.
 
     Raises:
-        UserError: The system refused something, for instance because the disk is full.
+        UserError: Writing failed, for instance because the disk is full.
     """
     partial = partial_of(file) if partial is None else partial
     try:
         yield partial
-        _to_disk(partial)  # else a power cut can leave the name without all of the content
+        _to_disk(partial)  # otherwise a power cut can leave a file with incomplete content
         os.replace(partial, file)
     except BaseException as error:
         with suppress(OSError):  # the first error is the one to see
@@ -85,7 +85,7 @@ def folder_when_complete(folder: Path) -> Iterator[Path]:
     """Yield a new folder beside `folder`, which replaces it at the end, or is removed after an error.
 
     Raises:
-        UserError: The system refused something.
+        UserError: Writing failed.
     """
     partial = partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)  # a command that was killed left it

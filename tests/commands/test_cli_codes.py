@@ -145,7 +145,7 @@ def test_files_are_replaced_only_when_that_is_asked_for(models, capsys):
     Path("codes/cats").mkdir(parents=True)
     Path("codes/cats/a.looc").write_text("somebody's")
     message = refusal(capsys, "encode", models / "grey", "photos", "--output", "codes")
-    assert message.startswith("error: 1 of 5 outputs are there already, such as 'codes/cats/a.looc': --overwrite")
+    assert message.startswith("error: 1 of 5 outputs already exist, such as 'codes/cats/a.looc': --overwrite")
     run(capsys, "encode", models / "grey", "photos", "--output", "codes", "--overwrite")
     assert read_codes(Path("codes/cats/a.looc")).height == 14
     # Beside the originals, a decoded image would replace one.
@@ -173,7 +173,7 @@ def test_damaged_codes_are_named_and_the_others_are_decoded(models, capsys):
     Path("codes/cats/b.looc").write_bytes(content[:-1])
     lines = stopped(capsys, "decode", models / "grey", "codes", "--output", "images")
     assert lines == [
-        "cannot read 'codes/cats/a.looc': damaged: its checksum does not fit.",
+        "cannot read 'codes/cats/a.looc': damaged: its checksum does not match.",
         f"cannot read 'codes/cats/b.looc': cut off: {len(content) - 1} bytes, and its header promises {len(content)}.",
         "error: 2 of 5 images could not be decoded and are left out.",
     ]
@@ -416,7 +416,7 @@ def test_a_dangling_link_is_not_replaced(models, capsys):
     Path("codes").mkdir()
     Path("codes/a.looc").symlink_to("nowhere")
     message = refusal(capsys, "encode", models / "grey", "photos/cats/a.png", "--output", "codes")
-    assert "outputs are there already" in message
+    assert "outputs already exist" in message
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

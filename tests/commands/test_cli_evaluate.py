@@ -326,7 +326,7 @@ def test_class_fid_names_the_classes_that_are_too_small(network, capsys):
     assert record["class_fid"]["biased"] == {"a": 3, "b": 2}
     printed = run(capsys, "evaluate", *command)
     assert "warning: class_fid leaves out c (1 generated and 4 reference images" in printed
-    assert "warning: class_fid is of classes with fewer images than the 64 features: b (2), a (3)\n" in printed
+    assert "warning: class_fid uses classes with fewer images than the 64 features: b (2), a (3)\n" in printed
 
 
 def test_classes_are_matched_by_name_and_not_by_place(network, capsys):

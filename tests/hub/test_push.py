@@ -98,7 +98,7 @@ def test_a_repository_is_private_if_asked_for_and_a_public_one_is_not_taken_for_
     before = dict(files(hub, "ada/open"))
     status, _, errors = say("push", pipeline_folder, "ada/open", "--private", "--license", "mit")
     assert status == 2
-    assert errors == "error: ada/open is there already, and public: nothing was uploaded; make it private first.\n"
+    assert errors == "error: ada/open already exists and is public: nothing was uploaded; make it private first.\n"
     assert files(hub, "ada/open") == before
 
 

@@ -162,7 +162,7 @@ def test_a_link_that_leads_nowhere_is_an_unreadable_image_and_files_of_other_kin
     with pytest.raises(UnreadableImage, match=r"cannot read .*gone\.png: "):
         images.read(1)
     assert f"{tmp_path}: 3 files with other suffixes are not read" in caplog.text
-    assert f"{tmp_path}: 1 files of labels in sub-folders are not used, the first is a/metadata.csv" in caplog.text
+    assert f"{tmp_path}: 1 label files in sub-folders are not used; the first is a/metadata.csv" in caplog.text
     assert f"{tmp_path}: the only label is a, so there are no classes" in caplog.text
 
 
@@ -239,7 +239,7 @@ def test_labels_of_other_files_are_said(tmp_path, config, caplog):
     assert f"{tmp_path / 'metadata.csv'} is not used" in caplog.text
     file.write_text("file_name,label\nx/1.png,a\nx/2.png,b")
     assert not open_sources(replace(config, path=str(tmp_path)))["train"].classes
-    assert "the labels are those of other files, such as x/1.png" in caplog.text
+    assert "the label file lists other files, such as x/1.png" in caplog.text
 
 
 def test_an_image_without_a_label_counts_as_unreadable_only_if_labels_are_needed(tmp_path, config):
@@ -547,7 +547,7 @@ def test_empty_shards_are_passed_over_and_compressed_ones_named(tmp_path, config
 
 def test_shards_that_are_not_found_are_answered_with_where_they_may_lie(tmp_path, config):
     write_shards(tmp_path / "a" / "b", [{"png": encoded(1, "png")}], "train-{}.tar.gz")
-    with pytest.raises(DataError, match=r"no images in .*Shards \(.tar, .parquet\) may lie in it, in its sub-"):
+    with pytest.raises(DataError, match=r"no images in .*Uncompressed shards \(.tar, .parquet\) may be in it"):
         load_image_set(config, channels=3)
 
 

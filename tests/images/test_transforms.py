@@ -138,7 +138,7 @@ def test_one_channel_is_grey_and_three_are_colour(tmp_path, small_data):
 
 
 def test_other_numbers_of_channels_are_refused(small_data):
-    with pytest.raises(ConfigError, match=r"1 \(grey\) or 3 channels, the model asks for 4"):
+    with pytest.raises(ConfigError, match=r"1 \(grey\) or 3 channels, but the model expects 4"):
         load_image_sets(small_data, channels=4)
 
 

@@ -235,14 +235,14 @@ def test_a_signal_to_all_processes_ends_in_a_checkpoint_and_one_line_and_the_sam
     assert processes.join() == [status]
     *before, last = processes.printed().splitlines()
     images = newest(tmp_path / "run")
-    assert last == f"stopped at {images} images; the same command goes on from checkpoint {images}"
+    assert last == f"stopped at {images} images; run the same command again to resume from checkpoint {images}"
     assert 16 <= images < 128
     assert [line for line in before if line and " INFO " not in line] == [
         "stopping after what is under way, with a checkpoint; once more: at once, without"
     ]
     again = start(config)
     assert again.join() == [0]
-    assert f"going on from checkpoint {last.split()[2]}, processes: 1, cpu" in again.printed()
+    assert f"resuming from checkpoint {last.split()[2]}, processes: 1, cpu" in again.printed()
     assert_same_run(tmp_path / "run", whole)
 
 

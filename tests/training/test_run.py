@@ -216,7 +216,7 @@ def test_a_run_that_is_stopped_while_steps_are_skipped_says_from_which_checkpoin
             signal.raise_signal(signal.SIGTERM)
         return loss * math.nan if run.images_seen >= 32 else loss
 
-    with pytest.raises(Terminated, match="stopped at 48 images; the same command goes on from checkpoint 24"):
+    with pytest.raises(Terminated, match=r"stopped at 48 images; .* again to resume from checkpoint 24"):
         train(config_of(tmp_path), at_step=skip_and_stop)
     run = train(config_of(tmp_path))
     assert (run.images_seen, run.skipped_steps) == (128, 0)
@@ -314,7 +314,7 @@ def test_a_run_with_withdrawn_settings_goes_on_if_they_are_at_their_defaults(tmp
     assert train(replace(config, total_images=48)).images_seen == 48
     settings["loss"]["lecam_weight"] = 0.1
     file.write_text(yaml.safe_dump(settings))
-    with pytest.raises(ConfigError, match=r"loss\.lecam_weight=0\.1 was withdrawn, only 0\.0 is left"):
+    with pytest.raises(ConfigError, match=r"loss\.lecam_weight=0\.1 was withdrawn; only 0\.0 is accepted"):
         train(replace(config, total_images=72))
 
 
