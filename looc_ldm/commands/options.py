@@ -142,8 +142,8 @@ class Encode(ModelOptions, _CodeOptions):
     """Encode images as packed codes (.looc), or as a table of code sequences.
 
     --format looc writes one .looc file per image, at the image's own size. --format parquet writes one table of a data
-    set, with labels, that datasets.load_dataset reads. Images are taken as a viewer shows them: turned as their EXIF
-    data says, transparent ones on white, the first frame of several.
+    set, with labels, that datasets.load_dataset reads. Images are read as a viewer shows them: rotated by EXIF,
+    transparent pixels on white, and only the first frame.
     """
 
     images: list[str] = option(f"Image files and folders. With parquet one data set: {DATA}.", positional="IMAGES")

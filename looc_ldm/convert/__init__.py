@@ -56,7 +56,7 @@ def convert_autoencoder(
     if "encoder.conv_in.weight" not in tensors:
         surplus = [key for key in tensors if not key.startswith((FIRST_STAGE, *TRANSFORMER))]
         if surplus:
-            raise ModelError(f"not a VQGAN: surplus {surplus[0]} and {len(surplus) - 1} more.")
+            raise ModelError(f"not a VQGAN: unexpected {surplus[0]} and {len(surplus) - 1} more.")
         tensors = under(tensors, FIRST_STAGE)
     tensors, updates = with_ema(tensors) if use_ema else (without_ema(tensors), None)
     return convert_vqgan(tensors, settings), updates

@@ -99,7 +99,7 @@ def with_ema(tensors: Tensors, module: str = "") -> tuple[Tensors, int | None]:
     for key in result:
         if key.startswith(module):
             result[key] = averages.pop(key.removeprefix(module).replace(".", ""), result[key])
-    # The rest is reported as surplus, unless it is ignored.
+    # The rest is reported as unexpected, unless it is ignored.
     return result | {f"model_ema.{name}": tensor for name, tensor in averages.items()}, int(updates)
 
 
@@ -117,7 +117,7 @@ def load_renamed(model: nn.Module, tensors: Tensors, rules: Rules) -> None:
     """Load all tensors, under the names that the rules give, into a model on the meta device, which keeps its dtypes.
 
     Raises:
-        ModelError: Weights are missing (by our name), surplus or mis-shaped; names the first of each and counts the
+        ModelError: Weights are missing (by our name), unexpected or mis-shaped; names the first of each and counts the
             others.
     """
     theirs = {}
@@ -139,7 +139,7 @@ def load_renamed(model: nn.Module, tensors: Tensors, rules: Rules) -> None:
         state[name] = tensor.to(parameter.dtype, copy=True).contiguous()
     problems = {
         "missing": [name for name in expected if name not in theirs],
-        "surplus": [key for name, key in theirs.items() if name not in expected],
+        "unexpected": [key for name, key in theirs.items() if name not in expected],
         "mis-shaped:": wrong,
     }
     found = [f"{problem} {names[0]} and {len(names) - 1} more" for problem, names in problems.items() if names]

@@ -41,13 +41,13 @@ def convert_ldm(tensors: Tensors, settings: Settings, use_ema: bool = True) -> t
         The pipeline, and the number of updates of the UNet's averaged weights: -1 if unknown, None for live weights.
 
     Raises:
-        ModelError: The model is of a different kind, or weights are missing, surplus or mis-shaped.
+        ModelError: The model is of a different kind, or weights are missing, unexpected or mis-shaped.
         ConfigError: Settings are missing that the weights do not show.
     """
     tensors, updates = with_ema(tensors, module="model.") if use_ema else (without_ema(tensors), None)
     surplus = [key for key in tensors if not key.startswith(KNOWN)]
     if surplus:
-        raise ModelError(f"not a checkpoint of LatentDiffusion: surplus {surplus[0]} and {len(surplus) - 1} more.")
+        raise ModelError(f"not a checkpoint of LatentDiffusion: unexpected {surplus[0]} and {len(surplus) - 1} more.")
     # LDM trains on the live weights of its first stage, even if that has averaged ones.
     unet_tensors, first_stage = under(tensors, UNET), without_ema(under(tensors, FIRST_STAGE))
     check_vqgan(first_stage)

@@ -45,7 +45,7 @@ def to_uint8(image: torch.Tensor) -> torch.Tensor:
 
 
 def centre_crop(images: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
-    """Return the centre of images `(..., H, W)`, `size` = (height, width); all of them if `size` is None.
+    """Crop images `(..., H, W)` at the centre to `size` = (height, width); no crop if `size` is None.
 
     If the margin is odd, its smaller half is above and to the left. Raises ValueError if the size is too large.
     """
@@ -122,9 +122,9 @@ def read_image(content: bytes | str | Path | None, mode: str, name: str) -> Imag
 def as_shown(image: Image.Image, mode: str, background: str = "white") -> Image.Image:
     """Return a PIL image as a viewer shows it, in mode `L` or `RGB`.
 
-    It is turned as its EXIF data says, transparency is put on `background`, and 16 bits become 8. Palettes, CMYK and
-    other modes are converted; colour profiles are not applied; of several frames the first is taken. Damaged EXIF data
-    turns nothing, as in viewers.
+    It is rotated by its EXIF orientation, transparent pixels are blended with `background`, and 16 bits become 8.
+    Palettes, CMYK and other modes are converted. Colour profiles are not applied. Only the first frame is read. Damaged
+    EXIF data is ignored, as in viewers.
 
     Raises:
         DataError: 32-bit pixels, whose range is not known.
@@ -148,17 +148,17 @@ def as_shown(image: Image.Image, mode: str, background: str = "white") -> Image.
 def to_square(
     image: Image.Image, fit: str, side: int, name: str = "the image", place: tuple[float, float] = CENTRE
 ) -> Image.Image:
-    """Bring an image to `side` x `side` pixels, as `DataConfig.fit` names it.
+    """Make an image `side` x `side` pixels by the method `fit`.
 
     Args:
         image: In mode `L` or `RGB`.
         fit: `crop`, `random_crop`, `adm` or `pad`.
         side: In pixels.
         name: Name of the image in errors.
-        place: For `random_crop`: the share of what is cropped that goes at the left and at the top, in [0, 1].
+        place: For `random_crop`: (left, top) offset of the crop, in [0, 1] of the margin.
 
     Raises:
-        DataError: `pad` of an image that is larger.
+        DataError: `fit` is `pad`, and the image is larger than `side`.
     """
     if fit == "crop":
         return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
@@ -182,7 +182,7 @@ def adm_crop(image: Image.Image, side: int) -> Image.Image:
 
 
 def pad(image: Image.Image, side: int, name: str = "the image") -> Image.Image:
-    """Return the image in the centre of a black one. Raises DataError if it is larger."""
+    """Pad an image with black on all sides. Raises DataError if it is larger than the result."""
     if max(image.size) > side:
         raise DataError(
             f"{name} is {image.width}x{image.height}: fit=pad needs images of at most {side}x{side} (the "

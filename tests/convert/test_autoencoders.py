@@ -160,7 +160,7 @@ def test_the_vqgan_inside_a_taming_transformer():
     assert kind_of(state) == "vqgan"
     model, _ = convert_autoencoder(state, "vqgan", Settings(resolution=256))
     assert_same(model, vqgan)
-    with pytest.raises(ModelError, match=r"surplus head\.weight and 0 more"):
+    with pytest.raises(ModelError, match=r"unexpected head\.weight and 0 more"):
         convert_autoencoder({**state, "head.weight": torch.ones(1)}, "vqgan", Settings(resolution=256))
 
 
@@ -192,7 +192,7 @@ def test_missing_surplus_and_mis_shaped_weights_are_named_and_counted(small):
         convert_autoencoder(small, "looc", LOOC)
     message = str(caught.value)
     assert "missing encoder.conv_down.bias and 1 more" in message
-    assert "surplus extra.a and 2 more" in message
+    assert "unexpected extra.a and 2 more" in message
     assert "mis-shaped: _encoder._conv_3.bias is (5,) instead of (16,)" in message
 
 

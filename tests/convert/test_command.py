@@ -164,8 +164,8 @@ def test_a_folder_that_exists_is_left_alone(small, capsys):
     [
         ("", "give --distance, --interpolation-factor, --resolution, or --original-config FILE"),
         ("--resolution 0", "--resolution: must be >0, got 0"),
-        ("--kind vqgan --resolution 32", "not a VQGAN: surplus _encoder._conv_1.weight"),
-        ("--kind ldm", "surplus _encoder._conv_1.weight"),
+        ("--kind vqgan --resolution 32", "not a VQGAN: unexpected _encoder._conv_1.weight"),
+        ("--kind ldm", "unexpected _encoder._conv_1.weight"),
         ("--resolution 30 --distance cosine --interpolation-factor 1", "divisible by 4, got 30x30"),
         ("--original-config nowhere.yaml", "cannot read --original-config 'nowhere.yaml'"),
         ("--num-heads 4 --num-head-channels 8", "exclude each other"),

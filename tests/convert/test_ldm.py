@@ -131,7 +131,7 @@ def test_heads_that_are_unknown_or_do_not_fit_are_refused(settings, message):
 def test_weights_of_another_unet_are_named():
     state = originals.unet().state_dict()
     state["label_emb.weight"] = torch.ones(10, 128)
-    with pytest.raises(ModelError, match=r"surplus label_emb\.weight"):
+    with pytest.raises(ModelError, match=r"unexpected label_emb\.weight"):
         convert_unet(state, SETTINGS, latent_size=8)
     state = {key: value for key, value in state.items() if not key.startswith("out.2")}
     with pytest.raises(ModelError, match=r"not complete: missing out\.2\.weight"):
@@ -183,7 +183,7 @@ def test_averaged_weights_are_preferred_unless_live_ones_are_asked_for(parts):
     averaged = {key: averages[f"model_ema.diffusion_model{key.replace('.', '')}"] for key in parts["unet"].state_dict()}
     parts["unet"].load_state_dict(averaged)
     assert_same(*predictions(result.unet, parts["unet"]))
-    with pytest.raises(ModelError, match=r"surplus model_ema\.of_nothing and 0 more"):
+    with pytest.raises(ModelError, match=r"unexpected model_ema\.of_nothing and 0 more"):
         convert_ldm({**state, "model_ema.of_nothing": torch.ones(1)}, SETTINGS)
 
 
@@ -254,7 +254,7 @@ def test_models_of_other_kinds_are_refused_with_the_reason(parts):
     text = {**state, "cond_stage_model.transformer.wte": torch.ones(1)}
     with pytest.raises(ModelError, match=r"has no cross-attention, and cond_stage_model\. holds transformer\.wte"):
         convert_ldm(text, SETTINGS)
-    with pytest.raises(ModelError, match=r"surplus control_model\.x and 0 more"):
+    with pytest.raises(ModelError, match=r"unexpected control_model\.x and 0 more"):
         convert_ldm({**state, "control_model.x": torch.ones(1)}, SETTINGS)
     kl = {key: value for key, value in state.items() if "quantize" not in key}
     with pytest.raises(ModelError, match=r"missing quantize\.embedding\.weight\): a KL autoencoder"):
