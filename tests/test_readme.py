@@ -44,7 +44,7 @@ def test_command_examples_parse(command):
         module = command.index("-m") + 1
         config_class = AutoencoderConfig if command[module].endswith("autoencoder") else DiffusionConfig
         parse_config(config_class, command[module + 1 :], "accelerate")
-    elif command[1] == "train":
+    elif command[1] == "train" and command[2] != "photos":
         config_class = AutoencoderConfig if command[2] == "autoencoder" else DiffusionConfig
         parse_config(config_class, command[3:], "looc-ldm")
     else:
