@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
         if threads := getattr(options, "threads", None):
             os.environ["OMP_NUM_THREADS"] = str(threads)  # torch, which is imported next, reads it
         run = getattr(import_module(f"looc_ldm.commands.{module}"), function)
-        if not name.startswith("train"):  # training has its own log
+        if not name.startswith(("train", "quickstart")):  # training has its own log
             logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         run(options)
 

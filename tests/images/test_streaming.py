@@ -259,7 +259,7 @@ from looc_ldm.training.stopping import StopSignals
 path, workers, end = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 stored = streaming.StreamedSet._stored
 given = []  # of each worker: over a network that is gone after one image
-seconds = lambda: 20 if workers and given else 0.1
+seconds = lambda: 60 if workers and given else 0.1
 streaming.StreamedSet._stored = lambda *of: time.sleep(seconds()) or given.append(1) or stored(*of)
 config = DataConfig(path=path, streaming=True, validation_split="validation", validation_images=1, resolution=28,
                     num_workers=workers, shuffle_images=1)
@@ -291,7 +291,9 @@ def test_a_run_that_ends_does_not_wait_for_shards_that_are_being_read(parquet, w
     waited = time.time() - float(ended.stdout)
     assert ended.returncode == (143 if end == "stopped" else 0), ended.stderr
     assert ended.stderr.split() == (["stopped"] if end == "stopped" else [])
-    assert waited < 15  # PyTorch waits for 5 seconds for each worker that is in the middle of something
+    assert (
+        waited < 40
+    )  # on a busy machine; PyTorch waits for 5 seconds for each worker that is in the middle of something
 
 
 # Classes, validation, bad input ------------------------------------------------------------------------------------
