@@ -28,9 +28,10 @@ OF_SEVERAL_SEGMENTS = [f"{name}.{kind}" for name in ("segment_use", "code_sharin
 
 
 def analyze(findings: Findings, seed: int = 0) -> tuple[list[Drawing], dict]:
-    """Draw all figures in the order of the page, without comparisons of segments if there is only one.
+    """Draw the figures of the page and compute the numbers behind them.
 
-    Returns them and `numbers`. `seed` is that of t-SNE.
+    Returns the drawings, in the order of the page, and the result of `numbers`. Figures that compare segments are left
+    out if there is only one segment. `seed` seeds t-SNE.
     """
     compared = compared_with_codecs(findings)
     of_segments = [draw_segment_use, draw_sharing] if len(findings.statistics.counts) > 1 else []

@@ -170,7 +170,10 @@ def _refuse(options: EvaluateGeneration, name: str, *fields: str) -> None:
 
 
 def _check_counts(measures: GenerationMeasures, samples: Samples, reference: Reference) -> None:
-    """Raise UserError, before anything is drawn, if a metric has too few images or has only statistics as reference."""
+    """Raise UserError before any image is drawn if a metric cannot be computed.
+
+    A metric can have too few samples or real images, or need real images when the reference holds only statistics.
+    """
     for name in measures.metrics:
         least, against = METRICS[name].least, len(reference)
         if METRICS[name].logits or (name == "fid" and stored_statistics(measures, reference) is not None):

@@ -102,7 +102,7 @@ def settings_of(config: dict, kind: str) -> Settings:
 
 
 def _settings_of_small(config: dict) -> Settings:
-    """Read Visual-AI/LooC, config/*.yaml, which is flat."""
+    """Read config/*.yaml of Visual-AI/LooC, which has no sections."""
     if config.get("split_type", "fixed") != "fixed":
         raise ConfigError(f"--original-config: split_type {config['split_type']!r} is not supported, only 'fixed'.")
     if config.get("dataset") == "imagenet":  # main.py normalizes these by mean and deviation of ImageNet
@@ -118,7 +118,7 @@ def _settings_of_small(config: dict) -> Settings:
 
 
 def _settings_of_vqgan(model: dict) -> Settings:
-    """Read CompVis/taming-transformers, configs/*vqgan.yaml, or latent-diffusion, models/first_stage_models."""
+    """Read configs/*vqgan.yaml of CompVis/taming-transformers, or models/first_stage_models of latent-diffusion."""
     network = _part(model, "ddconfig")
     for name in ("tanh_out", "give_pre_end"):
         if network.get(name):
@@ -127,7 +127,7 @@ def _settings_of_vqgan(model: dict) -> Settings:
 
 
 def _settings_of_ldm(model: dict) -> Settings:
-    """Read CompVis/latent-diffusion, configs/latent-diffusion/*.yaml; defaults: ldm/models/diffusion/ddpm.py."""
+    """Read configs/latent-diffusion/*.yaml of CompVis/latent-diffusion; defaults: ldm/models/diffusion/ddpm.py."""
     unet = _part(model, "unet_config", "params")
     first_stage = _settings_of_vqgan(_part(model, "first_stage_config", "params"))
     heads, head_channels = (

@@ -173,7 +173,7 @@ def push(
 
 
 def repository_files(folder: Path, repo_id: str, **card_options) -> dict[str, Path | bytes]:
-    """Return the files to upload from a folder, and new contents, by path in the repository.
+    """Return what to upload from a folder: local files, or new contents as bytes, by path in the repository.
 
     Raises:
         ModelError, UserError: See `push`.
@@ -216,7 +216,7 @@ def repository_files(folder: Path, repo_id: str, **card_options) -> dict[str, Pa
 def remote_code(index: dict, module: str | None = None) -> dict[str, str]:
     """Return the code that a repository with this `model_index.json` needs, by path.
 
-    `module` is that of the pipeline's class, if it is not one of ours.
+    `module` is the module of the pipeline's class, if looc_ldm does not define the class.
     """
     shims = {
         f"{name}/looc_ldm.py": CODE

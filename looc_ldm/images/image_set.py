@@ -85,8 +85,8 @@ class ImageReader:
                 centre, not mirrored.
 
         Raises:
-            UnreadableImage: It cannot be read.
-            DataError: `fit` is `pad`, and its size is not that of the others.
+            UnreadableImage: The image cannot be read.
+            DataError: `fit` is `pad`, and the image differs in size from the other images.
         """
         if self.needs_labels and stored.label < 0:
             raise UnreadableImage(f"{stored.name} has no label", stored.name)

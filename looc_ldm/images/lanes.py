@@ -115,7 +115,7 @@ class _Ahead(threading.Thread):
 
 
 def _blocks(images, seed: int, lanes: int, cursor: Cursor) -> Iterator[tuple[Cursor, list[Stored]]]:
-    """Yield a lane's blocks in the order in which their examples are given, each with the cursor in front of it."""
+    """Yield a lane's blocks, each with the cursor to its start and with its examples in their shuffled order."""
     lane, shards = cursor[0], _pairs(cursor)
     size = images.config.shuffle_images
     empty: set[int] = set()

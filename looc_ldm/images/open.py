@@ -97,7 +97,7 @@ def folder_of(config: DataConfig) -> Path | None:
     """Return the folder that `data.path` names; None if it is the id of a data set on the hub.
 
     Raises:
-        DataError: It is neither.
+        DataError: The path is neither a bundled data set, a folder, nor a hub id.
     """
     bundled = sorted({file.parent.name for file in BUNDLED.glob("*/*.parquet")})  # these folders also hold a model
     folder = BUNDLED / config.path if config.path in bundled else Path(config.path).expanduser()

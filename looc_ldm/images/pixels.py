@@ -101,7 +101,7 @@ def read_image(content: bytes | str | Path | None, mode: str, name: str) -> Imag
         name: Name of the image in errors.
 
     Raises:
-        UnreadableImage: It is missing or cannot be decoded. One line with the name and the reason.
+        UnreadableImage: The image is missing or cannot be decoded. The message is one line: the name and the reason.
         DataError: The machine or the network fails.
     """
     encoded = read_bytes(content, name)

@@ -34,7 +34,7 @@ class Shards(NamedTuple):
     files: dict[str, list[str]]
 
     def builder(self) -> datasets.DatasetBuilder:
-        """Return the builder of `datasets` that reads them."""
+        """Return the `DatasetBuilder` that reads the shards."""
         if self.kind == "webdataset":
             return OneImageColumn(data_files=self.files)
         return datasets.load_dataset_builder(self.kind, data_files=self.files)
@@ -82,7 +82,7 @@ def has_images(file: Path) -> bool:
     """Whether a shard is not empty; warn if it is. Always True for remote files.
 
     Raises:
-        DataError: It is damaged or compressed, or a tar is cut off, which its reader may not notice.
+        DataError: The shard is damaged or compressed, or a tar is cut off, which its reader may not notice.
     """
     if not file.is_file():
         return True

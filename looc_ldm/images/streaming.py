@@ -120,7 +120,7 @@ class InMemory(Source):
 def open_streamed(config: DataConfig, channels: int) -> tuple[StreamedSet, ImageSet]:
     """Open the training images, streamed, and the first `validation_images` of the validation split, held in memory.
 
-    The first ones are not at even distances: if the split is sorted by class, they are of few classes.
+    The validation images are not spread over the split: if it is sorted by class, they are of few classes.
 
     Raises:
         ConfigError: No validation split is named.

@@ -128,7 +128,7 @@ class Columns(NamedTuple):
         return labels
 
     def names(self, rows: datasets.Dataset) -> set[str]:
-        """Return the classes that the rows name, if the label is text."""
+        """Return the class names that occur in the rows. Only for a label column of text."""
         return {value for value in self._values(rows).unique().to_pylist() if value is not None}
 
     def _values(self, rows: datasets.Dataset) -> pa.Array:

@@ -82,7 +82,11 @@ class InceptionFeatures:
                 raise ValueError(f"{source} does not hold {missing} are not finite.")
 
     def identity(self) -> dict[str, str | int | bool | None]:
-        """Return network, layer, logits, resize, weights and their SHA-256. Downloads the network if need be."""
+        """Return the facts that identify the features, for results and stored statistics.
+
+        They are the network, its layer, whether logits are taken, the resize, and the weights' file and SHA-256. The
+        weights are downloaded if they are missing.
+        """
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
         file = Path(self.weights or downloaded_weights(URL_INCEPTION_V3, self.check))

@@ -101,7 +101,8 @@ def cmmd(first: torch.Tensor, second: torch.Tensor) -> float:
         first, second (`torch.Tensor`): Normalized CLIP embeddings `(n, D)` and `(m, D)`.
 
     Returns:
-        `float`: At least 0 up to rounding, and 0 for equal sets: the estimate with the diagonal, as published.
+        `float`: The biased estimate, as published: the kernel means include each embedding paired with itself. So it
+            is not negative, and 0 for equal sets, up to rounding.
     """
     x, y = first.double(), second.double()
     return 1000 * (_mean_kernel(x, x) + _mean_kernel(y, y) - 2 * _mean_kernel(x, y))

@@ -345,7 +345,7 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
     @apply_forward_hook
     @torch.no_grad()
     def decode_indices(self, indices: torch.Tensor) -> LooCDecoderOutput:
-        """Decode indices `(B, h, w, C)`. Raises ValueError for another shape or indices out of range."""
+        """Decode indices `(B, h, w, C)`. Raises ValueError for a wrong shape or indices out of range."""
         quantized = self.quantize.decode_indices(indices).to(self.dtype)
         return LooCDecoderOutput(sample=self._decode_quantized(quantized), indices=indices)
 

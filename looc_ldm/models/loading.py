@@ -22,10 +22,10 @@ def load_autoencoder(name: str, dtype: torch.dtype = torch.float32, revision: st
 
     A plain `VQModel` is returned as a `LooCVQModel` with the same quantization.
 
-    Downloads are verified (`looc_ldm.utils.hub_download`). The quantizer stays float32 whatever the `dtype`.
+    Downloads are verified (`looc_ldm.utils.hub_download`). The quantizer stays float32 for any `dtype`.
 
     Raises:
-        ModelError: Nothing is there, it is another kind of model, the weights do not fit the config, or the hub
+        ModelError: There is no model, it is of a different kind, the weights do not fit the config, or the hub
             raises an error.
     """
     folder = model_folder(name, revision, component="vqvae")

@@ -19,11 +19,11 @@ VQMODEL_DEFAULT_FACTOR = 0.18215
 
 
 def check_scaling(autoencoder: ModelMixin) -> None:
-    """Refuse an autoencoder whose latents were not measured.
+    """Refuse an autoencoder whose config has no measured scaling of its latents.
 
     Raises:
-        ValueError: `scaling_factor` is None or the default of `VQModel`, or `latents_mean` or `latents_std` do not fit
-            the channels of the latents.
+        ValueError: `scaling_factor` is None, or is the default value of `VQModel`, which nobody measured. Or
+            `latents_mean` or `latents_std` is not one valid number per latent channel.
     """
     config = autoencoder.config
     if measured_factor(config) is None:

@@ -21,7 +21,7 @@ def _as_unet(init):
 
 
 class FixedHeadsUNet2DModel(RemoteCode, UNet2DModel):
-    """`UNet2DModel` whose attentions all have `num_attention_heads` heads, whatever their width.
+    """`UNet2DModel` whose attentions all have `num_attention_heads` heads, independent of their width.
 
     `UNet2DModel` fixes the channels of a head instead (`attention_head_dim`). LDM's LSUN-churches model has 8 heads of
     24, 48 and 96 channels. The number of heads changes no weight: keys and sizes are those of `UNet2DModel`.

@@ -44,14 +44,14 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 class LooCLDMPipeline(HubMixin, DiffusionPipeline):
     """Unconditional or class-conditional latent diffusion.
 
-    Latents and scheduler are float32 whatever the dtype of the UNet: the same seed is the same noise in every dtype,
+    Latents and scheduler are always float32, for a UNet of any dtype. So a seed gives the same noise for every dtype,
     and the many small steps are not rounded.
 
-    One pipeline serves one call at a time. For several threads give each its own, on the same models:
+    A pipeline runs one call at a time. Give each thread its own pipeline, which shares the models:
     `LooCLDMPipeline.from_pipe(pipe, scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config))`.
 
     Args:
-        vqvae (`LooCVQModel`, `LooCSmallVQModel` or `VQModel`): First stage; its config holds the measured
+        vqvae (`LooCVQModel`, `LooCSmallVQModel` or `VQModel`): First stage. Its config must hold the measured
             `scaling_factor`.
         unet (`UNet2DModel` or `UNet2DConditionModel`): Denoises scaled latents. Class-conditional if it has
             `num_class_embeds` or comes with a `class_embedding`. It may be compiled, or wrapped by peft.
@@ -59,18 +59,18 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
             needs torchsde), LCM, TCD or SASolver, or, for models trained by flow matching,
             FlowMatchEulerDiscreteScheduler.
         class_embedding (`ClassEmbedding`, *optional*): Class token of a `UNet2DConditionModel`.
-        id2label (`dict[int, str]`, *optional*): Names of the classes; several names of one class with commas between.
+        id2label (`dict[int, str]`, *optional*): Name of each class, or several names separated by commas.
         null_class_label (`int`, *optional*): The label that stands for no class, which guidance needs.
         prediction_type (`str`, *optional*): The UNet's target in training, `"epsilon"`, `"v_prediction"`, `"sample"` or
-            `"flow_prediction"`; if not given, the scheduler's. Saved with the pipeline, which refuses a scheduler with
-            another one.
+            `"flow_prediction"`; defaults to the scheduler's. Saved with the pipeline, which refuses a scheduler with a
+            different one.
         noise_schedule (`dict`, *optional*): The settings of the noise in training (`num_train_timesteps`,
-            `beta_start`, ...); if not given, the scheduler's. Saved with the pipeline, which warns of a scheduler with
-            others.
+            `beta_start`, ...); defaults to the scheduler's. Saved with the pipeline, which warns if a scheduler has
+            different ones.
 
     Raises:
-        ValueError: `null_class_label` or a key of `id2label` is not a label of the model, components do not fit each
-            other, or the scheduler is for another kind of model.
+        ValueError: `null_class_label` or a key of `id2label` is not a label of the model, components do not fit
+            together, or the scheduler is for a different kind of model.
 
     Example:
 
@@ -161,35 +161,38 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
         """Draw images.
 
         Args:
-            batch_size (`int`, defaults to 1): Number of images; with a list of labels, their number counts.
+            batch_size (`int`, defaults to 1): Number of images. With a list of labels, leave it at 1 or give the
+                length of the list.
             class_labels (`int`, `str` or list of them, *optional*): The class of each image, by index or by name
-                (in any case). One label is for all images. None, also in a list, is the null class of a conditional
-                model.
+                (upper or lower case). A single label applies to all images. None, also in a list, is the null class of
+                a conditional model.
             num_inference_steps (`int`, defaults to 50): Denoising steps.
             guidance_scale (`float`, defaults to 1.0): w of classifier-free guidance, n + w (c - n) with the outputs c
                 for the class and n for the null class; 1 is no guidance.
             eta (`float`, defaults to 0.0): DDIM's eta; 0 is deterministic. Other schedulers ignore it.
             generator (`torch.Generator` or list of them, *optional*): One for all images, or one per image, so
                 that an image does not depend on the rest of its batch.
-            guidance_interval (`tuple[float, float]`, defaults to (0, 1)): Guide only while the timestep, as a share of
-                the training timesteps, is inside.
+            guidance_interval (`tuple[float, float]`, defaults to (0, 1)): Guide only at timesteps inside this interval,
+                given as fractions of the training timesteps.
             guidance_rescale (`float`, defaults to 0.0): phi of "Common Diffusion Noise Schedules and Sample Steps are
-                Flawed", in [0, 1]: how far the guided output is brought back to the deviation of the unguided one.
+                Flawed", in [0, 1]. It brings the standard deviation of the guided output back to that of the
+                class-conditional output: not at 0, fully at 1.
             num_images_per_label (`int`, defaults to 1): Images of each label, next to each other.
-            latents (`torch.Tensor` of shape `(n, c, h, w)`, *optional*): Initial noise of unit variance.
+            latents (`torch.Tensor` of shape `(n, c, h, w)`, *optional*): Initial noise of unit variance; drawn if not
+                given.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` `(n, H, W, C)` in [0, 1], `"pt"` `(n, C, H, W)` in
                 [0, 1], or `"latent"`, the scaled latents `(n, c, h, w)`.
             return_dict (`bool`, defaults to True): False for a plain tuple.
             callback_on_step_end (`Callable` or `PipelineCallback`, *optional*): Called as
-                `f(pipe, step, timestep, tensors)` after each step; returns None, or a dict whose `"latents"` replace
-                those of the loop.
-            callback_on_step_end_tensor_inputs (`list[str]`): Names of its tensors: `"latents"`, `"model_output"`.
+                `f(pipe, step, timestep, tensors)` after each step; returns None, or a dict whose `"latents"` the next
+                step uses.
+            callback_on_step_end_tensor_inputs (`list[str]`): Tensors for the callback: `"latents"`, `"model_output"`.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple with them.
 
         Raises:
-            ValueError: Before the UNet runs, for inputs that do not fit the model.
+            ValueError: The inputs do not fit the model. Raised before the UNet runs.
         """
         call = {name: value for name, value in locals().items() if name != "self"}
         self.check_inputs(**call)
@@ -250,8 +253,8 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
         """Return the indices of labels given by index or name; None is the null class.
 
         Raises:
-            ValueError: An unknown name (with the nearest known ones), a name of two classes, an index out of range, or
-                None without a null class.
+            ValueError: A name is unknown (the message suggests similar names) or belongs to two classes, an index is
+                out of range, or a label is None in a model without a null class.
         """
         known, ids = self.labels, []
         for label in labels:
@@ -271,7 +274,7 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
         return ids
 
     def prepare_noise(self, count: int, generator, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Return float32 noise of unit variance `(count, c, h, w)`: the given one, or drawn."""
+        """Return float32 noise of unit variance `(count, c, h, w)`: `noise` if given, else drawn."""
         shape, device = (count, *self.latent_shape), self._execution_device
         if isinstance(generator, tuple | list) and len(generator) != count:
             raise ValueError(f"{len(generator)} generators for {count} images; give one, or one per image.")
@@ -316,7 +319,7 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
         Args:
             labels (`torch.Tensor` of shape `(n,)`, *optional*): The class of each image.
             after_step: Called as `f(step, latents)` after each step; returns the latents for the next step.
-            The others: See `__call__`. Its remaining arguments are accepted and ignored.
+            Other arguments: See `__call__`. Arguments of `__call__` that are not listed are accepted and ignored.
         """
         names = _tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         generator = list(generator) if isinstance(generator, tuple) else generator
@@ -385,7 +388,7 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
         return guided
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return float32 images `(n, C, H, W)`, about [-1, 1], of scaled latents `(n, c, h, w)`."""
+        """Decode scaled latents `(n, c, h, w)` to float32 images `(n, C, H, W)`, about [-1, 1]."""
         return self.vqvae.decode(unscale_latents(self.vqvae, latents).to(self.vqvae.dtype)).sample.float()
 
     def finish(self, images: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
@@ -401,15 +404,16 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
-        """Return a pipeline of this class that shares the components of another one.
+        """Return a pipeline of this class that shares the components of `pipeline`.
 
         Args:
-            pipeline (`DiffusionPipeline`): One of these pipelines, or diffusers' `LDMPipeline`. Its offloading ends.
-            **kwargs: Components and settings that replace the pipeline's; `dtype` to cast them (both pipelines).
+            pipeline (`DiffusionPipeline`): A pipeline of looc_ldm, or diffusers' `LDMPipeline`. Its offloading ends.
+            **kwargs: Components and settings that replace the pipeline's. `dtype` casts the shared models, so it also
+                affects `pipeline`.
         """
         if not kwargs.keys().isdisjoint(("dtype", "torch_dtype")):
             return super().from_pipe(pipeline, **kwargs)
-        # Not diffusers' own, which without a dtype casts everything to float32, also under the other pipeline.
+        # Not diffusers' `from_pipe`: without a dtype it casts the shared components to float32, also for `pipeline`.
         pipeline.remove_all_hooks()
         given = {**pipeline.config, **pipeline.components, **kwargs}
         names = inspect.signature(cls.__init__).parameters.keys() - {"self"}
@@ -422,7 +426,7 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
         """Save the pipeline to a folder that looc_ldm and diffusers can load; see `HubMixin.save_pretrained`.
 
         Raises:
-            ValueError: diffusers would leave out a component, or save the layers of an adapter, which do not load.
+            ValueError: diffusers would leave out a component, or save adapter layers that cannot be loaded again.
         """
         for name, component in self.components.items():
             model = component._orig_mod if is_compiled_module(component) else component
@@ -457,7 +461,7 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
 
     @property
     def labels(self) -> dict[str, list[int]]:
-        """Class names, in small letters, and the labels that have them (ImageNet has two classes named crane)."""
+        """Class names in lower case, each with the labels that have it (ImageNet has two classes named crane)."""
         known = {}
         for label, names in (self.config.id2label or {}).items():
             for name in {name.strip().casefold() for name in (names, *names.split(","))}:

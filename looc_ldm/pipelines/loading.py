@@ -15,7 +15,7 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> LooCLDMPipel
     """Return the pipeline in a folder or hub repository, from safetensors only.
 
     Raises:
-        ModelError: Nothing is there, it is another kind of model, or the hub raises an error.
+        ModelError: There is no model, it is of a different kind, or the hub raises an error.
     """
     folder = model_folder(name, kind="pipeline")
     if not (folder / "model_index.json").is_file():

@@ -60,7 +60,7 @@ def prediction_type_of(scheduler: SchedulerMixin) -> str:
     """Return the kind of UNet output that a scheduler expects, one of `PREDICTION_TYPES`.
 
     Raises:
-        ValueError: It is for another kind of model.
+        ValueError: The scheduler is for a different kind of model.
     """
     name = type(scheduler).__name__
     if not isinstance(scheduler, SchedulerMixin):

@@ -1,4 +1,4 @@
-"""Sizes of temporaries: work on all segments or similarities goes in chunks."""
+"""Size of the chunks in which segments and similarities are processed, to limit temporary memory."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ class LooCQuantizer(RevivedCodebook):
     Unlike in diffusers, indices keep the shape of the map, perplexity is a number, `decode_indices` replaces
     `get_codebook_entry`, and gradients rotate with the segments by default.
 
-    Codebook, search and loss are float32 whatever the dtype of the module around it: a bfloat16 search picks a wrong
-    codevector for 2 to 8 % of segments at 2 to 4 dimensions. The output has the dtype of the input.
+    Codebook, search and loss are always float32, also inside a module of a different dtype. A bfloat16 search picks a
+    wrong codevector for 2 to 8 % of segments at 2 to 4 dimensions. The output has the dtype of the input.
 
     The codebook learns in train mode if its weight requires a gradient: `eval()` and `requires_grad_(False)`, of the
     quantizer or of a module around it, freeze codebook and usage (see `learns`).
@@ -41,34 +41,36 @@ class LooCQuantizer(RevivedCodebook):
         num_codevectors (`int`): K, the size of the codebook.
         codevector_dim (`int`): d, the channels of a codevector.
         interpolation_factor (`int`, defaults to 2): s; 1 switches interpolation off.
-        segment_layout (`str`, defaults to `"channel"`): Definition of a segment if s > 1. `"channel"`, the paper's
-            text: d neighbouring channels at one interpolated position; d must divide n_q. `"patch"`, the authors' code:
-            d consecutive channels of `pixel_unshuffle`, so that at s=2, d=4 a segment is the 2x2 patch of one channel;
-            d must divide n_q * s**2. Equal at s=1.
+        segment_layout (`str`, defaults to `"channel"`): Definition of a segment if s > 1. `"channel"`, as in the text
+            of the paper: d neighbouring channels at one interpolated position; d must divide n_q. `"patch"`, as in the
+            authors' code: d consecutive channels of `pixel_unshuffle`, so that at s=2, d=4 a segment is the 2x2 patch
+            of one channel; d must divide n_q * s**2. At s=1 both are the same.
         distance (`str`, defaults to `"cosine"`): `"cosine"` or `"euclidean"`. It decides which codevector is nearest;
             the output is always the codevector itself.
-        commitment_weight (`float`, defaults to 0.25): beta, on the commitment term. With the published rule,
-            `codebook_update="gradient"` and `gradient="straight-through"`, 8 learns much faster; with the defaults of
-            both it adds half a decibel at most (docs/tables.md).
+        commitment_weight (`float`, defaults to 0.25): beta, the weight of the commitment term. 8 learns much faster
+            with the published settings, `codebook_update="gradient"` and `gradient="straight-through"`. With the
+            default settings, 8 gains at most 0.5 dB of PSNR (docs/tables.md).
         anchor (`str`, defaults to `"closest"`): The feature a codevector is revived with: `"closest"`, `"random"`,
             `"probrandom"`, or `"none"` for no revival.
-        usage_decay (`float`, defaults to 0.99): gamma, the decay of the average of `usage`, and of the codebook's.
-        codebook_update (`str`, defaults to `"ema"`): How a codevector follows the segments that choose it. `"ema"`, as
-            their moving average (VQ-VAE, appendix A.1): `revive` moves it, and it gets no gradient (from
-            DistributedDataParallel one of zeros: exempt it from weight decay). `"gradient"`, by the codebook term of
-            the loss, as published: the optimizer needs the quantizer's parameters, and goes on moving a frozen
-            codebook by momentum or weight decay unless the gradient is None, as `zero_grad()` makes it. If gradients
-            also pass straight through, on some data the loss climbs to many times its start in the first 50 steps,
-            since the codevectors, which start in [-1/K, 1/K], lag behind the encoder (docs/quantizer_recipes.md).
+        usage_decay (`float`, defaults to 0.99): gamma, the decay of two moving averages: `usage` and, with `"ema"`, the
+            codebook.
+        codebook_update (`str`, defaults to `"ema"`): How a codevector follows the segments that choose it. `"ema"`: it
+            is their moving average (VQ-VAE, appendix A.1). `revive` moves it, and it gets no gradient. (Under
+            DistributedDataParallel its gradient is zero: exempt it from weight decay.) `"gradient"`: it is trained by
+            the codebook term of the loss, as published. The optimizer needs the quantizer's parameters. It also moves
+            a frozen codebook, by momentum or weight decay, unless the gradient is None, as after `zero_grad()`.
+            Together with `gradient="straight-through"`, on some data the loss climbs to many times its start in the
+            first 50 steps, since the codevectors, which start in [-1/K, 1/K], lag behind the encoder
+            (docs/quantizer_recipes.md).
         gradient (`str`, defaults to `"rotation"`): Gradient for a segment z at the choice of a codevector c.
-            `"rotation"`: the gradient of the rotation and scaling of z onto c, taken for constant ("Restructuring
-            vector quantization with the rotation trick", ICLR 2025). It passes straight through if c is more than 32
-            times longer than z, and at d = 1, where there is nothing to rotate. `"straight-through"`: unchanged, as
-            published; slower to learn on the three sets of small images that were tried (docs/quantizer_recipes.md,
-            docs/tables.md).
-        input_layout (`str`, defaults to `"BCHW"`): The axes of `z`: `"BCHW"` for feature maps, `"BCL"` or `"BLC"` for
-            sequences, as convolutions or transformers have them. Interpolation is along H and W, or along L, and s**2
-            and (H, W) in shapes become s and (L).
+            `"rotation"`: the gradient goes through the rotation and scaling that map z to c, both treated as
+            constants ("Restructuring vector quantization with the rotation trick", ICLR 2025). It passes straight
+            through if c is more than 32 times longer than z, and at d = 1, where there is nothing to rotate.
+            `"straight-through"`: the gradient of the output reaches z unchanged, as published. It learns more slowly on
+            the three sets of small images that were tried (docs/quantizer_recipes.md, docs/tables.md).
+        input_layout (`str`, defaults to `"BCHW"`): The axes of `z`: `"BCHW"` for feature maps, `"BCL"` (convolutions)
+            or `"BLC"` (transformers) for sequences. A sequence is interpolated along L: in shapes and formulas, read s
+            instead of s**2 and (L) instead of (H, W).
 
     Attributes:
         embedding (`nn.Embedding`): `weight` is the codebook, (K, d), float32.
@@ -79,8 +81,8 @@ class LooCQuantizer(RevivedCodebook):
             values that are not finite (by default it does on CPUs).
 
     Raises:
-        ValueError: A size that is not positive, a `codevector_dim` that does not divide as said, an unknown name, or
-            `codevector_dim=1` with `"cosine"` (only the sign would be left to compare).
+        ValueError: A size is not positive, `codevector_dim` does not divide the channels (see `segment_layout`), a name
+            is unknown, or `codevector_dim=1` is given with `"cosine"` (only the sign would be left to compare).
 
     Example:
 
@@ -183,7 +185,7 @@ class LooCQuantizer(RevivedCodebook):
         """Quantize a feature map. `gradient` decides how gradients flow back through the quantization.
 
         Args:
-            z (`torch.Tensor` of shape `(B, n_q, H, W)`): The feature map; other shapes as `input_layout` says.
+            z (`torch.Tensor` of shape `(B, n_q, H, W)`): The feature map; its axes depend on `input_layout`.
             mask (`torch.Tensor` of shape `(B, L)`, bool, *optional*): For padded sequences (`"BCL"`, `"BLC"`, s = 1):
                 True for positions to quantize. The others are ignored in loss, perplexity, usage and revival; their
                 output is 0 and their index -1.
@@ -196,8 +198,9 @@ class LooCQuantizer(RevivedCodebook):
 
         Raises:
             ValueError: `z` has a different shape, or holds values that are not finite. Training on an accelerator does
-                not wait for the device to find the latter: call `check_finite`. Compiled or exported, evaluation does
-                not raise: `quantized` and `loss` hold NaN, and the indices are arbitrary.
+                not raise for such values, as it would have to wait for the device: call `check_finite`. Compiled or
+                exported, evaluation does not raise either: `quantized` and `loss` hold NaN, and the indices are
+                arbitrary.
             ValueError: `mask` has a different shape or type, is True nowhere, or is given with interpolation or feature
                 maps.
         """
@@ -233,8 +236,8 @@ class LooCQuantizer(RevivedCodebook):
     def encode_indices(self, z: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Return the indices of a feature map `(B, n_q, H, W)`, int64 `(B, H, W, C)`.
 
-        Along C: (dy, dx, segment) in the `"channel"` layout, the order of `pixel_unshuffle` in `"patch"`. `mask` and
-        errors are those of `forward`.
+        The order along C is (dy, dx, segment) in the `"channel"` layout, and the order of `pixel_unshuffle` in the
+        `"patch"` layout. See `forward` for `mask` and the errors.
         """
         if mask is None:
             return self.search(z)[0]
@@ -253,11 +256,11 @@ class LooCQuantizer(RevivedCodebook):
     def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
         """Return the float32 feature map `(B, n_q, H, W)` of integer indices `(B, H, W, C)`, equal to `forward`'s.
 
-        In sequences the index -1 of positions that a mask left out gives 0.
+        In sequences, positions that a mask left out have the index -1; their features are 0.
 
         Raises:
-            ValueError: `indices` are not integers, have another number of axes or a last axis that is not C, or are not
-                all in [0, K) (compiled, that is not looked at).
+            ValueError: `indices` are not integers, have a wrong number of axes, have a last axis that is not C, or are
+                not all in [0, K). Compiled code does not check the range.
         """
         if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
             raise ValueError(f"indices must be integers, got {indices.dtype}.")
@@ -286,7 +289,7 @@ class LooCQuantizer(RevivedCodebook):
     def code_counts(self, indices: torch.Tensor) -> list[torch.Tensor]:
         """Count how often each codevector was chosen: int64 `(K,)` on the CPU, one tensor since there is one codebook.
 
-        Indices of -1, of positions that a mask left out, do not count.
+        Positions that a mask left out, with the index -1, do not count.
         """
         return [torch.bincount(indices[indices >= 0], minlength=self.num_codevectors).cpu()]
 
@@ -314,7 +317,10 @@ class LooCQuantizer(RevivedCodebook):
         return nonfinite
 
     def _forward_masked(self, z: torch.Tensor, mask: torch.Tensor):
-        """Quantize the positions that count as one sequence: at s = 1 every position is quantized on its own."""
+        """Quantize the positions where `mask` is True.
+
+        They are joined to one sequence without padding, since at s = 1 positions do not depend on their neighbours.
+        """
         quantized, loss, (perplexity, _, indices) = self.forward(self._masked(z, mask))
         if self.input_layout == "BCL":
             quantized = quantized.transpose(1, 2)
@@ -324,7 +330,7 @@ class LooCQuantizer(RevivedCodebook):
         return quantized, loss, (perplexity, None, self._unmask(indices[0], mask, -1))
 
     def _masked(self, z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the positions of z that count, as a batch of one sequence in the axes of z."""
+        """Return the positions of z where `mask` is True, joined to a batch of one sequence with the axes of z."""
         if self.spatial_axes == 2 or self.interpolation_factor > 1:
             raise ValueError(
                 'mask is for input_layout="BCL" or "BLC" with interpolation_factor=1, got '
@@ -342,7 +348,7 @@ class LooCQuantizer(RevivedCodebook):
         return kept if self.input_layout == "BLC" else kept.transpose(1, 2)
 
     def _unmask(self, values: torch.Tensor, mask: torch.Tensor, fill: int) -> torch.Tensor:
-        """Spread (positions that count, n) over (B, L, n), with `fill` elsewhere."""
+        """Spread values (N, n) of the N positions where `mask` is True over (B, L, n), with `fill` elsewhere."""
         full = values.new_full((*mask.shape, values.shape[-1]), fill)
         return full.masked_scatter(mask[..., None], values)
 
@@ -410,7 +416,7 @@ class LooCQuantizer(RevivedCodebook):
         return (1 + self.commitment_weight) * squared / vectors.numel()
 
     def _like(self, quantized: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, n_q) in the axes and the dtype of z."""
+        """Return quantized (B, H, W, n_q) with the axes and the dtype of z."""
         if self.input_layout != "BLC":
             quantized = _channels_first(quantized)
         return quantized.to(z.dtype)

@@ -1,7 +1,7 @@
 """Codebook updates: training forwards collect, `revive` reduces over ranks and applies.
 
 A codevector is the moving average of the segments that choose it (VQ-VAE, appendix A.1), or follows the gradient of the
-loss. In either case one that is hardly used is pulled towards a feature of the batch, its anchor (CVQ-VAE).
+loss. In both cases a codevector that is hardly used is pulled towards a feature of the batch, its anchor (CVQ-VAE).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Collected(NamedTuple):
 
 
 def merged(first: Collected | None, second: Collected) -> Collected:
-    """Return what one forward over the segments of both would have collected."""
+    """Merge the results of two forwards into the result of one forward over all their segments."""
     if first is None:
         return second
     return Collected(
@@ -102,26 +102,28 @@ class RevivedCodebook(nn.Module):
         """Whether training changes codebook and usage: in train mode, if `embedding.weight` requires a gradient.
 
         So `eval()` freezes both, and so does `requires_grad_(False)` of the quantizer, of `embedding`, or of any module
-        around it, peft's adapters included. Under `codebook_update="ema"`, too, where the flag is only this switch.
+        around it (peft calls it for adapters). This holds for `codebook_update="ema"` too: there the codebook uses no
+        gradient, and `requires_grad` serves only as this switch.
         """
         return self.training and self.embedding.weight.requires_grad
 
     def revive(self) -> None:
         """Update usage and codebook by what training forwards have collected since the last call.
 
-        With `codebook_update="ema"` each codevector moves to the average of all segments that ever chose it, those of n
-        calls ago with the weight usage_decay**n. Then, unless `anchor` is `"none"`, codevectors that are hardly used
-        are pulled towards the features that the anchor strategy has picked (CVQ-VAE's update):
+        With `codebook_update="ema"` each codevector moves to the weighted average of all segments that ever chose it. A
+        segment of n calls ago has the weight usage_decay**n. Then, unless `anchor` is `"none"`, codevectors that are
+        hardly used are pulled towards the features that the anchor strategy has picked (CVQ-VAE's update):
         c_k <- (1 - alpha_k) c_k + alpha_k a_k with alpha_k = exp(-10 K N_k / (1 - gamma) - 0.001) and a_k the anchor.
 
-        Right after each forward, with `codebook_update="gradient"`, this is the published rule; once per optimizer step
-        it also holds under gradient accumulation. Where `torch.distributed` runs, this is a collective: every rank must
-        have run a training forward and call it, and all ranks end with the codebook that one process would have got
-        from all their features. (Drawn anchors agree in distribution.)
+        The published rule is `codebook_update="gradient"` with a call right after each forward. A call once per
+        optimizer step also works with gradient accumulation. If `torch.distributed` runs, this is a collective: every
+        rank must have run a training forward and must call it. All ranks then hold the codebook that one process would
+        have computed from the features of all ranks. (Randomly drawn anchors agree in distribution only.)
 
-        A quantizer whose `revive` was never called revives by itself at its next training forward, which then is the
-        collective. A training that accumulates gradients sets `owner_revives` before its first step. With CUDA graphs
-        (`torch.compile(mode="reduce-overhead")`) it must follow each forward. While `learns` is False, it discards.
+        If nobody has ever called `revive`, a training forward first applies what earlier forwards have collected, and
+        that forward is then the collective. Training loops that accumulate gradients set `owner_revives` before their
+        first step. With CUDA graphs (`torch.compile(mode="reduce-overhead")`), call `revive` after each forward. While
+        `learns` is False, `revive` only discards what was collected.
         """
         self._revive_called = True
         if not self.learns:
@@ -134,13 +136,13 @@ class RevivedCodebook(nn.Module):
         self._collected, self._collected_before_backward = None, False
 
     def check_finite(self) -> None:
-        """Raise if a training forward met values that are not finite, as of the last `revive`. Waits for the device.
+        """Raise if a training forward before the last `revive` got values that are not finite. Waits for the device.
 
         Training on an accelerator does not stop at such values: the step leaves codebook and usage unchanged. Call this
-        where you wait for the device anyway, such as when logging. All ranks raise together.
+        when you wait for the device anyway, for example to log. All ranks raise together.
 
         Raises:
-            ValueError: There were such values.
+            ValueError: A feature map held NaN or infinite values.
         """
         if self._nonfinite is not None and bool(self._nonfinite):
             self._nonfinite = None
@@ -148,8 +150,8 @@ class RevivedCodebook(nn.Module):
 
     def _begin_forward(self) -> bool:
         """Return whether this forward collects. If nobody calls `revive`, first apply what was collected before."""
-        # Activation checkpointing runs a forward once more during backward: that is no further batch. Its reentrant
-        # kind runs the first one without gradients, which collects nothing, and the repetition does.
+        # Activation checkpointing repeats a forward during backward; the batch must not be collected twice. Reentrant
+        # checkpointing runs the first forward without gradients, so there the repetition collects.
         repeated = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         collects = self.learns and torch.is_grad_enabled() and not (repeated and self._collected_before_backward)
         if self.learns and not repeated:
@@ -177,8 +179,8 @@ class RevivedCodebook(nn.Module):
     ) -> None:
         sums = None
         if self.codebook_update == "ema":
-            # In float64, so that the codebook does not depend on how features are spread over steps and ranks: near
-            # ties between codevectors would part what differs by float32's rounding.
+            # In float64, so that the codebook does not depend on how features are spread over steps and ranks: if
+            # two codevectors are almost equally near, a float32 rounding difference would change the choice.
             wide = torch.float64 if difference.device.type in ("cpu", "cuda") else torch.float32
             sums = sum_by_codevector(difference, indices, self.num_codevectors, wide)
         self._collected = merged(self._collected, Collected(counts, nonfinite, sums, anchors))
@@ -187,7 +189,7 @@ class RevivedCodebook(nn.Module):
     def _update(self) -> None:
         counts, nonfinite, difference_sums, anchors = reduce_over_ranks(self._collected)
         self.discard()
-        # A clone: under CUDA graphs the next replay overwrites what a forward has left.
+        # A clone: under CUDA graphs the next replay overwrites the tensors of the last forward.
         self._nonfinite = nonfinite.clone() if self._nonfinite is None else self._nonfinite | nonfinite
         # A step with values that are not finite changes nothing; the device decides, so that nobody waits for it.
         rate = torch.where(nonfinite, 0.0, 1 - self.usage_decay)
@@ -195,7 +197,7 @@ class RevivedCodebook(nn.Module):
         self.usage.lerp_(share, rate)
         codebook = self.embedding.weight
         if difference_sums is not None:
-            # The average of all segments that ever chose c, which weighs N_k so far, meets those of this step.
+            # Merge the average of earlier segments, of weight N_k, with the segments of this step.
             weight = rate / counts.sum() / self.usage.clamp_min(torch.finfo(self.usage.dtype).tiny)
             codebook = (codebook - weight[:, None] * difference_sums).to(codebook.dtype)
         if anchors is not None:
@@ -206,7 +208,7 @@ class RevivedCodebook(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         codebook = state_dict.get(f"{prefix}embedding.weight")
         if codebook is not None and f"{prefix}usage" not in state_dict:
-            # From another vector quantizer: its codevectors must not count as unused.
+            # Saved by a different vector quantizer: its codevectors must not count as unused.
             state_dict[f"{prefix}usage"] = torch.full_like(codebook[:, 0], 1 / len(codebook))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._collected = None
@@ -220,5 +222,5 @@ class RevivedCodebook(nn.Module):
 
         super()._apply(move, recurse)
         if self._collected is not None and self._collected.counts.device != self.usage.device:
-            self._collected = self._nonfinite = None  # collected on another device
+            self._collected = self._nonfinite = None  # collected on the previous device
         return self

@@ -229,7 +229,7 @@ def train(config: AutoencoderConfig) -> Path:
 
 
 def save_model(run: Run, averaged: LooCVQModel, live: LooCVQModel, folder: Path, **figures) -> None:
-    """Save averaged weights under the plain name, live ones as the variant `non_ema`, and how they were made."""
+    """Save the averaged weights as the model, the live weights as its variant `non_ema`, and `training.json`."""
     averaged.save_pretrained(folder)
     live.save_pretrained(folder, variant="non_ema")
     caption = "Held-out images above, their reconstructions below."

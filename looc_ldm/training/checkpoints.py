@@ -64,8 +64,8 @@ class Checkpoints:
             `dict`, *optional*: The content of `run.json`; None if there are no checkpoints.
 
         Raises:
-            ConfigError: It was written by a run of different `fixed_settings` or `provenance`.
-            TrainingError: It cannot be loaded, or all checkpoints are damaged.
+            ConfigError: The run that wrote the checkpoint had different `fixed_settings` or `provenance`.
+            TrainingError: The checkpoint cannot be loaded, or all checkpoints are damaged.
         """
         if self.accelerator.is_main_process:
             for left_over in self.folder.glob("*.partial/"):

@@ -167,7 +167,7 @@ class AutoencoderConfig(RunConfig):
         model: Arguments of `LooCVQModel`.
         loss: Terms of the loss.
         optimizer: Settings for the autoencoder's optimizer, and also for the PatchGAN's.
-        evaluation: Measuring while it runs.
+        evaluation: Evaluation during training.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -204,7 +204,7 @@ class DiffusionConfig(RunConfig):
         latents: Folder of the cached latents; made before training if it does not hold them yet.
         latent_scaling: Brings latents to unit variance. `scalar`: by the first stage's `scaling_factor`,
             measured if it has none. `channel`: each channel by its own mean and deviation over the training images;
-            diffusers' LDMPipeline does not know these.
+            diffusers' LDMPipeline ignores these values.
         class_conditional: Train with the labels of the data.
         class_dropout: Share of images, drawn one by one, whose label is replaced by the null class, which
             classifier-free guidance needs. 0 leaves the null class out.
@@ -221,7 +221,7 @@ class DiffusionConfig(RunConfig):
         timestep_sampling: `uniform`, or `logit_normal` (the logistic function of a standard normal variable, as a share
             of the timesteps), which is usual for flow matching.
         optimizer: For the UNet.
-        evaluation: Measuring while it runs.
+        evaluation: Evaluation during training.
         preview_steps: Denoising steps of the sample grids.
         preview_guidance_scale: Guidance scale of the sample grids, for conditional models with a null class.
     """

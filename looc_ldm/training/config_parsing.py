@@ -99,7 +99,7 @@ def read_settings(file: Path) -> dict:
     """Read a config file, without withdrawn settings.
 
     Raises:
-        ConfigError: It is not a YAML mapping, or a withdrawn setting has a different value from the one that remains.
+        ConfigError: The file is not a YAML mapping, or a withdrawn setting differs from the only value that remains.
     """
     try:
         settings = yaml.safe_load(file.read_bytes())  # UTF-8 or UTF-16, with or without a mark
@@ -174,7 +174,7 @@ def _one_line(error: Exception) -> str:
 def _unrestricted(value):
     """Convert the parser's restricted types to plain numbers and strings, which YAML and pickle support.
 
-    A string that begins with `~` is a path: that becomes the user's folder.
+    In strings, a leading `~` is replaced by the path of the user's home folder.
     """
     if is_dataclass(value):
         return replace(value, **{f.name: _unrestricted(getattr(value, f.name)) for f in fields(value)})

@@ -65,7 +65,7 @@ class LatentCache:
 
         Args:
             index: In [0, len).
-            flipped: Return those of the mirrored image; only if there are such.
+            flipped: Return the latents of the mirrored image. Only if the cache has them.
         """
         number = bisect_right(self._ends, index)
         shard = self._shard(number)

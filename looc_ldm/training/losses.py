@@ -88,7 +88,7 @@ def load_lpips(network: str, weights: str | None) -> LPIPS:
     """Return `looc_ldm.metrics.lpips.load_lpips` for images in [-1, 1], frozen. Errors name the setting.
 
     Raises:
-        ConfigError: The file is missing or is not of this network; or there is none and no network to load it from.
+        ConfigError: The file is missing or is for a different network. Or no file is given and the download fails.
     """
     try:
         return metrics_lpips.load_lpips(network, None if weights is None else Path(weights))

@@ -1,4 +1,4 @@
-"""Speed on CPUs: the number of threads, and the kernel of attention."""
+"""Speed on CPUs: choose the number of threads and the implementation of attention."""
 
 from __future__ import annotations
 

@@ -135,7 +135,8 @@ def choose_resolution(memory_gib: float | None, side: int) -> int:
 
     Args:
         memory_gib: Memory of the accelerator; None on a CPU.
-        side: Usual shorter side of the images: no preset enlarges more than that by half.
+        side: Usual shorter side of the images in pixels. The resolution is at most 1.5 times as large, unless even
+            the smallest preset is larger.
     """
     fits = [resolution for resolution, least in LEAST_GIB.items() if (memory_gib or 0) >= least]
     return max([resolution for resolution in fits if side * 1.5 >= resolution], default=RESOLUTIONS[0])

@@ -1,4 +1,4 @@
-"""The report of a finished chain: `report.html`, `figures.json` and its pictures."""
+"""The report of a finished training of both stages: `report.html`, `figures.json` and its pictures."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def side_by_side(images: list[torch.Tensor], rows: int = 1) -> Image.Image:
 
 
 def fitting(image: Image.Image) -> Image.Image:
-    """Return a copy that is not too wide for a page."""
+    """Return a copy of an image, scaled down to at most `LARGEST_WIDTH` pixels in width."""
     image = image.copy()
     image.thumbnail((LARGEST_WIDTH, image.height))
     return image

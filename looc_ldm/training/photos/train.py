@@ -144,7 +144,7 @@ def run_name(number: int) -> str:
 
 
 def configs_of(plan: Plan, options: TrainPhotos) -> tuple[AutoencoderConfig, list[DiffusionConfig]]:
-    """Return the settings of stage 1 and of each run of stage 2: preset, plan, and those of the user."""
+    """Return the configs of stage 1 and of each run of stage 2, made from preset, plan and the user's settings."""
     output = options.output
     data = {
         "data.path": options.folder,
