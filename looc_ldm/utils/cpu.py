@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 # Below this many positions, attention by matrix products is the faster one to train (docs/benchmarks.md).
 SHORT_SEQUENCE = 256
+# More threads must be this much faster: they lose far more when another process starts to compute.
+GAIN = 1.25
 
 
 def use_fastest_threads(step: Callable[[], object], seconds: float = 0.3) -> int:
@@ -39,7 +41,7 @@ def use_fastest_threads(step: Callable[[], object], seconds: float = 0.3) -> int
         while (elapsed := time.perf_counter() - started) < seconds or not calls:
             step()
             calls += 1
-        if elapsed / calls > 0.95 * least:
+        if elapsed / calls > least / GAIN:
             break
         best, least = count, elapsed / calls
     torch.set_num_threads(best)
