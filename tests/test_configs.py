@@ -85,6 +85,11 @@ def test_every_full_size_config_is_checked_here():
     assert len(folders) == len(configs.names())  # no two write to one folder
 
 
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(KeyError, match=r"no bundled config 'garmets': it must be one of .*ffhq/autoencoder"):
+        configs.path("garmets")
+
+
 @pytest.mark.parametrize("name", AUTOENCODERS)
 def test_autoencoder_builds_and_its_images_fit(name):
     model = build_autoencoder(name)

@@ -1,4 +1,4 @@
-"""Folders of classes, and labels of samples in the numbering of the real images."""
+"""Match the classes of a model and its samples with those of a reference; name the folders of classes."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ def decode(options: Decode) -> None:
 
 
 def _load(options: Encode | Decode) -> tuple[LooCVQModel, str]:
-    """Return the model, and the half of its fingerprint that codes carry."""
+    """Return the model, and the first 32 digits of its fingerprint, which `.looc` files store."""
     model, fingerprint = load_model(options.model, choose_device(options.device), options.dtype)
     return model, fingerprint[: 2 * FINGERPRINT_BYTES]
 

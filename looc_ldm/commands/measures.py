@@ -1,4 +1,7 @@
-"""Figures that a command measures, with their networks. Weights are loaded once before any work, as a check."""
+"""Figures that a command measures, with their networks.
+
+Weights are loaded once before any work, so that missing or damaged ones stop the command early.
+"""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def rate_of(model: LooCVQModel, images: ImageSet | None) -> tuple[float, int]:
 
 
 def data_of(images: ImageSet) -> dict[str, str]:
-    """Return the data that was measured, for the record."""
+    """Return the data set, split and fit of the measured images, as records store them."""
     return {"data": images.config.path, "split": images.config.split, "fit": images.config.fit}
 
 

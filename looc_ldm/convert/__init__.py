@@ -30,7 +30,9 @@ def kind_of(tensors: Tensors) -> str:
     if "_pre_vq_conv.weight" in tensors and "_vq_vae.embedding.weight" in tensors:
         kind = small_kind(tensors)
         if kind is None:
-            raise ModelError("the weights fit LooC's small VQ-VAE and CVQ-VAE's: give --kind looc or --kind cvq.")
+            raise ModelError(
+                "the weights fit both LooC's small VQ-VAE and CVQ-VAE's small model: choose --kind looc or --kind cvq."
+            )
         return kind
     if any(key.startswith(("encoder.down.0.", f"{FIRST_STAGE}encoder.down.0.")) for key in tensors):
         return "vqgan"

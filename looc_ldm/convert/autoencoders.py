@@ -166,8 +166,8 @@ def _quantizer(
     if f"{module}.embed_prob" not in tensors:  # taming's; CVQ-VAE and LooC store the use of codevectors
         if width != latent:
             raise ModelError(
-                f"a codebook of {width} channels for latents of {latent} without usage (embed_prob) is neither "
-                "taming's quantizer nor CVQ-VAE's nor LooC's."
+                f"the codebook has {width} channels and the latents have {latent}, but without {module}.embed_prob "
+                "(the use of the codevectors) both must be equal, as in taming's VQGAN."
             )
         require(resolution=settings.resolution)
         tensors = {**tensors, f"{module}.embed_prob": torch.full((size,), 1 / size)}

@@ -42,10 +42,10 @@ CSS = """
 
 
 def launch(models: Sequence[str], device: str | None = None, **server) -> gr.Blocks:
-    """Load pipelines by bundled name, folder or hub id, and start to serve the page.
+    """Load pipelines by bundled name, folder or hub id, start to serve the page, and return it.
 
-    `server` are arguments of gradio's `launch`. The page has its address, `local_url`, and `block_thread()`, which
-    serves until Ctrl-C.
+    `server` are arguments of gradio's `launch`. The returned page has its address as `local_url`. Its method
+    `block_thread()` waits until Ctrl-C.
     """
     page = make_page({name: load_pipeline(name).to(choose_device(device)) for name in models})
     page.launch(

@@ -160,7 +160,7 @@ class ImageSet(ImageReader, Dataset):
         return self.decode(stored), stored
 
     def indices_from(self, index: int) -> Iterator[int]:
-        """Return all indices, beginning with `index`: if it cannot be read, the next ones replace it."""
+        """Return all indices, from `index` on and then from 0, to try in this order until an image can be read."""
         return ((index + offset) % len(self) for offset in range(len(self)))
 
     def labels(self) -> np.ndarray:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # large activations is not reused.
 AT_A_TIME = {"cpu": 8}
 AT_A_TIME_ELSEWHERE = 50
-ROWS_OF_A_BATCH = 2**32  # more than any batch has: places of batch b lie in [b * this, (b + 1) * this)
+ROWS_OF_A_BATCH = 2**32  # more than any batch has: keys of batch b lie in [b * this, (b + 1) * this)
 
 
 def _rank(accelerator: Accelerator | None) -> tuple[int, int]:
@@ -34,7 +34,10 @@ def share_of_batches(count: int, batch_size: int, accelerator: Accelerator | Non
 
 
 def places(batch: int, size: int, accelerator: Accelerator | None = None) -> torch.Tensor:
-    """Return int64 `(size,)`, increasing: sort keys of the images in this process' batch number `batch`, among all."""
+    """Return increasing sort keys, int64 `(size,)`, for the images of number `batch` of this process' batches.
+
+    Images of all processes, sorted by these keys, are in the order of one process.
+    """
     rank, processes = _rank(accelerator)
     return (batch * processes + rank) * ROWS_OF_A_BATCH + torch.arange(size)
 

@@ -94,7 +94,10 @@ def _before_resampling(block: nn.Module, sample: torch.Tensor, latents: torch.Te
 
 
 def _check_hooks(part: Encoder | Decoder, blocks: nn.ModuleList) -> None:
-    """Refuse hooks that move weights when a whole block is called: a stage calls the block's layers."""
+    """Refuse hooks on the part or its blocks, such as those of block-level offloading, which move weights at a call.
+
+    A stage calls the layers of a block, not the block, so these hooks would not run.
+    """
     hooks = [getattr(getattr(module, "_diffusers_hook", None), "hooks", ()) for module in (part, *blocks)]
     if any(hooks) or any(hasattr(module, "_hf_hook") for module in (part, *blocks)):
         raise RuntimeError(

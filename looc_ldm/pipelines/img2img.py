@@ -133,7 +133,10 @@ class LooCLDMImg2ImgPipeline(LooCLDMPipeline):
         return processor.preprocess(image, height * self.downsampling_factor, width * self.downsampling_factor)
 
     def prepare_image_latents(self, pixels: torch.Tensor, count: int) -> torch.Tensor:
-        """Return scaled float32 latents `(count, c, h, w)` of images in [-1, 1], each repeated in place."""
+        """Return scaled float32 latents `(count, c, h, w)` of images in [-1, 1].
+
+        If `count` is larger than the number of images, copies of an image are adjacent (`repeat_interleave`).
+        """
         latents = encode_latents(self.vqvae, pixels.to(self._execution_device))
         return latents.repeat_interleave(count // len(latents), dim=0)
 

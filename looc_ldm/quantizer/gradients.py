@@ -14,7 +14,10 @@ LARGEST_SCALE = 32
 
 
 class QuantizerLoss(torch.autograd.Function):
-    """mean((c - sg z)^2) + beta * mean((sg c - z)^2) of the differences c - z; keeps one tensor of z's size."""
+    """Codebook and commitment loss: mean((c - sg z)^2) + beta * mean((sg c - z)^2), from the differences c - z.
+
+    Apart from indices, it saves only the differences for backward, one tensor of z's size.
+    """
 
     @staticmethod
     def forward(ctx, segments, codebook, difference, indices, commitment_weight, by_gradient):

@@ -170,7 +170,7 @@ def train(config: DiffusionConfig) -> Path:
                 run.log.write_evaluation(run.images_seen, figures)
 
     def trial() -> None:
-        """Compute one forward and backward pass on dummy data, and drop its gradients."""
+        """Compute one forward and backward pass on dummy data, to time it, and drop its gradients."""
         n, side = batches.per_forward, live.unet.config.sample_size
         zeros = torch.zeros(n, dtype=torch.int64)
         with accelerator.autocast():

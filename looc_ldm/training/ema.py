@@ -38,7 +38,10 @@ class EMA:
         self.earlier_images = 0
 
     def shard_like(self, live: nn.Module) -> None:
-        """Shard the average as the live weights are. After `accelerator.prepare`, before a checkpoint is loaded."""
+        """Shard the average as the live weights are, under FSDP.
+
+        Call it after `accelerator.prepare` and before a checkpoint is loaded.
+        """
         if any(isinstance(parameter, DTensor) for parameter in live.parameters()):
             self._parts = [parameter.detach().clone() for parameter in live.parameters()]
             self.model.to("cpu")

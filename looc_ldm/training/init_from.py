@@ -85,7 +85,10 @@ def newest_weights(config: AutoencoderConfig | DiffusionConfig) -> Start | None:
 
 
 def make_autoencoder(config: AutoencoderConfig, start: Start | None = None) -> LooCVQModel:
-    """Return the model to train: a new one, or the one that `init_from` names. `start` is from `newest_weights`."""
+    """Return the model to train: a new one, or the one that `init_from` names.
+
+    `start` is the result of `newest_weights`: the weights of a run if `init_from` is its folder, else None.
+    """
     if config.init_from:
         return autoencoder_from(config, start)
     return construct(LooCVQModel, {"sample_size": config.data.resolution, **config.model}, "model")

@@ -73,7 +73,7 @@ def show_result(config: AutoencoderConfig | DiffusionConfig, result: Path) -> No
 
 
 def validation_data(data: DataConfig) -> dict[str, str]:
-    """Return the data set and split of the validation set, in the format of `looc-ldm evaluate` records."""
+    """Return the data set and split of the validation set, with the keys that `looc-ldm evaluate` records use."""
     return {"data": data.path, "split": data.validation_split or f"{data.split}, held out"}
 
 

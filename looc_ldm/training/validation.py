@@ -118,10 +118,14 @@ def generation_figures(
 ) -> dict[str, float | int]:
     """Measure FID and KID between `evaluation.images` samples and as many images. Collective; all get the figures.
 
-    The samples are the same for any number of processes and at every call: same seed, same labels (as many of each
-    class, up to one), with the steps and the guidance of the sample grids. Features of the images, at even distances in
-    the set, are computed once and kept in the run's folder `reference`. The figures are for curves: FID falls with
-    the number of images, and published ones compare 50,000 samples with all training images. KID has no such bias.
+    The samples have the same seed and labels at every call and for any number of processes. The numbers of samples
+    per class differ by at most one. Steps and guidance scale are those of the sample grids.
+
+    The images are taken at even distances in the set. Their features are computed once and kept in the run's folder
+    `reference`.
+
+    Use the figures for curves. FID falls with the number of images, and published values compare 50,000 samples with
+    all training images. KID has no such bias.
 
     Args:
         images (`ImageSet`): The training images; if these are streamed, the validation images.

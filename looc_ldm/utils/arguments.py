@@ -28,13 +28,16 @@ T = TypeVar("T", bound="Options")
 
 
 def option(help: str, default: Any = MISSING, **metadata: str) -> Any:
-    """Return a field with its help.
+    """Return a dataclass field that describes one command-line option.
 
     Args:
         help: The help; the default is added to it.
         default: The default. Without one the option is required.
-        **metadata: `positional`, what the help calls an argument that is typed without a name; `alias`, a second name;
-            `prefix`: the field takes the settings of a config, typed as `--NAME.KEY VALUE`, as a tuple of flags.
+        **metadata: Any of these:
+            `positional`: the argument is typed without a name; this is its name in the help.
+            `alias`: a second name of the option.
+            `prefix`: the field is a tuple of flags, which change settings of a config. The user types them as
+            `--NAME.KEY VALUE`; this is what stands for KEY in the help.
     """
     return field(default=default, metadata={"help": help, **metadata})
 

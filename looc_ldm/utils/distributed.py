@@ -53,7 +53,7 @@ def make_accelerator(name: str | None) -> Accelerator:
         on_cpu = device.type == "cpu"
     try:
         accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
-    except Exception as error:  # each engine fails in its own way if its package is not there
+    except Exception as error:  # each engine raises its own error if its package is not installed
         raise ConfigError(
             f"Accelerate's config or environment asks for what cannot be started: {one_line(error)}"
         ) from error

@@ -125,8 +125,8 @@ def wanted_files(repo_id: str, files: list[str], variant: str | None = None) -> 
         folder = PurePosixPath(file).parent
         if str(folder / "config.json") in files and folder not in usable:
             raise ModelError(
-                f"{repo_id} has {file}, but no safetensors beside it to load: pickles can run any code and are "
-                "refused; `looc-ldm pull --variant` takes a variant."
+                f"{repo_id} has {file}, but no safetensors beside it to load. Pickles are refused, because they can "
+                "run any code. If the weights have a variant, such as fp16, name it: `looc-ldm pull --variant fp16`."
             )
     if not usable:
         raise ModelError(f"no model in {repo_id}: it holds no safetensors.")

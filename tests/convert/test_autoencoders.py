@@ -55,11 +55,18 @@ def test_cvqs_small_model():
 
 def test_the_small_model_with_the_plain_quantizer_of_the_baselines():
     small = originals.small_vqvae(originals.Codebook(32, 16, usage=False))
-    with pytest.raises(ModelError, match="--kind looc or --kind cvq"):
+    with pytest.raises(ModelError, match="choose --kind looc or --kind cvq"):
         kind_of(small.state_dict())
     model, _ = convert_autoencoder(small.state_dict(), "looc", Settings(resolution=32))
     assert_same(model, small)
     assert model.quantize.usage.sum() == pytest.approx(1)  # no codevector counts as unused
+
+
+def test_a_codebook_narrower_than_the_latents_needs_the_use_of_codevectors():
+    weights = originals.small_vqvae(originals.Codebook(32, 16, usage=False)).state_dict()
+    weights["_vq_vae.embedding.weight"] = torch.zeros(32, 4)
+    with pytest.raises(ModelError, match="the codebook has 4 channels and the latents have 16"):
+        convert_autoencoder(weights, "looc", Settings(resolution=32))
 
 
 @pytest.mark.parametrize(

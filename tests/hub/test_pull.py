@@ -124,7 +124,7 @@ def test_a_repository_with_a_pickle_instead_of_safetensors_is_refused(pushed, sa
     status, _, errors = say("pull", "eve/pets")
     assert status == 2
     assert "error: eve/pets has unet/diffusion_pytorch_model." in errors
-    assert "no safetensors beside it to load: pickles can run any code and are refused" in errors
+    assert "no safetensors beside it to load. Pickles are refused, because they can run any code." in errors
     assert errors.count("\n") == 1
     assert not (tmp_path / "cache").exists()
 
@@ -165,7 +165,7 @@ def test_a_component_without_plain_weights_is_refused(hub, say, tmp_path):
         status, _, errors = say("pull", ID, *variant)
         assert status == 2
         assert "has unet/diffusion_pytorch_model.ema.safetensors, but no safetensors beside it to load" in errors
-        assert "`looc-ldm pull --variant` takes a variant" in errors
+        assert "If the weights have a variant, such as fp16, name it: `looc-ldm pull --variant fp16`." in errors
 
 
 @pytest.mark.parametrize("name", ["/absolute.json", "..\\parent.json", "../parent.json", "long" * 75 + ".json"])
