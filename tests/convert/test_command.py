@@ -169,7 +169,7 @@ def test_a_folder_that_exists_is_left_alone(small, capsys):
         ("--resolution 30 --distance cosine --interpolation-factor 1", "divisible by 4, got 30x30"),
         ("--original-config nowhere.yaml", "cannot read --original-config 'nowhere.yaml'"),
         ("--num-heads 4 --num-head-channels 8", "exclude each other"),
-        ("--scaling-factor nan", "--scaling-factor: must be >0.0 and <inf, got nan"),
+        ("--scaling-factor nan", "--scaling-factor: must be >0 and <inf, got nan"),
     ],
 )
 def test_errors_are_one_line(small, flags, message, capsys):
