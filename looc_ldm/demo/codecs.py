@@ -24,7 +24,7 @@ class Stored(NamedTuple):
 
     name: str
     image: Image.Image  # decoded
-    content: bytes  # of the file
+    content: bytes  # size of the file
 
 
 @torch.no_grad()

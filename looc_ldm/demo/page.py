@@ -29,9 +29,9 @@ TITLE = "Latent diffusion on LooC codes"
 EVERY_CLASS, NO_CLASS = "every class in turn", "no class"
 STEPS = 25
 GRIDS = {f"{n} × {n}": n for n in range(1, 5)}
-FIRST_SEED = 1000  # of images to start from: with the seed of a result, inpainting would draw the same image again
+FIRST_SEED = 1000  # for images to start from: with the seed of a result, inpainting would draw the same image again
 LONGEST_SIDE = 512  # pixels; larger images are reduced before they are encoded
-MOST_BYTES = "20mb"  # of an upload
+MOST_BYTES = "20mb"  # in an upload
 PROGRESS = gr.Progress()  # as a default value it stands for that of the call
 # Small images are shown with visible pixels rather than as stamps; labels stand above pictures, not on them.
 CSS = """

@@ -135,7 +135,7 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
     ```
     """
 
-    _supports_gradient_checkpointing = True  # of encoder and decoder blocks, never of the quantizer
+    _supports_gradient_checkpointing = True  # in encoder and decoder blocks, never of the quantizer
     _keep_in_fp32_modules = ["quantize"]
     _no_split_modules = ["ResnetBlock2D", "Attention", "LooCQuantizer"]
     _supports_group_offloading = True  # the codebook is called, not read, wherever it is used

@@ -114,7 +114,7 @@ class LooCLDMInpaintPipeline(LooCLDMImg2ImgPipeline):
             mask = self.resized(one, "mask_image", processor, "L", background="black")
             largest = mask.max().item()
             if isinstance(one, PIL.Image.Image) and one.mode.startswith("I;16"):
-                largest = one.getextrema()[1] / 65535  # of 16 bits the mask has 8
+                largest = one.getextrema()[1] / 65535  # the mask has 8 bits instead of 16
             if not mask.isfinite().all() or 0 < largest < 0.5:
                 raise ValueError(
                     "mask_image must be white where new content is wanted: 1 in arrays, 255 in 8-bit and 65535 in "

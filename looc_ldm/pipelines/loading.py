@@ -26,7 +26,7 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> LooCLDMPipel
             hint = " It is a model by itself, not a pipeline."
         raise ModelError(f"no pipeline in {name!r}: it holds no model_index.json.{hint}")
     shown = diffusers_logging.is_progress_bar_enabled()
-    diffusers_logging.disable_progress_bar()  # of loading a handful of files
+    diffusers_logging.disable_progress_bar()  # for loading a handful of files
     try:
         # diffusers alone would take networks that lack weights.
         networks = {

@@ -88,7 +88,7 @@ def check_scheduler(scheduler: SchedulerMixin, prediction_type: str, noise_sched
     """Refuse a scheduler for UNets that predict something else; warn about one that spoils the images.
 
     Args:
-        prediction_type (`str`): What the UNet was trained to predict.
+        prediction_type (`str`): The target that the UNet was trained to predict.
         noise_schedule (`dict`): `noise_schedule_of` the scheduler that came with the UNet.
 
     Raises:
@@ -131,4 +131,4 @@ def seed_scheduler(
     generators = generator if isinstance(generator, list) else [generator] * count
     draws = (torch.randint(2**62, (), generator=g, device="cpu" if g is None else g.device) for g in generators)
     scheduler.noise_sampler_seed = [int(seed) for seed in draws]
-    scheduler.noise_sampler = None  # of an earlier call
+    scheduler.noise_sampler = None  # from an earlier call

@@ -61,7 +61,9 @@ def draw_by_similarity(
         no other, the score is -inf.
     """
     on_cpu = vectors.device.type == "cpu"
-    if distance == "euclidean" and not on_cpu:  # how many proposals are enough is not known, and to ask is a sync
+    if (
+        distance == "euclidean" and not on_cpu
+    ):  # the number of proposals needed is not known, and asking the device for it is a sync
         return _draw_from_all(vectors, codebook, distance)
     queries, keys, highest = vectors, codebook, 0.0
     if distance == "cosine":

@@ -54,11 +54,12 @@ class LooCQuantizer(RevivedCodebook):
             `"probrandom"`, or `"none"` for no revival.
         usage_decay (`float`, defaults to 0.99): gamma, the decay of two moving averages: `usage` and, with `"ema"`, the
             codebook.
-        codebook_update (`str`, defaults to `"ema"`): How a codevector follows the segments that choose it. `"ema"`: it
-            is their moving average (VQ-VAE, appendix A.1). `revive` moves it, and it gets no gradient. (Under
-            DistributedDataParallel its gradient is zero: exempt it from weight decay.) `"gradient"`: it is trained by
-            the codebook term of the loss, as published. The optimizer needs the quantizer's parameters. It also moves
-            a frozen codebook, by momentum or weight decay, unless the gradient is None, as after `zero_grad()`.
+        codebook_update (`str`, defaults to `"ema"`): Rule by which a codevector follows the segments that choose it.
+            `"ema"`: it is their moving average (VQ-VAE, appendix A.1). `revive` moves it, and it gets no gradient.
+            (Under DistributedDataParallel its gradient is zero: exempt it from weight decay.) `"gradient"`: it is
+            trained by the codebook term of the loss, as published. The optimizer needs the quantizer's parameters. It
+            also moves a frozen codebook, by momentum or weight decay, unless the gradient is None, as after
+            `zero_grad()`.
             Together with `gradient="straight-through"`, on some data the loss climbs to many times its start in the
             first 50 steps, since the codevectors, which start in [-1/K, 1/K], lag behind the encoder
             (docs/quantizer_recipes.md).

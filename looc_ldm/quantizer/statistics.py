@@ -21,9 +21,9 @@ class CodebookStatistics:
     """Output of `codebook_statistics`; counts are int64 tensors on the CPU.
 
     Attributes:
-        counts (`torch.Tensor` of shape `(segments, K)`): How often each segment chose each codevector. Segments are
-            the n_q / d channel groups in the `"channel"` layout, summed over the interpolated samples of a position
-            (paper, figures 7 and 8), and the C segments of a position in `"patch"`.
+        counts (`torch.Tensor` of shape `(segments, K)`): Number of times that each segment chose each codevector.
+            Segments are the n_q / d channel groups in the `"channel"` layout, summed over the interpolated samples of
+            a position (paper, figures 7 and 8), and the C segments of a position in `"patch"`.
         distances (`torch.Tensor` of shape `(50,)`): Histogram of the distances from segments to their codevectors,
             1 - cosine or euclidean; the first and last bin also hold values outside.
         distance_edges (`torch.Tensor` of shape `(51,)`): The edges of its bins.

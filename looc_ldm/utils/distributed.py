@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 # Engines that commands outside of training run with: they compute on each process by itself.
 ENGINES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
-WAIT = timedelta(hours=2)  # how long processes wait for one that evaluates or writes
+WAIT = timedelta(hours=2)  # limit of waiting for a process that evaluates or writes
 # torch.save reports what the disk refuses as a RuntimeError with one of these in it.
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream")
 

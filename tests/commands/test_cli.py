@@ -113,7 +113,7 @@ assert not {"torch", "diffusers", "numpy"} & set(sys.modules)
     assert len(result.stderr.splitlines()) == 1 + len(COMMANDS)
 
 
-# What the commands make -----------------------------------------------------------------------------------------------
+# Results of the commands --------------------------------------------------------------------------------------------
 
 
 def test_sample_writes_each_image_and_a_grid_with_a_row_a_class(pipeline, capsys):
@@ -272,7 +272,7 @@ def test_the_held_out_images_of_a_model_are_the_validation_split_of_its_data(ima
     assert "'more' has changed since the training" in refusal(capsys, *measure, "--split", "validation")
 
 
-# What the commands refuse ---------------------------------------------------------------------------------------------
+# Refusals of the commands ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

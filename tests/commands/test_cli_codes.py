@@ -43,7 +43,7 @@ def models(tmp_path_factory) -> Path:
     tiny_model(3).save_pretrained(folder / "colour")
     tiny_model(1, seed=1).save_pretrained(folder / "other")
     vqvae = LooCVQModel.from_pretrained(folder / "grey")
-    vqvae.register_to_config(scaling_factor=3.0)  # of stage 2: not another model
+    vqvae.register_to_config(scaling_factor=3.0)  # belongs to stage 2: not another model
     tiny_pipeline("unconditional", vqvae=vqvae).save_pretrained(folder / "pipeline")
     return folder
 
@@ -221,7 +221,7 @@ def test_a_table_of_a_folder_has_its_classes_and_names_and_decodes_to_images(mod
 
 
 def test_without_fitting_a_table_holds_what_the_files_hold_in_order(models, capsys):
-    shutil.copy("photos/cats/a.png", "photos/dogs/f.png")  # of the size of those before the dogs
+    shutil.copy("photos/cats/a.png", "photos/dogs/f.png")  # as large as those before the dogs
     encode_table(capsys, models / "grey", "photos", "--fit", "none", "--output", "table")
     names = pq.read_table("table/train.parquet")["file"].to_pylist()
     assert names == sorted(names)
@@ -314,7 +314,7 @@ def test_a_table_with_columns_of_other_types_or_with_gaps_is_refused(column, val
     assert files("images") == []
 
 
-# What is large --------------------------------------------------------------------------------------------------------
+# Large files --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["encode", "decode"])
@@ -374,7 +374,7 @@ def test_where_memory_runs_out_for_a_batch_its_images_are_computed_in_smaller_on
         computed(fail)
 
 
-# What is refused ------------------------------------------------------------------------------------------------------
+# Refusals ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -343,7 +343,7 @@ def test_each_class_is_drawn_in_its_share_of_the_reference(pipeline, network, ca
     write_images("reals", {"circle": 6, "square": 2, "7": 4})
     draw = ["generation", pipeline, "--reference", "reals", *network, "--images", 6, "--steps", 1]
     run(capsys, "evaluate", *draw, "--export-npz", "drawn.npz")
-    labels = np.load("drawn.npz")["arr_1"].tolist()  # of the model: circle, square, 7
+    labels = np.load("drawn.npz")["arr_1"].tolist()  # the model's: circle, square, 7
     assert [labels.count(label) for label in range(3)] == [3, 1, 2]
 
 
@@ -472,7 +472,7 @@ def test_features_of_the_real_images_are_computed_once(network, capsys, monkeypa
 
 
 def on_two_processes(*arguments) -> None:
-    """What a launcher does, on two CPU processes that talk through gloo."""
+    """Start the command as a launcher does, on two CPU processes that talk through gloo."""
     debug_launcher(_main, args=([str(argument) for argument in arguments],), num_processes=2)
 
 

@@ -1,4 +1,4 @@
-"""What diffusers asks of each of its own models, asked of `LooCVQModel`."""
+"""Requirements of diffusers on each of its own models, stated for `LooCVQModel`."""
 
 import inspect
 import json
@@ -35,7 +35,7 @@ def images(batch: int = 2, seed: int = 0) -> torch.Tensor:
 
 @torch.no_grad()
 def everything(model: LooCVQModel, x: torch.Tensor) -> list[torch.Tensor]:
-    """What each public entry gives; each is called first of all once, so that none lives on what another has loaded."""
+    """Results of each public entry. Each is called first once, so that none relies on weights another has loaded."""
     z = torch.randn(2, 4, 4, 6, generator=torch.Generator().manual_seed(1)).to(x)
     indices = torch.randint(16, (2, 4, 6, 8), generator=torch.Generator().manual_seed(2))
     decoded = model.decode(z)
@@ -278,7 +278,7 @@ def test_layerwise_casting_stores_less_and_leaves_the_quantizer_alone(storage, c
 
 
 def forget_what_is_not_loaded(model: LooCVQModel) -> None:
-    """What is offloaded to disk has memory left that nobody may read."""
+    """Weights that are offloaded to disk leave memory behind that nobody may read."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data.fill_(torch.nan)
 

@@ -45,7 +45,7 @@ def uneven_images(batch: int, height: int, width: int) -> torch.Tensor:
 
 
 def everything(model: LooCVQModel, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What all entries give: decoding of the same latents and codes as long as these are the same."""
+    """Results of all entries: decoding of the same latents and codes as long as these are the same."""
     latents = model.encode(x).latents
     decoded, forward = model.decode(latents), model(x)
     indices = model.encode_indices(x)

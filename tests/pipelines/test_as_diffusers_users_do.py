@@ -1,4 +1,4 @@
-"""What people do with any pipeline of diffusers: other first stages, callbacks, compiling, attention, offloading."""
+"""Usual uses of any pipeline of diffusers: other first stages, callbacks, compiling, attention, offloading."""
 
 import json
 import shutil

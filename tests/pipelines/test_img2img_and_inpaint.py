@@ -298,7 +298,7 @@ def test_a_mask_may_be_of_any_type_and_transparent_where_the_image_stays(pipelin
     for mask in (*kept, array.astype(bool), left_half().bool(), (array * 255).astype(np.uint8), pil, on_nothing):
         for form in (mask, [mask], (mask,)):
             assert torch.equal(run(pipe, given, form), expected)
-    assert torch.equal(given, image())  # what is given is not changed
+    assert torch.equal(given, image())  # the given objects are not changed
     assert torch.equal(kept[0], left_half())
 
 

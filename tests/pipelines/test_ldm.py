@@ -23,7 +23,7 @@ from looc_ldm.training.latents import measure_scaling_factor
 KINDS = ["unconditional", "num_class_embeds", "cross_attention"]
 CONDITIONAL = KINDS[1:]
 NO_NAMES = [{9: "z"}, {0: None}, {-1: "z"}]
-STEPS = 4  # of DDIM's default 1000 timesteps: 750, 500, 250, 0
+STEPS = 4  # out of DDIM's default 1000 timesteps: 750, 500, 250, 0
 
 LOAD_AND_DRAW = """
 import sys
@@ -107,7 +107,7 @@ def test_a_saved_pipeline_loads_in_a_process_that_only_imported_the_pipeline(mak
 
 
 class Wrapper(torch.nn.Module):
-    """What peft's `PeftModel` is to a pipeline: another class, with the attributes of the model in it."""
+    """Stands for peft's `PeftModel`: a different class, with the attributes of the model in it."""
 
     def __init__(self, model):
         super().__init__()

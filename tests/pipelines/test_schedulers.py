@@ -202,7 +202,7 @@ def test_while_inpainting_the_unet_sees_the_known_part_with_the_noise_of_each_ti
     flow = name.startswith("FlowMatch")
     pipe = LooCLDMInpaintPipeline.from_pipe(gaussian_pipeline(*with_prediction_type(name)))
     pipe.set_progress_bar_config(disable=True)
-    pipe.prepare_image_latents = lambda pixels, count: torch.zeros(count, 4, 8, 8)  # what is left of it is noise
+    pipe.prepare_image_latents = lambda pixels, count: torch.zeros(count, 4, 8, 8)  # the rest of it is noise
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., :8] = 1

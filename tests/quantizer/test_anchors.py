@@ -39,7 +39,7 @@ def at_distances(*squared: float) -> torch.Tensor:
     return torch.tensor(squared).sqrt()[:, None] * torch.stack([angles.cos(), angles.sin()], dim=1)
 
 
-# Of 256 proposals, each is accepted with probability exp(-squared distance).
+# Each of 256 proposals is accepted with probability exp(-squared distance).
 FAR = {
     "never accepted": [at_distances(100, 100.5, 101, 101.5)],
     "never accepted, in two calls": [at_distances(100, 101), at_distances(100.5, 101.5, 100.2)],

@@ -1,4 +1,4 @@
-"""How codevectors follow the segments that choose them: as their moving average, or by gradient."""
+"""Codevectors follow the segments that choose them: as their moving average, or by gradient."""
 
 import io
 from functools import partial
@@ -80,7 +80,7 @@ def test_revival_comes_after_the_average(distance):
             similarity = F.normalize(segments_of(z), dim=1) @ F.normalize(codebook, dim=1).T
         else:
             similarity = -torch.cdist(segments_of(z), codebook)
-        anchors = segments_of(z)[similarity.argmax(0)]  # of the codevectors before any of this
+        anchors = segments_of(z)[similarity.argmax(0)]  # the codevectors' before any of this
         alpha = torch.exp(-10 * 64 * usage / 0.1 - 1e-3)[:, None]
         expected = (1 - alpha) * average + alpha * anchors
         torch.testing.assert_close(quantizer.codebook.double(), expected, rtol=0, atol=1e-5)

@@ -215,7 +215,7 @@ def test_a_traced_model_depends_on_its_input(method, layout):
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore")  # of the exporters
+@pytest.mark.filterwarnings("ignore")  # the exporters' own
 @pytest.mark.parametrize("method", MODEL_METHODS)
 @pytest.mark.parametrize("dynamo", [True, False])
 def test_an_onnx_file_depends_on_its_input(method, dynamo, tmp_path):

@@ -1,4 +1,4 @@
-"""What backward does at the choice of codevectors: the rotation trick. Straight through: see test_quantizer."""
+"""Gradients at the choice of codevectors: the rotation trick. Straight through: see test_quantizer."""
 
 import pytest
 import torch

@@ -61,7 +61,7 @@ def test_the_straight_through_gradient_is_the_transposed_blur(s, a, layout):
 
 
 def sources(size: int, s: int, i: int) -> list[tuple[int, float]]:
-    """Where sample `i` of `size * s` bilinear samples comes from: two (position, weight)."""
+    """Sources of sample `i` of `size * s` bilinear samples: two (position, weight)."""
     x = min(max((i + 0.5) / s - 0.5, 0), size - 1)
     low = min(int(x), size - 2)
     return [(low, low + 1 - x), (low + 1, x - low)]

@@ -1,4 +1,4 @@
-"""What a quantizer takes with it: state dicts, its own and those of diffusers, copies and pickles."""
+"""State that a quantizer takes with it: state dicts, its own and those of diffusers, copies and pickles."""
 
 import copy
 import io

@@ -222,7 +222,7 @@ def test_where_training_does_not_wait_for_the_device_a_bad_step_changes_nothing_
     quantizer.check_finite()
     before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
     forward(good + 1)
-    forward(bad)  # of the same optimizer step
+    forward(bad)  # in the same optimizer step
     quantizer.revive()
     for name, tensor in quantizer.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -257,7 +257,7 @@ def test_what_was_applied_or_discarded_is_not_applied_again():
     before = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
     quantizer.revive()
     quantizer(torch.randn(2, 8, 4, 4))
-    quantizer.discard()  # of a step that was skipped
+    quantizer.discard()  # from a step that was skipped
     quantizer.revive()
     for name, tensor in quantizer.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -313,7 +313,7 @@ def test_a_codebook_that_changes_under_activation_checkpointing_is_refused(reent
     quantizer = small_quantizer()
     quantizer.revive()
     z = torch.randn(2, 8, 3, 3, requires_grad=True)
-    quantizer(z)[0].square().sum().backward()  # what a reentrant forward cannot collect before backward
+    quantizer(z)[0].square().sum().backward()  # things that a reentrant forward cannot collect before backward
     loss = checkpoint(lambda z: quantizer(z)[0].square().sum(), z, use_reentrant=reentrant)
     quantizer.revive()
     with pytest.raises(RuntimeError, match=r"call revive\(\) after backward"):

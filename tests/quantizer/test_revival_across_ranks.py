@@ -90,7 +90,7 @@ UPDATES = ("ema", "gradient")
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What each of two gloo processes ends with."""
+    """Results of each of two gloo processes."""
     folder = tmp_path_factory.mktemp("ranks")
     ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in range(2)]
     try:
@@ -148,7 +148,7 @@ def test_under_data_parallel_codebooks_drift_apart_where_nothing_is_reduced(two_
     first, second = (rank["not reduced", training] for rank in two_ranks)
     assert not torch.equal(first["quantize.embedding.weight"], second["quantize.embedding.weight"])
     assert not torch.equal(first["quantize.usage"], second["quantize.usage"])
-    assert torch.equal(first["encoder.weight"], second["encoder.weight"])  # what data parallel itself sees to
+    assert torch.equal(first["encoder.weight"], second["encoder.weight"])  # as data parallel itself does
 
 
 def test_under_data_parallel_compiling_does_not_change_the_training(two_ranks):

@@ -114,7 +114,7 @@ def test_a_run_gives_its_newest_live_and_averaged_weights_and_the_average_goes_o
     assert read_state(tmp_path / "checkpoints" / "000000008")["earlier_images"] == 48
     again = autoencoder_config(tmp_path / "again", model={}, init_from=str(tmp_path), total_images=8)
     assert newest_weights(again).images == 56
-    autoencoder.train(replace(again, model={}))  # of a run that has no network in its own config
+    autoencoder.train(replace(again, model={}))  # from a run that has no network in its own config
 
 
 def test_a_run_without_checkpoints_is_no_start(autoencoder_config, tmp_path):

@@ -26,7 +26,7 @@ from looc_ldm.training.validation import reconstruction_grid
 from looc_ldm.utils.devices import choose_device
 from looc_ldm.utils.files import read_json, replace_text
 
-MOST_CLASSES = 20  # that samples are shown of
+MOST_CLASSES = 20  # with samples in the report
 SAMPLES_PER_CLASS = 10
 SAMPLING_STEPS = 25
 GUIDANCE_SCALE = 2.0

@@ -35,9 +35,9 @@ from looc_ldm.utils.errors import DataError, UnreadableImage
 from looc_ldm.utils.files import read_json, replace_text
 
 RESOLUTIONS = (64, 128, 256)
-LEAST_GIB = {256: 22, 128: 7}  # of an accelerator's memory; docs/training.md has the presets' needs. Others: 64
+LEAST_GIB = {256: 22, 128: 7}  # memory of an accelerator; docs/training.md has the presets' needs. Others: 64
 HELD_OUT = 200  # images, at most, and a tenth of all at most
-CHECKED_IMAGES, CHECK_SECONDS = 2000, 20  # how many images are decoded to see what they are, at most
+CHECKED_IMAGES, CHECK_SECONDS = 2000, 20  # limits of decoding images to find sizes and colours
 MOST_UNREADABLE = 0.1  # share of the images
 
 STAGE_1, STAGE_2, REST = 0.35, 0.60, 0.05  # shares of the hours; the rest is latents, samples, figures
@@ -45,7 +45,7 @@ MEASURED_IMAGES = 64
 MOST_MEASURING_SECONDS = 15  # for each stage, without its start
 CHECKPOINT_SECONDS = 120  # between two checkpoints, at most
 GRIDS = 8  # in a run, at most
-GRID_SHARE = 0.05  # of the time of stage 2 that its grids may take
+GRID_SHARE = 0.05  # share of stage 2's time that its grids may take
 MEMORIZED = 300  # times that stage 2 sees an image
 
 
@@ -165,9 +165,9 @@ class Plan:
     lpips_weights: str | None  # file of VGG16's weights; None leaves LPIPS out of the loss
     found: list[str]  # lines on the folder
     hours: float  # for everything, as asked for last
-    version: str  # of looc-ldm
-    images_per_second: dict[str, float] = field(default_factory=dict)  # of each stage, measured
-    autoencoder_images: int = 0  # that stage 1 is trained on, repeats counted
+    version: str  # looc-ldm's
+    images_per_second: dict[str, float] = field(default_factory=dict)  # each stage's, measured
+    autoencoder_images: int = 0  # training images of stage 1, repeats counted
     diffusion_images: list[int] = field(default_factory=list)  # the same of each run of stage 2
 
     @classmethod
@@ -211,7 +211,7 @@ def split_hours(plan: Plan, batch_sizes: tuple[int, int], evaluations: int) -> N
 
     Args:
         plan: The plan, with its speeds.
-        batch_sizes: Those of both stages; the numbers are multiples of them.
+        batch_sizes: Batch sizes of both stages. The numbers of images are multiples of them.
         evaluations: Times that the UNet is evaluated on one image after training, for samples and figures.
     """
     speed_1, speed_2 = plan.images_per_second["autoencoder"], plan.images_per_second["diffusion"]

@@ -19,7 +19,7 @@ from looc_ldm.utils.files import replace_text, write_image
 from looc_ldm.utils.report import Curve, Report
 
 LARGEST_WIDTH = 1200  # pixels of a picture in the page
-SHOWN_GRIDS = 4  # of each run
+SHOWN_GRIDS = 4  # for each run
 
 
 def results_sections(report: Report, results: Results, left_out: dict[str, str]) -> None:
