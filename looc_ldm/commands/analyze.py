@@ -15,7 +15,13 @@ from looc_ldm.codes.images import set_tiling
 from looc_ldm.commands.many_files import batch_of_squares, pixel_budget
 from looc_ldm.commands.options import Analyze
 from looc_ldm.commands.record import versions
-from looc_ldm.commands.shared import data_of, load_images, load_model, warn_of_training_images
+from looc_ldm.commands.shared import (
+    data_of,
+    load_images,
+    load_model,
+    use_fastest_threads_to_reconstruct,
+    warn_of_training_images,
+)
 from looc_ldm.images.image_set import spread
 from looc_ldm.training.data import float_batches
 from looc_ldm.utils.devices import choose_device
@@ -30,6 +36,7 @@ def analyze(options: Analyze) -> None:
         raise UserError(f"--output {str(options.output)!r} does not hold an analysis: give a new folder.")
     device = choose_device(options.device)
     model, fingerprint = load_model(options.model, device, options.dtype)
+    use_fastest_threads_to_reconstruct(model)
     images = load_images(options.data, options, model)
     warn_of_training_images(images, model)
     side = images.config.resolution

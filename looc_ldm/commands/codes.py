@@ -25,7 +25,7 @@ from looc_ldm.codes.looc_file import (
 from looc_ldm.codes.table import TableRow, image_names, read_code_table, write_code_table
 from looc_ldm.commands.many_files import check_targets, compute_in_batches, read_ahead, targets_of
 from looc_ldm.commands.options import Decode, Encode
-from looc_ldm.commands.shared import load_images, load_model
+from looc_ldm.commands.shared import load_images, load_model, use_fastest_threads_to_reconstruct
 from looc_ldm.images.source import IMAGE_SUFFIXES
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.utils.devices import choose_device
@@ -218,6 +218,7 @@ def decode(options: Decode) -> None:
 def _load(options: Encode | Decode) -> tuple[LooCVQModel, str]:
     """Return the model, and the first 32 digits of its fingerprint, which `.looc` files store."""
     model, fingerprint = load_model(options.model, choose_device(options.device), options.dtype)
+    use_fastest_threads_to_reconstruct(model)
     return model, fingerprint[: 2 * FINGERPRINT_BYTES]
 
 

@@ -27,7 +27,14 @@ from looc_ldm.commands.many_files import batch_of_squares, pixel_budget
 from looc_ldm.commands.measures import reconstruction_measures
 from looc_ldm.commands.options import Compare
 from looc_ldm.commands.record import versions
-from looc_ldm.commands.shared import cast, data_of, load_images, load_model, warn_of_training_images
+from looc_ldm.commands.shared import (
+    cast,
+    data_of,
+    load_images,
+    load_model,
+    use_fastest_threads_to_reconstruct,
+    warn_of_training_images,
+)
 from looc_ldm.images.image_set import ImageSet, spread
 from looc_ldm.images.pixels import centre_crop, to_float, to_uint8
 from looc_ldm.models.autoencoder import LooCVQModel
@@ -71,6 +78,7 @@ def compare(options: Compare) -> None:
     compared = []
     for candidate in candidates:
         model = cast(candidate.model, device, options.dtype)
+        use_fastest_threads_to_reconstruct(model)
         set_tiling(model, side**2, pixel_budget(device.type))
         batches = float_batches(Subset(images, chosen.tolist()), batch_size)
         with tqdm(batches, desc=candidate.name, unit="batch", delay=1) as bar:

@@ -13,7 +13,14 @@ from looc_ldm.commands.many_files import batch_of_squares, pixel_budget
 from looc_ldm.commands.measures import reconstruction_measures
 from looc_ldm.commands.options import EvaluateReconstruction
 from looc_ldm.commands.record import machine, make_record, write_and_print
-from looc_ldm.commands.shared import check_file, data_of, load_images, load_model, warn_of_training_images
+from looc_ldm.commands.shared import (
+    check_file,
+    data_of,
+    load_images,
+    load_model,
+    use_fastest_threads_to_reconstruct,
+    warn_of_training_images,
+)
 from looc_ldm.images.pixels import to_float
 from looc_ldm.metrics.shares import share_of_batches
 from looc_ldm.utils.distributed import make_accelerator
@@ -28,6 +35,7 @@ def evaluate(options: EvaluateReconstruction) -> None:
     accelerator = make_accelerator(options.device)
     device, is_main = accelerator.device, accelerator.is_main_process
     model, fingerprint = load_model(options.model, device, options.dtype)
+    use_fastest_threads_to_reconstruct(model)
     images = load_images(options.data, options, model)
     if is_main:
         warn_of_training_images(images, model)

@@ -35,11 +35,14 @@ def load_model(name: str, device: torch.device, dtype: str = "float32") -> tuple
     if model.config.in_channels not in MODES:
         raise ModelError(f"images have 1 (grey) or 3 channels, but {name!r} expects {model.config.in_channels}.")
     fingerprint = model_fingerprint(model)
-    model = cast(model, device, dtype)
+    return cast(model, device, dtype), fingerprint
+
+
+def use_fastest_threads_to_reconstruct(model: LooCVQModel) -> None:
+    """Take the number of threads that reconstructs an image fastest, on a CPU."""
     side = min(model.config.sample_size, 128)
     image = torch.zeros(1, model.config.in_channels, side, side, dtype=model.dtype)
-    _use_fastest_threads(device, lambda: model(image))
-    return model, fingerprint
+    _use_fastest_threads(model.device, lambda: model(image))
 
 
 def use_fastest_threads_to_sample(pipe: LooCLDMPipeline, batch_size: int) -> None:
