@@ -24,7 +24,7 @@ from looc_ldm.utils.errors import one_line_errors
 
 BYTES_PER_PARAMETER = 20  # float32 weight, gradient, two moments of AdamW, average
 SUSTAINED_FLOPS = 1e14
-CLASSES = {"imagenet": 1000, "imagenette": 10, "fashion_mnist": 10, "starter": 10}
+CLASSES = {"imagenet": 1000, "imagenette": 10, "fashion_mnist": 10, "starter": 10, "photos": 10}
 
 
 # Costs of the bundled configs -----------------------------------------------------------------------------------------
@@ -47,12 +47,13 @@ def autoencoder_costs() -> str:
 
 def diffusion_costs() -> str:
     rows = []
+    autoencoders = [name for name in configs.names() if name.split("/")[1].startswith("autoencoder")]
+    trained_by = {f"{load_config(AutoencoderConfig, name).output_dir}/model": name for name in autoencoders}
     for name in configs.names():
         data_set, stage = name.split("/")
         if stage.startswith("diffusion"):
             config = load_config(DiffusionConfig, name)
-            first = "/".join(Path(config.autoencoder).parts[1:3])  # runs/ffhq/autoencoder/model
-            vqvae = make_autoencoder(load_config(AutoencoderConfig, first))
+            vqvae = make_autoencoder(load_config(AutoencoderConfig, trained_by[config.autoencoder]))
             config = with_stage_1_images(config, vqvae)
             classes = CLASSES[data_set] if config.class_conditional else 0
             denoiser = Denoiser.from_config(config, vqvae, classes)
@@ -181,6 +182,17 @@ def speed_table(file: str, title: str, *columns: str) -> str:
     return markdown_table(rows, align_left=len(columns) + 2)
 
 
+def cpu_training_table() -> str:
+    """Return a table of training steps on a CPU, by memory format, attention and threads."""
+    names = ("stage", "precision", "memory_format", "attention", "threads")
+    rows = []
+    for line in read_results(RESULTS / "cpu_training.jsonl"):
+        row = {name.replace("_", " "): line[name] for name in names}
+        row["images per second"] = f"{line['images_per_second']:.0f}"
+        rows.append(row | {"against channels last, fused, 1 thread": f"{line['ratio']:.2f}×"})
+    return markdown_table(rows, align_left=4)
+
+
 def measured_tables() -> dict[str, str]:
     """Return the tables of what was measured, by the names of their markers."""
     return {
@@ -190,6 +202,7 @@ def measured_tables() -> dict[str, str]:
         "gradients": gradients_table(),
         "sampling": speed_table("sampling.jsonl", "against `LDMPipeline`", "contestant"),
         "training": speed_table("training.jsonl", "against the bare loop", "stage", "contestant"),
+        "cpu training": cpu_training_table(),
     }
 
 
