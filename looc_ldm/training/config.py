@@ -217,7 +217,7 @@ class DiffusionConfig(RunConfig):
             flow matching. `rescale_betas_zero_snr` is for `v_prediction` and `sample`.
         loss: `l2` or `l1` between the prediction and its target.
         loss_weighting: `min_snr` weighs timesteps by min(SNR, gamma), as a loss on the latents; not for flow matching.
-        min_snr_gamma: gamma of `min_snr`.
+        min_snr_gamma: Gamma of `min_snr`.
         timestep_sampling: `uniform`, or `logit_normal` (the logistic function of a standard normal variable, as a share
             of the timesteps), which is usual for flow matching.
         optimizer: For the UNet.

@@ -215,7 +215,7 @@ def test_what_weights_do_not_show_is_asked_for_at_once(small):
     [
         ({"quantize.embed.weight": torch.ones(4, 4)}, "Gumbel"),
         ({"quantize.embedding.weight": None}, "a KL autoencoder is no vector quantizer"),
-        ({"quantize.embedding.weight": torch.ones(64, 2)}, "2 channels for latents of 4 without usage"),
+        ({"quantize.embedding.weight": torch.ones(64, 2)}, "the codebook has 2 channels and the latents have 4"),
         ({"encoder.conv_out.weight": None}, r"missing encoder\.conv_out\.weight and 0 more"),
     ],
 )

@@ -98,7 +98,7 @@ def test_ninety_percent_of_padding_does_not_hide_what_is_used():
         ({"input_layout": "BCHW", "interpolation_factor": 1}, torch.ones(2, 4, dtype=torch.bool), "BCHW"),
         ({"interpolation_factor": 1}, torch.ones(2, 4), r"mask must be bool of the shape \(2, 4\), got torch.float32"),
         ({"interpolation_factor": 1}, torch.ones(2, 5, dtype=torch.bool), r"got torch.bool of \(2, 5\)"),
-        ({"interpolation_factor": 1}, torch.zeros(2, 4, dtype=torch.bool), "True at one position at least"),
+        ({"interpolation_factor": 1}, torch.zeros(2, 4, dtype=torch.bool), "True for at least one position"),
     ],
 )
 def test_masks_that_mean_nothing_are_refused(changes, mask, message):

@@ -107,7 +107,7 @@ def test_commands_parse(command):
     elif command[0] == "sbatch":
         assert (ROOT / command[1]) == SCRIPT
         parse_config(STAGES[command[2]], command[3:], "sbatch")
-    elif command[1] == "train":
+    elif command[1] == "train" and command[2] in STAGES:
         parse_config(STAGES[command[2]], command[3:], "looc-ldm")
     else:
         parse_command(command[1:])
