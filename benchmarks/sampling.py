@@ -69,7 +69,7 @@ def bundled_contestants(batch_size: int, steps: int) -> dict[str, Callable[[], t
     own = torch.get_num_threads()
     contestants = {}
     for dtype in (torch.float32, torch.bfloat16):
-        pipe = LooCLDMPipeline.from_pretrained(starter_model(), torch_dtype=dtype)
+        pipe = LooCLDMPipeline.from_pretrained(starter_model("fashion_mnist"), torch_dtype=dtype)
         pipe.set_progress_bar_config(disable=True)
         use_fastest_threads_to_sample(pipe, batch_size)
         fastest = torch.get_num_threads()
@@ -82,7 +82,7 @@ def bundled_contestants(batch_size: int, steps: int) -> dict[str, Callable[[], t
                 return pipe(class_labels=labels, generator=torch.Generator().manual_seed(0), **settings).images
 
             contestants[f"ours, {str(dtype)[6:]}, {name} ({threads})"] = draw
-    pipe = LooCLDMPipeline.from_pretrained(starter_model())
+    pipe = LooCLDMPipeline.from_pretrained(starter_model("fashion_mnist"))
     null = torch.full((batch_size,), pipe.config.null_class_label)
     pipe.unet.forward = partial(pipe.unet.forward, class_labels=null)
     theirs = contestant(LDMPipeline(pipe.vqvae, pipe.unet, pipe.scheduler), batch_size, steps)
@@ -123,7 +123,7 @@ def main() -> None:
     bundled = options.config == "starter"
     if bundled:
         contestants = bundled_contestants(options.batch_size, options.steps)
-        vqvae = LooCVQModel.from_pretrained(starter_model(), subfolder="vqvae")
+        vqvae = LooCVQModel.from_pretrained(starter_model("fashion_mnist"), subfolder="vqvae")
     else:
         contestants = {"LDMPipeline, float32": pipeline(LDMPipeline), "ours, float32": pipeline(LooCLDMPipeline)}
         vqvae = networks(options.config)["vqvae"]

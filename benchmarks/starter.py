@@ -1,12 +1,12 @@
-"""Make the starter model that the package carries: both stages on Fashion-MNIST, in half precision, measured.
+"""Make the bundled model of garments: both stages on Fashion-MNIST, in half precision, measured.
 
     python benchmarks/starter.py FOLDER_WITH_THE_IDX_FILES --lpips-weights FILE --inception-weights FILE
 
 Takes a few hours on two CPU cores. Trains with the configs starter/autoencoder and starter/diffusion into --work, on
 55,000 of the 60,000 training images; 5,000 are held out. The same command resumes. Writes
 
-- looc_ldm/data/starter: the averaged weights of both stages in half precision (the codebook in single precision),
-  configs, and the card, whose prose is written by hand and whose figures are those of `looc-ldm evaluate`;
+- looc_ldm/data/models/fashion_mnist: the averaged weights of both stages in half precision (the codebook in single
+  precision), configs, and the card, whose prose is written by hand and whose figures are those of `looc-ldm evaluate`;
 - the FID against the test set as a line of results/fid.jsonl, and docs/starter.png.
 
 Settings were chosen on held-out training images; the test set is read for the last figure only.
@@ -25,9 +25,9 @@ from pathlib import Path
 import bundle_fashion_mnist
 import torch
 from PIL import Image
-from results import DOCS, RESULTS, ROOT, replace_results, revision
+from results import DOCS, RESULTS, replace_results, revision
 
-from looc_ldm import LooCLDMPipeline
+from looc_ldm import LooCLDMPipeline, starter_model
 from looc_ldm.hub.card import write_card
 from looc_ldm.hub.facts import shareable
 from looc_ldm.metrics import InceptionFeatures
@@ -38,7 +38,7 @@ from looc_ldm.training.quickstart import side_by_side
 from looc_ldm.utils.errors import UserError, one_line_errors
 from looc_ldm.utils.files import replace_text, write_image
 
-STARTER = ROOT / "looc_ldm" / "data" / "starter"
+STARTER = Path(starter_model("fashion_mnist"))
 MOST_BYTES = 12 * 2**20
 STEPS = 25
 SAMPLES_PER_CLASS = 10
@@ -70,7 +70,7 @@ def train(options: argparse.Namespace) -> Path:
 
 def ship(run: Path, options: argparse.Namespace) -> None:
     """Put the pipeline of a run, in half precision, measured and with its card, into the package."""
-    half = options.work / "starter"
+    half = options.work / "fashion_mnist"
     folder = half / "pipeline"
     shutil.rmtree(half, ignore_errors=True)
     # The codebook stays in single precision, as `LooCVQModel` keeps it.

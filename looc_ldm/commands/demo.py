@@ -10,11 +10,12 @@ from pathlib import Path
 
 import looc_ldm
 from looc_ldm.commands.options import Demo
+from looc_ldm.models.loading import is_bundled
+from looc_ldm.models.starter import bundled_models
 from looc_ldm.pipelines.loading import load_pipeline
 from looc_ldm.utils.errors import UserError
 from looc_ldm.utils.files import check_folder, folder_when_complete
 
-BUNDLED = ["starter"]
 NOT_COPIED = shutil.ignore_patterns("__pycache__")
 
 APP = '''"""The demo page of looc-ldm, whose package is in this folder."""
@@ -47,7 +48,7 @@ def demo(options: Demo) -> None:
     """Serve the page until Ctrl-C, or write the folder of a Space."""
     if find_spec("gradio") is None:
         raise UserError('the demo needs the package gradio: pip install "looc-ldm[demo]"')
-    models = [options.model] if options.model else BUNDLED
+    models = [options.model] if options.model else bundled_models()
     if options.space:
         write_space(options.space, models)
         print(f"{options.space}: the folder of a Space. To push it:")
@@ -80,7 +81,7 @@ def write_space(folder: Path, models: list[str]) -> None:
         load_pipeline(model)  # refuses what the Space could not load
     with folder_when_complete(folder) as partial:
         shutil.copytree(Path(looc_ldm.__file__).parent, partial / "looc_ldm", ignore=NOT_COPIED)
-        if Path(models[0]).is_dir():
+        if Path(models[0]).is_dir() and not is_bundled(models[0]):
             name = Path(models[0]).resolve().name
             shutil.copytree(models[0], partial / name, ignore=NOT_COPIED)
             models = [name]

@@ -33,6 +33,7 @@ from looc_ldm.metrics.generation import METRICS, generation_figures
 from looc_ldm.metrics.reference import ReferenceCache, default_cache_folder
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.models.fingerprint import model_fingerprint
+from looc_ldm.models.loading import holds_model, is_bundled
 from looc_ldm.pipelines.loading import load_pipeline
 from looc_ldm.utils.distributed import make_accelerator
 from looc_ldm.utils.errors import UserError
@@ -134,8 +135,7 @@ def evaluate(options: EvaluateGeneration) -> None:
 
 def _are_files(name: str) -> bool:
     """Whether samples are an .npz or a folder without a model."""
-    marks = ("model_index.json", "config.json", "pipeline", "vqvae")
-    return is_npz(name) or (Path(name).is_dir() and not any(Path(name, mark).exists() for mark in marks))
+    return is_npz(name) or (Path(name).is_dir() and not is_bundled(name) and not holds_model(Path(name)))
 
 
 def _read_samples(options: EvaluateGeneration) -> Reference:

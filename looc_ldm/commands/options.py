@@ -37,7 +37,7 @@ class ComputeOptions(DeviceOptions):
 class ModelOptions(Options):
     """Model"""
 
-    model: str = option("Autoencoder or pipeline: folder, hub id or starter.", positional="MODEL")
+    model: str = option("Autoencoder or pipeline: folder, hub id or bundled name.", positional="MODEL")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class Quickstart(InceptionOptions):
 class Sample(SamplingOptions, ComputeOptions):
     """Draw images, and a grid of them, from a trained model."""
 
-    model: str = option("Pipeline: folder, hub id, or starter, which comes with the package.", positional="MODEL")
+    model: str = option("Pipeline: folder, hub id or bundled name (starter, fashion_mnist, ...).", positional="MODEL")
     labels: list[str] | None = option("Classes, by name or index. If not given, all.", None)
     images: PositiveInt = option("Images per class, or from a model without classes.", 4)
     output: Path = option("Folder of PNGs, one sub-folder per class; the grid is NAME.png.", Path("samples"))
@@ -185,7 +185,7 @@ class EvaluateGeneration(GenerationMetricOptions, DataOptions, SamplingOptions, 
     looc_ldm.cli evaluate ..., with the same options and figures.
     """
 
-    samples: str = option("Pipeline (folder, hub id or starter), folder of images, or .npz.", positional="SAMPLES")
+    samples: str = option("Pipeline (folder, hub id or bundled name), folder of images, or .npz.", positional="SAMPLES")
     data: str = option(f"Real images (also --reference): {DATA}; or .npz.", alias="reference")
     reference_images: PositiveInt | None = option("Read only N real images. If not given, all.", None)
     images: PositiveInt | None = option("Samples that a model draws. If not given, 10000.", None)
@@ -217,7 +217,7 @@ class Compare(ReconstructionMetricOptions, MeasuredImageOptions, ComputeOptions)
     always measured.
     """
 
-    models: list[str] = option("Autoencoders or pipelines: folders, hub ids or starter.", positional="MODEL")
+    models: list[str] = option("Autoencoders or pipelines: folders, hub ids or bundled names.", positional="MODEL")
     names: list[str] | None = option("Names of the models. If not given, the parts in which paths differ.", None)
     show: PositiveInt = option("Images in the picture.", 8)
     codec_images: PositiveInt = option("Images for JPEG and WebP; each takes about 0.5 s at 256x256.", 128)
@@ -258,7 +258,9 @@ class Demo(DeviceOptions):
     Needs the extra demo: pip install "looc-ldm[demo]". One image or grid is drawn at a time.
     """
 
-    model: str | None = option("Pipeline: folder or hub id. If not given, the bundled.", None, positional="MODEL")
+    model: str | None = option(
+        "Pipeline: folder, hub id or bundled name. If not given, all bundled ones.", None, positional="MODEL"
+    )
     host: str = option("Address to serve on; 0.0.0.0 is all of this machine.", "127.0.0.1")
     port: Port | None = option("Port to serve on. If not given, the first free one from 7860.", None)
     space: Path | None = option("Write the folder of a Hugging Face Space instead of serving the page.", None)

@@ -12,7 +12,7 @@ import looc_ldm
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.models.fingerprint import model_fingerprint
 from looc_ldm.models.registration import AUTOENCODERS, COMPONENTS
-from looc_ldm.models.starter import STARTER
+from looc_ldm.models.starter import bundled_models, starter_model
 from looc_ldm.utils.errors import ModelError, one_line
 from looc_ldm.utils.files import read_json
 
@@ -97,19 +97,31 @@ def _class_name(folder: Path) -> str | None:
     return read_json(folder / "config.json").get("_class_name")
 
 
+def is_bundled(name: str) -> bool:
+    """Whether a name means a bundled model. A folder of that name comes first if it holds a model."""
+    return name in ("starter", *bundled_models()) and not holds_model(Path(name))
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder is a saved model or pipeline, or the output of a training."""
+    marks = ("model_index.json", "config.json", "pipeline", "vqvae", "config.yaml", "plan.json")
+    return any((folder / mark).exists() for mark in marks)
+
+
 def model_folder(name: str, revision: str | None = None, component: str | None = None, kind: str = "model") -> Path:
-    """Return the folder `name`, the starter model's folder, or the folder of the downloaded hub repository `name`.
+    """Return the folder of the bundled model `name`, the folder `name`, or that of the downloaded hub repository.
 
     Raises:
-        ModelError: Neither exists, or the hub raises an error.
+        ModelError: None of them exists, or the hub raises an error.
     """
     folder = Path(name)
+    if is_bundled(name):
+        return Path(starter_model(None if name == "starter" else name))
     if folder.is_dir():
         return folder
-    if name == "starter":
-        return STARTER
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise ModelError(f"no {kind} {name!r}: neither a folder nor a hub id (user/name) nor 'starter'.")
+        bundled = ", ".join(["starter", *bundled_models()])
+        raise ModelError(f"no {kind} {name!r}: neither bundled ({bundled}), a folder, nor a hub id (user/name).")
     from looc_ldm.utils.hub_download import download
 
     try:

@@ -1,17 +1,33 @@
-"""The bundled model, made by benchmarks/starter.py."""
+"""The bundled models, made by benchmarks/starter.py and benchmarks/flowers.py: one folder in data/models for each."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-STARTER = Path(__file__).resolve().parents[1] / "data" / "starter"
+from looc_ldm.utils.errors import ModelError
+
+BUNDLED = Path(__file__).resolve().parents[1] / "data" / "models"
+DEFAULT = "fashion_mnist"
 
 
-def starter_model() -> str:
-    """The folder of a small class-conditional `LooCLDMPipeline` for Fashion-MNIST, 32x32 pixels, grey.
+def starter_model(name: str | None = None) -> str:
+    """Return the folder of a small class-conditional `LooCLDMPipeline` that comes with the package.
 
-    For `LooCLDMPipeline.from_pretrained(looc_ldm.starter_model())`. Commands take it by the name `starter`, where there
-    is no folder called so. It was trained on 55,000 of the training images, the bundled `fashion_mnist` among them; its
-    `README.md` says how, and what it is worth.
+    For `LooCLDMPipeline.from_pretrained(looc_ldm.starter_model())`. Commands take the same names, and `starter` for the
+    default. The `README.md` in the folder says how the model was made and gives its measured figures.
+
+    Args:
+        name (`str`, *optional*): "fashion_mnist" (garments, 32x32 pixels, grey), or another name in `bundled_models`.
+            If not given, "fashion_mnist".
+
+    Raises:
+        ModelError: There is no bundled model of this name.
     """
-    return str(STARTER)
+    if name is not None and name not in bundled_models():
+        raise ModelError(f"no bundled model {name!r}: there are {', '.join(bundled_models())}.")
+    return str(BUNDLED / (name or DEFAULT))
+
+
+def bundled_models() -> list[str]:
+    """Return the names of the bundled models."""
+    return sorted(file.parent.name for file in BUNDLED.glob("*/model_index.json"))

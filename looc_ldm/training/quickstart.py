@@ -52,14 +52,14 @@ def quickstart(output: Path, features: InceptionFeatures | None, log=print) -> P
     results_sections(report, results, left_out)
 
     seconds = time.monotonic() - started
-    starter = LooCLDMPipeline.from_pretrained(starter_model())
+    starter = LooCLDMPipeline.from_pretrained(starter_model("fashion_mnist"))
     settings = {"num_inference_steps": chain.SAMPLING_STEPS, "guidance_scale": chain.GUIDANCE_SCALE}
     rows = labelled_samples(starter, settings)
     report.heading("After longer training")
     report.text(
-        "The same classes by the bundled starter model "
-        "(<code>LooCLDMPipeline.from_pretrained(looc_ldm.starter_model())</code>): a similar UNet on a somewhat larger "
-        "first stage, trained longer and on 55,000 images of Fashion-MNIST."
+        "The same classes by the bundled model "
+        '(<code>LooCLDMPipeline.from_pretrained(looc_ldm.starter_model("fashion_mnist"))</code>): a similar UNet on a '
+        "somewhat larger first stage, trained longer and on 55,000 images of Fashion-MNIST."
     )
     report.image(side_by_side([image for _, row in rows for image in row], rows=len(rows)))
 

@@ -66,7 +66,7 @@ class CacheLatents(DeviceOptions):
     """
 
     config: str = option("Diffusion config: name or file.")
-    autoencoder: str | None = option("First stage: folder, hub id or starter. If not given, the config's.", None)
+    autoencoder: str | None = option("First stage: folder, hub id or bundled name. If not given, the config's.", None)
     data: str | None = option("Bundled name, folder, files or hub id of images. If not given, the config's.", None)
     output: str | None = option("Folder. If not given, the config's `latents`, or latents in its output_dir.", None)
     batch_size: PositiveInt | None = option("Images encoded at a time. If not given, by device and resolution.", None)

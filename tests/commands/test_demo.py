@@ -182,8 +182,8 @@ def test_a_codec_has_the_highest_quality_that_fits_or_its_smallest_file(codec):
 
 
 def test_the_starter_model_is_compared_with_jpeg_and_webp():
-    image = PIL.Image.open(Path(starter_model()) / "samples.png").convert("L").crop((0, 0, 32, 32))
-    looc, *others = compare(load_autoencoder("starter"), image)
+    image = PIL.Image.open(Path(starter_model("fashion_mnist")) / "samples.png").convert("L").crop((0, 0, 32, 32))
+    looc, *others = compare(load_autoencoder("fashion_mnist"), image)
     assert len(looc.content) == 49 + 128  # the header, and 8x8 positions with 2 codes of 8 bits
     assert [file.name.partition(",")[0] for file in others] == ["JPEG", "WebP"]
     assert all(len(file.content) <= len(looc.content) or file.name.endswith("smallest file") for file in others)

@@ -21,11 +21,12 @@ from looc_ldm import (
 )
 from looc_ldm.hub.upload import push
 from looc_ldm.models.loading import load_autoencoder
+from looc_ldm.models.starter import bundled_models
 from looc_ldm.utils.errors import ModelError
 from tiny import tiny_autoencoder, tiny_pipeline
 
 ID = "ada/pets"
-STARTER = starter_model()
+BUNDLED = [starter_model(name) for name in bundled_models()]
 
 
 def draw(pipe) -> torch.Tensor:
@@ -97,7 +98,7 @@ from diffusers import AutoModel, DiffusionPipeline
 folder = {str(tmp_path)!r}
 models = {{name: name for name in ("LooCVQModel", "LooCSmallVQModel", "FixedHeadsUNet2DModel")}}
 models |= {{"pipeline/vqvae": "LooCVQModel", "pipeline/class_embedding": "ClassEmbedding"}}
-pipelines = [{STARTER!r}, folder + "/pipeline"]
+pipelines = [*{BUNDLED!r}, folder + "/pipeline"]
 for path in (*pipelines, *(f"{{folder}}/{{path}}" for path in models)):
     try:
         (DiffusionPipeline if path in pipelines else AutoModel).from_pretrained(path)

@@ -1,7 +1,8 @@
-"""The model that comes with the package: it is small, loads in three lines, and draws what it is asked for."""
+"""The bundled models: they are small, load in three lines, and draw what they are asked for."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,16 @@ from looc_ldm.images.config import DataConfig
 from looc_ldm.images.image_set import load_image_set
 from looc_ldm.metrics import evaluate_reconstruction
 from looc_ldm.metrics.lpips import load_lpips
-from looc_ldm.models.loading import load_autoencoder
-from looc_ldm.models.starter import STARTER
+from looc_ldm.models.loading import load_autoencoder, model_folder
+from looc_ldm.models.starter import bundled_models, starter_model
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.training.data import float_batches
-from tiny import import_file
+from looc_ldm.utils.errors import ModelError
+from tiny import import_file, refusal
 
 PER_CLASS = 8
+GARMENTS = Path(starter_model("fashion_mnist"))
+MOST_MIB = {"fashion_mnist": 12, "flowers": 24}
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +34,11 @@ def images():
     return load_image_set(DataConfig(path="fashion_mnist", split="validation", resolution=32, fit="pad"), 1)
 
 
-def test_it_is_small_and_stored_in_half_precision():
-    assert sum(file.stat().st_size for file in STARTER.rglob("*") if file.is_file()) <= 12 * 2**20
-    weights = [load_file(file) for file in STARTER.rglob("*.safetensors")]
+@pytest.mark.parametrize("name", bundled_models())
+def test_it_is_small_and_stored_in_half_precision(name):
+    folder = Path(starter_model(name))
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= MOST_MIB[name] * 2**20
+    weights = [load_file(file) for file in folder.rglob("*.safetensors")]
     assert len(weights) == 2  # first stage and UNet
     dtypes = {name.startswith("quantize."): set() for part in weights for name in part}
     for part in weights:
@@ -42,11 +48,20 @@ def test_it_is_small_and_stored_in_half_precision():
     assert dtypes == {True: {torch.float32}, False: {torch.float16}}  # the codebook decides by small differences
 
 
-def test_three_lines_give_images():
-    pipe = looc_ldm.LooCLDMPipeline.from_pretrained(looc_ldm.starter_model())
-    drawn = pipe(class_labels=["sandal", 9], guidance_scale=2.0, num_inference_steps=4).images
-    assert [image.size for image in drawn] == [(32, 32)] * 2
+@pytest.mark.parametrize("name", bundled_models())
+def test_three_lines_give_images(name):
+    pipe = looc_ldm.LooCLDMPipeline.from_pretrained(starter_model(name))
+    first = pipe.config.id2label[0]
+    drawn = pipe(class_labels=[first, 4], guidance_scale=2.0, num_inference_steps=4).images
+    assert [image.size for image in drawn] == [(pipe.vqvae.config.sample_size,) * 2] * 2
     assert pipe.dtype == torch.float32  # the files are half as large, the arithmetic is not half as precise
+
+
+def test_a_name_chooses_the_model_and_an_unknown_one_is_refused_with_those_there_are():
+    assert looc_ldm.starter_model() in [looc_ldm.starter_model(name) for name in bundled_models()]
+    assert "fashion_mnist" in bundled_models()
+    with pytest.raises(ModelError, match=r"no bundled model 'roses': there are .*fashion_mnist"):
+        looc_ldm.starter_model("roses")
 
 
 def test_most_samples_look_most_like_the_class_that_was_asked_for(images):
@@ -58,7 +73,7 @@ def test_most_samples_look_most_like_the_class_that_was_asked_for(images):
     def share(drawn: torch.Tensor, of: torch.Tensor) -> float:
         return (torch.cdist(drawn, means).argmin(1) == of).float().mean().item()
 
-    pipe = looc_ldm.LooCLDMPipeline.from_pretrained(looc_ldm.starter_model())
+    pipe = looc_ldm.LooCLDMPipeline.from_pretrained(GARMENTS)
     asked = torch.arange(10).repeat_interleave(PER_CLASS)
     drawn = sample_images(pipe, asked.tolist(), seed=0, batch_size=40, num_inference_steps=12, guidance_scale=2.0)
     drawn = torch.stack(list(drawn)).flatten(1) / 255
@@ -69,41 +84,46 @@ def test_most_samples_look_most_like_the_class_that_was_asked_for(images):
 
 def test_its_first_stage_keeps_what_images_show(images):
     """Images it was trained on: the bundled ones are a part of its data."""
-    model = load_autoencoder("starter")
+    model = load_autoencoder("fashion_mnist")
     figures = evaluate_reconstruction(model, float_batches(images), images.content_size, None)
     assert figures["psnr"] > 25
     assert figures["codebook_use"] == 1
 
 
-def test_the_command_line_knows_it_by_name(tmp_path, capsys, monkeypatch):
+def test_the_command_line_knows_them_by_name(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cli.main(["sample", "starter", "--labels", "bag", "--images", "2", "--steps", "2", "--output", "out"])
+    cli.main(["sample", "fashion_mnist", "--labels", "bag", "--images", "2", "--steps", "2", "--output", "out"])
     assert len(list((tmp_path / "out").rglob("*.png"))) == 2
     with Image.open(tmp_path / "out.png") as grid:
         assert grid.size == (64, 32)
-    cli.main(["reconstruct", "starter", "fashion_mnist", "--split", "validation", "--images", "2"])
+    cli.main(["reconstruct", "fashion_mnist", "fashion_mnist", "--split", "validation", "--images", "2"])
     assert "bits per pixel" in capsys.readouterr().out
+    assert model_folder("starter") == Path(starter_model())
+    error = refusal(capsys, "sample", "roses")
+    assert f"'roses': neither bundled (starter, {', '.join(bundled_models())})" in error
 
 
-def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "starter").mkdir()
-    with pytest.raises(SystemExit) as exit:
-        cli.main(["sample", "starter"])
-    assert exit.value.code == 2
-    assert "holds no model_index.json" in capsys.readouterr().err
+@pytest.mark.usefixtures("in_an_empty_folder")
+@pytest.mark.parametrize("name", ["starter", "fashion_mnist"])
+def test_a_folder_of_that_name_comes_first_if_it_holds_a_model(name, pipeline, capsys):
+    Path(name, "class").mkdir(parents=True)  # of images, for example
+    assert model_folder(name).parent.name == "models"
+    shutil.copytree(pipeline, Path(name, "pipeline"))
+    assert f"Give '{name}/pipeline'" in refusal(capsys, "sample", name)
+    shutil.copytree(pipeline, name, dirs_exist_ok=True)
+    assert model_folder(name) == Path(name)
 
 
 def test_its_card_says_how_it_was_made():
-    card = (STARTER / "README.md").read_text()
+    card = (GARMENTS / "README.md").read_text()
     assert "benchmarks/starter.py" in card
-    assert "looc_ldm.starter_model()" in card
+    assert 'looc_ldm.starter_model("fashion_mnist")' in card
     assert "bits per pixel" in card
-    assert (STARTER / "samples.png").is_file()
+    assert (GARMENTS / "samples.png").is_file()
     assert "config.yaml" not in card  # none is shipped
-    for file in STARTER.rglob("*.json"):
+    for file in GARMENTS.rglob("*.json"):
         assert "_name_or_path" not in file.read_text()
-    assert json.loads((STARTER / "training.json").read_text())["data"]["path"] == "fashion-mnist"
+    assert json.loads((GARMENTS / "training.json").read_text())["data"]["path"] == "fashion-mnist"
 
 
 def test_it_is_more_than_twice_as_good_as_the_quickstarts():
@@ -145,7 +165,7 @@ def test_what_is_missing_is_named_before_the_training(script, tmp_path, monkeypa
 
 def test_a_new_card_keeps_the_prose_and_takes_metadata_and_tables(script):
     new = {heading: f"## {heading}\n\nnew {heading}\n\n" for heading in ("Measured", "Model", "Training")}
-    shipped = (STARTER / "README.md").read_text()
+    shipped = (GARMENTS / "README.md").read_text()
     card = script.with_figures(shipped, f"---\nnew: metadata\n---\n\n# starter\n\n{''.join(new.values())}## Licence\n")
     assert card.startswith("---\nnew: metadata\n---\n")
     sections = {part.partition("\n")[0]: part for part in re.split(r"^## ", card, flags=re.MULTILINE)}
