@@ -130,14 +130,16 @@ def train(config: AutoencoderConfig) -> Path:
             learning_rate = run.learning_rate(config.optimizer)
             adversarial = discriminator is not None and run.images_seen >= terms.adversarial_start_images
             with accelerator.accumulate(*(m for m in (model, discriminator) if m is not None)):
-                # 3a. Autoencoder. The losses are outside of autocast: float32.
+                # 3a. Autoencoder. All losses but LPIPS are outside of autocast: float32.
                 output = model(batch)
                 reconstruction = output.sample.float()
                 distance = F.l1_loss if terms.reconstruction == "l1" else F.mse_loss
                 pixel_loss = distance(reconstruction, batch)
                 reconstruction_loss = terms.reconstruction_weight * pixel_loss
                 if lpips is not None:
-                    perceptual_loss = lpips(*as_rgb(reconstruction, batch)).mean()
+                    seen = math.ceil(terms.lpips_share * len(batch))
+                    with accelerator.autocast():
+                        perceptual_loss = lpips(*as_rgb(reconstruction[:seen], batch[:seen]), autocast=True).mean()
                     reconstruction_loss = reconstruction_loss + terms.lpips_weight * perceptual_loss
                     run.record(loss_lpips=perceptual_loss)
                 loss = reconstruction_loss + terms.quantizer_weight * output.commit_loss

@@ -23,7 +23,7 @@ from looc_ldm.images.config import DataConfig, Fit
 from looc_ldm.utils.arguments import Seed
 
 HalfOpenUnitInterval = restricted_number_type("HalfOpenUnitInterval", float, [(">=", 0), ("<", 1)])
-LearningRate = restricted_number_type("LearningRate", float, [(">", 0), ("<=", 1)])
+PositiveAtMostOne = restricted_number_type("PositiveAtMostOne", float, [(">", 0), ("<=", 1)])
 RepositoryId = restricted_string_type("RepositoryId", r"^[\w.-]+/[\w.-]+$")
 
 
@@ -40,7 +40,7 @@ class OptimizerConfig:
         max_grad_norm: Norm that gradients are clipped to; 0 does not clip.
     """
 
-    learning_rate: LearningRate = 1e-4
+    learning_rate: PositiveAtMostOne = 1e-4
     betas: tuple[HalfOpenUnitInterval, HalfOpenUnitInterval] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
@@ -135,6 +135,8 @@ class LossConfig:
         quantizer_weight: Weight of the codebook and commitment terms.
         lpips_weight: Weight of the perceptual term; 0 leaves it out.
         lpips_network: `vgg` or `alex`.
+        lpips_share: Share of the images of each batch, the first of them, that LPIPS sees. Its VGG16 costs more than a
+            small autoencoder.
         lpips_weights: Local file (.safetensors or .pth, torchvision's names) of that network's convolutions; if not
             given, torchvision downloads them.
         adversarial_weight: Weight of the PatchGAN term; 0 leaves it out.
@@ -150,6 +152,7 @@ class LossConfig:
     quantizer_weight: NonNegativeFloat = 1.0
     lpips_weight: NonNegativeFloat = 0.0
     lpips_network: Literal["vgg", "alex"] = "vgg"
+    lpips_share: PositiveAtMostOne = 1.0
     lpips_weights: str | None = None
     adversarial_weight: NonNegativeFloat = 0.0
     adversarial_start_images: NonNegativeInt = 0

@@ -50,10 +50,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def resolve_precision(mixed_precision: str) -> str:
-    """Return the precision: `auto` is bf16 on GPUs that compute in it and on CPUs with AMX, elsewhere `no`."""
+    """Return the precision: `auto` is bf16 on GPUs and CPUs that compute in it, elsewhere `no`."""
     if mixed_precision != "auto":
         return mixed_precision
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return "bf16" if has_amx() else "no"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"  # CPUs with AMX, too

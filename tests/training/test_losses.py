@@ -88,12 +88,15 @@ def test_the_patchgan_computes_in_float32_under_autocast():
     assert discriminator(images.bfloat16()).dtype == torch.float32
 
 
-def test_lpips_computes_in_float32_under_autocast(test_data):
+def test_lpips_computes_in_float32_under_autocast_unless_it_is_a_loss(test_data):
     lpips = load_lpips("alex", str(test_data / "metrics" / WEIGHTS["alex"]))
     images = torch.rand(2, 2, 3, 64, 64) * 2 - 1
     expected = lpips(*images)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(lpips(*images), expected)
+        fast = lpips(*images, autocast=True)
+    assert not torch.equal(fast, expected)
+    assert torch.allclose(fast, expected, rtol=0.03)
     assert lpips(*images.bfloat16()).dtype == torch.float32
 
 
