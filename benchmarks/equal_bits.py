@@ -9,8 +9,9 @@ Without --quantizers: LooC, FSQ, GSQ, BSQ and RQ at about 0.5, 2 and 4 bits per 
 Set OMP_NUM_THREADS=1 for each of several processes.
 
 Names: looc-CxKxd is LooC with C codes of K codevectors of d channels per position (n_q = C d) and euclidean distance,
-looc-CxKxd-cosine with cosine distance; gsq-CxKxd; fsq-C and rfsq-C with levels (8, 5, 5); bsq-C and lfq-C with 8 bits
-per code; rq-C, simvq-C, pq-C and factorized with 256 codevectors per code. A latent position stands for 16 pixels.
+looc-CxKxd-cosine with cosine distance, looc-CxKxd-s2 with s = 2 and four times the rate; gsq-CxKxd; fsq-C and rfsq-C
+with levels (8, 5, 5); bsq-C and lfq-C with 8 bits per code; rq-C, simvq-C, pq-C and factorized with 256 codevectors per
+code. A latent position stands for 16 pixels.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ WIDTH = 128  # channels of the latents if the quantizer projects to fewer by its
 
 def make_quantizer(name: str) -> torch.nn.Module:
     """Return the quantizer of a name. Raises UserError for an unknown one."""
-    kind, _, sizes = name.partition("-")
-    sizes, _, distance = sizes.partition("-")
+    kind, *sizes = name.split("-")
     try:
-        codes, *more = map(int, sizes.split("x"))
+        codes, *more = map(int, sizes[0].split("x"))
         if kind == "looc":
-            return LooCQuantizer(codes * more[1], *more, interpolation_factor=1, distance=distance or "euclidean")
+            distance = "cosine" if "cosine" in sizes else "euclidean"
+            return LooCQuantizer(codes * more[1], *more, interpolation_factor=1 + ("s2" in sizes), distance=distance)
         return {
             "gsq": lambda: baselines.GroupSphericalQuantizer(codes * more[1], *more),
             "fsq": lambda: baselines.FiniteScalarQuantizer(WIDTH, (8, 5, 5), codes),
