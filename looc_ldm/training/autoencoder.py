@@ -125,8 +125,8 @@ def train(config: AutoencoderConfig) -> Path:
     model.train()
     run.use_fastest_threads(trial)
     with run.training("autoencoder"):
-        for pixels, _ in run.batches(loader):
-            batch = to_float(pixels)
+        for pixels, _ in run.watch(loader):  # uint8 images, as the loader gives them, and labels
+            batch = to_float(pixels.to(accelerator.device, non_blocking=True))
             learning_rate = run.learning_rate(config.optimizer)
             adversarial = discriminator is not None and run.images_seen >= terms.adversarial_start_images
             with accelerator.accumulate(*(m for m in (model, discriminator) if m is not None)):

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from diffusers.utils import make_image_grid
 from PIL import Image
 from torch.utils.data import Subset
@@ -184,7 +184,8 @@ def train(config: DiffusionConfig) -> Path:
     denoiser.train()
     run.use_fastest_threads(trial)
     with run.training("diffusion"):
-        for latents, labels, noise, time, dropout in run.batches(loader):
+        for batch in run.watch(loader):
+            latents, labels, noise, time, dropout = send_to_device(batch, accelerator.device, non_blocking=True)
             if not config.cache_latents:
                 latents = encode_latents(vqvae, to_float(latents))  # the loader gave images
             with accelerator.accumulate(denoiser):

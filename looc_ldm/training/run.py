@@ -184,8 +184,8 @@ class Run:
             with torch.random.fork_rng(devices=[]):
                 use_fastest_threads(trial)
 
-    def batches(self, loader: DataLoader) -> Iterator[list[torch.Tensor]]:
-        """Yield the tensors of each batch, on the device; measure the time waited for data and keep the reports.
+    def watch(self, loader: DataLoader) -> Iterator[list[torch.Tensor]]:
+        """Yield the tensors of each batch unchanged. Measure the time waited for data, and keep the reports.
 
         Args:
             loader (`DataLoader`): Yields tuples of tensors that end with a `looc_ldm.images.image_set.Report`.
@@ -204,7 +204,7 @@ class Run:
             self._unreadable.add(report.unreadable)
             if report.cursor is not None:
                 self.cursors[report.cursor[0]] = tuple(report.cursor)
-            yield [tensor.to(self.accelerator.device, non_blocking=True) for tensor in tensors]
+            yield tensors
             if first_step and self.images_seen > started_at:
                 first_step = False
                 self.log.exclude_first_step(self.images_seen)

@@ -65,7 +65,7 @@ def train(config: AutoencoderConfig, stream=None, at_step=lambda run, loss: loss
     batches = run.stream_batches()
     loader = stream_loader(stream or Numbers(), batches, config.data.num_workers, pin_memory=False)
     with run.training("tiny"):
-        for (batch,) in run.batches(loader):
+        for (batch,) in run.watch(loader):
             with accelerator.accumulate(model):
                 loss = (model(batch) - batch.mean(1, keepdim=True)).square().mean()
                 loss = at_step(run, loss)
