@@ -4,7 +4,7 @@
     python benchmarks/sampling.py --config lsun_churches/diffusion --batch-size 64 --device cuda
     python benchmarks/sampling.py --config starter --batch-size 16 [--busy]   numbers of threads, on a CPU
 
-Writes benchmarks/results/sampling.jsonl, one line per contestant. The networks are those of a bundled config,
+Writes benchmarks/results/sampling.jsonl, one line per contestant. The networks are built from a bundled config,
 unconditional, with random weights, which take as long as trained ones. The contestants take turns, and each figure is
 the fastest of its turns: read the ratios. Both pipelines draw with DDIM from one seed; the largest difference of a
 pixel between the float32 pipelines is in the result. `LDMPipeline` fails in bfloat16, because its noise is float32, so

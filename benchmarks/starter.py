@@ -6,7 +6,7 @@ Takes a few hours on two CPU cores. Trains with the configs starter/autoencoder 
 55,000 of the 60,000 training images; 5,000 are held out. The same command resumes. Writes
 
 - looc_ldm/data/models/fashion_mnist: the averaged weights of both stages in half precision (the codebook in single
-  precision), configs, and the card, whose prose is written by hand and whose figures are those of `looc-ldm evaluate`;
+  precision), configs, and the card, whose prose is written by hand and whose figures `looc-ldm evaluate` measured;
 - the FID against the test set as a line of results/fid.jsonl, and docs/starter.png.
 
 Settings were chosen on held-out training images; the test set is read for the last figure only.

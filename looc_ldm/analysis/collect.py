@@ -24,7 +24,7 @@ MOST_VECTORS = 2000  # segments of feature vectors in the sample
 class Sample:
     """Images drawn at random, in the order of the data, with their results. On the CPU.
 
-    The order of the fields is that in which `collect` stacks them.
+    `collect` stacks its results in the order of these fields.
     """
 
     originals: torch.Tensor  # uint8 (S, channels, H, W), with padding

@@ -102,7 +102,7 @@ def page(drawings: list[Drawing], figures: dict, name: str, data: str, command: 
 
 
 def write_analysis(folder: Path, drawings: list[Drawing], record: dict, html: str) -> None:
-    """Write all files, replacing those of an earlier analysis; the numbers last, as the sign of a complete analysis."""
+    """Write all files over an earlier analysis. The numbers are written last: they mark a complete analysis."""
     numbers = json.dumps(record, allow_nan=False)
     for name in (NUMBERS, *OF_SEVERAL_SEGMENTS):  # left by a model with more segments
         (folder / name).unlink(missing_ok=True)

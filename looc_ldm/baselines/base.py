@@ -16,7 +16,8 @@ class Quantizer(nn.Module):
     Args:
         vq_embed_dim (`int`): n_q, the channels of a feature vector.
         code_sizes (`tuple[int, ...]`): Number of values of each of the C codes at a latent position.
-        codebooks (`tuple[int, ...]`): Codebook of each of these codes; codes of one codebook are counted together.
+        codebooks (`tuple[int, ...]`): Number of the codebook that each code belongs to, from 0. Codes of one codebook
+            are counted together.
     """
 
     def __init__(self, vq_embed_dim: int, code_sizes: tuple[int, ...], codebooks: tuple[int, ...]):
@@ -43,7 +44,7 @@ class Quantizer(nn.Module):
 
     @property
     def codebook_scalars(self) -> int:
-        """Numbers that are learned and stored as codevectors: those of `embedding`, or 0 without a codebook."""
+        """Number of values in the codebook `embedding`; 0 without a codebook."""
         return self.embedding.weight.numel() if hasattr(self, "embedding") else 0
 
     def forward(self, z: torch.Tensor) -> Quantized:

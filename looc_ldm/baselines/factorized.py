@@ -12,7 +12,7 @@ class FactorizedQuantizer(Quantizer):
     """ViT-VQGAN's codes: codevectors and projected features have few dimensions and unit length.
 
     Yu et al. 2022, "Vector-quantized Image Modeling with Improved VQGAN", section 3.2: features and codevectors are
-    l2-normalized, so that the nearest one is that of the highest cosine; the codebook is learned by gradient, with
+    l2-normalized, so the nearest codevector has the highest cosine; the codebook is learned by gradient, with
     mean((c - sg z)^2) + beta * mean((sg c - z)^2); straight-through.
 
     Args:

@@ -22,7 +22,7 @@ def _library():
 
 
 class _LibraryQuantizer(Quantizer):
-    """A quantizer that calls one of the library's on vectors `(B, H * W, n_q)`."""
+    """Base class of quantizers that pass vectors `(B, H * W, n_q)` to a quantizer of the library."""
 
     inner: nn.Module
 
@@ -162,13 +162,13 @@ class LookupFreeQuantizer(_LibraryQuantizer):
 
 
 class BinarySphericalQuantizer(LookupFreeQuantizer):
-    """BSQ: LFQ of projections that are normalised, for each code (Zhao et al. 2024). Arguments as in LFQ."""
+    """BSQ (Zhao et al. 2024): LFQ whose projections are normalised for each code. Arguments as in LFQ."""
 
     spherical = True
 
 
 class ResidualFiniteScalarQuantizer(_FiniteScalar):
-    """Residual FSQ: `depth` finite scalar quantizers, each for the residual of those before it.
+    """Residual FSQ: `depth` finite scalar quantizers, each of which quantizes the residual that the ones before leave.
 
     As in the library, the gradient is the sum of the straight-through estimates of all depths.
 

@@ -84,26 +84,26 @@ class ImageCodes:
         if data[: len(MAGIC)] != MAGIC[: len(data)]:
             raise CodesError("not a .looc file: it does not start with LOOC.")
         if len(data) < HEADER_BYTES:
-            raise CodesError(f"cut off: {len(data)} bytes, and the header alone has {HEADER_BYTES}.")
+            raise CodesError(f"cut off: it has {len(data)} bytes, but the header alone has {HEADER_BYTES}.")
         _, version, height, width, h, w, c, num_codevectors, fingerprint = _FIELDS.unpack_from(data)
         if version != VERSION:
-            raise CodesError(f"version {version} of the format, and this program reads version {VERSION} only.")
+            raise CodesError(f"it has version {version} of the format; only version {VERSION} can be read.")
         bits = bits_per_code(num_codevectors)
         expected = HEADER_BYTES + packed_bytes(h * w * c, bits)
         if len(data) != expected:
             reason = "cut off" if len(data) < expected else "followed by something else"
-            raise CodesError(f"{reason}: {len(data)} bytes, and its header promises {expected}.")
+            raise CodesError(f"{reason}: it has {len(data)} bytes, but its header says {expected}.")
         payload = memoryview(data)[HEADER_BYTES:]
         if _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(data[: _FIELDS.size]))) != data[_FIELDS.size : HEADER_BYTES]:
             raise CodesError("damaged: its checksum does not match.")
         # The checksum matches, so any error from here on was made by the program that wrote the file.
         if not 2 <= num_codevectors <= MAX_CODEVECTORS or h * w * c == 0:
-            raise CodesError(f"impossible: {h}x{w}x{c} codes of {num_codevectors} codevectors.")
+            raise CodesError(f"invalid header: {h}x{w}x{c} codes, {num_codevectors} codevectors.")
         try:
             indices = unpack(payload, h * w * c, bits).reshape(h, w, c)
             return cls(indices, height, width, num_codevectors, fingerprint.hex())
         except ValueError as error:
-            raise CodesError(f"impossible: {error}") from None
+            raise CodesError(f"invalid content: {error}") from None
 
 
 def read_codes(file: Path) -> ImageCodes:

@@ -1,4 +1,4 @@
-"""Match the classes of a model and its samples with those of a reference; name the folders of classes."""
+"""Match the classes of a model or of samples with the classes of a reference; name the folders of classes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _labels_of_pipe(pipe, own: list[int], reference) -> Mapping[int, int] | None
 
 
 def compared_labels(samples, reference, drawn_from: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the labels of samples and reference `(n,)`, `(m,)`, in the numbering of the reference.
+    """Return the labels of the samples `(n,)` and of the reference `(m,)`, both numbered as in the reference.
 
     `drawn_from` comes from `labels_to_draw`. Raises UserError if a side has no classes, or they cannot be matched.
     """

@@ -150,7 +150,7 @@ def _read_samples(options: EvaluateGeneration) -> Reference:
 
 
 def _open_reference(options: EvaluateGeneration, samples: LooCVQModel | Reference) -> Reference:
-    """Return the real images. Their default size is that of the sampled model's training, or of the samples."""
+    """Return the real images, by default at the size that the sampled model was trained with, or of the samples."""
     if is_npz(options.data):
         _refuse(options, options.data, "split", "resolution", "fit", "reference_images")
         return NpzImages(Path(options.data))

@@ -112,7 +112,7 @@ def sample_features(
 
 
 def _exported(batches: Iterable[torch.Tensor], rounds: int, writer: NpzWriter | None) -> Iterator[torch.Tensor]:
-    """Yield the batches of this process, while the main one writes those of all. Collective, `rounds` times."""
+    """Yield the batches of this process; the main process writes the batches of all. Collective, `rounds` times."""
     iterator = iter(batches)
     for _ in range(rounds):
         batch = next(iterator, None)

@@ -98,7 +98,7 @@ def reconstruction_measures(options: ReconstructionMetricOptions) -> Reconstruct
     asked = options.metrics or ()
     for name in asked:
         if name not in (*RECONSTRUCTION, "all"):
-            raise UserError(f"--metrics must be of {', '.join(RECONSTRUCTION)}, or all, got {name!r}.")
+            raise UserError(f"--metrics must be some of {', '.join(RECONSTRUCTION)}, or all, got {name!r}.")
     files = {name: getattr(options, WEIGHTS[name]) for name in ("inception", *LPIPS)}
     metrics, left_out = [], {}
     for name, network in RECONSTRUCTION.items():
@@ -148,7 +148,7 @@ def inception_features(
 
 
 def _load(network: str, make: Callable[[], T]) -> T:
-    """Make a network, and load its weights once. In errors, name the option that gives them."""
+    """Build a network and check that its weights load. Errors name the option that gives the file of weights."""
     try:
         made = make()
         if not isinstance(made, nn.Module):  # LPIPS is loaded already

@@ -44,7 +44,7 @@ class ModelOptions(Options):
 class DataOptions(Options):
     """Images
 
-    The defaults of --resolution and --fit are those of the training of the (first) model, or of the samples.
+    By default, --resolution and --fit are as in the training of the (first) model, or as the samples.
     """
 
     data: str = option(f"Images: {DATA}.")

@@ -94,7 +94,7 @@ def write_and_print(record: dict, file: Path | None) -> None:
 
 
 def bias_note(images: int, dim: int, name: str) -> list[str]:
-    """Return a warning if a Fréchet distance has fewer images than features, else nothing."""
+    """Return a warning if a Fréchet distance is of fewer images than features, else an empty list."""
     if images >= dim:
         return []
     return [

@@ -59,7 +59,7 @@ def sample(options: Sample) -> None:
 
 
 def _label_id(label: str, pipe: LooCLDMPipeline) -> int:
-    """Return the index of a class given by name or index. A name wins; the null class is refused."""
+    """Return the index of a class given by name or, if no class has that name, by index. Refuse the null class."""
     is_index = label.isdecimal() and label not in pipe.labels
     (index,) = pipe.get_label_ids([int(label) if is_index else label])
     if index == pipe.config.null_class_label:

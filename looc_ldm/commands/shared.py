@@ -64,9 +64,9 @@ def cast(network: nn.Module, device: torch.device, dtype: str) -> nn.Module:
 
 
 def load_images(data: str, options: DataOptions | Encode, model: LooCVQModel) -> ImageSet:
-    """Return square images for a model; `resolution` and `fit` default to those of its training.
+    """Return square images for a model; `resolution` and `fit` default to the ones it was trained with.
 
-    The split `validation` of the data that it was trained on are the held-out images, if the data has no such split.
+    If the data it was trained on has no split `validation`, that name means the images held out in training.
 
     Raises:
         UserError: The model cannot take images of this side, or the data cannot be read.

@@ -1,6 +1,6 @@
 """Convert first stages: the small VQ-VAE of LooC and CVQ-VAE, and taming's VQGAN, also LDM's first stage.
 
-Key names are those of Visual-AI/LooC and lyndonzheng/CVQ-VAE (modules.py, quantise.py), CompVis/taming-transformers
+Key names are from Visual-AI/LooC and lyndonzheng/CVQ-VAE (modules.py, quantise.py), CompVis/taming-transformers
 (taming/models/vqgan.py, taming/modules/diffusionmodules/model.py) and CompVis/latent-diffusion
 (ldm/models/autoencoder.py, ldm/modules/diffusionmodules/model.py).
 
@@ -38,7 +38,7 @@ SMALL_RULES: Rules = (
 def small_kind(tensors: Tensors) -> str | None:
     """Return `"looc"` or `"cvq"` if the shapes of a small VQ-VAE's weights tell, else None.
 
-    LooC's pre-quantization convolution always keeps the channels; CVQ-VAE's brings them to those of a codevector.
+    LooC's pre-quantization convolution keeps the number of channels; CVQ-VAE's changes it to a codevector's.
     """
     latent, hidden, *_ = shape_of(tensors, "_pre_vq_conv.weight")
     if latent != hidden:
@@ -81,8 +81,8 @@ def check_vqgan(tensors: Tensors) -> None:
         raise ModelError("a VQGAN with a Gumbel quantizer (quantize.proj, quantize.embed) cannot be converted.")
     if "quantize.embedding.weight" not in tensors:
         raise ModelError(
-            "the first stage has no codebook (missing quantize.embedding.weight): a KL autoencoder is no "
-            "vector quantizer, and is not converted."
+            "the first stage has no codebook (missing quantize.embedding.weight): it may be a KL autoencoder, "
+            "which cannot be converted."
         )
 
 

@@ -1,6 +1,6 @@
 """Convert LDM's `LatentDiffusion`: the parts of a pipeline from one checkpoint.
 
-Key names are those of CompVis/latent-diffusion (ldm/models/diffusion/ddpm.py, ldm/modules/encoders/modules.py).
+Key names are from CompVis/latent-diffusion (ldm/models/diffusion/ddpm.py, ldm/modules/encoders/modules.py).
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _scheduler(betas: torch.Tensor | None, settings: Settings) -> DDIMScheduler:
 
 
 def _schedule_of(betas: torch.Tensor) -> dict[str, object]:
-    """Return the schedule of a checkpoint, as begin and end if these give the same betas."""
+    """Return the noise schedule of a checkpoint: first and last beta if they determine all, otherwise all betas."""
     first, last = (float(f"{value:.6g}") for value in (betas[0].item(), betas[-1].item()))  # float32 has no more digits
     for name in ("scaled_linear", "linear"):
         schedule = DDIMScheduler(len(betas), first, last, name)

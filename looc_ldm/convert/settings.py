@@ -52,7 +52,7 @@ class Settings:
         return Settings(**{**vars(self), **changes})
 
     def check_architecture(self, **found: object) -> None:
-        """Raise ModelError if sizes found in the weights differ from those of the config file."""
+        """Raise ModelError if sizes found in the weights differ from the config file."""
         for name, value in found.items():
             said = self.architecture.get(name, value)
             said = tuple(said) if isinstance(said, list) else said
@@ -63,12 +63,12 @@ class Settings:
 
 
 def require(**needed: object) -> None:
-    """Raise ConfigError that names, by their flags, all values that are None."""
+    """Raise ConfigError if a value is None; the message names the options that give these values."""
     flags = {"heads": "--num-heads or --num-head-channels"}
     missing = [flags.get(name, "--" + name.replace("_", "-")) for name, value in needed.items() if value is None]
     if missing:
         raise ConfigError(
-            f"the weights do not show everything: give {', '.join(missing)}, or --original-config FILE if it says so."
+            f"the weights alone do not tell every setting: give {', '.join(missing)}, or --original-config FILE."
         )
 
 

@@ -1,6 +1,6 @@
 """Convert LDM's UNet to `UNet2DModel`, `FixedHeadsUNet2DModel` or, with cross-attention, `UNet2DConditionModel`.
 
-Key names are those of CompVis/latent-diffusion (ldm/modules/diffusionmodules/openaimodel.py, ldm/modules/attention.py).
+Key names are from CompVis/latent-diffusion (ldm/modules/diffusionmodules/openaimodel.py, ldm/modules/attention.py).
 diffusers' `convert_ldm_unet_checkpoint` is for cross-attention only: it has neither fused projections nor residual
 blocks that resample, and ignores unknown keys. Hence our own rules.
 """

@@ -243,7 +243,7 @@ class _Tabs:
 
 
 def _upload() -> tuple[gr.Image, gr.Button]:
-    """Return an upload, and the button that draws an image into it."""
+    """Return an upload field, and the button that fills it with a drawn image."""
     upload = gr.Image(
         label="Image",
         type="filepath",
@@ -272,7 +272,7 @@ def _description(codes: ImageCodes) -> str:
         f"{codes.width} × {codes.height} pixels become {width} × {height} positions with {count} "
         f"code{'s' * (count > 1)} each, of {codes.num_codevectors:,} codevectors: **{bits:.3f} bits per pixel**. "
         f"A .looc file adds a header of {HEADER_BYTES} bytes. The map has one picture per segment and one colour per "
-        "codevector. Images unlike those of the model's training are reconstructed less well."
+        "codevector. The less an image resembles the training images, the worse it is reconstructed."
     )
 
 

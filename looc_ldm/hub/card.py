@@ -76,7 +76,7 @@ def write_card(
 
 
 def is_ours(card: Path) -> bool:
-    """Whether a card may be written anew: there is none, or it has our mark."""
+    """Whether the file is missing, or was written by looc-ldm and may be replaced."""
     return not card.is_file() or MARK in card.read_text(encoding="utf-8")
 
 

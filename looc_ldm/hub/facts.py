@@ -102,7 +102,7 @@ def _read_metrics(files: Sequence[Path | str], folder: Path, is_pipeline: bool) 
         if not {"command", "protocol", "fingerprints"} <= measurement.record.keys():
             raise UserError(f"{str(file)!r} holds no figures that `looc-ldm evaluate ... --output FILE` wrote.")
         if not is_pipeline and not measurement.is_reconstruction:
-            raise UserError(f"{str(file)!r} holds figures of samples: they belong to a pipeline.")
+            raise UserError(f"{str(file)!r} holds figures of samples, but {str(folder)!r} holds no pipeline.")
         if measurement.record["fingerprints"] != stored_fingerprints(folder, not measurement.is_reconstruction):
             raise UserError(f"{str(file)!r} holds figures of a different model than {str(folder)!r}: measure again.")
         yield measurement
@@ -111,8 +111,8 @@ def _read_metrics(files: Sequence[Path | str], folder: Path, is_pipeline: bool) 
 def _picture(folder: Path, training: dict, samples: Path | str | None) -> tuple[Path | None, str]:
     """Return the picture for the card, and its caption.
 
-    If `samples` is not given, take the preview that was written after as many images as these weights have seen. None
-    and "" if there is none.
+    If `samples` is not given, take the run's preview at the number of images that these weights have seen. If there is
+    no picture, return None and "".
     """
     if samples is not None:
         samples = Path(samples)

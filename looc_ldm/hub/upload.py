@@ -45,7 +45,7 @@ __all__ = ["{name}"]
 
 
 class HubMixin:
-    """Folders and the hub for pipelines that are not part of diffusers. Stands before `DiffusionPipeline`."""
+    """Mixin that saves, loads and pushes pipelines that diffusers does not know. Put it before `DiffusionPipeline`."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -207,8 +207,8 @@ def repository_files(folder: Path, repo_id: str, **card_options) -> dict[str, Pa
             contents[picture_name(picture)] = picture
     elif any(card_options.values()):
         raise UserError(
-            f"{str(readme)!r} was not written by looc-ldm and is pushed as it is: it takes no --metrics, --samples or "
-            "--license; delete it to have one written."
+            f"--metrics, --samples and --license are for the model card, but {str(readme)!r} was not written by "
+            "looc-ldm and is not changed. Delete it to push a new card."
         )
     return contents
 

@@ -99,7 +99,7 @@ def image_folder(folder: Path, split_folders: list[tuple[Path, str]], config: Da
         DataError: There are no images, or a sub-folder may be either a split or a class.
     """
     if config.image_column != "image":
-        raise DataError(f"data.image_column={config.image_column!r}: {config.path} has image, label.")
+        raise DataError(f"data.image_column={config.image_column!r}: {config.path} has the columns image and label.")
     if split_folders:
         _check_beside(folder, [place.name for place, _ in split_folders])
         for file in filter(Path.is_file, (folder / name for name in LABEL_FILES)):

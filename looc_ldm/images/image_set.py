@@ -32,7 +32,7 @@ Item = TypeVar("Item")
 
 
 def random_at(seed: int, use: int, position: int) -> np.random.Generator:
-    """Return the random numbers that belong to one position of the stream, for one use of them."""
+    """Return a generator that depends only on the seed, the use (`FLIP`, ...) and the position in the stream."""
     return np.random.Generator(np.random.Philox(key=[(seed << 8) + use, position]))
 
 

@@ -28,7 +28,7 @@ def find_lmdbs(folder: Path) -> dict[str, Path] | None:
     The split is the word of a folder's name that is one (`bedroom_val_lmdb`: `validation`); without one it is `train`.
 
     Raises:
-        DataError: There are several of one split, as of several scenes.
+        DataError: Several LMDBs have one split, for example if there are several scenes.
     """
     if (folder / "data.mdb").is_file():
         return {"train": folder}
@@ -38,8 +38,8 @@ def find_lmdbs(folder: Path) -> dict[str, Path] | None:
         split = next(filter(None, words), "train")
         if split in splits:
             raise DataError(
-                f"{folder} holds two LMDBs of the split {split}, {splits[split].name} and {place.name}: give each "
-                "scene a folder of its own, or name one LMDB as data.path."
+                f"{folder} holds two LMDBs of the split {split}, {splits[split].name} and {place.name}: put each scene "
+                "into its own folder, or give one LMDB as data.path."
             )
         splits[split] = place
     return splits or None

@@ -70,10 +70,10 @@ class StreamedSet(ImageReader):
         self.rows = used.cast_column(image, datasets.Image(decode=False))
 
     def read(self, shard: int, start: int = 0) -> Iterator[Stored]:
-        """Yield the images of a shard from a place on.
+        """Yield the images of a shard, from number `start` on.
 
         Raises:
-            DataError: A shard that cannot be read, or a label that is none of the classes.
+            DataError: The shard cannot be read, or a label is not one of the classes.
         """
         name = self.shard_names[shard]
         has_images(Path(name))  # raises an error if it is cut off
@@ -171,7 +171,7 @@ def _shard_names(builder, rows: datasets.IterableDataset, split: str, config: Da
 
 class StreamedImages(Dataset):
     """Training images of a `StreamedSet`: item p is `(image, label, report)`, the image a uint8 tensor `(C, H, W)`,
-    the report with the cursor behind it.
+    the report with the cursor of the image after it.
 
     It is read a batch at a time (`__getitems__`), each lane in the order of its positions. Which images come depends on
     the seed, the number of lanes and the cursors; flips and crops on the seed and the position.
@@ -183,7 +183,7 @@ class StreamedImages(Dataset):
         cursors (`dict[int, Cursor]`): Cursor of each lane from a checkpoint; see `starting_cursors`.
 
     Attributes:
-        cursors (`dict[int, Cursor]`): Start of every lane of this run, also those of other processes.
+        cursors (`dict[int, Cursor]`): Start of every lane of this run, also of the lanes of other processes.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ def open_tables(
     config: DataConfig,
     wanted: Collection[str] | None = None,
 ) -> dict[str, Source]:
-    """Return the splits of a data set. The classes of labels that are text are those of all splits together.
+    """Return the splits of a data set. If labels are text, every split has the classes of all splits together.
 
     Args:
         splits: Their rows.
@@ -166,9 +166,9 @@ def find_columns(features: datasets.Features, config: DataConfig) -> Columns:
         if label[0] not in features:
             label = ("json", label[0]) if isinstance(fields, dict) and label[0] in fields else ("cls",)
     if image not in features:
-        raise DataError(f"data.image_column={image!r}: {config.path} has {', '.join(features)}.")
+        raise DataError(f"data.image_column={image!r}: {config.path} has the columns {', '.join(features)}.")
     if isinstance(features[image], list | datasets.List | datasets.LargeList):
-        raise DataError(f"data.image_column={image!r}: {config.path} has a list there, not one image per row.")
+        raise DataError(f"data.image_column={image!r}: it holds lists in {config.path}, not one image per row.")
     feature: Any = features
     for name in label:
         feature = feature.get(name) if isinstance(feature, dict) else None

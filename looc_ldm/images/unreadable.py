@@ -31,7 +31,7 @@ def too_many(bad: int, images: int, max_share: float, least: int = 1) -> str | N
 
 
 class UnreadableImages:
-    """Warn of each unreadable image that one process meets in training, and count the encounters.
+    """Warn of each unreadable image that one process meets in training, and count how often it meets one.
 
     `started_at` is the position in the stream of images at which the process started. `size` is the number of images of
     the data set, None if it is streamed.

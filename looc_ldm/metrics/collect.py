@@ -45,7 +45,7 @@ class FeatureCollector:
 
         Args:
             outputs (`Mapping`): `features` `(B, D)` and, if the network has them, `logits` `(B, classes)`.
-            places (`torch.Tensor`): Positions of the images among those of all processes, integers `(B,)`
+            places (`torch.Tensor`): Positions of the images among the images of all processes, integers `(B,)`
                 (`looc_ldm.metrics.shares.places`).
         """
         features = outputs["features"]

@@ -77,7 +77,7 @@ def check_metrics(names: Collection[str]) -> list[str]:
     """Return the names without duplicates, in the order of `METRICS`. Raises ValueError for an unknown or no name."""
     for name in names:
         if name not in METRICS:
-            raise ValueError(f"metrics must be of {', '.join(METRICS)}, got {name!r}.")
+            raise ValueError(f"metrics must be some of {', '.join(METRICS)}, got {name!r}.")
     if not names:
         raise ValueError(f"name at least one metric of {', '.join(METRICS)}.")
     return [name for name in METRICS if name in names]

@@ -14,7 +14,7 @@ import torch
 def in_float32(device: torch.device | str) -> Iterator[None]:
     """Compute in float32 on this device: without autocast, and without TF32 in convolutions.
 
-    cuDNN has TF32 on by default; features of a GPU would then differ from those of a CPU in the fourth digit.
+    cuDNN has TF32 on by default; the features of a GPU and a CPU would then differ in the fourth digit.
     """
     backend = torch.backends.cudnn
     settings = {name: getattr(backend, name) for name in ("enabled", "benchmark", "deterministic")}
@@ -39,7 +39,7 @@ def file_sha256(file: Path) -> str:
 
 
 def downloaded_weights(url: str, download: Callable[[], object]) -> Path:
-    """Return the file that torch.hub keeps for this address, after `download` if it is not there yet."""
+    """Return the file in which torch.hub keeps the download of an address. If it is missing, call `download` first."""
     file = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not file.is_file():
         download()

@@ -50,8 +50,8 @@ def evaluate_reconstruction(
     KID keeps features.
 
     Args:
-        model (`LooCVQModel`): The autoencoder. Its `quantize` may be another quantizer with `bits_per_position`,
-            `codebook_scalars` and `code_counts`, such as those of `looc_ldm.baselines`.
+        model (`LooCVQModel`): The autoencoder. Its `quantize` may be any quantizer with `bits_per_position`,
+            `codebook_scalars` and `code_counts`, such as the classes of `looc_ldm.baselines`.
         batches: Float images in [-1, 1], `(B, C, H, W)` each, all of one height and width. Process r of R gives the
             batches r, r + R, ... of all (`looc_ldm.metrics.shares`).
         measured_size (`tuple[int, int]`, *optional*): Height and width of the centre that is measured, without padding
@@ -64,7 +64,7 @@ def evaluate_reconstruction(
         metrics (*optional*): Which of psnr, ssim, l1, rfid and kid to measure. If not given, psnr, ssim, l1, and with
             `features` rfid.
         accelerator (`Accelerator`, *optional*): The processes that share the images. The call is collective then, and
-            all of them get the figures, which are equal to those of one process.
+            all of them get the figures, which do not depend on the number of processes.
 
     Returns:
         `dict`, ready for JSON:
@@ -166,7 +166,7 @@ def _chosen(metrics: Collection[str] | None, features: InceptionFeatures | None)
         return [*PIXEL_METRICS, *(["rfid"] if features is not None else [])]
     for name in metrics:
         if name not in (*PIXEL_METRICS, *FEATURE_METRICS):
-            raise ValueError(f"metrics must be of {', '.join((*PIXEL_METRICS, *FEATURE_METRICS))}, got {name!r}.")
+            raise ValueError(f"metrics must be some of {', '.join((*PIXEL_METRICS, *FEATURE_METRICS))}, got {name!r}.")
         if name in FEATURE_METRICS and features is None:
             raise ValueError(f"{name} needs features.")
     return list(metrics)

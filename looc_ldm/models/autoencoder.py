@@ -217,14 +217,14 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
         """As `ModelMixin.save_pretrained`.
 
         Raises:
-            ValueError: Another quantizer was assigned, which the config does not describe: loading would put its
-                weights into a `LooCQuantizer`.
+            ValueError: A different kind of quantizer was assigned. The config does not describe it, so loading would
+                put its weights into a `LooCQuantizer`.
         """
         if not isinstance(self.quantize, LooCQuantizer):
             raise ValueError(
-                f"the config of {type(self).__name__} describes a LooCQuantizer, not the "
-                f"{type(self.quantize).__name__} that was assigned: save its state_dict() and, to load, construct, "
-                "assign and load_state_dict()."
+                f"this model has a {type(self.quantize).__name__}, but a saved {type(self).__name__} always loads with "
+                "a LooCQuantizer. Save its state_dict() instead. To load it, build the model, assign the quantizer and "
+                "call load_state_dict()."
             )
         super().save_pretrained(*args, **kwargs)
 
@@ -268,7 +268,7 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
     def enable_tiling(self, tile_sample_min_size: int | None = None) -> None:
         """Encode and decode images larger than a tile in tiles, for inference in little memory.
 
-        Not an approximation: results differ from those of untiled calls by rounding only (`looc_ldm.models.tiling`).
+        Not an approximation: results with and without tiles differ by rounding only (`looc_ldm.models.tiling`).
         Attention, at latent resolution, still sees the whole image, and a model with f = 1 gains nothing. Tiled results
         carry no gradient.
 

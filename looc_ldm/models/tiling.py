@@ -94,22 +94,25 @@ def _before_resampling(block: nn.Module, sample: torch.Tensor, latents: torch.Te
 
 
 def _check_hooks(part: Encoder | Decoder, blocks: nn.ModuleList) -> None:
-    """Refuse hooks on the part or its blocks, such as those of block-level offloading, which move weights at a call.
+    """Refuse hooks that load the weights of the part or of a block when it is called, as block-level offloading adds.
 
     A stage calls the layers of a block, not the block, so these hooks would not run.
     """
     hooks = [getattr(getattr(module, "_diffusers_hook", None), "hooks", ()) for module in (part, *blocks)]
     if any(hooks) or any(hasattr(module, "_hf_hook") for module in (part, *blocks)):
         raise RuntimeError(
-            f"Blocks of the {type(part).__name__.lower()} are offloaded or spread over devices as wholes, which tiling "
-            'cannot follow: offload layer by layer (offload_type="leaf_level", enable_sequential_cpu_offload), the '
-            "whole model (enable_model_cpu_offload), or disable_tiling()."
+            f"tiling does not work if whole blocks of the {type(part).__name__.lower()} are offloaded or spread over "
+            'devices. Offload layer by layer (offload_type="leaf_level" or enable_sequential_cpu_offload) or the whole '
+            "model (enable_model_cpu_offload), or call disable_tiling()."
         )
 
 
 @dataclass
 class _Tile:
-    """Ranges (top, bottom, left, right) of a stage's input: those a tile reads, and the core that only it writes."""
+    """The part of a stage's input that a tile reads, and its core, which only this tile writes.
+
+    Both are (top, bottom, left, right).
+    """
 
     read: tuple[int, int, int, int]
     core: tuple[int, int, int, int]
@@ -171,7 +174,7 @@ def _latents_at(latents: torch.Tensor, read: tuple[int, int, int, int], ratio: i
 
 
 class _Measured(Exception):
-    """Ends a pass: the tile's share of the next norm's statistics is collected."""
+    """Ends a pass over a tile once its share of the next norm's statistics is collected."""
 
 
 class _Moments:
@@ -181,7 +184,7 @@ class _Moments:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
     def add(self, groups: torch.Tensor) -> None:
-        """Add values `(B, G, values)`."""
+        """Merge the values `(B, G, values)` of one tile."""
         variance, mean = torch.var_mean(groups.float(), dim=-1, correction=0)
         count = groups.shape[-1]
         total = self.count + count

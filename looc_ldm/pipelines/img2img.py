@@ -21,7 +21,7 @@ from looc_ldm.utils.errors import DataError
 class LooCLDMImg2ImgPipeline(LooCLDMPipeline):
     """Image to image (SDEdit): noise is added to an image, then removed.
 
-    Components and arguments of the constructor are those of `LooCLDMPipeline`; a folder of the one loads as the other.
+    It has the components and constructor arguments of `LooCLDMPipeline`. The saved folder of either loads as the other.
     The scheduler must be able to start midway: KDPM2 schedulers, DPMSolverSDEScheduler and LMSDiscreteScheduler cannot.
 
     Example:

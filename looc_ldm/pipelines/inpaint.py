@@ -17,11 +17,11 @@ from looc_ldm.pipelines.img2img import LooCLDMImg2ImgPipeline
 class LooCLDMInpaintPipeline(LooCLDMImg2ImgPipeline):
     """Inpainting with a model that was not trained for it.
 
-    After each step the latents outside of the mask are replaced by those of the image with as much noise as is left
+    After each step the latents outside of the mask are replaced by the image's latents with as much noise as is left
     ("Blended Diffusion"); at the end the pixels there are the image's own.
 
-    Components, their restrictions and the arguments of the constructor are those of `LooCLDMImg2ImgPipeline`; a folder
-    of `LooCLDMPipeline` loads as this.
+    It has the components, restrictions and constructor arguments of `LooCLDMImg2ImgPipeline`. A folder of
+    `LooCLDMPipeline` loads as this class.
 
     Example:
 
@@ -69,8 +69,8 @@ class LooCLDMInpaintPipeline(LooCLDMImg2ImgPipeline):
             The other arguments: See `LooCLDMImg2ImgPipeline.__call__`.
 
         Returns:
-            `ImagePipelineOutput` with `images`, or a tuple with them. The pixels outside of the mask are those of the
-            image (as latents: those of its encoding).
+            `ImagePipelineOutput` with `images`, or a tuple with them. Outside of the mask they have the pixels
+            of the image (as latents: its encoding).
 
         Raises:
             ValueError: Before the UNet runs, for inputs that do not fit the model or each other, or a mask that is not

@@ -101,7 +101,7 @@ def check_scheduler(scheduler: SchedulerMixin, prediction_type: str, noise_sched
             f'the UNet was trained to predict "{prediction_type}", but {name} takes its output for "{taken_for}".'
         )
     if prediction_type == "sample" and isinstance(scheduler, WITHOUT_SAMPLE):
-        raise ValueError(f'{name} does not know UNets that predict "sample"; DDIM, DPMSolver and UniPC schedulers do.')
+        raise ValueError(f'{name} does not support UNets that predict "sample"; DDIM, DPMSolver and UniPC do.')
     if scheduler.config.get("clip_sample"):
         logger.warning("%s has clip_sample=True, which cuts latents, that are no pixels, off at 1.", name)
     changed = {k: v for k, v in noise_schedule_of(scheduler).items() if v != noise_schedule.get(k, v)}

@@ -1,7 +1,7 @@
 """The features that codevectors are revived with (CVQ-VAE's anchors), one per codevector.
 
-Every anchor carries a score, and the better of two scores wins: so the anchors of several forwards, or of several
-processes, merge into those of all their features together, at a traffic of K x (1 + d) numbers.
+Every anchor carries a score, and the better of two scores wins. So merging the anchors of several forwards or processes
+gives the same anchors as one search over all features. It takes a traffic of K x (1 + d) numbers.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def _rotate_back(gradient: torch.Tensor, codevectors: torch.Tensor, segments: to
 def sum_by_codevector(
     vectors: torch.Tensor, indices: torch.Tensor, num_codevectors: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return (K, d) sums of (N, d) vectors by their N indices. Deterministic, except compiled on GPUs."""
+    """Return (K, d) sums of (N, d) vectors by their N indices. Deterministic, unless compiled for a GPU."""
     if vectors.device.type == "cpu" and not torch.compiler.is_compiling():
         sums = torch.zeros(num_codevectors, vectors.shape[1], dtype=dtype)
         size = max(1, chunk_elements(vectors.device) // vectors.shape[1])

@@ -177,7 +177,7 @@ class LooCQuantizer(RevivedCodebook):
 
     @property
     def spatial_axes(self) -> int:
-        """2 for `"BCHW"`, 1 for `"BCL"` and `"BLC"`."""
+        """Number of spatial axes of the input: 2 for `"BCHW"`, 1 for `"BCL"` and `"BLC"`."""
         return len(self.input_layout) - 2
 
     def forward(

@@ -2,8 +2,8 @@
 
 `nearest_codevectors` chooses a back end by device and size. The N x K matrix of similarities is never held. All back
 ends compute in float32 and give ties to the lowest index. Codevectors whose similarities differ by less than float32's
-rounding are ties that back ends may break differently: 20,000 codevectors of 2 dimensions lie so densely by cosine that
-an exported search, which has its own back end, returns other indices for a fifth of the vectors, equally near.
+rounding are ties that back ends may break differently. 20,000 codevectors of 2 dimensions, for example, lie so densely
+by cosine that an exported search returns a different, equally near codevector for a fifth of the vectors.
 """
 
 from __future__ import annotations

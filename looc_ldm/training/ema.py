@@ -15,7 +15,7 @@ RAMP_UP = 0.05
 class EMA:
     """Exponential moving average with a half-life in images.
 
-    Buffers and quantizer codebooks are those of the live model: usage counts are averages already, and an averaged
+    Buffers and quantizer codebooks are copied from the live model: usage counts are averages already, and an averaged
     codebook would lag behind codevectors that revival has moved.
 
     If FSDP shards the live weights (`shard_like`), each process averages its shard. Then `gathered`, `state_dict` and

@@ -46,6 +46,6 @@ def make_training_accelerator(config: RunConfig) -> Accelerator:
 
 def _refusal(engine: str, stage_2: bool) -> ConfigError:
     return ConfigError(
-        f"Accelerate's config or environment asks for {engine}: {'stage 2' if stage_2 else 'stage 1'} trains with one "
-        f"process or DDP on CPUs or GPUs (MULTI_CPU, MULTI_GPU){', or with FSDP 2' if stage_2 else ''}."
+        f"Accelerate's config or environment selects the engine {engine}, but {'stage 2' if stage_2 else 'stage 1'} "
+        f"trains with one process or DDP on CPUs or GPUs (MULTI_CPU, MULTI_GPU){', or with FSDP 2' if stage_2 else ''}."
     )

@@ -1,7 +1,7 @@
 """Start training from a finished model, or the newest checkpoint of a run, instead of random weights (`init_from`).
 
-The networks are those of the model or run. The config's `model` or `unet` may leave them out or repeat them; a
-different value is an error, since the weights would not fit.
+The settings of the networks are taken from the model or run. The config's `model` or `unet` may leave them out or
+repeat them. A different value is an error, since the weights would not fit.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def denoiser_from(
     kind = type(trained.unet).__name__
     settings = {"type": "UNet2DModel", **config.unet} if config.unet else {"type": kind}
     if settings["type"] != kind:
-        raise ConfigError(f"unet.type is {settings['type']} in the config and {kind} in {config.init_from!r}.")
+        raise ConfigError(f"unet.type is {settings['type']} in the config, but {kind} in {config.init_from!r}.")
     of_checkpoint = {name: value for name, value in trained.unet.config.items() if not name.startswith("_")}
     _refuse_differences(config.unet, {**of_checkpoint, "type": kind}, DATA_ARGUMENTS | {"dropout"}, "unet")
     unet = {name: value for name, value in of_checkpoint.items() if name not in DATA_ARGUMENTS}
@@ -184,8 +184,8 @@ def denoiser_from(
     channels = trained.unet.config.in_channels
     if denoiser.unet.config.in_channels != channels:
         raise ConfigError(
-            f"init_from={config.init_from!r} denoises latents of {channels} channels, those of the autoencoder have "
-            f"{denoiser.unet.config.in_channels}."
+            f"init_from={config.init_from!r} denoises latents of {channels} channels, but the autoencoder's latents "
+            f"have {denoiser.unet.config.in_channels}."
         )
     predicts, asked = trained.prediction_type, config.scheduler.get("prediction_type", "epsilon")
     if predicts != asked:

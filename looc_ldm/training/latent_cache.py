@@ -46,14 +46,14 @@ class LatentCache:
         self.shape: tuple[int, int, int] = tuple(description["latent_shape"])  # c, h, w
         self.flipped: bool = description["flipped"]  # whether there are latents of the mirrored images, too
         self.unreadable: int = description["unreadable"]  # images that could not be read and have no latents
-        self.moments = Moments(**description["moments"])  # over all latents, including those of mirrored images
+        self.moments = Moments(**description["moments"])  # over all latents, also of mirrored images
         self.size = sum(shard["bytes"] for shard in description["shards"])
         self._files = [self.folder / shard["file"] for shard in description["shards"]]
         self._ends = list(accumulate(shard["images"] for shard in description["shards"]))
         self._opened: dict[int, dict[str, torch.Tensor | np.ndarray]] = {}
         for file, shard in zip(self._files, description["shards"], strict=True):
             if not file.is_file() or file.stat().st_size != shard["bytes"]:
-                raise ConfigError(f"{str(file)!r} is missing or cut off: delete its folder to encode anew.")
+                raise ConfigError(f"{str(file)!r} is missing or cut off: delete its folder to encode all images again.")
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -40,7 +40,7 @@ def cache_fingerprint(model: LooCVQModel, images: ImageSet) -> dict[str, dict]:
 def run_fingerprint(images: ImageSet | StreamedSet, model: LooCVQModel | None = None) -> dict[str, dict]:
     """Return what a run depends on besides its settings: the part `data` and, for stage 2, `model`.
 
-    Streamed images have the number of shards alone.
+    For streamed images, `data` is the number of shards only.
     """
     streamed = hasattr(images, "num_shards")
     data = {"number of shards": images.num_shards} if streamed else _of_data(images)

@@ -69,8 +69,8 @@ def adaptive_adversarial_weight(
 
     Args:
         reduce (`Callable`, *optional*): Returns the mean of a tensor over all processes, which makes this a collective.
-            Norms of mean gradients, unlike means of norms, are those that one process has for the whole batch. (With
-            gradient accumulation the ratio is that of each forward pass.)
+            The norm of the mean gradient is what one process would get for the whole batch; the mean of norms is not.
+            With gradient accumulation, every forward pass has its own ratio.
     """
     gradients = torch.stack(
         [

@@ -75,8 +75,8 @@ class Objective:
             return FlowMatching(config, scheduler)
         if prediction_type == "flow_prediction":
             raise ConfigError(
-                f"scheduler.type={type(scheduler).__name__} draws from models of flow matching; train them with "
-                "FlowMatchEulerDiscreteScheduler."
+                f"scheduler.type={type(scheduler).__name__} only samples from flow matching models. To train one, "
+                "give FlowMatchEulerDiscreteScheduler."
             )
         return Diffusion(config, scheduler, prediction_type)
 
@@ -111,12 +111,13 @@ class Diffusion(Objective):
     def __init__(self, config: DiffusionConfig, scheduler: SchedulerMixin, prediction_type: str):
         super().__init__(config, prediction_type, scheduler.config.num_train_timesteps)
         self.min_snr_gamma = config.min_snr_gamma if config.loss_weighting == "min_snr" else None
-        # By name: `from_config` would replace the default values of a different scheduler by those of DDPM.
+        # By name: `from_config` would replace the defaults of a different scheduler by the defaults of DDPM.
         self.noise_schedule = DDPMScheduler(**noise_schedule_of(scheduler))
         given = len(self.noise_schedule.alphas_cumprod)
         if given != self.num_timesteps:
             raise ConfigError(
-                f"scheduler.trained_betas has {given} values for num_train_timesteps={self.num_timesteps}."
+                f"scheduler.trained_betas has {given} values, but needs one per timestep: "
+                f"num_train_timesteps={self.num_timesteps}."
             )
         if scheduler.config.get("rescale_betas_zero_snr"):
             _check_zero_terminal_snr(scheduler, prediction_type)

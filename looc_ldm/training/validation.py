@@ -53,9 +53,10 @@ def codebook_use(quantizer: LooCQuantizer) -> dict[str, float]:
 
     Returns:
         `dict`: `dead_codes`: the number of codevectors that revival would move more than half way to their anchor,
-        alpha_k > 1/2 (see `LooCQuantizer.revive`): those whose share is below about log(2) / 10 * (1 - gamma) / K, at
-        gamma=0.99 a 1,400th of the average share. `codebook_use`: the share of the others, in [0, 1].
-        `codebook_perplexity`: exp of the entropy of the average shares, in [1, K].
+        alpha_k > 1/2 (see `LooCQuantizer.revive`). Their share of the indices is below about
+        log(2) / 10 * (1 - gamma) / K, at gamma=0.99 a 1,400th of the average share. `codebook_use`: the part of the
+        codebook that is not dead, in [0, 1]. `codebook_perplexity`: exp of the entropy of the average shares, in
+        [1, K].
     """
     usage, codes = quantizer.usage.double().cpu(), quantizer.num_codevectors
     moved = torch.exp(-10 * codes * usage / (1 - quantizer.usage_decay) - 1e-3)  # alpha of `revive`
@@ -119,7 +120,8 @@ def generation_figures(
     """Measure FID and KID between `evaluation.images` samples and as many images. Collective; all get the figures.
 
     The samples have the same seed and labels at every call and for any number of processes. The numbers of samples
-    per class differ by at most one. Steps and guidance scale are those of the sample grids.
+    per class differ by at most one. Steps and guidance scale are the same as in the sample
+    grids.
 
     The images are taken at even distances in the set. Their features are computed once and kept in the run's folder
     `reference`.

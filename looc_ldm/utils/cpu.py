@@ -52,7 +52,7 @@ def use_fastest_threads(step: Callable[[], object], seconds: float = 0.3) -> int
 def attention_kernel(latents: torch.Tensor) -> AbstractContextManager:
     """Return the context in which a UNet computes attention over latents `(B, c, h, w)` fastest.
 
-    PyTorch's fused attention for CPUs is slow backward, in bfloat16, on short sequences.
+    On a CPU, in bfloat16 and for short sequences, the backward pass of PyTorch's fused attention is slow.
     """
     low_precision = torch.is_autocast_enabled("cpu") or latents.dtype == torch.bfloat16
     positions = latents.shape[-2:].numel()

@@ -44,7 +44,7 @@ def make_accelerator(name: str | None) -> Accelerator:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if name not in (None, "cpu"):
-            raise UserError(f"--device {name}: with several processes, each selects its GPU; only cpu may be given.")
+            raise UserError(f"--device {name}: several processes take one GPU each; only --device cpu may be given.")
         on_cpu = name == "cpu"
     else:
         device = choose_device(name)
@@ -55,12 +55,12 @@ def make_accelerator(name: str | None) -> Accelerator:
         accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
     except Exception as error:  # each engine raises its own error if its package is not installed
         raise ConfigError(
-            f"Accelerate's config or environment asks for what cannot be started: {one_line(error)}"
+            f"the engine in Accelerate's config or environment cannot be started: {one_line(error)}"
         ) from error
     if accelerator.distributed_type not in ENGINES:
         raise ConfigError(
-            f"Accelerate's config or environment asks for {accelerator.distributed_type.value}: this command runs on "
-            f"one process, or with {', '.join(engine.value for engine in ENGINES[1:])}."
+            f"Accelerate's config or environment selects the engine {accelerator.distributed_type.value}, but this "
+            f"command runs on one process, or with {', '.join(engine.value for engine in ENGINES[1:])}."
         )
     refuse_lone_process(accelerator)
     return accelerator

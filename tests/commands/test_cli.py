@@ -128,7 +128,7 @@ def test_sample_writes_each_image_and_a_grid_with_a_row_a_class(pipeline, capsys
     assert grid.size == (32, 48)
     assert "warning" not in printed
     fewer = run(capsys, "sample", pipeline, "--steps", 2, "--images", 1, "--output", "new/samples")
-    # Numbers count over all classes: of the six, those of the last two classes have others now.
+    # Files are numbered over all classes, so the images of the last two classes have new names now.
     assert "warning: new/samples had images before: 1 were replaced, 5 are still there" in fewer
     second_of_class_1 = grid.crop((16, 16, 32, 32)).convert("L")
     assert second_of_class_1.tobytes() == PIL.Image.open("new/samples/square/00003.png").tobytes()

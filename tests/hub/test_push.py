@@ -277,7 +277,7 @@ def test_a_card_of_ones_own_is_pushed_as_it_is(hub, say, pipeline_folder):
     (pipeline_folder / "README.md").write_text("# Mine\n")
     assert say("push", pipeline_folder, ID)[0] == 0
     assert files(hub)["README.md"] == b"# Mine\n"
-    with pytest.raises(UserError, match="takes no --metrics, --samples or --license"):
+    with pytest.raises(UserError, match="--metrics, --samples and --license are for the model card"):
         push(pipeline_folder, ID, license="mit")
 
 

@@ -520,7 +520,9 @@ def test_webdataset_classes_in_json_or_in_a_text_of_their_own(tmp_path, config):
 
 def test_webdataset_without_classes_and_with_two_images(tmp_path, config):
     write_shards(tmp_path, [{"png": encoded(i, "png"), "mask.png": encoded(2, "png")} for i in range(3)])
-    with pytest.raises(DataError, match=r"data\.image_column='image': .* has png, mask\.png, __key__, __url__"):
+    with pytest.raises(
+        DataError, match=r"data\.image_column='image': .* has the columns png, mask\.png, __key__, __url__"
+    ):
         load_image_set(config, channels=3)
     images = load_image_set(replace(config, image_column="mask.png"), channels=3)
     assert brightness(images) == [40, 40, 40]
@@ -562,7 +564,7 @@ def test_a_table_of_lists_of_images_or_without_rows_is_one_line(tmp_path, config
     image = pictures(1).cast_column("image", datasets.Image(decode=False))[0]["image"]
     features = datasets.Features({"image": datasets.List(datasets.Image())})
     datasets.Dataset.from_dict({"image": [[image, image]]}, features).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"data\.image_column='image': .* has a list there, not one image per row"):
+    with pytest.raises(DataError, match=r"data\.image_column='image': it holds lists in .*, not one image per row"):
         load_image_set(config, channels=3)
     pictures(1).select([]).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(DataError, match="no images in the folder"):
@@ -610,7 +612,7 @@ def test_unknown_splits_and_columns_are_answered_with_the_known_ones(small_data)
     for wrong, answer in (
         ({"split": "some"}, "data.split='some': .* has the splits train"),
         ({"validation_split": "val"}, "='val': .* has the splits train. --data.validation_split null holds out"),
-        ({"image_column": "picture"}, "data.image_column='picture': .* has image, label"),
+        ({"image_column": "picture"}, "data.image_column='picture': .* has the columns image and label"),
     ):
         with pytest.raises(DataError, match=answer):
             load_image_sets(replace(small_data, **wrong), channels=1)

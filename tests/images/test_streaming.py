@@ -354,7 +354,7 @@ def test_a_label_outside_the_classes_is_named(tars):
     [
         ({"validation_split": None}, r"needs data.validation_split"),
         ({"validation_split": "test"}, r"data.validation_split='test': .* has the splits train, validation"),
-        ({"image_column": "picture"}, r"data.image_column='picture': .* has image, label"),
+        ({"image_column": "picture"}, r"data.image_column='picture': .* has the columns image, label"),
     ],
 )
 def test_wrong_settings_say_what_is_allowed(parquet, settings, message):

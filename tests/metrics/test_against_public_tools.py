@@ -1,4 +1,4 @@
-"""Figures of the same photos are those of torch-fidelity and lpips.
+"""Figures equal the figures of torch-fidelity and lpips on the same photos.
 
 The real Inception weights of the test data end at layer 768; at 2048, and for logits, the network has random ones.
 """

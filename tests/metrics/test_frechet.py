@@ -1,4 +1,4 @@
-"""Moments are those of all vectors, and their Fréchet distance is torch-fidelity's and scipy's, however it is found."""
+"""Moments cover all vectors; their Fréchet distance equals torch-fidelity's and scipy's, however it is computed."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Reconstruction figures are those of the model's output, leave out padding, and carry the rate."""
+"""Reconstruction figures measure the model's output without padding, and carry the rate."""
 
 import json
 import math

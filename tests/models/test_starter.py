@@ -79,7 +79,7 @@ def test_most_samples_look_most_like_the_class_that_was_asked_for(images):
     drawn = torch.stack(list(drawn)).flatten(1) / 255
     assert share(drawn, asked) > share(pixels, labels) - 0.05 > 0.5
     spread = torch.stack([drawn[asked == label].std(0).mean() for label in range(10)])
-    assert spread.min() > 0.02  # and those of a class are not all one
+    assert spread.min() > 0.02  # and the samples of one class differ
 
 
 def test_its_first_stage_keeps_what_images_show(images):

@@ -113,7 +113,7 @@ def latents_of(pipe, steps: int = 50, count: int = IMAGES, **arguments) -> torch
 @pytest.mark.parametrize("name", [*NAMES, *OTHERS])
 def test_every_scheduler_draws_from_the_distribution_the_unet_knows(name, prediction_type, gaussian_pipeline):
     if prediction_type == "sample" and issubclass(getattr(diffusers, name), WITHOUT_SAMPLE):
-        with pytest.raises(ValueError, match=f'{name} does not know UNets that predict "sample"'):
+        with pytest.raises(ValueError, match=f'{name} does not support UNets that predict "sample"'):
             latents_of(gaussian_pipeline(scheduler_from(name, "sample"), "sample"))
         return
     # First-order samplers come close with many steps only; torchsde's noise is slow to draw.

@@ -1,4 +1,4 @@
-"""State that a quantizer takes with it: state dicts, its own and those of diffusers, copies and pickles."""
+"""State of a quantizer: its state dicts, the state dicts of diffusers' quantizer, copies and pickles."""
 
 import copy
 import io

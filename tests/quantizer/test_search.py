@@ -230,7 +230,7 @@ def test_without_numba_the_search_finds_the_same(distance, d, monkeypatch):
 
 
 def precisions() -> tuple[str, str, str]:
-    """Precisions of float32: in all operators, in the matrix products of GPUs, and in those of CPUs."""
+    """Precisions of float32: in all operators, in matrix products of GPUs, and in matrix products of CPUs."""
     backends = torch.backends
     return backends.fp32_precision, backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
 

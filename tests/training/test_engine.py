@@ -35,7 +35,9 @@ def test_other_engines_are_refused_in_one_sentence_before_anything_is_written(
     if engine.value in trains:
         Run(stage(tmp_path / "run"), "result")
         return
-    with pytest.raises(ConfigError, match=f"asks for {engine.value}: .* one process or DDP on CPUs or GPUs") as caught:
+    with pytest.raises(
+        ConfigError, match=f"selects the engine {engine.value}, but .* one process or DDP on CPUs or GPUs"
+    ) as caught:
         Run(stage(tmp_path / "run"), "result")
     assert ("FSDP 2" in str(caught.value)) == (stage is stage_2)
     assert not (tmp_path / "run").exists()
@@ -44,7 +46,7 @@ def test_other_engines_are_refused_in_one_sentence_before_anything_is_written(
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM"])
 def test_an_engine_that_accelerate_cannot_import_is_refused_as_well(tmp_path, monkeypatch, engine):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(ConfigError, match=f"asks for {engine}: "):
+    with pytest.raises(ConfigError, match=f"selects the engine {engine}, "):
         Run(stage_2(tmp_path / "run"), "result")
     assert not (tmp_path / "run").exists()
 
@@ -52,7 +54,7 @@ def test_an_engine_that_accelerate_cannot_import_is_refused_as_well(tmp_path, mo
 def test_the_first_version_of_fsdp_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(accelerate.Accelerator, "distributed_type", DistributedType.FSDP)
     monkeypatch.setattr(accelerate.Accelerator, "is_fsdp2", False)
-    with pytest.raises(ConfigError, match=r"FSDP with fsdp_version 1: .* or with FSDP 2"):
+    with pytest.raises(ConfigError, match=r"FSDP with fsdp_version 1, but .* or with FSDP 2"):
         Run(stage_2(tmp_path / "run"), "result")
 
 

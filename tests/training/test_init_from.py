@@ -185,7 +185,7 @@ def test_the_first_stage_of_the_pipeline_is_used_where_no_other_is_given(diffusi
     ("settings", "message"),
     [
         ({"block_out_channels": [32, 16]}, r"unet.block_out_channels is \(32, 16\) in the config and \(16, 16\)"),
-        ({"type": "UNet2DConditionModel"}, "unet.type is UNet2DConditionModel in the config and UNet2DModel in"),
+        ({"type": "UNet2DConditionModel"}, "unet.type is UNet2DConditionModel in the config, but UNet2DModel in"),
     ],
 )
 def test_another_unet_in_the_config_is_refused(settings, message, diffusion_config, pipeline_run, tmp_path):
@@ -198,5 +198,5 @@ def test_another_unet_in_the_config_is_refused(settings, message, diffusion_conf
 def test_latents_of_other_channels_are_refused(diffusion_config, autoencoder_config, pipeline_run, tmp_path):
     other = autoencoder.train(autoencoder_config(tmp_path / "first", model={"vq_embed_dim": 6}, total_images=8))
     config = diffusion_config(tmp_path / "run", class_conditional=True, init_from=str(pipeline_run))
-    with pytest.raises(ConfigError, match="denoises latents of 4 channels, those of the autoencoder have 6"):
+    with pytest.raises(ConfigError, match="denoises latents of 4 channels, but the autoencoder's latents have 6"):
         diffusion.train(replace(config, autoencoder=str(other)))

@@ -55,7 +55,7 @@ def encoded(model, images, index: int, flip: bool = False) -> torch.Tensor:
 
 
 def everything(cache: LatentCache) -> torch.Tensor:
-    """All latents and then those of all mirrored images, `(2 n, c, h, w)` in float64."""
+    """Latents of all images, then of all mirrored images, `(2 n, c, h, w)` in float64."""
     return torch.stack([cache.read(i, flip)[0] for flip in (False, True) for i in range(len(cache))]).double()
 
 

@@ -46,7 +46,7 @@ def test_a_logit_does_not_depend_on_the_other_images_of_its_batch():
 def test_a_logit_sees_a_patch_of_70_pixels():
     discriminator = PatchDiscriminator(1, channels=4)
     for i, layer in enumerate(discriminator.layers):
-        if isinstance(layer, nn.GroupNorm):  # its statistics are those of the whole image
+        if isinstance(layer, nn.GroupNorm):  # its statistics are over the whole image
             discriminator.layers[i] = nn.Identity()
     image = torch.rand(1, 1, 192, 192, requires_grad=True)
     logits = discriminator(image)

@@ -238,14 +238,18 @@ def test_bright_data_is_drawn_as_bright_as_it_is_with_zero_terminal_snr_and_trai
         (diffusion("sample", rescale_betas_zero_snr=True), {}, "needs scheduler.timestep_spacing=trailing"),
         (FlowMatchEulerDiscreteScheduler(), {"loss_weighting": "min_snr"}, "min_snr is not for flow matching"),
         (diffusion("epsilon"), {"loss_weighting": "min_snr", "loss": "l1"}, "it needs loss=l2"),
-        (PNDMScheduler(prediction_type="sample"), {}, "does not know UNets that predict"),
-        (DDIMScheduler(trained_betas=[0.1, 0.2]), {}, "trained_betas has 2 values for num_train_timesteps=1000"),
+        (PNDMScheduler(prediction_type="sample"), {}, "does not support UNets that predict"),
+        (
+            DDIMScheduler(trained_betas=[0.1, 0.2]),
+            {},
+            "trained_betas has 2 values, but needs one per timestep: num_train_timesteps=1000",
+        ),
         (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), {}, "use_dynamic_shifting=True"),
         (diffusion("nonsense"), {}, "one of epsilon, .* got 'nonsense'"),
         (
             DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
             {},
-            "train them with FlowMatchEulerDiscreteScheduler",
+            "To train one, give FlowMatchEulerDiscreteScheduler",
         ),
     ],
 )

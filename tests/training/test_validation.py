@@ -1,4 +1,4 @@
-"""Figures measured during training are those of the metrics, the same on one process and on two, and leave no trace.
+"""Figures measured during training equal the metrics, on one process and on two, and do not change the training.
 
 This file is also the script that each of two processes runs.
 """

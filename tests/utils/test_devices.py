@@ -31,7 +31,9 @@ def test_an_engine_is_accepted_or_refused_in_one_line_that_names_those_that_work
     if engine in distributed.ENGINES:
         assert distributed.make_accelerator("cpu") is started
     else:
-        with pytest.raises(ConfigError, match=f"asks for {engine.value}: this command runs on one process, or with"):
+        with pytest.raises(
+            ConfigError, match=f"selects the engine {engine.value}, but this command runs on one process, or with"
+        ):
             distributed.make_accelerator("cpu")
 
 
@@ -49,4 +51,4 @@ def test_an_engine_is_accepted_or_refused_in_one_line_that_names_those_that_work
 def test_an_engine_that_is_not_installed_is_one_line(command, variable, monkeypatch, capsys, untrained_inception):
     monkeypatch.setenv(variable, "true")
     command = [str(untrained_inception) if part == "WEIGHTS" else part for part in command]
-    assert "Accelerate's config or environment asks for what cannot be started: " in refusal(capsys, *command)
+    assert "the engine in Accelerate's config or environment cannot be started: " in refusal(capsys, *command)

@@ -48,7 +48,7 @@ class TimeSpent:
 
     @contextmanager
     def counting(self, part: str) -> Iterator[None]:
-        """Count the time of a block, and write it every few seconds: the process may be killed."""
+        """Add the duration of a block to a part's seconds. Write it every few seconds, as the process may be killed."""
         before, began, over = self.seconds.get(part, 0.0), time.monotonic(), threading.Event()
 
         def write() -> None:
