@@ -96,6 +96,11 @@ def test_autoencoder_builds_and_its_images_fit(name):
     assert load_config(AutoencoderConfig, name).data.resolution % model.downsampling_factor == 0
 
 
+@pytest.mark.parametrize("rate", [0.25, 0.625, 1.25])
+def test_names_with_a_rate_tell_the_truth(rate):
+    assert build_autoencoder(f"f8_256/autoencoder_{rate}bpp").bits_per_image(256, 256) / 256**2 == rate
+
+
 @pytest.mark.parametrize("name", FULL_SIZE_AUTOENCODERS)
 def test_full_size_autoencoder_has_the_published_size_and_heads(name):
     factor, n_q, bits_per_pixel, parameters = FULL_SIZE_AUTOENCODERS[name]
