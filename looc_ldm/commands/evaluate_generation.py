@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from looc_ldm.commands.class_labels import compared_labels, labels_to_draw
+from looc_ldm.commands.closest_pairs import draw_closest_pairs, write_page
 from looc_ldm.commands.generation_features import (
     Reference,
     Samples,
@@ -23,6 +25,7 @@ from looc_ldm.commands.shared import (
     cast,
     check_file,
     load_images,
+    load_training_images,
     rate_of,
     square_images,
     use_fastest_threads_to_sample,
@@ -47,6 +50,9 @@ def evaluate(options: EvaluateGeneration) -> None:
     """Measure, print and write figures of samples against real images. Collective."""
     check_file(options.output)
     check_file(options.export_npz)
+    needs_training = "memorization" in (options.metrics or ())
+    if options.training_data is not None and not needs_training:
+        raise UserError("--training-data serves --metrics memorization only.")
     cache = ReferenceCache(None if options.no_cache else options.cache or default_cache_folder())
     if cache.folder is not None:
         check_folder(cache.folder)
@@ -59,6 +65,7 @@ def evaluate(options: EvaluateGeneration) -> None:
     if _are_files(options.samples):
         samples = _read_samples(options)
         reference = _open_reference(options, samples)
+        training = _open_training_images(options, samples) if needs_training else None
         drawn_size = samples.shape[1:]
         if options.fit is None and not is_npz(options.data):
             notes.append("note: real images are cropped; give --fit if the samples' model was trained otherwise")
@@ -70,6 +77,7 @@ def evaluate(options: EvaluateGeneration) -> None:
         for network in networks.values():
             cast(network, accelerator.device, options.dtype)
         reference = _open_reference(options, pipe.vqvae)
+        training = _open_training_images(options, pipe.vqvae) if needs_training else None
         labels, drawn_from = labels_to_draw(pipe, reference, options.images or DEFAULT_SAMPLES)
         use_fastest_threads_to_sample(pipe, min(len(labels), options.batch_size))
         samples = DrawnImages(pipe, labels, options, progress=is_main)
@@ -99,6 +107,10 @@ def evaluate(options: EvaluateGeneration) -> None:
     if stored:  # damaged files are found first
         generated = sample_features(samples, measures, extractors, options.export_npz, accelerator)
     real = reference_features(reference, measures, extractors, cache, accelerator)
+    known = None
+    if training is not None:
+        only = replace(measures, metrics=["memorization"])
+        known = reference_features(training, only, extractors, cache, accelerator, "training images")
     if not stored:
         generated = sample_features(samples, measures, extractors, options.export_npz, accelerator)
     accelerator.end_training()
@@ -109,7 +121,7 @@ def evaluate(options: EvaluateGeneration) -> None:
     if classes is not None:
         generated["inception"].labels, real["inception"].labels = classes
     suffixes = {name: extractor.name for name, extractor in measures.extractors.items()}
-    figures = generation_figures(measures.metrics, generated, real, suffixes, reference.classes or None)
+    figures = generation_figures(measures.metrics, generated, real, suffixes, reference.classes or None, known)
     for metric in [name for name in measures.metrics if name in ("fid", "fd@dinov2")]:
         network, extractor = METRICS[metric].network, measures.extractors[METRICS[metric].network]
         fewest = min(filter(None, (side[network].moments.count for side in (generated, real))))
@@ -118,6 +130,12 @@ def evaluate(options: EvaluateGeneration) -> None:
     seeds |= {name.replace("kd@dinov2", "kid"): SEED for name in ("kid", "is", "kd@dinov2") if name in measures.metrics}
     if any(features.moments.count is None for features in real.values()):
         about["fid_reference"] = "mean and covariance stored in the reference file"
+    if training is not None:
+        found = figures["memorization"]
+        notes += _notes_on_memorization(found, options)
+        about |= {f"training_{name}": value for name, value in training.about.items()}
+        for pair in found["closest"]:
+            pair["name"] = training.images.source.read(pair["training_image"]).name
     record = make_record(
         {"protocol": measures.protocol.name, **counts, **about, **figures, **reference.about},
         options,
@@ -131,6 +149,10 @@ def evaluate(options: EvaluateGeneration) -> None:
         notes=notes + _notes_on_classes(figures.get("class_fid"), measures),
     )
     write_and_print(record, options.output)
+    if training is not None and options.output is not None:
+        page = options.output.with_suffix(".html")
+        write_page(page, record, draw_closest_pairs(samples, training, found))
+        print(f"{page} and {page.with_suffix('.png')} show the samples closest to training images")
 
 
 def _are_files(name: str) -> bool:
@@ -162,6 +184,16 @@ def _open_reference(options: EvaluateGeneration, samples: LooCVQModel | Referenc
     return StoredImages(images, options.reference_images)
 
 
+def _open_training_images(options: EvaluateGeneration, samples: LooCVQModel | Reference) -> StoredImages:
+    """Return the training images of the model, of the same size as its samples."""
+    if isinstance(samples, LooCVQModel):
+        return StoredImages(load_training_images(options.training_data, options, samples))
+    if options.training_data is None:
+        raise UserError("memorization needs --training-data: samples do not say what their model was trained on.")
+    resolution, fit = options.resolution or samples.shape[1], options.fit or "crop"
+    return StoredImages(square_images(options.training_data, "train", resolution, fit, 3))
+
+
 def _refuse(options: EvaluateGeneration, name: str, *fields: str) -> None:
     """Raise UserError for options that would be ignored, because `name` is read unchanged."""
     for field in fields:
@@ -187,6 +219,20 @@ def _check_counts(measures: GenerationMeasures, samples: Samples, reference: Ref
             raise UserError(
                 f"{name} needs at least {least} samples and real images, got {len(samples)} and {len(reference)}."
             )
+
+
+def _notes_on_memorization(found: dict, options: EvaluateGeneration) -> list[str]:
+    """Return notes on held-out images that are left out, on few of them, and on the picture."""
+    notes, held_out = [], found["held_out_images"]
+    if found["duplicates"]:
+        notes.append(f"note: memorization leaves out {found['duplicates']:,} real images that are training images, too")
+    if held_out < 100:
+        notes.append(
+            f"warning: memorization has {held_out:,} real images: with fewer than 100 the limit of copies is uncertain"
+        )
+    if options.output is None:
+        notes.append("note: with --output FILE.json a page shows the samples closest to training images")
+    return notes
 
 
 def _notes_on_classes(detail: dict | None, measures: GenerationMeasures) -> list[str]:

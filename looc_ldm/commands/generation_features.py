@@ -34,8 +34,9 @@ def reference_features(
     networks: Mapping,
     cache: ReferenceCache,
     accelerator: Accelerator,
+    what: str = "real images to compare the samples with (--reference-images N reads fewer)",
 ) -> dict[str, Features]:
-    """Return features of the real images by network, complete on the main process. Collective."""
+    """Return features of real images by network, complete on the main process. Collective. `what` tells the user."""
     is_main = accelerator.is_main_process
     compared = [name for name in measures.metrics if not METRICS[name].logits]
     rows = {METRICS[name].network: vectors_needed(compared, METRICS[name].network) for name in compared}
@@ -54,9 +55,8 @@ def reference_features(
     (missing,) = broadcast_object_list([[name for name in rows if name not in found]])  # as the main process sees it
     if missing:
         if is_main:
-            fewer = "" if isinstance(reference, NpzImages) else " (--reference-images N reads fewer)"
             kept = "" if cache.folder is None else "; their features are kept for further runs"
-            print(f"reading {len(reference):,} real images to compare the samples with{fewer}{kept}", file=sys.stderr)
+            print(f"reading {len(reference):,} {what}{kept}", file=sys.stderr)
         shares = share_of_batches(len(reference), READ_BATCH, accelerator)
         batches = reference.batches(shares)
         with tqdm(batches, "real images", len(shares), unit="batch", delay=1, disable=not is_main) as bar:

@@ -88,8 +88,9 @@ class ReconstructionMetricOptions(InceptionOptions):
 class GenerationMetricOptions(InceptionOptions):
     """Metrics
 
-    Any of fid, kid, is, precision_recall, class_fid (FID within each class, averaged), fd@dinov2, kd@dinov2,
-    precision_recall@dinov2, precision_recall@vgg and cmmd (CLIP). Weights are downloaded, unless an option gives them.
+    Any of fid, kid, is, precision_recall, class_fid (FID within each class, averaged), memorization (share of samples
+    that copy a training image), fd@dinov2, kd@dinov2, precision_recall@dinov2, precision_recall@vgg and cmmd (CLIP).
+    Weights are downloaded, unless an option gives them.
     """
 
     metrics: list[str] | None = option("Metrics to measure. If not given, fid and kid.", None)
@@ -188,6 +189,10 @@ class EvaluateGeneration(GenerationMetricOptions, DataOptions, SamplingOptions, 
     samples: str = option("Pipeline (folder, hub id or bundled name), folder of images, or .npz.", positional="SAMPLES")
     data: str = option(f"Real images (also --reference): {DATA}; or .npz.", alias="reference")
     reference_images: PositiveInt | None = option("Read only N real images. If not given, all.", None)
+    training_data: str | None = option(
+        "Training images of the model, for memorization; --data are held-out ones. If not given, as in training.json.",
+        None,
+    )
     images: PositiveInt | None = option("Samples that a model draws. If not given, 10000.", None)
     batch_size: PositiveInt = option("Images drawn at a time.", 100)
     cache: Path | None = option("Cache of real features. If not given, $LOOC_LDM_CACHE or ~/.cache/looc_ldm.", None)

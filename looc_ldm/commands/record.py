@@ -22,7 +22,7 @@ PACKAGES = (
 # Columns of the Markdown table, if there are such figures. Those at a layer or network carry its name.
 IN_TABLE = (
     *("psnr", "ssim", "l1", "lpips_vgg", "lpips_alex", "rfid", "fid", "kid", "is", "precision", "recall", "class_fid"),
-    *("fd", "kd", "cmmd", "codebook_use", "perplexity", "bits_per_pixel", "bits_per_pixel_entropy"),
+    *("copies", "fd", "kd", "cmmd", "codebook_use", "perplexity", "bits_per_pixel", "bits_per_pixel_entropy"),
 )
 
 
@@ -84,13 +84,21 @@ def write_and_print(record: dict, file: Path | None) -> None:
     if file is not None:
         make_folder(file.parent)
         replace_text(file, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    for name, value in printed_figures(record):
+        print(f"{name:24} {value}")
+    print("\n".join([*record["notes"], "", record["markdown"]]))
+
+
+def printed_figures(record: dict) -> list[tuple[str, str]]:
+    """Return names and values of the figures, as they are shown to the user."""
+    shown = []
     for name, value in record.items():
         if name in ("command", "version", "markdown", "dtype") or isinstance(value, dict | list):
             continue
         if isinstance(value, float):  # four decimals say little of KID
             value = f"{value:.4f}" if value == 0 or abs(value) >= 0.01 else f"{value:.3g}"
-        print(f"{name:24} {value}")
-    print("\n".join([*record["notes"], "", record["markdown"]]))
+        shown.append((name, str(value)))
+    return shown
 
 
 def bias_note(images: int, dim: int, name: str) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -82,11 +83,43 @@ def load_images(data: str, options: DataOptions | Encode, model: LooCVQModel) ->
         if not holds_out or SPLIT_NAMES.get(options.split) != "validation":
             raise
     images = square_images(data, trained_on["split"], *arguments)
-    chosen = spread(len(images), trained_on["validation_images"])
+    return _part_of(images, _held_out(images, model), "held out", model.config.in_channels)
+
+
+def load_training_images(data: str | None, options: DataOptions, model: LooCVQModel) -> ImageSet:
+    """Return the images of the split `train` as `load_images` does, by default those that the model was trained on.
+
+    Raises:
+        UserError: It is not known which images these are, or they cannot be read.
+    """
+    trained_on = training_record(model).get("data", {})
+    data = data or trained_on.get("path")
+    if data is None:
+        raise UserError("memorization needs --training-data: the model does not say what it was trained on.")
+    fit = options.fit or trained_on.get("fit", "crop")
+    arguments = options.resolution or model.config.sample_size, fit, model.config.in_channels
+    if not _is_training_data(data, model):
+        return square_images(data, "train", *arguments)
+    images = square_images(data, trained_on["split"], *arguments)
+    if trained_on["validation_split"] is not None:
+        return images
+    kept = np.setdiff1d(np.arange(len(images)), _held_out(images, model))
+    return _part_of(images, kept, "without those held out", model.config.in_channels)
+
+
+def _held_out(images: ImageSet, model: LooCVQModel) -> np.ndarray:
+    """Return the places of the images that the training held out of these."""
+    chosen = spread(len(images), training_record(model)["data"]["validation_images"])
     if training_record(model).get("training_images") not in (None, len(images) - len(chosen)):
-        raise DataError(f"{data!r} has changed since the training: which images were held out is not known.")
-    config = replace(images.config, split=f"{images.config.split}, held out")
-    return ImageSet(images.source.select(chosen), config, model.config.in_channels)
+        raise DataError(
+            f"{images.config.path!r} has changed since the training: which images were held out is not known."
+        )
+    return chosen
+
+
+def _part_of(images: ImageSet, chosen: np.ndarray, name: str, channels: int) -> ImageSet:
+    config = replace(images.config, split=f"{images.config.split}, {name}")
+    return ImageSet(images.source.select(chosen), config, channels)
 
 
 def warn_of_training_images(images: ImageSet, model: LooCVQModel) -> None:

@@ -33,6 +33,8 @@ TITLES = {
     "is": "Inception score",
     "is_std": "Inception score, standard deviation over splits",
     "class_fid": "FID within each class, mean over classes",
+    "copies": "share of samples that copy a training image",
+    "copies_held_out": "the same share of the held-out images",
     "fd": "Fréchet distance",
     "kd": "kernel distance",
     "kd_std": "kernel distance, standard deviation over subsets",

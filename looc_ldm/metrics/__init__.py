@@ -7,6 +7,7 @@ torch-fidelity, torchvision, lpips and transformers are imported when they are f
 
 from looc_ldm.metrics.extractors import CLIPFeatures, DINOv2Features, InceptionFeatures, VGG16Features
 from looc_ldm.metrics.generation import evaluate_generation, fid_and_kid
+from looc_ldm.metrics.memorization import Memorization, memorization
 from looc_ldm.metrics.quality import l1, psnr, ssim
 from looc_ldm.metrics.reconstruction import evaluate_reconstruction
 
@@ -14,11 +15,13 @@ __all__ = [
     "CLIPFeatures",
     "DINOv2Features",
     "InceptionFeatures",
+    "Memorization",
     "VGG16Features",
     "evaluate_generation",
     "evaluate_reconstruction",
     "fid_and_kid",
     "l1",
+    "memorization",
     "psnr",
     "ssim",
 ]

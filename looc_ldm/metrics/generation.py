@@ -1,4 +1,4 @@
-"""Compare generated images with real ones: FID, KID, Inception score, precision and recall, and others.
+"""Compare generated images with real ones: FID, KID, Inception score, precision and recall, copies, and others.
 
 All figures of one network come from one pass of the images through it. Images are read in batches and discarded.
 Some figures need all features in memory. `METRICS` is the only list of the figures.
@@ -18,12 +18,14 @@ from looc_ldm.metrics.collect import FeatureCollector, Features
 from looc_ldm.metrics.extractors import Extractor, InceptionFeatures
 from looc_ldm.metrics.fidelity import NEIGHBORS, SPLITS, cmmd, inception_score, kid, precision_recall
 from looc_ldm.metrics.frechet import frechet_distance
+from looc_ldm.metrics.memorization import memorization
 from looc_ldm.metrics.shares import at_a_time, places
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 BATCH = 50  # images of a batch that is made of single ones
+CLOSEST = 12  # pairs of a sample and a training image in the details of `memorization`
 
 Network = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # returned by Extractor.load
 Figures = dict[str, float | int | dict]
@@ -35,26 +37,44 @@ class Metric:
 
     network: str  # name of the network of its features
     figures: tuple[str, ...]  # names of its figures, with {} for the suffix of the network
-    # Maps generated features, reference features and names of the classes to one value per figure.
-    measure: Callable[[Features, Features | None, Mapping[int, str] | None], tuple]
+    # Maps generated features, reference features, names of the classes and features of the training images to one
+    # value per figure.
+    measure: Callable[[Features, Features | None, Mapping[int, str] | None, Features | None], tuple]
     vectors: bool = False  # whether it needs the features themselves, not only their moments
     labels: bool = False  # whether it needs the classes of both sides
     logits: bool = False  # whether it needs the logits of the generated images, and no reference
+    training: bool = False  # whether it needs the model's training images
     least: int = 2  # smallest number of images on each side
 
 
-def _frechet(generated: Features, reference: Features, _) -> tuple[float]:
+def _frechet(generated: Features, reference: Features, *_) -> tuple[float]:
     return (frechet_distance(generated.moments, reference.moments),)
 
 
-def _class_fid(generated: Features, reference: Features, classes: Mapping[int, str] | None) -> tuple:
+def _class_fid(generated: Features, reference: Features, classes: Mapping[int, str] | None, _) -> tuple:
     sides = (generated.vectors, generated.labels, reference.vectors, reference.labels)
     detail = asdict(class_averaged_fid(*sides, classes))
     return detail.pop("mean"), len(detail["per_class"]), detail
 
 
 def _between_vectors(measure: Callable[[torch.Tensor, torch.Tensor], tuple[float, ...]]) -> Callable:
-    return lambda generated, reference, _: measure(generated.vectors, reference.vectors)
+    return lambda generated, reference, *_: measure(generated.vectors, reference.vectors)
+
+
+def _memorization(generated: Features, reference: Features, _, training: Features) -> tuple:
+    found = memorization(generated.vectors, reference.vectors, training.vectors)
+    closest = found.distances.argsort(stable=True)[:CLOSEST].tolist()
+    detail = {
+        "threshold": found.threshold,
+        "training_images": len(training.vectors),
+        "held_out_images": len(reference.vectors) - found.duplicates,
+        "duplicates": found.duplicates,
+        "closest": [
+            {"sample": i, "training_image": found.nearest[i].item(), "distance": found.distances[i].item()}
+            for i in closest
+        ],
+    }
+    return found.copies, found.copies_held_out, detail
 
 
 _precision_recall = {"measure": _between_vectors(precision_recall), "vectors": True, "least": NEIGHBORS + 1}
@@ -64,6 +84,9 @@ METRICS = {
     "is": Metric("inception", ("is", "is_std"), lambda x, *_: inception_score(x.logits), logits=True, least=SPLITS),
     "precision_recall": Metric("inception", ("precision@{}", "recall@{}"), **_precision_recall),
     "class_fid": Metric("inception", ("class_fid@{}", "class_fid_classes", "class_fid"), _class_fid, True, True),
+    "memorization": Metric(
+        "inception", ("copies@{}", "copies_held_out@{}", "memorization"), _memorization, vectors=True, training=True
+    ),
     "fd@dinov2": Metric("dinov2", ("fd@{}",), _frechet),
     "kd@dinov2": Metric("dinov2", ("kd@{}", "kd_std@{}"), _between_vectors(kid), vectors=True),
     "precision_recall@dinov2": Metric("dinov2", ("precision@{}", "recall@{}"), **_precision_recall),
@@ -135,6 +158,7 @@ def generation_figures(
     reference: Mapping[str, Features],
     suffixes: Mapping[str, str],
     classes: Mapping[int, str] | None = None,
+    training: Mapping[str, Features] | None = None,
 ) -> Figures:
     """Return figures, ready for JSON, of collected features by network.
 
@@ -143,14 +167,16 @@ def generation_figures(
         generated, reference: Results of `collect_features` on the main process, with `labels` for class_fid.
         suffixes: `Extractor.name` by network, which names the figures: `fid@2048`.
         classes: Names of the labels.
+        training: The same as `reference` for the training images, for memorization.
 
     Raises:
-        ValueError: Too few images on a side, or no class with 2 images.
+        ValueError: Too few images on a side, no class with 2 images, or a reference of only training images.
     """
     figures: Figures = {}
     for name in check_metrics(metrics):
         metric = METRICS[name]
-        values = metric.measure(generated[metric.network], reference.get(metric.network), classes)
+        sides = (generated[metric.network], reference.get(metric.network))
+        values = metric.measure(*sides, classes, (training or {}).get(metric.network))
         names = [figure.format(suffixes[metric.network]) for figure in metric.figures]
         figures |= dict(zip(names, values, strict=True))
     return figures
@@ -163,6 +189,7 @@ def evaluate_generation(
     networks: Mapping[str, Extractor] | None = None,
     classes: Mapping[int, str] | None = None,
     device: torch.device | str = "cpu",
+    training: Iterable[tuple[torch.Tensor, torch.Tensor | None]] | None = None,
 ) -> Figures:
     """Compare generated images with real ones, on one process.
 
@@ -176,15 +203,16 @@ def evaluate_generation(
             "vgg", as the metrics need them. Inception, with the standard 2,048 features, if not given.
         classes: Names of the labels, for class_fid.
         device: The networks' device.
+        training: Batches of the model's training images, for memorization, whose reference are held-out images.
 
     Returns:
         `dict`: `protocol` ("clean"), `images_first`, `images_second`, and the figures of `METRICS` with the suffix of
         their network: `fid@2048`, `kid@2048`, `fd@dinov2-large`, `cmmd@clip-vit-large-patch14-336`. The functions of
-        `fidelity` and `class_fid` describe them; `class_fid` holds the details of `class_fid@2048`.
+        `fidelity`, `class_fid` and `memorization` describe them; `class_fid` and `memorization` hold details.
 
     Raises:
-        ValueError: Fewer than 2 images on a side, images of a different type, missing labels, or weights of a different
-            network.
+        ValueError: Fewer than 2 images on a side, images of a different type, missing labels or training images, or
+            weights of a different network.
     """
     metrics = check_metrics(metrics)
     needed = networks_needed(metrics)
@@ -195,6 +223,8 @@ def evaluate_generation(
         networks[name].check()
     if "is" in metrics and not networks["inception"].logits:
         raise ValueError("is needs InceptionFeatures(..., logits=True).")
+    if "memorization" in metrics and training is None:
+        raise ValueError("memorization needs the model's training images: training=...")
     loaded = {name: networks[name].load(device) for name in needed}
     keep = [name for name in needed if vectors_needed(metrics, name)]
     sides = []
@@ -208,12 +238,17 @@ def evaluate_generation(
                 raise ValueError(f"class_fid needs labels with every batch of the {side} set.")
             features["inception"].labels = torch.cat(labels)
         sides.append(features)
+    known = None
+    if "memorization" in metrics:
+        inception = {"inception": loaded["inception"]}
+        images = (batch[0] for batch in training)
+        known = collect_features(images, inception, inception, logits=False, device=device)
     counts = [next(iter(side.values())).moments.count for side in sides]
     return {
         "protocol": "clean",
         "images_first": counts[0],
         "images_second": counts[1],
-        **generation_figures(metrics, *sides, {name: networks[name].name for name in needed}, classes),
+        **generation_figures(metrics, *sides, {name: networks[name].name for name in needed}, classes, known),
     }
 
 

@@ -294,6 +294,10 @@ def test_the_real_images_that_are_read_are_counted_and_can_be_fewer(network, cap
         ("generation DATA --data flat INCEPTION --metrics class_fid", "reference has no classes"),
         ("generation zoo --data DATA INCEPTION --metrics class_fid", "has no class 'ape'"),
         ("generation MODEL --data zoo INCEPTION --metrics class_fid", "different classes"),
+        ("generation MODEL --data DATA INCEPTION --metrics memorization", "memorization needs --training-data"),
+        ("generation flat --data DATA INCEPTION --metrics memorization", "memorization needs --training-data"),
+        ("generation MODEL --data DATA INCEPTION --training-data flat", "serves --metrics memorization only"),
+        ("generation zoo --data DATA INCEPTION --metrics memorization --training-data empty", "no images in"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_status_2_with_nothing_written(
@@ -311,6 +315,40 @@ def test_bad_input_ends_in_one_line_and_status_2_with_nothing_written(
 
 
 # Generation: figures -------------------------------------------------------------------------------------------------
+
+
+def test_copies_of_training_images_are_counted_and_shown(network, capsys):
+    known = write_images("known", {"a": 8, "b": 8})
+    held_out = write_images("held_out", {"a": 8, "b": 8}, seed=1)
+    shutil.copytree(Path(known, "a"), "samples/a")
+    write_images("samples/new", {"": 8}, seed=2)
+    for i in range(2):  # photographs that are in both splits
+        shutil.copy(Path(known, "b", f"{i}.png"), Path(held_out, "b", f"copied_{i}.png"))
+    command = ["generation", "samples", "--data", held_out, *network, "--metrics", "memorization"]
+    record = measured(capsys, *command, "--training-data", known)
+    assert record["copies@64"] >= 0.5
+    assert 0 < record["copies_held_out@64"] <= 2 / 16
+    found = record["memorization"]
+    assert (found["training_images"], found["held_out_images"], found["duplicates"]) == (16, 16, 2)
+    assert found["closest"][0]["distance"] < 1e-3 * found["threshold"]
+    assert {Path(pair["name"]).name for pair in found["closest"][:8]} == {f"{i}.png" for i in range(8)}
+    assert "2 real images that are training images" in " ".join(record["notes"])
+    assert "data:image/svg+xml" in Path("figures.html").read_text()
+    with PIL.Image.open("figures.png") as picture:
+        assert picture.width > picture.height > 0
+
+
+def test_a_model_knows_its_training_images_and_which_were_held_out(pipeline, image_folder, network, capsys):
+    shutil.copytree(pipeline, "pipeline")
+    data = {"path": image_folder, "split": "train", "validation_split": None, "validation_images": 4, "fit": "crop"}
+    Path("pipeline/training.json").write_text(json.dumps({"data": data, "training_images": 8}))
+    command = ["generation", "pipeline", "--data", image_folder, "--split", "validation", *network]
+    command += ["--metrics", "memorization", "--images", "4", "--steps", "1"]
+    record = measured(capsys, *command)
+    assert record["memorization"]["training_images"] == 8
+    assert (record["memorization"]["held_out_images"], record["memorization"]["duplicates"]) == (4, 0)
+    assert record["training_split"] == "train, without those held out"
+    assert len(record["memorization"]["closest"]) == 4
 
 
 def test_class_fid_names_the_classes_that_are_too_small(network, capsys):
