@@ -106,8 +106,8 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
         lookup_from_codebook (`bool`, defaults to False): Not used, for configs of `VQModel`; use `decode_indices`.
         force_upcast (`bool`, defaults to False): Not used, for configs of `VQModel`.
         codevector_dim (`int`, *optional*): d, channels of a codevector; `vq_embed_dim` if not given (m = 1).
-        interpolation_factor, segment_layout, distance, commitment_weight, anchor, usage_decay, codebook_update,
-        gradient: See `LooCQuantizer`.
+        interpolation_factor, segment_layout, distance, commitment_weight: See `LooCQuantizer`.
+        anchor, usage_decay, codebook_update, gradient: See `LooCQuantizer`.
         latents_mean (`list[float]`, *optional*): Mean of each of the n_q channels of the latents over the training set.
         latents_std (`list[float]`, *optional*): Their standard deviations. A diffusion model then works on
             (latents - latents_mean) / latents_std * scaling_factor; see `looc_ldm.models.scaling`.

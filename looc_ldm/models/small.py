@@ -32,8 +32,8 @@ class LooCSmallVQModel(LooCVQModel):
         scaling_factor (`float`, *optional*): As in `LooCVQModel`.
         norm_type (`str`, defaults to `"group"`): For readers of `LooCVQModel` configs; nothing is normalized
             here, and `"spatial"` is refused.
-        codevector_dim, interpolation_factor, segment_layout, distance, commitment_weight, anchor, usage_decay,
-        codebook_update, gradient, latents_mean, latents_std: As in `LooCVQModel`.
+        codevector_dim, interpolation_factor, segment_layout, distance, commitment_weight: As in `LooCVQModel`.
+        anchor, usage_decay, codebook_update, gradient, latents_mean, latents_std: As in `LooCVQModel`.
 
     Raises:
         ValueError: `hidden_channels` is not even, a `norm_type` other than `"group"`, or sizes that do not fit

@@ -24,12 +24,12 @@ class FixedHeadsUNet2DModel(RemoteCode, UNet2DModel):
     """`UNet2DModel` whose attentions all have `num_attention_heads` heads, independent of their width.
 
     `UNet2DModel` fixes the channels of a head instead (`attention_head_dim`). LDM's LSUN-churches model has 8 heads of
-    24, 48 and 96 channels. The number of heads changes no weight: keys and sizes are as in `UNet2DModel`.
+    24, 48 and 96 channels. The number of heads changes no weight: keys and sizes are those of `UNet2DModel`.
 
     Args:
         num_attention_heads (`int`, defaults to 8): Heads of every attention; must divide its channels.
         attention_head_dim: Not used; part of `UNet2DModel`'s signature.
-        All other arguments: As in `UNet2DModel`.
+        **kwargs: The other arguments, as in `UNet2DModel`.
 
     Raises:
         ValueError: `num_attention_heads` does not divide the channels of an attention.

@@ -1,0 +1,138 @@
+"""README and documentation are true: their Python runs, their commands parse, their links lead somewhere."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from looc_ldm.commands.main import COMMANDS, parse_command
+from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
+from looc_ldm.training.config_parsing import parse_config
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TESTED_ELSEWHERE = {"training.md", "hub.md", "looc_format.md"}  # the commands of these
+STAGES = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig}
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Return the commands of all pages, without assignments of environment variables."""
+    texts = [block for page in PAGES if page.name not in TESTED_ELSEWHERE for block in blocks(page, "bash")]
+    parts = [part.strip() for line in "".join(texts).replace("\\\n", " ").splitlines() for part in line.split("&&")]
+    parts = [re.sub(r"^[A-Z_]+=\S+ ", "", part).partition(" > ")[0] for part in parts]
+    unique = dict.fromkeys(part for part in parts if part.startswith(("looc-ldm", "accelerate", "torchrun")))
+    return [shlex.split(part) for part in unique]
+
+
+# What the last block of a page leaves behind
+RESULTS = {
+    "README.md": lambda found: len(found["images"]) == 4 and found["indices"].shape == (16, 8, 8, 2),
+    "docs/index.md": lambda found: [image.size for image in found["images"]] == [(32, 32)] * 2,
+    "docs/sampling.md": lambda found: len(found["images"]) == 4 and found["bag"].size == (32, 32),
+    "docs/quantizer.md": lambda found: (
+        found["indices"].shape == (16, 8, 8, 2)
+        and found["reconstruction"].shape == (1, 3, 32, 32)
+        and found["tokens"].shape == (2, 100, 16)
+        and found["bits"] == 1024
+        and found["rate"] == 7 * 7 * 4 * 8
+        and len(found["statistics"].segment_use) == 16
+    ),
+    "docs/export.md": lambda found: found["indices"].shape == (2, 8, 8, 2) and found["image"].shape == (2, 1, 32, 32),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporters' own
+@pytest.mark.parametrize("page", RESULTS)
+def test_python_examples_run_one_after_the_other(page, quickstart_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    for block in blocks(ROOT / page, "python"):
+        exec(compile(block, page, "exec"), found)
+    assert RESULTS[page](found)
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_command_examples_parse(command):
+    if command[0] in ("accelerate", "torchrun"):
+        module, arguments = command[command.index("-m") + 1], command[command.index("-m") + 2 :]
+        if module == "looc_ldm.cli":
+            parse_command(arguments)
+        else:
+            parse_config(STAGES[module.rpartition(".")[2]], arguments, command[0])
+    elif command[1] == "train" and command[2] in STAGES:
+        if "--print_config" not in command:
+            parse_config(STAGES[command[2]], command[3:], "looc-ldm")
+    else:
+        parse_command(command[1:])
+
+
+def test_every_command_has_an_example():
+    shown = {" ".join(command[1:3]) for command in commands()}
+    named_in_other_pages = {"encode", "decode", "push", "pull", "cache-latents"}
+    for name in COMMANDS.keys() - named_in_other_pages:
+        assert any(f"{words} ".startswith(f"{name} ") for words in shown), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_linked_files_and_pictures_exist(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        name, _, heading = target.partition("#")
+        if "://" in target or not (name or heading):
+            continue
+        linked = page.parent / name if name else page
+        assert linked.exists(), target
+        if heading:
+            lines = linked.read_text().splitlines()
+            headings = [line.lstrip("# ").lower().replace(" ", "-") for line in lines if line.startswith("#")]
+            assert heading in headings, target
+
+
+PUBLIC = {
+    "looc_ldm": None,
+    "looc_ldm.baselines": None,
+    "looc_ldm.metrics": None,
+    "looc_ldm.hub": None,
+    "looc_ldm.codes": ("CodesError", "ImageCodes", "read_codes", "write_codes"),
+    "looc_ldm.image_codes": ("decode_image", "encode_image"),
+    "looc_ldm.card": ("write_card",),
+    "looc_ldm.errors": ("UserError",),
+    "looc_ldm.convert": ("read_checkpoint", "settings_of", "convert_autoencoder", "convert_ldm", "convert_unet"),
+    "looc_ldm.training.config": ("AutoencoderConfig", "DiffusionConfig", "RunConfig", "LossConfig", "OptimizerConfig"),
+}
+
+
+def test_the_reference_has_every_public_name():
+    text = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+    for module, names in PUBLIC.items():
+        for name in names or importlib.import_module(module).__all__:
+            assert f"{module}.{name}" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs the extra docs")
+def test_the_site_builds_without_warnings_and_loads_nothing_from_the_network(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    text = "".join(page.read_text() for page in tmp_path.rglob("*.html"))
+    loaded = re.findall(r'<(?:script|img|iframe)[^>]* src="?([^"\s>]+)', text)
+    loaded += re.findall(r'<link[^>]* rel="?stylesheet"? href="?([^"\s>]+)', text)
+    assert loaded
+    assert not [address for address in loaded if "://" in address]
+    commands_page = (tmp_path / "reference" / "commands.html").read_text()
+    assert all(f'id="{name.replace(" ", "-")}"' in commands_page for name in COMMANDS)
