@@ -24,9 +24,7 @@ class Autoencoder(nn.Module):
         self.encoder = nn.Sequential(nn.Conv2d(1, 32, 4, 2, 1), nn.ReLU(), nn.Conv2d(32, 24, 4, 2, 1))
         self.quantizer = LooCQuantizer(24, 256, 3, interpolation_factor=1, distance="euclidean")
         self.quantizer.owner_revives = True  # the training loop below does
-        self.decoder = nn.Sequential(
-            nn.ConvTranspose2d(24, 32, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(32, 1, 4, 2, 1)
-        )
+        self.decoder = nn.Sequential(nn.ConvTranspose2d(24, 32, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(32, 1, 4, 2, 1))
 
     def forward(self, x):
         quantized, quantizer_loss, (_, _, indices) = self.quantizer(self.encoder(x))

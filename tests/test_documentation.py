@@ -56,7 +56,9 @@ RESULTS = {
 
 
 @pytest.mark.filterwarnings("ignore")  # the exporters' own
-@pytest.mark.parametrize("page", RESULTS)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow) if page == "docs/export.md" else page for page in RESULTS]
+)
 def test_python_examples_run_one_after_the_other(page, quickstart_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found: dict = {}
