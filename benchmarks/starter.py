@@ -34,7 +34,7 @@ from looc_ldm.metrics import InceptionFeatures
 from looc_ldm.metrics.extractors import LAYERS
 from looc_ldm.metrics.lpips import load_lpips
 from looc_ldm.pipelines.sampling import sample_images
-from looc_ldm.training.quickstart import side_by_side
+from looc_ldm.training.photos.report import side_by_side
 from looc_ldm.utils.errors import UserError, one_line_errors
 from looc_ldm.utils.files import replace_text, write_image
 

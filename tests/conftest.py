@@ -24,6 +24,9 @@ from looc_ldm.images.config import DataConfig
 from looc_ldm.training.data import load_image_sets
 from tiny import TINY_CLASSES, import_file, tiny_autoencoder, tiny_pipeline
 
+# Accelerate allows a process one precision: tests that leave it to the CPU share that of the others.
+torch.cpu._is_avx512_bf16_supported = lambda: False
+
 
 class LargestTensor(TorchDispatchMode):
     """Records the number of elements of the largest tensor that any operator returns."""

@@ -208,6 +208,7 @@ def train(config: AutoencoderConfig) -> Path:
                 run.save_checkpoint()
                 run.push(save)
             run.stop_if_asked()  # a collective
+            run.keep_speed()
         run.save_checkpoint()
 
     # 4. The result

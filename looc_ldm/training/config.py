@@ -83,7 +83,7 @@ class RunConfig:
         gradient_accumulation_steps: Forward passes per optimizer step.
         mixed_precision: `auto` is bf16 if the hardware supports it, else `no`. A resumed run keeps its precision.
         threads: CPU threads, for training on a CPU. If neither this nor OMP_NUM_THREADS in the environment is given, a
-            new run measures which number is fastest, and keeps it.
+            new run measures which number is fastest, and keeps it, unless steps become three times slower.
         channels_last: Keep convolution weights with their channels last. If not given: on accelerators, which are
             faster with it, and not on CPUs, which are slower.
         compile: Compile the trained network with `torch.compile`; the first steps take minutes.

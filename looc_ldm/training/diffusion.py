@@ -222,6 +222,7 @@ def train(config: DiffusionConfig) -> Path:
                     full = gather_full_model(denoiser, ema.model, accelerator)  # a collective
                     run.push(partial(save, pipe=pipeline(), live=full))
             run.stop_if_asked()  # a collective
+            run.keep_speed()
         run.save_checkpoint()
 
     # 4. The result

@@ -44,7 +44,7 @@ from looc_ldm.training.optimization import learning_rate_at
 from looc_ldm.training.pushing import WAIT_AT_END_SECONDS, Pusher
 from looc_ldm.training.run_folder import RunFolder
 from looc_ldm.training.stopping import StopSignals
-from looc_ldm.utils.cpu import use_fastest_threads
+from looc_ldm.utils.cpu import SpeedWatch, use_fastest_threads
 from looc_ldm.utils.distributed import on_main, wait_for_gloo
 from looc_ldm.utils.errors import Terminated, TrainingError
 
@@ -87,6 +87,8 @@ class Run:
         self.images_seen = 0
         self.skipped_steps = 0
         self._threads: int | None = None  # in the checkpoint
+        self._trial: Callable[[], None] | None = None
+        self._watch: SpeedWatch | None = None
         self._skipped_in_a_row = 0
         self.log = RunLog(config, self.folder.path, self.accelerator)
         self.record = self.log.means.record
@@ -166,7 +168,8 @@ class Run:
     def use_fastest_threads(self, trial: Callable[[], None]) -> None:
         """On a CPU, compute with the number of threads that was asked for, or is fastest. After `resume`.
 
-        A resumed run keeps its number of threads: a different number changes the last bits of sums.
+        A resumed run keeps its number of threads: a different number changes the last bits of sums. Steps that become
+        far slower (`SpeedWatch`) have the threads timed again: see `keep_speed`.
 
         Args:
             trial: The work of a training step, which changes nothing.
@@ -178,11 +181,22 @@ class Run:
             torch.set_num_threads(config.threads)
         elif "OMP_NUM_THREADS" in os.environ or config.compile:  # compiled code is for one number of threads
             return
-        elif self._threads is not None:
-            torch.set_num_threads(self._threads)
         else:
-            with torch.random.fork_rng(devices=[]):
-                use_fastest_threads(trial)
+            self._trial, self._watch = trial, SpeedWatch()
+            if self._threads is not None:
+                torch.set_num_threads(self._threads)
+            else:
+                self._time_threads()
+
+    def _time_threads(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            use_fastest_threads(self._trial)
+
+    def keep_speed(self) -> None:
+        """Time the numbers of threads again if steps have become far slower. After an optimizer step."""
+        if self._watch is not None and self._watch.collapsed():
+            logger.info("training has become far slower: timing CPU threads again")
+            self._time_threads()
 
     def watch(self, loader: DataLoader) -> Iterator[list[torch.Tensor]]:
         """Yield the tensors of each batch unchanged. Measure the time waited for data, and keep the reports.

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 SHORT_SEQUENCE = 256
 # More threads must be this much faster: they lose far more when another process starts to compute.
 GAIN = 1.25
+WATCH_SECONDS, COLLAPSE = 10, 3  # a share of a core halves the speed; threads beside a busy process lose far more
 
 
 def use_fastest_threads(step: Callable[[], object], seconds: float = 0.3) -> int:
@@ -47,6 +48,24 @@ def use_fastest_threads(step: Callable[[], object], seconds: float = 0.3) -> int
     torch.set_num_threads(best)
     logger.info("%d of %d CPU threads, the fastest number by a short test (OMP_NUM_THREADS sets it)", best, available)
     return best
+
+
+class SpeedWatch:
+    """Notice when a loop becomes far slower than it was, as threads do once another process computes."""
+
+    def __init__(self):
+        self._steps, self._since, self._best = 0, time.monotonic(), 0.0
+
+    def collapsed(self) -> bool:
+        """Count a step; every 10 s, return whether the speed is less than a third of the best since the last collapse."""
+        self._steps += 1
+        elapsed = time.monotonic() - self._since
+        if elapsed < WATCH_SECONDS:
+            return False
+        speed = self._steps / elapsed
+        collapsed = speed < self._best / COLLAPSE
+        self._steps, self._since, self._best = 0, time.monotonic(), speed if collapsed else max(self._best, speed)
+        return collapsed
 
 
 def attention_kernel(latents: torch.Tensor) -> AbstractContextManager:

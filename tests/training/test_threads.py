@@ -1,4 +1,4 @@
-"""The number of CPU threads of a run: measured once, without a trace, and kept."""
+"""The number of CPU threads of a run: measured without a trace, at the start and after a collapse, and kept."""
 
 import os
 from dataclasses import replace
@@ -29,14 +29,18 @@ def test_measuring_threads_changes_no_weight_and_a_run_keeps_its_number(stages, 
         tries.append(trial)
 
     monkeypatch.setattr(run, "use_fastest_threads", use_fastest_threads)
+    monkeypatch.setattr(run.SpeedWatch, "collapsed", lambda watch: True)
     trainer.train(measured)
+    assert len(tries) == 1 + measured.total_images // measured.batch_size
     before, after = load_file(tmp_path / "plain" / weights), load_file(tmp_path / "measured" / weights)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
     kept = []
+    tries.clear()
+    monkeypatch.setattr(run.SpeedWatch, "collapsed", lambda watch: False)
     monkeypatch.setattr(torch, "set_num_threads", kept.append)
     trainer.train(replace(measured, total_images=56))
-    assert (len(tries), kept) == (1, [1])
+    assert (tries, kept) == ([], [1])
     trainer.train(replace(measured, total_images=64, threads=3))
-    assert (len(tries), kept) == (1, [1, 3])
+    assert (tries, kept) == ([], [1, 3])
     assert "OMP_NUM_THREADS" not in os.environ

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from looc_ldm.utils.cpu import attention_kernel, use_fastest_threads
+from looc_ldm.utils.cpu import SpeedWatch, attention_kernel, use_fastest_threads
 
 
 @pytest.fixture
@@ -29,6 +29,23 @@ def test_the_environment_decides_if_it_says_a_number(four_cores, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     torch.set_num_threads(3)
     assert use_fastest_threads(lambda: pytest.fail("nothing is measured")) == 3
+
+
+@pytest.mark.parametrize(("times_slower", "collapsed"), [(2, False), (5, True)])
+def test_a_collapse_of_the_speed_is_noticed_and_the_loss_of_half_a_core_is_none(times_slower, collapsed, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    watch = SpeedWatch()
+
+    def noticed(steps: int, seconds: float) -> bool:
+        answers = []
+        for _ in range(steps):
+            clock[0] += seconds
+            answers.append(watch.collapsed())
+        return any(answers)
+
+    assert not noticed(300, 0.1)
+    assert noticed(300, 0.1 * times_slower) == collapsed
 
 
 def test_attention_over_short_sequences_trains_by_matrix_products_in_bfloat16_on_cpus():
