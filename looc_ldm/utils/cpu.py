@@ -57,7 +57,7 @@ class SpeedWatch:
         self._steps, self._since, self._best = 0, time.monotonic(), 0.0
 
     def collapsed(self) -> bool:
-        """Count a step; every 10 s, return whether the speed is less than a third of the best since the last collapse."""
+        """Count a step; every 10 s, return whether speed is below a third of the best since the last collapse."""
         self._steps += 1
         elapsed = time.monotonic() - self._since
         if elapsed < WATCH_SECONDS:
