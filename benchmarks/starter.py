@@ -16,40 +16,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import bundle_fashion_mnist
-import torch
-from PIL import Image
+from bundling import bundle, call, grid, save_in_half_precision
 from results import DOCS, RESULTS, replace_results, revision
 
-from looc_ldm import LooCLDMPipeline, starter_model
-from looc_ldm.hub.card import write_card
-from looc_ldm.hub.facts import shareable
 from looc_ldm.metrics import InceptionFeatures
 from looc_ldm.metrics.extractors import LAYERS
 from looc_ldm.metrics.lpips import load_lpips
-from looc_ldm.pipelines.sampling import sample_images
-from looc_ldm.training.photos.report import side_by_side
 from looc_ldm.utils.errors import UserError, one_line_errors
-from looc_ldm.utils.files import replace_text, write_image
+from looc_ldm.utils.files import write_image
 
-STARTER = Path(starter_model("fashion_mnist"))
 MOST_BYTES = 12 * 2**20
 STEPS = 25
 SAMPLES_PER_CLASS = 10
 SAMPLES = 2000  # for FID
 SPLITS = {"train": slice(0, 5500), "validation": slice(5500, 6000)}  # per class
-MEASURED = (r"\A---\n.*?^---\n", *(rf"^## {heading}\n.*?(?=^## )" for heading in ("Measured", "Model", "Training")))
-
-
-def call(*arguments) -> None:
-    print("looc-ldm", *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "looc_ldm.commands.main", *map(str, arguments)], check=True)
 
 
 def train(options: argparse.Namespace) -> Path:
@@ -72,21 +57,9 @@ def ship(run: Path, options: argparse.Namespace) -> None:
     """Put the pipeline of a run, in half precision, measured and with its card, into the package."""
     half = options.work / "fashion_mnist"
     folder = half / "pipeline"
-    shutil.rmtree(half, ignore_errors=True)
-    # The codebook stays in single precision, as `LooCVQModel` keeps it.
-    LooCLDMPipeline.from_pretrained(run / "pipeline", dtype=torch.float16).save_pretrained(folder)
-    shutil.copy(run / "pipeline" / "training.json", folder)
-    for file in folder.rglob("*.json"):  # paths of this machine are private
-        settings = shareable(json.loads(file.read_text()))
-        settings.pop("_name_or_path", None)
-        replace_text(file, json.dumps(settings, indent=2) + "\n")
-    for file in folder.rglob("*.py"):  # remote code, which a package does not need
-        file.unlink()
-    pipe = LooCLDMPipeline.from_pretrained(folder)
-    labels = [label for label in sorted(pipe.config.id2label) for _ in range(SAMPLES_PER_CLASS)]
+    pipe = save_in_half_precision(run / "pipeline", folder)
     settings = {"num_inference_steps": STEPS, "guidance_scale": options.guidance_scale}
-    samples = sample_images(pipe, labels, seed=1, batch_size=50, **settings)
-    write_image(side_by_side(list(samples), rows=len(pipe.config.id2label)), half / "samples.png")
+    write_image(grid(pipe, SAMPLES_PER_CLASS, **settings), half / "samples.png")
 
     data, records = options.work / "fashion-mnist", [half / f"{name}.json" for name in ("reconstruction", "generation")]
     inception = ["--feature-layer", options.feature_layer]
@@ -96,17 +69,7 @@ def ship(run: Path, options: argparse.Namespace) -> None:
     sampling = ["--images", SAMPLES, "--steps", STEPS, "--guidance-scale", options.guidance_scale, *inception]
     for split, record in (("validation", records[1]), ("test", half / "fid.json")):
         call("evaluate", "generation", folder, "--reference", data, "--split", split, "--output", record, *sampling)
-    write_card(folder, metrics=records, samples=half / "samples.png", license="mit")
-    card = with_figures((STARTER / "README.md").read_text(), (folder / "README.md").read_text())
-    replace_text(folder / "README.md", card)
-
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    if size > MOST_BYTES:
-        raise SystemExit(f"error: {folder} has {size:,} bytes, more than {MOST_BYTES:,}.")
-    shutil.rmtree(STARTER, ignore_errors=True)
-    shutil.copytree(folder, STARTER)
-    with Image.open(STARTER / "samples.png") as image:
-        write_image(image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST), DOCS / "starter.png")
+    bundle(folder, "fashion_mnist", records, half / "samples.png", MOST_BYTES, DOCS / "starter.png")
     figures = json.loads((half / "fid.json").read_text())
     names = ("protocol", "images_first", "images_second", "num_inference_steps", "guidance_scale", "bits_per_pixel")
     features = [name for name in figures if name.startswith(("fid@", "kid@"))]
@@ -123,15 +86,6 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"no file {str(file)!r}.")
     load_lpips("alex", options.lpips_weights)
     InceptionFeatures(options.feature_layer, options.inception_weights).check()
-
-
-def with_figures(shipped: str, measured: str) -> str:
-    """Return the shipped card with the metadata and the tables of a new one."""
-    for pattern in MEASURED:
-        pattern = re.compile(pattern, re.MULTILINE | re.DOTALL)
-        (section,) = pattern.findall(measured)
-        shipped = pattern.sub(lambda _, section=section: section, shipped, count=1)
-    return shipped
 
 
 def main() -> None:

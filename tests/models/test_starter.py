@@ -164,9 +164,11 @@ def test_what_is_missing_is_named_before_the_training(script, tmp_path, monkeypa
 
 
 def test_a_new_card_keeps_the_prose_and_takes_metadata_and_tables(script):
+    from bundling import with_figures
+
     new = {heading: f"## {heading}\n\nnew {heading}\n\n" for heading in ("Measured", "Model", "Training")}
     shipped = (GARMENTS / "README.md").read_text()
-    card = script.with_figures(shipped, f"---\nnew: metadata\n---\n\n# starter\n\n{''.join(new.values())}## Licence\n")
+    card = with_figures(shipped, f"---\nnew: metadata\n---\n\n# starter\n\n{''.join(new.values())}## Licence\n")
     assert card.startswith("---\nnew: metadata\n---\n")
     sections = {part.partition("\n")[0]: part for part in re.split(r"^## ", card, flags=re.MULTILINE)}
     for heading, section in new.items():
