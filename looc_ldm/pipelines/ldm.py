@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import math
 from collections.abc import Callable
 from numbers import Integral
@@ -39,6 +40,8 @@ from looc_ldm.pipelines.schedulers import (
 )
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+logger = logging.getLogger(__name__)
 
 
 class LooCLDMPipeline(HubMixin, DiffusionPipeline):
@@ -168,7 +171,8 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
                 a conditional model.
             num_inference_steps (`int`, defaults to 50): Denoising steps.
             guidance_scale (`float`, defaults to 1.0): w of classifier-free guidance, n + w (c - n) with the outputs c
-                for the class and n for the null class; 1 is no guidance.
+                for the class and n for the null class; 1 is no guidance. An unconditional model ignores it with a
+                warning.
             eta (`float`, defaults to 0.0): DDIM's eta; 0 is deterministic. Other schedulers ignore it.
             generator (`torch.Generator` or list of them, *optional*): One for all images, or one per image, so
                 that an image does not depend on the rest of its batch.
@@ -227,8 +231,10 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
                 f"got {', '.join(unknown)}."
             )
         conditional, labels = self.num_class_embeds > 0, call["class_labels"]
-        if not conditional and (labels is not None or scale != 1):
-            raise ValueError("this model is unconditional: it takes neither class_labels nor a guidance_scale.")
+        if not conditional and labels is not None:
+            raise ValueError("this model is unconditional: it takes no class_labels.")
+        if not conditional and scale != 1:  # not an error: diffusers' own tests of pipelines do it
+            logger.warning("guidance_scale=%s has no effect: this model is unconditional", scale)
         if conditional and self.config.null_class_label is None and (labels is None or scale != 1):
             raise ValueError("this model has no null class: it needs class_labels, and guidance_scale=1.")
         check_scaling(self.vqvae)

@@ -418,7 +418,6 @@ def test_an_input_that_does_not_fit_is_refused_before_the_unet_runs(arguments, m
     [
         ("unconditional", {"class_labels": 0}, "this model is unconditional"),
         ("unconditional", {"class_labels": "sandal"}, "this model is unconditional"),
-        ("unconditional", {"guidance_scale": 2.0}, "this model is unconditional"),
         ("without null class", {}, "no null class"),
         ("without null class", {"class_labels": 0, "guidance_scale": 2.0}, "no null class"),
         ("without null class", {"class_labels": [0, None]}, "got None"),
@@ -432,6 +431,12 @@ def test_a_model_takes_no_labels_and_no_guidance_that_it_has_not_learned(kind, a
         draw(pipe, **arguments)
     assert batches == []
     assert draw(pipe, class_labels=None if unconditional else 3).shape == (1, 3, 16, 16)
+
+
+def test_an_unconditional_model_ignores_guidance_with_a_warning(make_pipeline, caplog):
+    pipe = make_pipeline("unconditional")
+    assert torch.equal(draw(pipe, class_labels=None, guidance_scale=2.0), draw(pipe, class_labels=None))
+    assert caplog.messages == ["guidance_scale=2.0 has no effect: this model is unconditional"]
 
 
 def test_a_first_stage_without_scaling_factor_is_refused_with_how_to_measure_it(make_pipeline):
