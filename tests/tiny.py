@@ -3,13 +3,18 @@
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import re
-import subprocess
+import runpy
+import socket
 import sys
 import tarfile
 from collections.abc import Iterable
+from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import pytest
@@ -153,7 +158,7 @@ def run(capsys, *arguments) -> str:
 
 
 def stopped(capsys, *arguments) -> list[str]:
-    """Run a command that ends with status 2, and return the lines of its errors, without those of progress bars."""
+    """Run a command that ends with status 2, and return the lines of its errors, without progress bars."""
     with pytest.raises(SystemExit) as stop:
         looc_ldm([str(argument) for argument in arguments])
     assert stop.value.code == 2
@@ -174,15 +179,58 @@ def refusal(capsys, *arguments) -> str:
     return line
 
 
-def launch(*command: str | Path, processes: int = 2) -> str:
-    """Run a Python file, or a module after "-m", on CPU processes that talk through gloo. Return what they print."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
-    command = [*launcher, *map(str, command)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return ended.stdout
+def forkserver() -> BaseContext:
+    """Return the context of processes that start with the package imported, which takes each of them seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "looc_ldm.training.autoencoder", "looc_ldm.training.diffusion"])
+    return context
+
+
+def rank_variables(processes: int) -> list[dict[str, str]]:
+    """Return the environment variables with which a launcher tells each of some processes who it is."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    counts = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **counts, **address} for rank in range(processes)]
+
+
+def launch(file: str, *arguments: str | Path, processes: int = 2) -> str:
+    """Run a Python file on CPU processes that talk through gloo, as torchrun does. Return what they print."""
+    with TemporaryDirectory() as folder:
+        logs = [Path(folder, str(rank)) for rank in range(processes)]
+        variables = [{**os.environ, "ACCELERATE_USE_CPU": "true", **own} for own in rank_variables(processes)]
+        command = [file, *map(str, arguments)]
+        ranks = [
+            forkserver().Process(target=_run_file, args=(command, own, log))
+            for own, log in zip(variables, logs, strict=True)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            running = {process.sentinel: process for process in ranks}
+            while running:
+                ended = wait(running, timeout=600)
+                assert ended, "the processes hang"
+                for sentinel in ended:
+                    assert running.pop(sentinel).exitcode == 0, "\n".join(log.read_text()[-3000:] for log in logs)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+        return "".join(log.read_text() for log in logs)
+
+
+def _run_file(command: list[str], variables: dict[str, str], log: Path) -> None:
+    """Run a file as the main program of this process, and write what it prints to `log`."""
+    multiprocessing.set_start_method("fork", force=True)  # for its workers; others would import all anew
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = command
+    with log.open("w") as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def import_file(file: Path) -> ModuleType:

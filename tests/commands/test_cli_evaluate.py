@@ -17,10 +17,30 @@ from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
 import looc_ldm
 from looc_ldm.commands.main import main
+from looc_ldm.metrics import extractors
 from looc_ldm.metrics.collect import FeatureCollector
 from tiny import refusal, run
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def networks_are_built_once():
+    """Keep the networks of all commands here. Building one and reading its 95 MB takes a second, twice per command."""
+    build, built = extractors._torch_fidelity_network, {}
+
+    def build_once(kind, name, layers, weights, title):
+        file = Path(weights or "").resolve()
+        if not file.is_file():
+            return build(kind, name, layers, weights, title)
+        key = (kind, *layers, file, file.stat().st_mtime_ns)
+        if key not in built:
+            built[key] = build(kind, name, layers, weights, title)
+        return built[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extractors, "_torch_fidelity_network", build_once)
+        yield
 
 
 @pytest.fixture
@@ -91,15 +111,14 @@ def test_a_few_images_are_taken_from_all_over_the_set(pipeline, image_folder, ca
     assert psnr("--data", image_folder, "--images", 3) == pytest.approx(psnr("--data", "three"), abs=1e-3)
 
 
-def test_evaluate_generation_prints_fid_and_kid_beside_the_rate(pipeline, image_folder, inception_weights, capsys):
-    options = ["--images", 6, "--steps", 1, "--inception-weights", inception_weights, "--feature-layer", 768]
-    evaluate = ["evaluate", "generation", pipeline, "--data", image_folder, "--output", "figures.json"]
-    printed = run(capsys, *evaluate, *options, "--guidance-scale", 1.5)
+def test_evaluate_generation_prints_fid_and_kid_beside_the_rate(pipeline, image_folder, network, capsys):
+    evaluate = ["evaluate", "generation", pipeline, "--data", image_folder, "--output", "figures.json", *network]
+    printed = run(capsys, *evaluate, "--images", 6, "--steps", 1, "--guidance-scale", 1.5)
     figures = json.loads(Path("figures.json").read_text())
     assert (figures["images_first"], figures["images_second"]) == (6, 12)
-    assert figures["fid@768"] > 0
+    assert figures["fid@64"] > 0
     assert (figures["bits_per_pixel"], figures["num_inference_steps"], figures["guidance_scale"]) == (2, 1, 1.5)
-    assert f"{'fid@768':24} {figures['fid@768']:.4f}" in printed
+    assert f"{'fid@64':24} {figures['fid@64']:.4f}" in printed
 
 
 def test_the_record_says_what_is_needed_to_repeat_the_figures(pipeline, image_folder, network, capsys):
@@ -417,11 +436,10 @@ def test_statistics_of_other_features_are_refused_before_anything_is_written(pip
     assert "fid needs the images of the reference" in refusal(capsys, "evaluate", *command)
 
 
-def test_the_inception_score_and_published_statistics(untrained_inception, capsys):
+def test_the_inception_score_and_published_statistics(network, capsys):
     write_images("fakes", {"": 10})
     write_images("reals", {"": 4}, seed=1)
-    weights = ["--inception-weights", untrained_inception]
-    images = measured(capsys, "generation", "fakes", "--reference", "reals", *weights, "--metrics", "is", "fid")
+    images = measured(capsys, "generation", "fakes", "--reference", "reals", *network, "--metrics", "is", "fid")
     assert images["is"] >= 1
 
     (file,) = Path("cache").iterdir()
@@ -430,15 +448,15 @@ def test_the_inception_score_and_published_statistics(untrained_inception, capsy
     np.savez("published.npz", **statistics)
     others = np.random.default_rng(2).integers(0, 256, (5, 14, 14, 3), np.uint8)
     np.savez("batch.npz", others, **statistics)
-    command = ["generation", "fakes", *weights, "--metrics", "fid"]
+    command = ["generation", "fakes", *network, "--metrics", "fid"]
     published = measured(capsys, *command, "--reference", "published.npz")
     batch = measured(capsys, *command, "precision_recall", "--reference", "batch.npz")
     for record in (published, batch):
-        assert record["fid@2048"] == pytest.approx(images["fid@2048"], rel=1e-4)
+        assert record["fid@64"] == pytest.approx(images["fid@64"], rel=1e-4)
         assert "stored in the reference" in record["fid_reference"]
     assert "images_second" not in published
     assert batch["images_second"] == 5
-    assert {"precision@2048", "recall@2048"} <= batch.keys()
+    assert {"precision@64", "recall@64"} <= batch.keys()
 
 
 def test_figures_of_several_networks_come_from_one_pass(network, capsys):
@@ -547,12 +565,11 @@ def test_two_processes_measure_the_reconstructions_of_one(pipeline, network, mon
     assert figures_of(two) == pytest.approx(figures_of(one), rel=1e-6)
 
 
-def test_two_processes_take_statistics_beside_cached_features(untrained_inception, capsys):
+def test_two_processes_take_statistics_beside_cached_features(network, capsys):
     fakes = write_images("fakes", {"": 4})
     images = np.random.default_rng(2).integers(0, 256, (5, 14, 14, 3), np.uint8)
-    np.savez("reference.npz", images, mu=np.zeros(2048), sigma=np.eye(2048))
-    command = ["evaluate", "generation", fakes, "--reference", "reference.npz"]
-    command += ["--inception-weights", untrained_inception]
+    np.savez("reference.npz", images, mu=np.zeros(64), sigma=np.eye(64))
+    command = ["evaluate", "generation", fakes, "--reference", "reference.npz", *network]
     run(capsys, *command, "--output", "one.json")  # KID's features are kept now
     on_two_processes(*command, "--output", "two.json")
     one, two = (json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two"))

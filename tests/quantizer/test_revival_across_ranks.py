@@ -1,6 +1,5 @@
 """Two ranks give the one-rank codebook. This file is also the script that each rank runs."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from looc_ldm import LooCQuantizer
 from looc_ldm.quantizer import revival
+from tiny import launch
 
 DISTANCES = ("cosine", "euclidean")
 RANDOM_ANCHORS = ("random", "probrandom")
@@ -92,12 +92,7 @@ UPDATES = ("ema", "gradient")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """Results of each of two gloo processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in range(2)]
-    try:
-        assert [process.wait(timeout=600) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
+    launch(__file__, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -163,8 +158,9 @@ def test_ranks_that_draw_their_own_anchors_do_not_drift_apart(two_ranks, anchor)
     assert (codebooks[0] - run_steps(0, 2, "cosine", anchor)["embedding.weight"]).abs().max() > 0.1
 
 
-def main(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     results = {
         (distance, update): run_steps(rank, 2, distance, codebook_update=update)
         for distance in DISTANCES
@@ -180,4 +176,4 @@ def main(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import runpy
@@ -43,16 +42,12 @@ class Processes:
     """The processes of one run, in a process group each."""
 
     def __init__(self, context, config, ranks: int, own: dict[int, dict], settings: dict):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        variables = tiny.rank_variables(ranks) if ranks > 1 else [{}]
         self.logs = [Path(f"{config.output_dir}-{rank}.log") for rank in range(ranks)]
         self.processes = []
         for rank, log in enumerate(self.logs):
             log.unlink(missing_ok=True)
-            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            environment = {name: str(value) for name, value in places.items()} | address if ranks > 1 else {}
-            common = {"config": config, "environment": environment, "printed": str(log)}
+            common = {"config": config, "environment": variables[rank], "printed": str(log)}
             arguments = {"SETTINGS": {**common, **settings, **own.get(rank, {})}}
             self.processes.append(
                 context.Process(target=runpy.run_path, args=(str(SCRIPT), arguments, "__main__"), daemon=False)
@@ -88,8 +83,7 @@ class Processes:
 @pytest.fixture(scope="module")
 def start():
     """`start(config, ranks=2, own={1: settings}, **settings)` of new processes, which have imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["looc_ldm.training.autoencoder", "looc_ldm.training.diffusion"])
+    context = tiny.forkserver()
     started = []
 
     def start(config, ranks: int = 1, own=None, **settings) -> Processes:

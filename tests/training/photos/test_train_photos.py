@@ -18,6 +18,7 @@ from looc_ldm.utils.arguments import TrainPhotos, parse_options
 from looc_ldm.utils.errors import UserError
 
 HOURS = 0.004  # 14 s: stage 1 sees 56 images, stage 2 184
+MORE_HOURS = 0.005
 AUTOENCODER = {
     "batch_size": 8,
     "model.block_out_channels": [8, 8, 8, 8],
@@ -163,16 +164,16 @@ def test_more_hours_go_to_stage_2_and_fewer_are_refused(folder, finished, tmp_pa
     output = tmp_path / "more"
     shutil.copytree(finished[0], output)
     before = weights(output)
-    said = train(folder, output, 2 * HOURS)
+    said = train(folder, output, MORE_HOURS)
     assert any("stage 2 goes on" in line for line in said)
     after = weights(output)
     assert {name: after[name] for name in before} == before
     assert (output / "diffusion_2" / "pipeline" / "training.json").is_file()
     assert "diffusion_2" in (output / "report.html").read_text()
-    with pytest.raises(UserError, match=f"--hours {HOURS}: .* is planned with --hours {2 * HOURS}"):
+    with pytest.raises(UserError, match=f"--hours {HOURS}: .* is planned with --hours {MORE_HOURS}"):
         train(folder, output, HOURS)
     with pytest.raises(UserError, match=r"--classes none: .* is planned with --classes auto"):
-        train(folder, output, 2 * HOURS, "--classes", "none")
+        train(folder, output, MORE_HOURS, "--classes", "none")
 
 
 @pytest.mark.parametrize("setting", ["--autoencoder.output_dir=x", "--diffusion.data.path=x"])
