@@ -51,6 +51,12 @@ def _no_bar_is_left():
     assert not left, f"bars left open: {left}"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _accelerate_starts_anew():
+    """Accelerate keeps the precision of a process's first training, and refuses a different one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch):
     """A connection to another machine fails the test."""

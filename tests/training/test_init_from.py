@@ -83,7 +83,7 @@ def test_another_network_in_the_config_is_refused(model, message, autoencoder_co
 
 
 def test_a_folder_without_a_model_is_refused(autoencoder_config, tmp_path):
-    with pytest.raises(ModelError, match="neither a folder nor a hub id"):
+    with pytest.raises(ModelError, match=r"neither bundled .*, a folder, nor a hub id"):
         autoencoder.train(autoencoder_config(tmp_path / "run", init_from="/nowhere/model"))
 
 
