@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from looc_ldm.models.registration import RemoteCode
-from looc_ldm.models.scaling import VQMODEL_DEFAULT_FACTOR, check_channel_values, measured_factor
+from looc_ldm.models.scaling import VQMODEL_DEFAULT_FACTOR, check_channel_values, check_factor, measured_factor
 from looc_ldm.models.tiling import decode_in_tiles, encode_in_tiles
 from looc_ldm.quantizer.loocq import LooCQuantizer
 from looc_ldm.utils.errors import ModelError
@@ -199,8 +198,8 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
             if self.config[name] is not None:
                 check_channel_values(name, self.config[name], vq_embed_dim)
         factor = self.config.scaling_factor
-        if factor is not None and not (isinstance(factor, (int, float)) and 0 < factor < math.inf):
-            raise ValueError(f"scaling_factor must be a positive number, got {factor!r}.")
+        if factor is not None:
+            check_factor(factor)
         if factor == VQMODEL_DEFAULT_FACTOR:
             raise ValueError(
                 f"scaling_factor={VQMODEL_DEFAULT_FACTOR} is the default of VQModel, not measured: give None, or call "

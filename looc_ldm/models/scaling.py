@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from diffusers import ModelMixin
@@ -22,8 +23,8 @@ def check_scaling(autoencoder: ModelMixin) -> None:
     """Refuse an autoencoder whose config has no measured scaling of its latents.
 
     Raises:
-        ValueError: `scaling_factor` is None, or is the default value of `VQModel`, which nobody measured. Or
-            `latents_mean` or `latents_std` is not one valid number per latent channel.
+        ValueError: `scaling_factor` is None, is the default value of `VQModel`, which nobody measured, or is not a
+            positive number. Or `latents_mean` or `latents_std` is not one valid number per latent channel.
     """
     config = autoencoder.config
     if measured_factor(config) is None:
@@ -32,6 +33,7 @@ def check_scaling(autoencoder: ModelMixin) -> None:
             "looc_ldm.training.latents.measure_scaling_factor, and give it by "
             "vqvae.register_to_config(scaling_factor=...)."
         )
+    check_factor(config.scaling_factor)
     channels = config.get("vq_embed_dim") or config.latent_channels
     for name in ("latents_mean", "latents_std"):
         if config.get(name) is not None:
@@ -42,6 +44,12 @@ def measured_factor(config: dict) -> float | None:
     """Return the scaling factor in an autoencoder's config, or None if it is the default of `VQModel`."""
     factor = config.get("scaling_factor")
     return None if factor == VQMODEL_DEFAULT_FACTOR else factor
+
+
+def check_factor(factor: float) -> None:
+    """Raise ValueError if a scaling factor is not a positive number."""
+    if not (isinstance(factor, Real) and 0 < factor < math.inf):
+        raise ValueError(f"scaling_factor must be a positive number, got {factor!r}.")
 
 
 def check_channel_values(name: str, values: Sequence[float], channels: int) -> None:

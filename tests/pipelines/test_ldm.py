@@ -1,6 +1,7 @@
 """`LooCLDMPipeline` as its users meet it: labels and guidance in, images out, a folder to keep it in."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -449,6 +450,14 @@ def test_a_first_stage_without_scaling_factor_is_refused_with_how_to_measure_it(
     measured = measure_scaling_factor(pipe.vqvae, [torch.rand(4, 3, 16, 16) * 2 - 1])
     pipe.vqvae.register_to_config(scaling_factor=measured)
     assert draw(pipe).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("factor", [0, -1.0, math.nan, math.inf, "1.0"])
+def test_a_scaling_factor_that_is_no_positive_number_is_refused(factor, make_pipeline):
+    pipe = make_pipeline()
+    pipe.vqvae.register_to_config(scaling_factor=factor)
+    with pytest.raises(ValueError, match="scaling_factor must be a positive number, got"):
+        draw(pipe)
 
 
 @pytest.mark.parametrize(
