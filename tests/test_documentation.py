@@ -38,7 +38,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(part) for part in unique]
 
 
-# What the last block of a page leaves behind
+# Checks of the variables that the last block of a page leaves behind
 RESULTS = {
     "README.md": lambda found: len(found["images"]) == 4 and found["indices"].shape == (16, 8, 8, 2),
     "docs/index.md": lambda found: [image.size for image in found["images"]] == [(32, 32)] * 2,

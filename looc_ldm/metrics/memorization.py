@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-PERCENTILE = 1  # of the held-out images' distances: below it, a sample counts as a copy
+PERCENTILE = 1  # a sample counts as a copy below this percentile of the held-out images' distances
 # Times the spread of the training images: a held-out image that is closer counts as one of them. Of 736 flowers at 64
 # pixels, those stored twice with other JPEG settings are at most at 0.09, an image and its mirror image at 0.26.
 DUPLICATE = 0.2
@@ -28,8 +28,8 @@ class Memorization:
 def memorization(samples: torch.Tensor, held_out: torch.Tensor, training: torch.Tensor) -> Memorization:
     """Return the share of samples that are closer to a training image than 99 % of held-out images are.
 
-    A sample counts as a copy if the Euclidean distance of its features to those of the nearest training image is below
-    the first percentile of the same distances of held-out images. So samples that are as new as real photographs have a
+    A sample counts as a copy if the Euclidean distance of its features to the nearest training image's is below the
+    first percentile of the same distances of held-out images. So samples that are as new as real photographs have a
     share of about 0.01, and a model that stores its training images has a share near 1.
 
     Held-out images that are also training images would lower the percentile, and are left out: those closer than a

@@ -24,7 +24,7 @@ class FixedHeadsUNet2DModel(RemoteCode, UNet2DModel):
     """`UNet2DModel` whose attentions all have `num_attention_heads` heads, independent of their width.
 
     `UNet2DModel` fixes the channels of a head instead (`attention_head_dim`). LDM's LSUN-churches model has 8 heads of
-    24, 48 and 96 channels. The number of heads changes no weight: keys and sizes are those of `UNet2DModel`.
+    24, 48 and 96 channels. The number of heads changes no weight: keys and sizes are as in `UNet2DModel`.
 
     Args:
         num_attention_heads (`int`, defaults to 8): Heads of every attention; must divide its channels.
