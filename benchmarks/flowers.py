@@ -123,7 +123,7 @@ def main() -> None:
             pipe = save_in_half_precision(trained, folder)
             rename_data(folder / "training.json", options.images.name)
             settings = {"num_inference_steps": STEPS, "guidance_scale": options.guidance_scale}
-            write_image(grid(pipe, SAMPLES_PER_CLASS, **settings), options.work / "samples.png")
+            write_image(grid(pipe, SAMPLES_PER_CLASS, **settings), options.work / "grid.png")
             records = measure(folder, options)
         except subprocess.CalledProcessError as error:
             sys.exit(error.returncode)  # it has said why
@@ -135,7 +135,7 @@ def main() -> None:
             print(json.dumps(results[-1]))
         if not options.measure_only:
             cards = [records["validation photographs, reconstructed"], records["samples"]]
-            bundle(folder, "flowers", cards, options.work / "samples.png", MOST_BYTES, DOCS / "flowers.png")
+            bundle(folder, "flowers", cards, options.work / "grid.png", MOST_BYTES, DOCS / "flowers.png")
             replace_results(RESULTS / "flowers.jsonl", results, ["set"])
 
 
