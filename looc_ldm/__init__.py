@@ -7,7 +7,7 @@ The public names are imported when they are first used, so that `import looc_ldm
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME_OF = {
     "LooCQuantizer": "looc_ldm.quantizer.loocq",
