@@ -381,4 +381,6 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
             return False
         if self.training and torch.is_grad_enabled():
             raise RuntimeError("Tiled results carry no gradient: train with disable_tiling(), or call eval().")
+        if torch.jit.is_tracing():
+            raise RuntimeError("Tiles depend on the size of the image, which a trace does not know: disable_tiling().")
         return True

@@ -247,3 +247,10 @@ def test_the_tiles_of_a_large_image_have_a_progress_bar(monkeypatch, capsys):
     model.enable_tiling()
     model.encode(uneven_images(1, 40, 600))
     assert "stage of 600x40" in capsys.readouterr().err
+
+
+def test_a_trace_in_tiles_is_refused():
+    model = tiny_autoencoder().requires_grad_(False)
+    model.enable_tiling(8)
+    with pytest.raises(RuntimeError, match=r"disable_tiling\(\)"):
+        torch.jit.trace(lambda image: model(image).sample, (torch.rand(1, 3, 16, 16),))
