@@ -7,7 +7,7 @@ sub-folder per class. Trains with `looc-ldm train photos` and the settings in TR
 resumes. With --pipeline, a pipeline that is trained already is measured and bundled instead. Writes
 
 - looc_ldm/data/models/flowers: the averaged weights of both stages in half precision (the codebook in single
-  precision), configs, and the card, whose prose is written by hand and whose figures are those of `looc-ldm evaluate`;
+  precision), configs, and the card, whose prose is written by hand and whose figures `looc-ldm evaluate` measured;
 - results/flowers.jsonl: figures against the validation photographs, of samples, of training photographs (no samples
   can be closer), of their reconstructions (the limit of the first stage), and of samples of an untrained UNet;
 - docs/flowers.png, and in --work the page samples.html with the samples that are closest to training photographs.
