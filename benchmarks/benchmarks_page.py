@@ -137,6 +137,17 @@ def fid_table() -> str:
     return markdown_table(rows)
 
 
+def flowers_table() -> str:
+    rows = []
+    for line in read_results(RESULTS / "flowers.jsonl"):
+        if "images_first" in line:  # compared with the validation photographs
+            row = {"images": line["set"], "number": f"{line['images_first']:,}", "FID@768": f"{line['fid@768']:.3f}"}
+            row |= {"KID@768": f"{line['kid@768']:.5f}"}
+            row |= {name: f"{line[f'{name}@768']:.2f}" for name in ("precision", "recall")}
+            rows.append(row | {"copies": f"{line['copies@768']:.1%}" if "copies@768" in line else None})
+    return markdown_table(rows)
+
+
 def quantizer_table() -> str:
     rows = []
     for line in read_results(RESULTS / "quantizer.jsonl"):
@@ -198,6 +209,7 @@ def measured_tables() -> dict[str, str]:
     return {
         "quickstart": quickstart_table(),
         "fid": fid_table(),
+        "flowers": flowers_table(),
         "quantizer": quantizer_table(),
         "gradients": gradients_table(),
         "sampling": speed_table("sampling.jsonl", "against `LDMPipeline`", "contestant"),
