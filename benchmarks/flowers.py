@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--lpips-weights", type=Path, help="torchvision's VGG16; downloaded if not given")
     parser.add_argument("--inception-weights", type=Path, help="torch-fidelity's; downloaded if not given")
     parser.add_argument("--feature-layer", choices=LAYERS, default="768", help="of FID and the others (default: 768)")
-    parser.add_argument("--guidance-scale", type=float, default=2.0, help="chosen on the validation photographs")
+    parser.add_argument("--guidance-scale", type=float, default=2.0, help="of the samples (default: 2)")
     parser.add_argument("--samples", type=int, default=1000, help="images of each set (default: 1000)")
     parser.add_argument("--measure-only", action="store_true", help="bundle nothing, and leave the results as they are")
     options = parser.parse_args()

@@ -17,8 +17,8 @@ def starter_model(name: str | None = None) -> str:
     default. The `README.md` in the folder says how the model was made and gives its measured figures.
 
     Args:
-        name (`str`, *optional*): "fashion_mnist" (garments, 32x32 pixels, grey), or another name in `bundled_models`.
-            If not given, "fashion_mnist".
+        name (`str`, *optional*): "fashion_mnist" (garments, 32x32 pixels, grey) or "flowers" (64x64, in colour). If not
+            given, "fashion_mnist".
 
     Raises:
         ModelError: There is no bundled model of this name.
