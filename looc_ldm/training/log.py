@@ -128,7 +128,8 @@ class RunLog:
         self._means: dict[str, float] = {}  # in the last line
         # Since the last line, of this process, in seconds:
         self.waited = 0.0  # for data, while training
-        self._other = 0.0  # anything but training
+        self._other = 0.0  # seconds of anything but training since the last line
+        self._paused = 0.0  # the same, of the whole run
 
     def start(self, images_seen: int, means: dict | None) -> None:
         """Start or resume at `images_seen` images, with the scalars recorded since the last line. On every process."""
@@ -184,7 +185,13 @@ class RunLog:
         """Exclude a block that is not training, such as a grid or an evaluation, from speed and waiting time."""
         began = time.monotonic()
         yield
-        self._other += time.monotonic() - began
+        seconds = time.monotonic() - began
+        self._other += seconds
+        self._paused += seconds
+
+    def training_clock(self) -> float:
+        """Return seconds that do not pass while the timer is paused."""
+        return time.monotonic() - self._paused
 
     def exclude_first_step(self, images_seen: int) -> None:
         """Exclude the first step from images/s: it also starts workers, compiles and picks kernels."""

@@ -182,7 +182,7 @@ class Run:
         elif "OMP_NUM_THREADS" in os.environ or config.compile:  # compiled code is for one number of threads
             return
         else:
-            self._trial, self._watch = trial, SpeedWatch()
+            self._trial, self._watch = trial, SpeedWatch(self.log.training_clock)
             if self._threads is not None:
                 torch.set_num_threads(self._threads)
             else:

@@ -51,20 +51,25 @@ def use_fastest_threads(step: Callable[[], object], seconds: float = 0.3) -> int
 
 
 class SpeedWatch:
-    """Notice when a loop becomes far slower than it was, as threads do once another process computes."""
+    """Notice when a loop becomes far slower than it was, as threads do once another process computes.
 
-    def __init__(self):
-        self._steps, self._since, self._best = 0, time.monotonic(), 0.0
+    Args:
+        clock: Returns seconds that only pass while the loop runs.
+    """
+
+    def __init__(self, clock: Callable[[], float]):
+        self._clock = clock
+        self._steps, self._since, self._best = 0, clock(), 0.0
 
     def collapsed(self) -> bool:
         """Count a step; every 10 s, return whether speed is below a third of the best since the last collapse."""
         self._steps += 1
-        elapsed = time.monotonic() - self._since
+        elapsed = self._clock() - self._since
         if elapsed < WATCH_SECONDS:
             return False
         speed = self._steps / elapsed
         collapsed = speed < self._best / COLLAPSE
-        self._steps, self._since, self._best = 0, time.monotonic(), speed if collapsed else max(self._best, speed)
+        self._steps, self._since, self._best = 0, self._clock(), speed if collapsed else max(self._best, speed)
         return collapsed
 
 

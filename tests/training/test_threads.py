@@ -1,6 +1,7 @@
 """The number of CPU threads of a run: measured without a trace, at the start and after a collapse, and kept."""
 
 import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -44,3 +45,24 @@ def test_measuring_threads_changes_no_weight_and_a_run_keeps_its_number(stages, 
     trainer.train(replace(measured, total_images=64, threads=3))
     assert (tries, kept) == ([], [1, 3])
     assert "OMP_NUM_THREADS" not in os.environ
+
+
+def test_image_grids_do_not_count_as_slow_steps(autoencoder_config, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(run, "use_fastest_threads", lambda trial: None)
+    draw, counted, passed = autoencoder.reconstruction_grid, [], []
+
+    def slow_grid(*arguments):
+        time.sleep(0.5)
+        return draw(*arguments)
+
+    class Watch(run.SpeedWatch):
+        def collapsed(self):
+            counted.append(self._clock())
+            passed.append(time.monotonic())
+            return False
+
+    monkeypatch.setattr(autoencoder, "reconstruction_grid", slow_grid)
+    monkeypatch.setattr(run, "SpeedWatch", Watch)
+    autoencoder.train(autoencoder_config(tmp_path, total_images=24, preview_every_images=8))
+    assert (passed[-1] - passed[0]) - (counted[-1] - counted[0]) >= 2 * 0.5

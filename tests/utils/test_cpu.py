@@ -32,10 +32,9 @@ def test_the_environment_decides_if_it_says_a_number(four_cores, monkeypatch):
 
 
 @pytest.mark.parametrize(("times_slower", "collapsed"), [(2, False), (5, True)])
-def test_a_collapse_of_the_speed_is_noticed_and_the_loss_of_half_a_core_is_none(times_slower, collapsed, monkeypatch):
+def test_a_collapse_of_the_speed_is_noticed_and_the_loss_of_half_a_core_is_none(times_slower, collapsed):
     clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    watch = SpeedWatch()
+    watch = SpeedWatch(lambda: clock[0])
 
     def noticed(steps: int, seconds: float) -> bool:
         answers = []
