@@ -11,22 +11,12 @@ from io import BytesIO
 
 from equal_bits import FILE, SETS
 from results import DOCS, RESULTS, fill, markdown_table, read_results
+from tables_plot import METHODS
 
-from looc_ldm.analysis.style import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, new_figure, style
+from looc_ldm.analysis.style import new_figure, style
 from looc_ldm.utils.files import replace_bytes
 
 TITLES = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-METHODS = {  # name in equal_bits.py: name in the plot, colour
-    "looc": ("LooC", BLUE),
-    "fsq": ("FSQ", RED),
-    "gsq": ("GSQ", ORANGE),
-    "bsq": ("BSQ", PURPLE),
-    "rq": ("RQ", GREEN),
-    "simvq": ("SimVQ", SKY),
-    "pq": ("PQ", "#882255"),
-    "lfq": ("LFQ", "#44aa99"),
-    "factorized": ("ViT-VQGAN", "#999933"),
-}
 CODECS = {"jpeg": ":", "webp": "--"}
 
 

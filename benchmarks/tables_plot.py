@@ -15,7 +15,7 @@ from looc_ldm.analysis.rate_distortion import OCTAVES, Point, draw_rate_distorti
 from looc_ldm.analysis.style import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, new_figure, style
 
 HEIGHT, LINE, COLUMNS = 3.0, 0.18, 3  # inches of a figure without its legend, and of a line of the legend
-# One colour per method, the same in every plot; the last three are from Paul Tol's "muted" scheme (2021).
+# One colour per method, the same in every plot; the last six are from Paul Tol's "muted" scheme (2021).
 METHODS = {
     "looc": ("LooC", BLUE),
     "vq": ("VQ-VAE", "black"),
@@ -27,6 +27,9 @@ METHODS = {
     "fsq": ("FSQ", "#999933"),
     "lfq": ("LFQ", "#882255"),
     "rfsq": ("residual FSQ", "#44aa99"),
+    "gsq": ("GSQ", "#332288"),
+    "bsq": ("BSQ", "#ddcc77"),
+    "simvq": ("SimVQ", "#aa4499"),
 }
 # One marker and one name per way in which the codebook learns.
 MARKERS = {
