@@ -134,6 +134,22 @@ def test_the_logged_loss_is_the_sum_of_its_weighted_terms(autoencoder_config, tm
     assert line["loss_discriminator"] == pytest.approx(1, abs=0.2)  # an untrained one tells nothing apart
 
 
+@pytest.mark.parametrize(("share", "seen"), [(1.0, 8), (0.25, 2), (0.01, 1)])
+def test_lpips_sees_its_share_of_each_batch(autoencoder_config, tmp_path, monkeypatch, share, seen):
+    class Recording(torch.nn.Module):
+        counts = []
+
+        def forward(self, first, second, autocast=False):
+            self.counts.append((len(first), len(second)))
+            return (first - second).square().mean((1, 2, 3), keepdim=True)
+
+    lpips = Recording()
+    monkeypatch.setattr(autoencoder, "load_lpips", lambda network, weights: lpips)
+    loss = {"lpips_weight": 1.0, "lpips_share": share}
+    autoencoder.train(autoencoder_config(tmp_path, loss=loss, total_images=8, batch_size=8))
+    assert Recording.counts[0] == (seen, seen)
+
+
 def test_all_terms_together_on_the_bundled_images(test_data, autoencoder_config, bundled, tmp_path):
     lpips = {
         "lpips_weight": 1.0,

@@ -212,6 +212,13 @@ def test_another_precision_is_refused(half, restart):
     assert log_lines(half)[-1]["images"] == 128
 
 
+@pytest.mark.parametrize(("supported", "expected"), [(True, "bf16"), (False, "no")])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for CPUs")
+def test_auto_is_bf16_on_cpus_that_compute_in_it(supported, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    assert resolve_precision("auto") == expected
+
+
 def test_what_auto_became_is_said_written_down_and_may_be_given_in_its_place(tmp_path, caplog, restart):
     restart()
     caplog.set_level(logging.INFO, "looc_ldm")
