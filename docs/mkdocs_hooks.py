@@ -1,4 +1,4 @@
-"""What mkdocs.yml runs while the site is built: the help of every command, and plain types in the reference."""
+"""Hooks of mkdocs.yml: put the help of every command into the site, and plain types into the reference."""
 
 import os
 import re

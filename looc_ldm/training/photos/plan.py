@@ -35,7 +35,7 @@ from looc_ldm.utils.errors import DataError, UnreadableImage
 from looc_ldm.utils.files import read_json, replace_text
 
 RESOLUTIONS = (64, 128, 256)
-LEAST_GIB = {256: 22, 128: 7}  # memory of an accelerator; docs/training.md has the presets' needs. Others: 64
+LEAST_GIB = {256: 22, 128: 7}  # memory of an accelerator; docs/own_images.md has the presets' needs. Others: 64
 HELD_OUT = 200  # images, at most, and a tenth of all at most
 CHECKED_IMAGES, CHECK_SECONDS = 2000, 20  # limits of decoding images to find sizes and colours
 MOST_UNREADABLE = 0.1  # share of the images
