@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from looc_ldm.images.pixels import to_float
-from looc_ldm.training.ema import EMA
 from looc_ldm.utils.errors import UserError
 from looc_ldm.utils.files import renamed_when_complete
 
@@ -35,10 +34,8 @@ class Training:
     batch_size: int = 128
     learning_rate: float = 3e-4  # Adam's; the highest one if it changes
     warm_up_steps: int = 0  # steps in which the learning rate rises linearly
-    decay_from: float = 0.0  # share of the steps, in [0, 1), after which it falls linearly
-    decay_to: float = 1.0  # last learning rate as a share of the highest; 1 is a constant rate
+    decay_to: float = 1.0  # last learning rate as a share of the highest, reached linearly; 1 is a constant rate
     max_grad_norm: float | None = None  # norm to which gradients are clipped
-    ema_halflife_images: int = 0  # the measured average of weights; 0 measures the live weights
     bf16: bool = False  # networks in bfloat16; quantizers, losses and errors stay float32
     seed: int = 42  # for weights and order
 
@@ -49,8 +46,7 @@ class Training:
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 1."""
         warm_up = min(1.0, step / self.warm_up_steps) if self.warm_up_steps else 1.0
-        progress = max(0.0, (step / self.steps - self.decay_from) / (1 - self.decay_from))
-        return self.learning_rate * warm_up * (1 - (1 - self.decay_to) * progress)
+        return self.learning_rate * warm_up * (1 - (1 - self.decay_to) * (step / self.steps))
 
 
 def train(
@@ -91,8 +87,7 @@ def train(
     model = make_model().to(device).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=training.learning_rate)
-    ema = EMA(model, training.ema_halflife_images) if training.ema_halflife_images else None
-    stateful = {"model": model, "optimizer": optimizer, **({"ema": ema} if ema else {})}
+    stateful = {"model": model, "optimizer": optimizer}
     settings = {"training": asdict(training), "quantizer": settings_of(model.quantize)}
     progress = {"step": 0, "seconds": 0.0, "curve": [], "best": None, "settings": settings}
     if checkpoint.is_file():
@@ -117,17 +112,14 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
         optimizer.step()
         model.quantize.revive()
-        if ema:
-            ema.update(model, step * training.batch_size, training.batch_size)
         if step % validate_every and step < training.steps:
             continue
-        measured = ema.model if ema else model
-        images, mse = step * training.batch_size, held_out_error(measured, held_out)
+        images, mse = step * training.batch_size, held_out_error(model, held_out)
         if not math.isfinite(mse):
             raise FloatingPointError(f"the held-out error is {mse} after {images:,} images.")
         progress["curve"].append([images, mse])
         if progress["best"] is None or mse < progress["best"]["mse"]:
-            weights = {name: value.clone() for name, value in measured.state_dict().items()}
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
             progress["best"] = {"mse": mse, "images": images, "weights": weights}
         progress |= {"step": step, "seconds": time.perf_counter() - started}
         _save(checkpoint, progress, stateful, device)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -36,7 +36,6 @@ from looc_ldm.metrics.lpips import load_lpips
 from looc_ldm.utils.errors import one_line_errors
 
 BATCH = 250  # test images at a time
-COMMAND_SETTINGS = [field.name for field in fields(Training) if field.name != "images"]
 
 
 def load_paper() -> dict:
@@ -58,8 +57,7 @@ def load_networks(options: argparse.Namespace) -> dict:
 
 def training_of(images: str, options: argparse.Namespace) -> Training:
     """Return the settings of the command line for a set of images."""
-    settings = {name: getattr(options, name) for name in COMMAND_SETTINGS}
-    return Training(options.images or EPOCHS * COUNTS[images], **settings)
+    return Training(options.images or EPOCHS * COUNTS[images], options.batch_size, seed=options.seed)
 
 
 def run_row(row: Row, images: str, training: Training, networks: dict, options: argparse.Namespace) -> dict:
@@ -98,7 +96,7 @@ def run_row(row: Row, images: str, training: Training, networks: dict, options: 
 def flags_of(training: Training) -> list[str]:
     """Return the settings that are not the published ones as options of the command line."""
     changed = {name: value for name, value in asdict(training).items() if value != getattr(Training(1), name)}
-    return [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in changed.items()]
+    return [f"--{name.replace('_', '-')} {value}" for name, value in changed.items()]
 
 
 def parse() -> argparse.Namespace:
@@ -118,16 +116,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--inception-weights", type=Path, help="torch-fidelity's file; without it no rFID")
     group = parser.add_argument_group("training", "The defaults are the published settings.")
     group.add_argument("--images", type=int, help=f"training images to see; None: {EPOCHS} epochs")
-    group.add_argument("--batch-size", type=int, help="images per step")
-    group.add_argument("--learning-rate", type=float, help="of Adam; the highest one if it changes")
-    group.add_argument("--warm-up-steps", type=int, help="steps in which the rate rises linearly")
-    group.add_argument("--decay-from", type=float, help="share of the steps after which the rate falls, in [0, 1)")
-    group.add_argument("--decay-to", type=float, help="last learning rate as a share of the highest; 1 is constant")
-    group.add_argument("--max-grad-norm", type=float, help="norm to which gradients are clipped")
-    group.add_argument("--ema-halflife-images", type=int, help="of the average of weights; 0: measure the live ones")
-    group.add_argument("--bf16", action="store_true", help="networks in bfloat16")
-    group.add_argument("--seed", type=int, help="of weights and order")
-    parser.set_defaults(**{name: getattr(Training(1), name) for name in COMMAND_SETTINGS})
+    group.add_argument("--batch-size", type=int, default=Training.batch_size, help="images per step")
+    group.add_argument("--seed", type=int, default=Training.seed, help="of weights and order")
     options = parser.parse_args()
     rows = dict.fromkeys(options.row or TABLES[options.table])
     outside = [row for row in rows if row not in TABLES[options.table]]
@@ -135,8 +125,6 @@ def parse() -> argparse.Namespace:
         parser.error(f"table {options.table} has the rows {', '.join(TABLES[options.table])}, not {outside[0]!r}")
     if options.batch_size < 1 or (options.images is not None and options.images < options.batch_size):
         parser.error(f"--images {options.images} must be at least one batch of --batch-size {options.batch_size}")
-    if not 0 <= options.decay_from < 1:
-        parser.error(f"--decay-from must be in [0, 1), got {options.decay_from}")
     options.jobs = [(ROWS[row], images) for images in dict.fromkeys(options.sets) for row in rows]
     return options
 

@@ -100,7 +100,7 @@ SCHEDULE = {"learning_rate": 1e-3, "warm_up_steps": 4, "decay_to": 0.0, "max_gra
     ("row", "settings"),
     [
         ("looc-32x4", {}),
-        ("looc-32x4", {**SCHEDULE, "ema_halflife_images": 50, "bf16": True}),
+        ("looc-32x4", {**SCHEDULE, "bf16": True}),
         ("rq-256x128-depth8", {}),
         ("fsq-8x8-5-5", {}),
         ("sq-512x64", {}),
@@ -129,8 +129,6 @@ def test_the_learning_rate_is_constant_unless_the_schedule_says_otherwise():
     annealed = Training(images=8000, batch_size=8, learning_rate=1.0, warm_up_steps=100, decay_to=0.0)
     rates = [annealed.learning_rate_at(step) for step in (50, 100, 500, 1000)]
     assert rates == pytest.approx([0.5 * 0.95, 0.9, 0.5, 0])
-    late = Training(images=900, batch_size=1, learning_rate=1.0, decay_from=2 / 3, decay_to=0.1)
-    assert [late.learning_rate_at(step) for step in (1, 600, 750, 900)] == pytest.approx([1, 1, 0.55, 0.1])
 
 
 def test_rates_clipping_and_precision_reach_the_optimizer(tmp_path, monkeypatch):
@@ -161,19 +159,12 @@ def test_rates_clipping_and_precision_reach_the_optimizer(tmp_path, monkeypatch)
     assert {weights.dtype for weights in model.parameters()} == {torch.float32}
 
 
-def test_the_weights_are_those_of_the_lowest_held_out_error_or_their_average(tmp_path):
+def test_the_weights_are_those_of_the_lowest_held_out_error(tmp_path):
     """The learning rate spoils them after a while."""
     model, outcome = train(tmp_path / "a.pt", learning_rate=0.03)
     errors = [error for _, error in outcome["curve"]]
     assert errors[-1] > min(errors)  # else this test says nothing
     assert small_vqvae.held_out_error(model, noise(40)[-8:]) == pytest.approx(min(errors), rel=1e-5)
-    # With a half-life far below a batch the average is the live model; with a longer one it is not.
-    _, outcome = train(tmp_path / "d.pt")
-    _, same = train(tmp_path / "b.pt", ema_halflife_images=1)
-    _, averaged = train(tmp_path / "c.pt", ema_halflife_images=10**6)
-    errors = [[error for _, error in found["curve"]] for found in (outcome, same, averaged)]
-    assert errors[1] == pytest.approx(errors[0], rel=0.05)
-    assert errors[2] != pytest.approx(errors[0], rel=1e-4)
 
 
 def test_held_out_images_are_not_trained_on(tmp_path, monkeypatch):
@@ -244,7 +235,7 @@ def test_a_row_leaves_a_result_once_and_its_command_repeats_it(run, tmp_path, mo
     assert run(*arguments) == []
     printed = capsys.readouterr().out
     assert f"{result['clean']['psnr']:.2f} clean, {result['paper']['psnr']:.2f} protocol paper" in printed
-    assert run(*arguments, "--decay-to", "0.1", "--bf16") == ["train", "test"]
+    assert run(*arguments, "--seed", "43") == ["train", "test"]
     _, second = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert second["curve"] != result["curve"]
     for found in (result, second):
@@ -259,7 +250,6 @@ def test_a_row_leaves_a_result_once_and_its_command_repeats_it(run, tmp_path, mo
     [
         (["--row", "vq-512x64"], "table 5 has the rows looc-16x4, looc-24x4,"),
         (["--batch-size", "64"], "--images 16 must be at least one batch of --batch-size 64"),
-        (["--decay-from", "1"], "--decay-from must be in [0, 1), got 1.0"),
         (["--data", "nowhere"], "no train-images-idx3-ubyte or train-images-idx3-ubyte.gz in 'nowhere/mnist'"),
         (["--lpips-vgg-weights", "nowhere.pth", "--data", "images"], "nowhere.pth"),
     ],
