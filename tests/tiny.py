@@ -151,6 +151,11 @@ def log_lines(run: Path, without: Iterable[str] = ()) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in without} for line in lines]
 
 
+def blocks(page: Path, language: str) -> list[str]:
+    """Return the blocks of a language in a Markdown page."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
 def run(capsys, *arguments) -> str:
     """Run a command of `looc-ldm` and return what it prints."""
     looc_ldm([str(argument) for argument in arguments])

@@ -2,8 +2,6 @@
 
 import math
 import os
-import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -19,13 +17,12 @@ from looc_ldm import LooCVQModel
 from looc_ldm.codes.images import encode_image
 from looc_ldm.codes.looc_file import HEADER_BYTES, read_codes
 from looc_ldm.commands import codes, many_files
-from looc_ldm.commands.main import parse_command
 from looc_ldm.images.open import BUNDLED
 from looc_ldm.images.pixels import to_float
 from looc_ldm.models import autoencoder
 from looc_ldm.utils.errors import UserError
 from looc_ldm.utils.files import renamed_when_complete
-from tiny import refusal, run, stopped, tiny_autoencoder, tiny_pipeline
+from tiny import blocks, refusal, run, stopped, tiny_autoencoder, tiny_pipeline
 
 DOCUMENTATION = Path(__file__).resolve().parents[2] / "docs" / "looc_format.md"
 K, F, C = 100, 2, 2  # codevectors, downsampling, codes at a position
@@ -443,18 +440,6 @@ def test_a_full_disk_is_one_line_and_the_first_error_is_seen():
 # The documentation ----------------------------------------------------------------------------------------------------
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", DOCUMENTATION.read_text(), re.MULTILINE | re.DOTALL)
-
-
-def test_the_commands_of_the_documentation_parse():
-    commands = [shlex.split(line) for line in "".join(blocks("bash")).splitlines()]
-    assert len(commands) >= 5
-    for command in commands:
-        assert command[0] == "looc-ldm"
-        parse_command(command[1:])
-
-
 def test_the_python_of_the_documentation_runs(models, capsys):
     shutil.copytree(models / "grey", "quickstart/autoencoder/model")
     shutil.move("photos/cats/b.jpg", "photos/cat.jpg")
@@ -466,7 +451,7 @@ def test_the_python_of_the_documentation_runs(models, capsys):
     run(capsys, "encode", model, "photos/cat.jpg", "--output", "codes")
     encode_table(capsys, model, "fashion", "--fit", "pad", "--resolution", 32, "--output", "table")
     variables: dict = {}
-    for block in blocks("python"):
+    for block in blocks(DOCUMENTATION, "python"):
         exec(compile(block, str(DOCUMENTATION), "exec"), variables)
     assert variables["content"] == Path("codes/cat.looc").read_bytes()
     assert variables["sequences"].shape == (16, 16 * 16 * C)
