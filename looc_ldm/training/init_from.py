@@ -16,6 +16,7 @@ import torch.nn as nn
 from safetensors.torch import load_file
 
 from looc_ldm.models.autoencoder import LooCVQModel
+from looc_ldm.models.initialization import initialize
 from looc_ldm.models.loading import load_autoencoder
 from looc_ldm.pipelines.loading import load_pipeline
 from looc_ldm.training.checkpoints import EMA_FILE, checkpoints_in, images_of, read_state
@@ -91,7 +92,9 @@ def make_autoencoder(config: AutoencoderConfig, start: Start | None = None) -> L
     """
     if config.init_from:
         return autoencoder_from(config, start)
-    return construct(LooCVQModel, {"sample_size": config.data.resolution, **config.model}, "model")
+    model = construct(LooCVQModel, {"sample_size": config.data.resolution, **config.model}, "model")
+    initialize(model)
+    return model
 
 
 def autoencoder_from(config: AutoencoderConfig, start: Start | None = None) -> LooCVQModel:

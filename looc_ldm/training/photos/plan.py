@@ -40,7 +40,7 @@ HELD_OUT = 200  # images, at most, and a tenth of all at most
 CHECKED_IMAGES, CHECK_SECONDS = 2000, 20  # limits of decoding images to find sizes and colours
 MOST_UNREADABLE = 0.1  # share of the images
 
-STAGE_1, STAGE_2, REST = 0.35, 0.60, 0.05  # shares of the hours; the rest is latents, samples, figures
+STAGE_1, STAGE_2, REST = 0.45, 0.50, 0.05  # shares of the hours; the rest is latents, samples, figures
 MEASURED_IMAGES = 64
 MOST_MEASURING_SECONDS = 15  # for each stage, without its start
 CHECKPOINT_SECONDS = 120  # between two checkpoints, at most

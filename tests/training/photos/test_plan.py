@@ -41,10 +41,10 @@ def test_the_preset_is_the_largest_that_memory_and_images_allow(memory_gib, side
     assert choose_resolution(memory_gib, side) == resolution
 
 
-def test_stage_1_gets_35_percent_of_the_hours_and_stage_2_60():
+def test_stage_1_gets_45_percent_of_the_hours_and_stage_2_50():
     plan = plan_of(2.0)
-    assert plan.autoencoder_images == pytest.approx(0.35 * 7200 * 10, abs=16)
-    assert plan.diffusion_images == [pytest.approx(0.60 * 7200 * 100, abs=64)]
+    assert plan.autoencoder_images == pytest.approx(0.45 * 7200 * 10, abs=16)
+    assert plan.diffusion_images == [pytest.approx(0.50 * 7200 * 100, abs=64)]
     assert plan.autoencoder_images % 16 == plan.diffusion_images[0] % 64 == 0
 
 
@@ -58,7 +58,7 @@ def test_short_trainings_leave_time_for_latents_and_samples_but_half_at_most():
 
 def test_few_images_for_the_hours_are_warned_of():
     assert plan_of(2.0).warning() is None
-    assert "27 images 16,000 times" in plan_of(2.0, training_images=27).warning()
+    assert "27 images 13,333 times" in plan_of(2.0, training_images=27).warning()
 
 
 def test_schedules_are_stretched_to_the_length_of_a_run():
