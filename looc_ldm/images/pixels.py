@@ -129,6 +129,7 @@ def as_shown(image: Image.Image, mode: str, background: str = "white") -> Image.
     Raises:
         DataError: 32-bit pixels, whose range is not known.
     """
+    image.load()  # finds truncated data; turns a TIFF upright, and takes its EXIF orientation away
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # Pillow's errors on damaged EXIF data have no common base
@@ -140,7 +141,6 @@ def as_shown(image: Image.Image, mode: str, background: str = "white") -> Image.
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    image.load()  # truncated data is found here
     image = image if image.mode == mode else image.convert(mode)
     return image if turn is None else image.transpose(turn)
 

@@ -234,10 +234,11 @@ def exif(orientation: int) -> Image.Exif:
     return data
 
 
+@pytest.mark.parametrize("format", ["png", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_stand_as_their_exif_data_says(orientation):
+def test_images_stand_as_their_exif_data_says(orientation, format):
     image = photograph(30, 20)
-    content = encoded(image, exif=exif(orientation))
+    content = encoded(image, format, exif=exif(orientation))
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     assert np.array_equal(np.array(read_image(content, "RGB", "a")), np.array(expected))
 
