@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from safetensors.torch import load_file
 
 from looc_ldm import ClassEmbedding, LooCLDMPipeline, LooCQuantizer, LooCVQModel
 from looc_ldm.commands.main import main as looc_ldm
@@ -149,6 +150,17 @@ def log_lines(run: Path, without: Iterable[str] = ()) -> list[dict]:
     """Return the lines of a run's `metrics.jsonl`, without the keys named."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in without} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of the safetensors below a folder, by file and name."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {f"{file.relative_to(folder)}/{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Return the bytes of every file below a folder, and when it was written."""
+    return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.rglob("*") if file.is_file()}
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -17,24 +17,24 @@ from looc_ldm.utils.errors import ModelError, one_line
 from looc_ldm.utils.files import read_json
 
 
-def load_autoencoder(name: str, dtype: torch.dtype = torch.float32, revision: str | None = None) -> LooCVQModel:
+def load_autoencoder(name: str) -> LooCVQModel:
     """Return the `LooCVQModel` in a folder or hub repository (its own, or a pipeline's), from safetensors only.
 
     A plain `VQModel` is returned as a `LooCVQModel` with the same quantization.
 
-    Downloads are verified (`looc_ldm.utils.hub_download`). The quantizer stays float32 for any `dtype`.
+    Downloads are verified (`looc_ldm.utils.hub_download`).
 
     Raises:
         ModelError: There is no model, it is of a different kind, the weights do not fit the config, or the hub
             raises an error.
     """
-    folder = model_folder(name, revision, component="vqvae")
+    folder = model_folder(name, component="vqvae")
     if (folder / "model_index.json").is_file():
         folder = folder / "vqvae"
     kind = _class_name(folder)
     if kind not in (*AUTOENCODERS, "VQModel"):
         raise ModelError(f"{str(folder)!r} holds a {kind}, not a {' or '.join(AUTOENCODERS)}.")
-    return load_network(folder, dtype, LooCVQModel if kind == "VQModel" else None).eval()
+    return load_network(folder, kind=LooCVQModel if kind == "VQModel" else None).eval()
 
 
 def load_network(folder: Path, dtype: torch.dtype = torch.float32, kind: type[ModelMixin] | None = None) -> ModelMixin:
@@ -108,7 +108,7 @@ def holds_model(folder: Path) -> bool:
     return any((folder / mark).exists() for mark in marks)
 
 
-def model_folder(name: str, revision: str | None = None, component: str | None = None, kind: str = "model") -> Path:
+def model_folder(name: str, component: str | None = None, kind: str = "model") -> Path:
     """Return the folder of the bundled model `name`, the folder `name`, or that of the downloaded hub repository.
 
     Raises:
@@ -125,7 +125,7 @@ def model_folder(name: str, revision: str | None = None, component: str | None =
     from looc_ldm.utils.hub_download import download
 
     try:
-        return download(name, revision, component=component)
+        return download(name, component)
     except ModelError as error:
         if error.__cause__ is None:
             raise

@@ -18,29 +18,28 @@ from looc_ldm.utils.hub_errors import HTTPError, hub_errors
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
-def download(repo_id: str, revision: str | None = None, component: str | None = None) -> Path:
+def download(repo_id: str, component: str | None = None) -> Path:
     """Download a model into the cache, unless it is there; if the hub is unreachable, take what the cache holds.
 
     Args:
         repo_id (`str`): "user/name".
-        revision (`str`, *optional*): Branch, tag or commit.
         component (`str`, *optional*): The only component of a pipeline that is needed, for instance "vqvae".
 
     Returns:
         `Path`: The folder of the model.
 
     Raises:
-        ModelError: No such repository or revision, no access, no model in it, a pickle instead of safetensors, or a
+        ModelError: No such repository, no access, no model in it, a pickle instead of safetensors, or a
             file with a different checksum than the hub states.
     """
     with hub_errors(repo_id):
         try:
-            return _fetch(repo_id, revision, component=component)[0]
+            return _fetch(repo_id, None, component=component)[0]
         except (HTTPError, ConnectionError) as error:
             answer = getattr(error, "response", None)
             if answer is None or answer.status_code >= 500:  # no network, HF_HUB_OFFLINE, or a hub that is down
                 for name in ("model_index.json", "config.json"):
-                    file = try_to_load_from_cache(repo_id, name, revision=revision)
+                    file = try_to_load_from_cache(repo_id, name)
                     if isinstance(file, str):
                         return Path(file).parent
             raise
@@ -56,13 +55,14 @@ def pull(
     """Download a model into the cache, and copy it into a folder if one is given; return the folder.
 
     Args:
-        repo_id, revision: See `download`.
+        repo_id (`str`): "user/name".
+        revision (`str`, *optional*): Branch, tag or commit.
         output (`Path`, *optional*): Folder that must not exist yet, or be empty; it appears when it is complete.
         variant (`str`, *optional*): Take the weights of this variant ("non_ema", "fp16") if there are any.
         token (`str`, *optional*): By default what `hf auth login` stored, or HF_TOKEN.
 
     Raises:
-        ModelError: See `download`; also an unknown variant.
+        ModelError: See `download`; also an unknown revision or variant.
         UserError: `output` cannot be written to, or is not empty.
     """
     if output is not None:

@@ -159,9 +159,6 @@ def test_a_revision_is_taken(pushed, autoencoder_folder):
     pipe.push_to_hub(ID, revision="zero")
     assert LooCLDMPipeline.from_pretrained(ID, revision="zero").unet.conv_in.weight.abs().sum() == 0
     assert LooCLDMPipeline.from_pretrained(ID).unet.conv_in.weight.abs().sum() > 0
-    assert torch.equal(weights(load_autoencoder(ID, revision="zero")), weights(load_autoencoder(ID)))
-    with pytest.raises(ModelError, match="Revision Not Found"):
-        load_autoencoder(ID, revision="one")
 
 
 def test_another_cache_is_used_where_one_is_named(pushed, tmp_path):

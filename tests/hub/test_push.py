@@ -7,9 +7,8 @@ import pytest
 import torch
 import yaml
 
-from looc_ldm import LooCLDMPipeline
+from looc_ldm import LooCLDMPipeline, LooCVQModel
 from looc_ldm.hub.upload import push
-from looc_ldm.models.loading import load_autoencoder
 from looc_ldm.utils.errors import ModelError, UserError
 
 ID = "ada/pets"
@@ -116,7 +115,7 @@ def test_a_pull_request_is_opened_and_main_is_left_alone(hub, say, pipeline_fold
     assert printed.strip() == f"{hub.url}/{ID}/discussions/1"
     assert set(files(hub, revision="main")) == {".gitattributes"}
     assert set(files(hub, revision="refs/pr/1")) > WEIGHTS
-    assert load_autoencoder(ID, revision="refs/pr/1").config.num_vq_embeddings == 16
+    assert LooCVQModel.from_pretrained(ID, subfolder="vqvae", revision="refs/pr/1").config.num_vq_embeddings == 16
     status, _, errors = say("push", pipeline_folder, ID, "--create-pr", "--revision", "half-way")
     assert status == 2
     assert "--create-pr opens a pull request against main: it cannot go with --revision half-way" in errors

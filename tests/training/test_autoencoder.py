@@ -20,6 +20,7 @@ from looc_ldm.training.losses import PatchDiscriminator
 from looc_ldm.training.run import Run
 from looc_ldm.training.run_folder import RunFolder
 from looc_ldm.utils.errors import ConfigError
+from tiny import contents, log_lines, weights
 
 # A PatchGAN with few layers, whose start falls into the run.
 ADVERSARIAL = {
@@ -30,25 +31,9 @@ ADVERSARIAL = {
 }
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Averaged and live weights of a finished model."""
-    averaged = load_file(folder / "diffusion_pytorch_model.safetensors")
-    live = load_file(folder / "diffusion_pytorch_model.non_ema.safetensors")
-    return {**averaged, **{f"live.{name}": value for name, value in live.items()}}
-
-
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
     return max((one[name] - other[name]).abs().max().item() for name in one)
-
-
-def log_lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Every file below a folder: its bytes and when it was written."""
-    return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.rglob("*") if file.is_file()}
 
 
 def sgd(model, settings):
@@ -302,10 +287,7 @@ def test_interrupted_and_resumed_is_uninterrupted(autoencoder_config, tmp_path, 
     assert [line["images"] for line in log_lines(tmp_path / "interrupted")] == [8, 16, 24, 32, 40]
     resumed, whole = (weights(autoencoder.train(config(name))) for name in ("interrupted", "whole"))
     assert largest_difference(resumed, whole) == 0
-    logs = [log_lines(tmp_path / name) for name in ("interrupted", "whole")]
-    for line in logs[0] + logs[1]:
-        for name in VOLATILE_KEYS:
-            del line[name]
+    logs = [log_lines(tmp_path / name, without=VOLATILE_KEYS) for name in ("interrupted", "whole")]
     assert logs[0] == logs[1]  # lines written after the checkpoint are there once
 
 

@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 
 from looc_ldm.training import autoencoder, diffusion
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import config_text, load_config
 from looc_ldm.training.data import ImageStream
 from looc_ldm.training.ema import EMA
-from tiny import launch
+from tiny import launch, weights
 
 STEPS, BATCH = 12, 8
 GAN = {
@@ -32,15 +31,6 @@ GAN = {
 
 def sgd(model, settings):
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=settings.learning_rate)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Averaged and live weights below the result of a run."""
-    return {
-        f"{file.relative_to(folder)}.{name}": tensor
-        for file in sorted(folder.rglob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -118,7 +108,7 @@ def test_two_processes_end_with_the_weights_of_one(runs, name, result):
     # They have moved further than that, the codebook of `revival` by revival among them.
     if name == "revival":
         before = weights(runs / "started" / result)
-        codebook = next(key for key in before if key.endswith("non_ema.safetensors.quantize.embedding.weight"))
+        codebook = next(key for key in before if key.endswith("non_ema.safetensors/quantize.embedding.weight"))
         assert (one[codebook] - before[codebook]).abs().max() > 1e-3
         assert apart(one, before) > 1e-3
 
