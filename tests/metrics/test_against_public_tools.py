@@ -1,4 +1,4 @@
-"""Figures equal the figures of torch-fidelity and lpips on the same photos.
+"""Figures equal those of torch-fidelity on the same photos.
 
 The real Inception weights of the test data end at layer 768; at 2048, and for logits, the network has random ones.
 """
@@ -12,30 +12,12 @@ import pytest
 import torch
 import torch_fidelity
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 
 from looc_ldm.metrics import InceptionFeatures
-from looc_ldm.metrics.collect import Features
-from looc_ldm.metrics.extractors import VGG16Features
 from looc_ldm.metrics.generation import collect_features, generation_figures
-from looc_ldm.metrics.lpips import load_lpips
-from tiny import import_file
 
-FEATURES_OF = {"vgg": "vgg16_features_fp16.safetensors", "alex": "alexnet_features_fp32.safetensors"}
 COUNTS = (16, 14)  # the first set is the generated one
-
-
-class Images(Dataset):
-    """A set as torch-fidelity reads it."""
-
-    def __init__(self, images: torch.Tensor):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.images[index]
 
 
 @pytest.fixture(scope="module")
@@ -50,86 +32,33 @@ def photos(test_data: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return images[: COUNTS[0]], images[COUNTS[0] :]
 
 
-def features_of(extractor, images: torch.Tensor) -> Features:
-    return collect_features([images], {"network": extractor.load("cpu")}, ["network"])["network"]
-
-
-def of_torch_fidelity(photos, weights: Path, **settings) -> dict[str, float]:
-    return torch_fidelity.calculate_metrics(
-        input1=Images(photos[0]),
-        input2=Images(photos[1]),
-        feature_extractor_weights_path=str(weights),
-        cuda=False,
-        cache=False,
-        save_cpu_ram=True,
-        batch_size=10,
-        verbose=False,
-        **settings,
-    )
-
-
-def assert_figures_equal(figures: dict[str, float], expected: dict[str, float], suffix: str) -> None:
-    """Compare all figures there are; torch-fidelity's are of features in float32."""
-    names = {
-        f"fid@{suffix}": torch_fidelity.KEY_METRIC_FID,
-        f"kid@{suffix}": torch_fidelity.KEY_METRIC_KID_MEAN,
-        f"kid_std@{suffix}": torch_fidelity.KEY_METRIC_KID_STD,
-        f"precision@{suffix}": torch_fidelity.KEY_METRIC_PRECISION,
-        f"recall@{suffix}": torch_fidelity.KEY_METRIC_RECALL,
-        "is": torch_fidelity.KEY_METRIC_ISC_MEAN,
-        "is_std": torch_fidelity.KEY_METRIC_ISC_STD,
-    }
-    # Subsets of all images: their deviation is rounding.
-    assert figures == {
-        name: pytest.approx(expected[names[name]], rel=1e-3, abs=1e-6 if "std" in name else 0) for name in figures
-    }
-
-
 @pytest.mark.parametrize("layer", ["768", "2048"])
 def test_fid_kid_inception_score_precision_and_recall_are_torch_fidelitys(layer, photos, request):
     weights = request.getfixturevalue("inception_weights" if layer == "768" else "untrained_inception")
     has_logits = layer == "2048"
-    expected = of_torch_fidelity(
-        photos,
-        weights,
-        fid=True,
-        kid=True,
-        prc=True,
-        isc=has_logits,
-        kid_subset_size=min(COUNTS),
+    expected = torch_fidelity.calculate_metrics(
+        **{f"input{number}": Subset(images, range(len(images))) for number, images in enumerate(photos, 1)},
         feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(weights),
         **{f"feature_layer_{metric}": layer for metric in ("fid", "kid", "prc")},
+        **{"fid": True, "kid": True, "kid_subset_size": min(COUNTS), "prc": True, "isc": has_logits},
+        **{"cuda": False, "cache": False, "save_cpu_ram": True, "batch_size": 10, "verbose": False},
     )
-    extractor = InceptionFeatures(layer, weights, has_logits)
-    sides = [{"inception": features_of(extractor, images)} for images in photos]
+    network = {"inception": InceptionFeatures(layer, weights, has_logits).load("cpu")}
+    sides = [collect_features([images], network, network) for images in photos]
     metrics = ["fid", "kid", "precision_recall", *(["is"] if has_logits else [])]
     figures = generation_figures(metrics, *sides, {"inception": layer})
+    names = {
+        f"fid@{layer}": torch_fidelity.KEY_METRIC_FID,
+        f"kid@{layer}": torch_fidelity.KEY_METRIC_KID_MEAN,
+        f"kid_std@{layer}": torch_fidelity.KEY_METRIC_KID_STD,
+        f"precision@{layer}": torch_fidelity.KEY_METRIC_PRECISION,
+        f"recall@{layer}": torch_fidelity.KEY_METRIC_RECALL,
+        "is": torch_fidelity.KEY_METRIC_ISC_MEAN,
+        "is_std": torch_fidelity.KEY_METRIC_ISC_STD,
+    }
     assert figures[f"fid@{layer}"] > 1e-3
-    assert_figures_equal(figures, expected, layer)
-
-
-@pytest.mark.slow
-def test_precision_and_recall_of_vgg16_are_torch_fidelitys(photos, tmp_path):
-    import torchvision
-
-    torch.manual_seed(0)
-    torch.save(torchvision.models.vgg16().state_dict(), tmp_path / "vgg16.pth")
-    expected = of_torch_fidelity(photos, tmp_path / "vgg16.pth", prc=True, feature_extractor="vgg16")
-    extractor = VGG16Features(tmp_path / "vgg16.pth")
-    extractor.check()
-    sides = [{"vgg": features_of(extractor, images)} for images in photos]
-    assert sides[0]["vgg"].vectors.shape == (COUNTS[0], extractor.dim)
-    figures = generation_figures(["precision_recall@vgg"], *sides, {"vgg": "vgg16"})
-    assert_figures_equal(figures, expected, "vgg16")
-
-
-@pytest.mark.parametrize("network", FEATURES_OF)
-def test_lpips_of_photos_is_the_packages(network, photos, test_data):
-    metric_weights = import_file(test_data / "metrics" / "metric_weights.py")
-    x, y = (images[:2].float() / 127.5 - 1 for images in photos)
-    y = 0.7 * x + 0.3 * y
-    with torch.no_grad():
-        expected = metric_weights.lpips_network(network)(x, y)
-        ours = load_lpips(network, test_data / "metrics" / FEATURES_OF[network])(x, y)
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
-    assert expected.min() > 0.01
+    # Its features are float32. Subsets of all images: the deviation of KID is rounding.
+    assert figures == {
+        name: pytest.approx(expected[names[name]], rel=1e-3, abs=1e-6 if "std" in name else 0) for name in figures
+    }

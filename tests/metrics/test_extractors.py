@@ -8,9 +8,11 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
 
 from looc_ldm.metrics import InceptionFeatures
 from looc_ldm.metrics.extractors import VGG16Features
@@ -42,6 +44,19 @@ def test_features_and_logits_are_those_of_torch_fidelity(layer, logits, untraine
     if logits:
         assert torch.equal(found["logits"], expected[1])
         assert found["logits"].std(0).min() > 0
+
+
+@pytest.mark.slow
+def test_features_of_vgg16_are_those_of_torch_fidelity(tmp_path):
+    torch.manual_seed(0)
+    file = tmp_path / "vgg16.pth"
+    torch.save(torchvision.models.vgg16().state_dict(), file)
+    extractor = VGG16Features(file)
+    extractor.check()
+    found = extractor.load("cpu")(noise())["features"]
+    network = FeatureExtractorVGG16("vgg16", ["fc2_relu"], feature_extractor_weights_path=str(file), verbose=False)
+    assert torch.equal(found, network(noise())[0])
+    assert found.shape == (2, extractor.dim)
 
 
 def test_with_the_papers_resize_features_are_those_of_pytorch_fid(untrained_inception, monkeypatch):

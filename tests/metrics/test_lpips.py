@@ -14,15 +14,21 @@ SMALLEST = {"vgg": 16, "alex": 31}
 
 
 @pytest.fixture(scope="module")
-def untrained(tmp_path_factory) -> dict:
-    """Files of random convolutions of both networks, under torchvision's names."""
+def packages() -> dict[str, lpips.LPIPS]:
+    """The networks of the package, with random convolutions."""
     torch.manual_seed(0)
+    return {name: lpips.LPIPS(net=name, pnet_rand=True, verbose=False) for name in SMALLEST}
+
+
+@pytest.fixture(scope="module")
+def untrained(packages, tmp_path_factory) -> dict:
+    """Files of these convolutions, under torchvision's names."""
     folder = tmp_path_factory.mktemp("lpips")
     files = {}
-    for name in SMALLEST:
+    for name, network in packages.items():
         files[name] = folder / f"{name}.safetensors"
         weights = {}
-        for part in lpips.LPIPS(net=name, pnet_rand=True, verbose=False).net.children():
+        for part in network.net.children():
             weights |= {f"features.{key}": value for key, value in part.state_dict().items()}
         save_file({key: value.contiguous() for key, value in weights.items()}, files[name])
     return files
@@ -33,10 +39,12 @@ def images(side: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("network", SMALLEST)
-def test_a_distance_of_each_pair_in_float32_whatever_surrounds_it(network, untrained):
+@torch.no_grad()
+def test_it_is_the_packages_distance_of_each_pair_in_float32_whatever_surrounds_it(network, untrained, packages):
     distance = load_lpips(network, untrained[network])
     x, y = images(64), images(64, seed=1)
     expected = distance(x, y)
+    assert torch.equal(expected, packages[network](x, y))
     assert expected.shape == (2, 1, 1, 1)
     assert (expected > 0).all()
     assert (distance(x, x) == 0).all()
