@@ -14,9 +14,8 @@ import torch
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageChops
 
-from looc_ldm.codes.images import decode_image, encode_image
 from looc_ldm.codes.looc_file import HEADER_BYTES, ImageCodes
-from looc_ldm.demo.pictures import code_map, enlarge
+from looc_ldm.demo.codecs import Stored, code_map, compare, enlarge
 from looc_ldm.images.pixels import MODES, read_image, to_pixels, to_square
 from looc_ldm.metrics.quality import psnr
 from looc_ldm.pipelines.img2img import LooCLDMImg2ImgPipeline
@@ -38,6 +37,7 @@ PROGRESS = gr.Progress()  # as a default value it stands for that of the call
 CSS = """
 .upload img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
 .upload .image-frame, .picture .image-frame { box-sizing: border-box; padding-top: 2.2rem; }
+.sizes th { overflow-wrap: normal; word-break: normal; }
 """
 
 
@@ -167,24 +167,25 @@ class _Tabs:
         with gr.Column():
             upload, fill = _upload()
             button = gr.Button("Tokenize", variant="primary")
-            text = gr.Markdown()
+            text = gr.Markdown(elem_classes="sizes")
             download = gr.File(label=".looc file")
         with gr.Column():
             with gr.Row():
-                pictures = [_picture(label, min_width=120) for label in ("Original", "Reconstruction")]
+                pictures = [_picture(label, min_width=120) for label in ("Original", "LooC")]
+            with gr.Row():
+                pictures += [_picture(label, min_width=120) for label in ("JPEG", "WebP")]
             pictures.append(_picture("Map of codes"))
         folder = tempfile.TemporaryDirectory()
 
-        @torch.no_grad()
         def tokenize(file):
             image = self._read(file)
             image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-            content = encode_image(self.pipe.vqvae, image)
-            decoded, codes = decode_image(self.pipe.vqvae, content), ImageCodes.from_bytes(content)
+            stored = compare(self.pipe.vqvae, image)
+            codes = ImageCodes.from_bytes(stored[0].content)
             written = Path(folder.name, f"{Path(file).stem}.looc")  # gradio copies it
-            written.write_bytes(content)
-            quality = psnr(to_pixels(image)[None] / 255, to_pixels(decoded)[None] / 255).item()
-            return [_description(codes, quality), str(written), enlarge(image), enlarge(decoded), code_map(codes)]
+            written.write_bytes(stored[0].content)
+            shown = [enlarge(picture) for picture in (image, *(one.image for one in stored))]
+            return [f"{_description(codes)}\n\n{_table(image, stored)}", str(written), *shown, code_map(codes)]
 
         self._on_fill(fill, [upload])
         _on_click(button, tokenize, [upload], [text, download, *pictures])
@@ -264,16 +265,24 @@ def _picture(label: str, **layout) -> gr.Image:
     )
 
 
-def _description(codes: ImageCodes, quality: float) -> str:
+def _description(codes: ImageCodes) -> str:
     height, width, count = codes.indices.shape
     bits = codes.indices.size * math.log2(codes.num_codevectors) / (codes.height * codes.width)
     return (
         f"{codes.width} × {codes.height} pixels become {width} × {height} positions with {count} "
-        f"code{'s' * (count > 1)} each, of {codes.num_codevectors:,} codevectors: **{bits:.3f} bits per pixel** at a "
-        f"PSNR of {quality:.1f} dB. A .looc file adds a header of {HEADER_BYTES} bytes. The map has one picture per "
-        "segment and one colour per codevector. The less an image resembles the training images, the worse it is "
-        "reconstructed."
+        f"code{'s' * (count > 1)} each, of {codes.num_codevectors:,} codevectors: **{bits:.3f} bits per pixel**. "
+        f"A .looc file adds a header of {HEADER_BYTES} bytes. The map has one picture per segment and one colour per "
+        "codevector. The less an image resembles the training images, the worse it is reconstructed."
     )
+
+
+def _table(image: Image.Image, stored: list[Stored]) -> str:
+    lines = ["| File | Bytes | Bits per pixel | PSNR (dB) |", "|:--|--:|--:|--:|"]
+    for name, decoded, content in stored:
+        quality = psnr(to_pixels(image)[None] / 255, to_pixels(decoded)[None] / 255).item()
+        bits = 8 * len(content) / (image.width * image.height)
+        lines.append(f"| {name} | {len(content):,} | {bits:.3f} | {quality:.1f} |")
+    return "\n".join(lines)
 
 
 def _on_click(button: gr.Button, run: Callable, inputs: list, outputs, in_api: bool = True) -> None:

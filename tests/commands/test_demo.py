@@ -1,7 +1,6 @@
 """`looc-ldm demo`: the page through gradio's client and in a browser, the folder of a Space, and what is refused."""
 
 import importlib.util
-import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +10,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from looc_ldm import LooCLDMPipeline
+from looc_ldm import LooCLDMPipeline, starter_model
 from looc_ldm.codes.images import decode_image
+from looc_ldm.demo.codecs import QUALITIES, compare, of_size
 from looc_ldm.models.loading import load_autoencoder
 from tiny import refusal, run
 
@@ -99,12 +99,12 @@ def test_inpainting_keeps_what_is_not_painted(client, tmp_path):
 
 
 def test_tokenizing_gives_the_rate_a_looc_file_and_a_map(client, pipeline, upload):
-    text, file, original, reconstruction, codes = client.predict(upload, api_name="/tokenize")
+    text, file, original, reconstruction, _, _, codes = client.predict(upload, api_name="/tokenize")
     assert (
         "14 × 20 pixels become 7 × 10 positions with 2 codes each, of 16 codevectors: **2.000 bits per pixel**" in text
     )
     content = Path(file).read_bytes()
-    assert re.search(r"PSNR of \d+\.\d dB", text)
+    assert f"| LooC | {len(content)} |" in text
     assert Path(file).name == "noise.looc"
     decoded = np.asarray(decode_image(load_autoencoder(pipeline), content))
     factor = pixels(original).shape[0] // 20
@@ -165,6 +165,28 @@ def test_the_page_draws_a_picture_in_a_browser(address):
         assert picture.bounding_box()["width"] > 200
         assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
         browser.close()
+
+
+# Codecs ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "webp"])
+def test_a_codec_has_the_highest_quality_that_fits_or_its_smallest_file(codec):
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32), np.uint8))
+    sizes = [len(of_size(image, codec, 0).content), len(of_size(image, codec, 10**6).content)]
+    assert of_size(image, codec, 0).name.endswith(", smallest file")
+    assert of_size(image, codec, 10**6).name.endswith(f", quality {QUALITIES[-1]}")
+    between = of_size(image, codec, sum(sizes) // 2)
+    assert sizes[0] < len(between.content) <= sum(sizes) // 2
+    assert between.image.mode == "L"
+
+
+def test_the_starter_model_is_compared_with_jpeg_and_webp():
+    image = PIL.Image.open(Path(starter_model("fashion_mnist")) / "samples.png").convert("L").crop((0, 0, 32, 32))
+    looc, *others = compare(load_autoencoder("fashion_mnist"), image)
+    assert len(looc.content) == 49 + 128  # the header, and 8x8 positions with 2 codes of 8 bits
+    assert [file.name.partition(",")[0] for file in others] == ["JPEG", "WebP"]
+    assert all(len(file.content) <= len(looc.content) or file.name.endswith("smallest file") for file in others)
 
 
 # The command ----------------------------------------------------------------------------------------------------------
