@@ -196,7 +196,7 @@ def repository_files(folder: Path, repo_id: str, **card_options) -> dict[str, Pa
             continue
         if file.suffix == ".safetensors":
             _check_weights(file)
-        contents[path.as_posix()] = _config(file) if path.name in CONFIGS else file
+        contents[path.as_posix()] = _config(file, folder) if path.name in CONFIGS else file
     if not any(path.endswith(".safetensors") for path in contents):
         raise ModelError(f"no weights in {str(folder)!r}: it holds no safetensors.")
 
@@ -251,12 +251,14 @@ def _records_and_code(folder: Path) -> dict[str, bytes]:
     return {path: text.encode() for path, text in texts.items()}
 
 
-def _config(file: Path) -> bytes:
+def _config(file: Path, folder: Path) -> bytes:
     """Return a config that names its code, but not the folder it came from, which diffusers writes into it."""
     config = read_json(file)
     config.pop("_name_or_path", None)
     name = config.get("_class_name")
-    if name in COMPONENTS:
+    if file == folder / "model_index.json" and isinstance(name, str) and name in _HOME_OF:
+        config["_class_name"] = [Path(PIPELINE_FILE).stem, name]  # saved before pipelines named their code
+    elif name in COMPONENTS:
         config["auto_map"] = {"AutoModel": f"looc_ldm.{name}"}  # for `AutoModel.from_pretrained`
     return _json(config).encode()
 

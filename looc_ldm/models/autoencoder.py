@@ -12,6 +12,7 @@ import torch
 from diffusers import VQModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import AttentionMixin
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.utils import BaseOutput
@@ -22,6 +23,9 @@ from looc_ldm.models.scaling import VQMODEL_DEFAULT_FACTOR, check_channel_values
 from looc_ldm.models.tiling import decode_in_tiles, encode_in_tiles
 from looc_ldm.quantizer.loocq import LooCQuantizer
 from looc_ldm.utils.errors import ModelError
+
+# Arguments of earlier versions, which configs that are stored still hold.
+WITHDRAWN = ("revive_first_batch_only", "contrastive_weight")
 
 VQMODEL_SETTINGS = inspect.signature(VQModel.__init__).parameters.keys() - {"self"}
 QUANTIZER_SETTINGS = (
@@ -243,13 +247,16 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """As `ConfigMixin.extract_init_dict`, for configs of diffusers' `VQModel`, too."""
+        """As `ConfigMixin.extract_init_dict`, for configs of earlier versions and of diffusers' `VQModel`, too."""
         # In memory a config does not name its class. A VQModel's has all arguments of VQModel, and none of ours.
         ours = inspect.signature(cls.__init__).parameters.keys() - VQMODEL_SETTINGS - {"self"}
         unnamed = config_dict.keys() >= VQMODEL_SETTINGS and not ours & config_dict.keys()
-        if config_dict.get("_class_name") == "VQModel" or unnamed:
+        plain = config_dict.get("_class_name") == "VQModel" or unnamed
+        # Withdrawn arguments only made a difference to training.
+        config_dict = {name: value for name, value in config_dict.items() if name not in WITHDRAWN}
+        if plain:
             as_it_is = {"interpolation_factor": 1, "distance": "euclidean"}
-            config_dict = config_dict | as_it_is | {"scaling_factor": measured_factor(config_dict)}
+            config_dict |= as_it_is | {"scaling_factor": measured_factor(config_dict)}
         return super().extract_init_dict(config_dict, **kwargs)
 
     @property
@@ -278,6 +285,10 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
                 raise ValueError(f"tile_sample_min_size must be a positive even number, got {tile_sample_min_size!r}.")
             self.tile_sample_min_size = tile_sample_min_size
         super().enable_tiling()
+
+    def set_default_attn_processor(self) -> None:
+        """Compute attention by plain matrix products, as `AutoencoderKL` does after this call."""
+        self.set_attn_processor(AttnProcessor())
 
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[torch.Tensor]:

@@ -18,6 +18,15 @@ from looc_ldm.utils.errors import ConfigError, one_line
 
 T = TypeVar("T")
 
+# Settings of earlier versions that stored configs may still contain, with the only value that is accepted.
+WITHDRAWN = {
+    "data.validation_labels": None,
+    "loss.adversarial_ramp_images": 0,
+    "loss.lecam_weight": 0.0,
+    "model.contrastive_weight": 0.0,
+    "model.revive_first_batch_only": False,
+}
+
 
 def parse_config(config_class: type[T], arguments: list[str], prog: str) -> T:
     """Return the config that command-line arguments describe: `--config NAME_OR_FILE` and dotted flags, in their order.
@@ -87,10 +96,10 @@ def construct(cls, arguments: dict[str, Any], what: str):
 
 
 def read_settings(file: Path) -> dict:
-    """Read a config file.
+    """Read a config file, without withdrawn settings.
 
     Raises:
-        ConfigError: The file is not a YAML mapping.
+        ConfigError: The file is not a YAML mapping, or a withdrawn setting differs from the only value that remains.
     """
     try:
         settings = yaml.safe_load(file.read_bytes())  # UTF-8 or UTF-16, with or without a mark
@@ -98,6 +107,12 @@ def read_settings(file: Path) -> dict:
         raise ConfigError(f"cannot read the config {str(file)!r}, YAML in UTF-8: {one_line(error)}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"the config {str(file)!r} is not a YAML mapping of settings.")
+    for name, only in WITHDRAWN.items():
+        section, key = name.split(".")
+        if isinstance(settings.get(section), dict) and key in settings[section]:
+            value = settings[section].pop(key)
+            if value != only:
+                raise ConfigError(f"{str(file)!r}: {name}={value!r} was withdrawn; only {only!r} is accepted.")
     return settings
 
 
@@ -121,7 +136,7 @@ def _prepare(config_class: type, arguments: list[str]) -> list[str]:
 
 
 def _read_config(config_class: type, name: str) -> str:
-    """Return the YAML of a bundled config or a file, with known names only."""
+    """Return the YAML of a bundled config or a file, without withdrawn settings, with known names only."""
     file = Path(name)
     if not file.is_file():
         if name not in configs.names():

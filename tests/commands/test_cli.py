@@ -225,20 +225,14 @@ def test_cache_latents_encodes_the_data_of_a_config(pipeline, image_folder, caps
     assert f"9 images, standard deviation {cache.moments.standard_deviation:.4g}" in printed
 
 
-def write_first_stage(image_folder: str) -> str:
-    """Write `first.yaml`, and return the settings that both stages have."""
+def test_training_ends_with_its_figures_its_folder_and_the_next_command(image_folder, capsys, caplog):
     data = f"data: {{path: {image_folder}, validation_images: 3, resolution: 16, num_workers: 0}}\n"
     common = data + "total_images: 8\nbatch_size: 8\ntracker: none\nmixed_precision: 'no'\n"
     model = {"block_out_channels": [8], "norm_num_groups": 4, "vq_embed_dim": 4, "num_vq_embeddings": 16}
     model |= {"codevector_dim": 2, "interpolation_factor": 1}
-    Path("first.yaml").write_text(common + f"model: {json.dumps(model)}\noutput_dir: first\n")
-    return common
-
-
-def test_training_ends_with_its_figures_its_folder_and_the_next_command(image_folder, capsys, caplog):
-    common = write_first_stage(image_folder)
     unet = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
     unet |= {"norm_num_groups": 4, "add_attention": False}
+    Path("first.yaml").write_text(common + f"model: {json.dumps(model)}\noutput_dir: first\n")
     Path("second.yaml").write_text(common + f"unet: {json.dumps(unet)}\npreview_steps: 1\noutput_dir: second\n")
     with caplog.at_level("INFO", "looc_ldm"):
         assert run(capsys, "train", "autoencoder", "--config", "first.yaml").split()[-1] == "first/model"
@@ -251,12 +245,16 @@ def test_training_ends_with_its_figures_its_folder_and_the_next_command(image_fo
 
 
 def test_the_held_out_images_of_a_model_are_the_validation_split_of_its_data(image_folder, capsys, caplog):
-    write_first_stage(image_folder)
+    config = f"data: {{path: {image_folder}, validation_images: 3, resolution: 16, num_workers: 0}}\n"
+    model = {"block_out_channels": [8], "norm_num_groups": 4, "vq_embed_dim": 4, "num_vq_embeddings": 16}
+    model |= {"codevector_dim": 2, "interpolation_factor": 1}
+    config += f"total_images: 8\nbatch_size: 8\ntracker: none\noutput_dir: run\nmodel: {json.dumps(model)}\n"
+    Path("first.yaml").write_text(config)
     run(capsys, "train", "autoencoder", "--config", "first.yaml")
-    measure = ["evaluate", "reconstruction", "first/model", "--data", image_folder, "--output", "figures.json"]
+    measure = ["evaluate", "reconstruction", "run/model", "--data", image_folder, "--output", "figures.json"]
     run(capsys, *measure, "--split", "validation")
     measured = json.loads(Path("figures.json").read_text())
-    trained = json.loads(Path("first/model/training.json").read_text())["validation"]
+    trained = json.loads(Path("run/model/training.json").read_text())["validation"]
     assert (measured["images"], measured["split"]) == (3, "train, held out")
     assert measured["psnr"] == pytest.approx(trained["psnr"], rel=1e-5)
     assert "was trained on these images" not in caplog.text
@@ -264,9 +262,9 @@ def test_the_held_out_images_of_a_model_are_the_validation_split_of_its_data(ima
     assert "the model was trained on these images; --split validation measures on those held out" in caplog.text
     shutil.copytree(image_folder, "more")
     shutil.copyfile(next(Path("more").rglob("*.png")), "more/circle/another.png")
-    description = json.loads(Path("first/model/training.json").read_text())
+    description = json.loads(Path("run/model/training.json").read_text())
     description["data"]["path"] = "more"
-    Path("first/model/training.json").write_text(json.dumps(description))
+    Path("run/model/training.json").write_text(json.dumps(description))
     measure[4] = "more"
     assert "'more' has changed since the training" in refusal(capsys, *measure, "--split", "validation")
 

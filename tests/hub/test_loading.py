@@ -203,6 +203,17 @@ def test_another_pipeline_on_the_same_components_loads(pushed, tmp_path):
     assert type(LooCLDMPipeline.from_pretrained(tmp_path / "img2img")) is LooCLDMPipeline
 
 
+def test_a_folder_that_was_saved_before_pipelines_named_their_code_loads_and_is_pushed_with_it(hub, pipeline_folder):
+    for shim in ("pipeline.py", "vqvae/looc_ldm.py"):
+        (pipeline_folder / shim).unlink()
+    index = json.loads((pipeline_folder / "model_index.json").read_text())
+    index["_class_name"] = "LooCLDMPipeline"
+    (pipeline_folder / "model_index.json").write_text(json.dumps(index))
+    expected = draw(LooCLDMPipeline.from_pretrained(pipeline_folder))
+    push(pipeline_folder, ID)
+    assert torch.equal(draw(DiffusionPipeline.from_pretrained(ID, trust_remote_code=True)), expected)
+
+
 def test_what_a_repository_runs_with_trust_is_nothing_but_imports_of_what_is_installed(pushed):
     files = pushed.repositories[ID].files()
     code = {path: text.decode() for path, text in files.items() if path.endswith(".py")}

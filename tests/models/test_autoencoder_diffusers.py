@@ -1,6 +1,7 @@
 """Requirements of diffusers on each of its own models, stated for `LooCVQModel`."""
 
 import inspect
+import json
 from functools import partial
 
 import accelerate
@@ -12,6 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from safetensors.torch import load_file, save_file
 
 from looc_ldm import LooCVQModel
+from looc_ldm.models.fingerprint import model_fingerprint
 from looc_ldm.models.loading import load_autoencoder
 from looc_ldm.models.scaling import scale_latents, unscale_latents
 from looc_ldm.utils.errors import ModelError
@@ -100,6 +102,20 @@ def test_a_model_saved_in_half_precision_keeps_its_codebook(tmp_path):
 
 
 # Outputs
+
+
+def test_a_stored_config_with_withdrawn_arguments_loads_without_a_warning(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(diffusers.configuration_utils.logger, "warning", warnings.append)
+    tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "contrastive_weight": 0.0, "revive_first_batch_only": False}))
+    model = LooCVQModel.from_pretrained(tmp_path)
+    assert not warnings
+    model.save_pretrained(tmp_path)
+    assert json.loads(file.read_text()).keys() == config.keys() | {"_name_or_path"}
+    assert model_fingerprint(model) == model_fingerprint(tiny_model())
 
 
 def test_signatures_and_outputs_are_those_of_vqmodel():
@@ -384,7 +400,7 @@ def test_attention_processors_are_listed_and_replaced():
     assert set(model.attn_processors) == names
     expected = model(x).sample
     assert all(type(processor) is AttnProcessor2_0 for processor in model.attn_processors.values())
-    model.set_attn_processor(AttnProcessor())
+    model.set_default_attn_processor()
     assert all(type(processor) is AttnProcessor for processor in model.attn_processors.values())
     torch.testing.assert_close(model(x).sample, expected, rtol=0, atol=1e-5)
     model.set_attn_processor({name: AttnProcessor2_0() for name in names})

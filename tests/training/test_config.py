@@ -64,9 +64,13 @@ def test_numbers_with_an_exponent_are_numbers_also_inside_model_arguments(write_
     ("text", "written", "meant"),
     [("batch_sise: 3\n", "batch_sise", "batch_size"), ("data:\n  flop: true\n", "data.flop", "data.flip")],
 )
-def test_an_unknown_setting_is_answered_with_the_nearest_one(write_config, text, written, meant):
-    expected = f"unknown setting {written!r}; did you mean {meant!r}?"
-    assert error_of("--config", write_config(text)) == error_of(f"--{written}", "3") == expected
+def test_an_unknown_key_in_a_file_is_answered_with_the_nearest_setting(write_config, text, written, meant):
+    assert error_of("--config", write_config(text)) == f"unknown setting {written!r}; did you mean {meant!r}?"
+
+
+@pytest.mark.parametrize(("written", "meant"), [("batchsize", "batch_size"), ("data.pth", "data.path")])
+def test_an_unknown_flag_is_answered_with_the_nearest_setting(written, meant):
+    assert error_of(f"--{written}", "3") == f"unknown setting {written!r}; did you mean {meant!r}?"
 
 
 def test_an_unknown_model_argument_is_answered_with_the_nearest_one():
@@ -107,6 +111,28 @@ def test_an_unknown_config_name_is_answered_with_the_bundled_ones():
     message = error_of("--config", "fashion_mnst/autoencoder")
     assert "'fashion_mnst/autoencoder'" in message
     assert "fashion_mnist/autoencoder" in message
+
+
+WITHDRAWN = "{data: {resolution: 64, validation_labels: null}, loss: {lecam_weight: 0.0, adversarial_ramp_images: 0}}"
+
+
+def test_a_stored_config_with_withdrawn_settings_at_their_defaults_is_read_without_them(write_config):
+    config = parse("--config", write_config(WITHDRAWN))
+    assert config == AutoencoderConfig(data=DataConfig(resolution=64))
+    stored = write_config("{model: {in_channels: 1, contrastive_weight: 0.0, revive_first_batch_only: false}}")
+    assert parse(f"--config={stored}").model == {"in_channels": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (WITHDRAWN.replace("0.0", "0.1"), "loss.lecam_weight=0.1 was withdrawn"),
+        (WITHDRAWN.replace("null", "x.csv"), "data.validation_labels='x.csv' was withdrawn"),
+        ("{model: {contrastive_weight: 1}}", "model.contrastive_weight=1 was withdrawn"),
+    ],
+)
+def test_a_withdrawn_setting_with_another_value_is_refused(write_config, text, message):
+    assert message in error_of("--config", write_config(text))
 
 
 @pytest.mark.parametrize(

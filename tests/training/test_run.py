@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -301,6 +302,20 @@ def test_a_run_whose_data_has_moved_goes_on_and_one_with_another_split_does_not(
     assert train(there).images_seen == 48
     with pytest.raises(ConfigError, match=r"data\.split: 'train' -> 'validation'"):
         train(replace(there, data=replace(there.data, split="validation")))
+
+
+def test_a_run_with_withdrawn_settings_goes_on_if_they_are_at_their_defaults(tmp_path):
+    config = config_of(tmp_path, total_images=24)
+    train(config)
+    file = tmp_path / "config.yaml"
+    settings = yaml.safe_load(file.read_text())
+    settings["loss"] |= {"lecam_weight": 0.0, "adversarial_ramp_images": 0}
+    file.write_text(yaml.safe_dump(settings))
+    assert train(replace(config, total_images=48)).images_seen == 48
+    settings["loss"]["lecam_weight"] = 0.1
+    file.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ConfigError, match=r"loss\.lecam_weight=0\.1 was withdrawn; only 0\.0 is accepted"):
+        train(replace(config, total_images=72))
 
 
 # The folder ------------------------------------------------------------------------------------------------------
