@@ -8,10 +8,11 @@ weights chosen on the last 5,000 training images. Trainings that have a line are
 Without --quantizers: LooC, FSQ, GSQ, BSQ and RQ at about 0.5, 2 and 4 bits per pixel on Fashion-MNIST and CIFAR-10.
 Set OMP_NUM_THREADS=1 for each of several processes.
 
-Names: looc-CxKxd is LooC with C codes of K codevectors of d channels per position (n_q = C d) and euclidean distance,
-looc-CxKxd-cosine with cosine distance, looc-CxKxd-s2 with s = 2 and four times the rate; gsq-CxKxd; fsq-C and rfsq-C
-with levels (8, 5, 5); bsq-C and lfq-C with 8 bits per code; rq-C, simvq-C, pq-C and factorized with 256 codevectors per
-code. A latent position stands for 16 pixels.
+Names: looc-CxKxd is LooC with C codes of K codevectors of d channels per position (n_q = C d), euclidean distance and
+the rotation trick; looc-CxKxd-st passes gradients straight through, looc-CxKxd-cosine has cosine distance,
+looc-CxKxd-s2 has s = 2 and four times the rate; gsq-CxKxd; fsq-C and rfsq-C with levels (8, 5, 5); bsq-C and lfq-C with
+8 bits per code; rq-C, simvq-C, pq-C and factorized with 256 codevectors per code. A latent position stands for 16
+pixels.
 """
 
 from __future__ import annotations
@@ -43,7 +44,13 @@ def make_quantizer(name: str) -> torch.nn.Module:
         codes, *more = map(int, sizes[0].split("x"))
         if kind == "looc":
             distance = "cosine" if "cosine" in sizes else "euclidean"
-            return LooCQuantizer(codes * more[1], *more, interpolation_factor=1 + ("s2" in sizes), distance=distance)
+            return LooCQuantizer(
+                codes * more[1],
+                *more,
+                interpolation_factor=1 + ("s2" in sizes),
+                distance=distance,
+                gradient="straight-through" if "st" in sizes else "rotation",
+            )
         return {
             "gsq": lambda: baselines.GroupSphericalQuantizer(codes * more[1], *more),
             "fsq": lambda: baselines.FiniteScalarQuantizer(WIDTH, (8, 5, 5), codes),
