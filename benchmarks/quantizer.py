@@ -30,7 +30,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -42,7 +41,6 @@ from looc_ldm.quantizer.loocq import GRADIENTS
 HEADS = 8
 TURNS = 3
 SIDE = 64
-VECTORS, CODEVECTORS = (2**16, 2**18, 2**20), (256, 1024, 8192)  # N and K
 CONTESTANTS = ("looc", "diffusers", "lucidrains", "cdist")
 
 
@@ -120,6 +118,17 @@ def seconds(call: Callable[[], None], device: str) -> float:
     return time.perf_counter() - started
 
 
+def resident(field: str) -> float:
+    """Return the MiB of this process: VmRSS, or VmHWM, its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def available() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+
+
 def measure_memory(queue, name: str, n: int, k: int, d: int, training: bool, device: str, *gradient: str) -> None:
     """Put the MiB of a call, or None if memory does not suffice, into a queue. Runs in its own process."""
     try:
@@ -134,12 +143,12 @@ def measure_memory(queue, name: str, n: int, k: int, d: int, training: bool, dev
             call()
             queue.put((torch.cuda.max_memory_allocated() - before) / 2**20)
             return
-        most = psutil.Process().memory_info().vms + int(0.8 * psutil.virtual_memory().available)
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + int(0.8 * available()),) * 2)
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = psutil.Process().memory_info().rss
+        before = resident("VmRSS")
         call()
-        queue.put((1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+        queue.put(resident("VmHWM") - before)
     except (RuntimeError, MemoryError) as error:
         if not any(word in str(error).lower() for word in ("memory", "alloc")):
             raise
@@ -177,8 +186,8 @@ def cell(n: int, k: int, d: int, training: bool, device: str) -> dict[str, dict[
 def gradients(device: str) -> list[dict]:
     """Measure a training step for every `gradient` at d = 4: milliseconds, the median ratio of turns, and MiB."""
     cells = []
-    for k in CODEVECTORS[:2]:
-        for n in VECTORS:
+    for k in (256, 1024):
+        for n in (2**16, 2**18, 2**20):
             calls = {g: call_of("looc", *make("looc", n, k, 4, device, g), True) for g in GRADIENTS}
             turns = {name: [] for name in calls}
             for turn in range(-1, 10):  # one to warm up
@@ -196,26 +205,28 @@ def gradients(device: str) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vectors", type=int, nargs="+", default=[2**16, 2**18, 2**20], help="N")
+    parser.add_argument("--codevectors", type=int, nargs="+", default=[256, 1024, 8192], help="K")
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 4, 8], help="d")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=RESULTS / "quantizer.jsonl")
     parser.add_argument("--gradients", action="store_true", help="compare the gradients of training instead")
     options = parser.parse_args()
-    file = RESULTS / "quantizer.jsonl"
     about = circumstances(options.device, "vector-quantize-pytorch", "numba", "scipy")
     about["command"] = "python benchmarks/quantizer.py --device " + options.device
     keys = ["kind", "n", "k", "d", "training", "device"]
     if options.gradients:
         about["command"] += " --gradients"
-        replace_results(file, [line | about for line in gradients(options.device)], keys)
+        replace_results(options.output, [line | about for line in gradients(options.device)], keys)
         return
     for d in options.dims:
-        for k in CODEVECTORS:
-            for n in VECTORS:
+        for k in options.codevectors:
+            for n in options.vectors:
                 for training in (False, True):
                     size = {"kind": "quantizers", "n": n, "k": k, "d": d, "training": training}
                     line = {**size, **cell(n, k, d, training, options.device)}
                     print(json.dumps(line), flush=True)
-                    replace_results(file, [line | about], keys)
+                    replace_results(options.output, [line | about], keys)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from looc_ldm.baselines import (
 )
 
 N_Q = 128  # channels of the latents in LooC's tables
-PUBLISHED = {"codebook_update": "gradient", "gradient": "straight-through"}
-DEFAULT = {"codebook_update": "ema", "gradient": "rotation"}  # this package's, see docs/quantizer_recipes.md
+PUBLISHED = {"distance": "cosine", "codebook_update": "gradient", "gradient": "straight-through"}
+DEFAULT = {"distance": "cosine", "codebook_update": "ema", "gradient": "rotation"}  # see docs/quantizer_recipes.md
 # Suffix of a LooC row's name: settings that differ from the published ones, and their name for readers.
 VARIANTS = {
     "": ({}, "published rule"),
@@ -94,7 +94,7 @@ def _rows() -> list[Row]:
     pq = lambda size, **settings: lambda _: ProductQuantizer(N_Q, size, 4, **settings)  # noqa: E731
     # Other methods, at their published sizes.
     rows += [
-        _cvq("vq-512x64", "VQ-VAE 512×64 (n_q = 64)", distance="euclidean", anchor="none", **PUBLISHED),
+        _cvq("vq-512x64", "VQ-VAE 512×64 (n_q = 64)", anchor="none", **{**PUBLISHED, "distance": "euclidean"}),
         Row("sq-512x64", "SQ-VAE 512×64 (n_q = 64)", sq, 64, gaussian_likelihood),
         _cvq("cvq-512x64", "CVQ-VAE 512×64 (n_q = 64)", **PUBLISHED),
         _cvq("cvq-512x64-s2", "LooC with m = 1, s=2: 512×64 (n_q = 64), published rule", 2, **PUBLISHED),

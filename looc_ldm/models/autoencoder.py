@@ -167,7 +167,7 @@ class LooCVQModel(RemoteCode, VQModel, AttentionMixin):
         codevector_dim: int | None = None,
         interpolation_factor: int = 2,
         segment_layout: str = "channel",
-        distance: str = "cosine",
+        distance: str = "euclidean",
         commitment_weight: float = 0.25,
         anchor: str = "closest",
         usage_decay: float = 0.99,

@@ -45,8 +45,8 @@ class LooCQuantizer(RevivedCodebook):
             of the paper: d neighbouring channels at one interpolated position; d must divide n_q. `"patch"`, as in the
             authors' code: d consecutive channels of `pixel_unshuffle`, so that at s=2, d=4 a segment is the 2x2 patch
             of one channel; d must divide n_q * s**2. At s=1 both are the same.
-        distance (`str`, defaults to `"cosine"`): `"cosine"` or `"euclidean"`. It decides which codevector is nearest;
-            the output is always the codevector itself.
+        distance (`str`, defaults to `"euclidean"`): `"euclidean"`, or `"cosine"` as published. It decides which
+            codevector is nearest; the output is always the codevector itself.
         commitment_weight (`float`, defaults to 0.25): beta, the weight of the commitment term. 8 learns much faster
             with the published settings, `codebook_update="gradient"` and `gradient="straight-through"`. With the
             default settings, 8 gains at most 0.5 dB of PSNR (docs/tables.md).
@@ -106,7 +106,7 @@ class LooCQuantizer(RevivedCodebook):
         codevector_dim: int,
         interpolation_factor: int = 2,
         segment_layout: str = "channel",
-        distance: str = "cosine",
+        distance: str = "euclidean",
         commitment_weight: float = 0.25,
         anchor: str = "closest",
         usage_decay: float = 0.99,
