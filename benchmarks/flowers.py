@@ -37,7 +37,7 @@ from looc_ldm.training.data import float_batches
 from looc_ldm.utils.errors import one_line_errors
 from looc_ldm.utils.files import write_image
 
-TRAINING = ["--resolution", "64", "--hours", "1.7"]
+TRAINING = ["--resolution", "64", "--hours", "1.75"]
 MOST_BYTES = 24 * 2**20
 COMMAND = "python benchmarks/flowers.py FOLDER"
 STEPS = 25

@@ -11,7 +11,7 @@ pixel between the float32 pipelines is in the result. `LDMPipeline` fails in bfl
 ours in bfloat16 is compared with theirs in float32. "compiled": `torch.compile` of UNet and decoder; the time of
 compilation does not count.
 
-`--config starter` draws classes of the bundled model with guidance 1.5, with PyTorch's own number of threads and with
+`--config starter` draws garments with a bundled model and guidance 1.5, with PyTorch's own number of threads and with
 the fastest one, which commands take. `LDMPipeline` knows neither classes nor guidance: it draws the null class, which
 is half the work. `--busy` keeps one core busy meanwhile.
 """

@@ -51,6 +51,12 @@ def load_images(name: str, root: Path, split: str) -> torch.Tensor:
     return images
 
 
+def check_files(name: str, root: Path) -> None:
+    """Raise DataError if a file of a set is missing."""
+    for split in ("train", "test"):
+        _files(name, root / name, split)
+
+
 def _files(name: str, folder: Path, split: str) -> list[Path]:
     """Return the files of a split, in their order."""
     if name == "cifar10":

@@ -24,12 +24,14 @@ import bundle_fashion_mnist
 from bundling import bundle, call, grid, save_in_half_precision
 from results import DOCS, RESULTS, replace_results, revision
 
-from looc_ldm.utils.errors import one_line_errors
+from looc_ldm.metrics import InceptionFeatures
+from looc_ldm.metrics.extractors import LAYERS
+from looc_ldm.metrics.lpips import load_lpips
+from looc_ldm.utils.errors import UserError, one_line_errors
 from looc_ldm.utils.files import write_image
 
 MOST_BYTES = 12 * 2**20
-STEPS, GUIDANCE_SCALE = 25, 1.5  # as chosen on the held-out images
-FEATURE_LAYER = "768"  # of the FID, and of the shipped card
+STEPS = 25
 SAMPLES_PER_CLASS = 10
 SAMPLES = 2000  # for FID
 SPLITS = {"train": slice(0, 5500), "validation": slice(5500, 6000)}  # per class
@@ -56,23 +58,34 @@ def ship(run: Path, options: argparse.Namespace) -> None:
     half = options.work / "fashion_mnist"
     folder = half / "pipeline"
     pipe = save_in_half_precision(run / "pipeline", folder)
-    settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE_SCALE}
+    settings = {"num_inference_steps": STEPS, "guidance_scale": options.guidance_scale}
     write_image(grid(pipe, SAMPLES_PER_CLASS, **settings), half / "samples.png")
 
     data, records = options.work / "fashion-mnist", [half / f"{name}.json" for name in ("reconstruction", "generation")]
-    inception = ["--feature-layer", FEATURE_LAYER]
+    inception = ["--feature-layer", options.feature_layer]
     if options.inception_weights is not None:
         inception += ["--inception-weights", options.inception_weights]
     call("evaluate", "reconstruction", folder, "--data", data, "--split", "validation", "--output", records[0])
-    sampling = ["--images", SAMPLES, "--steps", STEPS, "--guidance-scale", GUIDANCE_SCALE, *inception]
+    sampling = ["--images", SAMPLES, "--steps", STEPS, "--guidance-scale", options.guidance_scale, *inception]
     for split, record in (("validation", records[1]), ("test", half / "fid.json")):
         call("evaluate", "generation", folder, "--reference", data, "--split", split, "--output", record, *sampling)
     bundle(folder, "fashion_mnist", records, half / "samples.png", MOST_BYTES, DOCS / "starter.png")
     figures = json.loads((half / "fid.json").read_text())
     names = ("protocol", "images_first", "images_second", "num_inference_steps", "guidance_scale", "bits_per_pixel")
     features = [name for name in figures if name.startswith(("fid@", "kid@"))]
-    result = {"model": "starter", **{name: figures[name] for name in (*features, *names)}, "code": revision()}
+    result = {"model": "fashion_mnist", **{name: figures[name] for name in (*features, *names)}, "code": revision()}
     replace_results(RESULTS / "fid.jsonl", [result | {"command": "python benchmarks/starter.py FOLDER"}], ["model"])
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise an error for a file that is missing or wrong, which would otherwise show after hours."""
+    names = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    weights = filter(None, (options.lpips_weights, options.inception_weights))
+    for file in (*(options.images / name for name in names), *weights):
+        if not file.is_file():
+            raise UserError(f"no file {str(file)!r}.")
+    load_lpips("alex", options.lpips_weights)
+    InceptionFeatures(options.feature_layer, options.inception_weights).check()
 
 
 def main() -> None:
@@ -81,8 +94,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/starter"), help="folder of the trainings")
     parser.add_argument("--lpips-weights", type=Path, help="AlexNet's; torchvision downloads them if not given")
     parser.add_argument("--inception-weights", type=Path, help="torch-fidelity's; downloaded if not given")
+    parser.add_argument(
+        "--feature-layer", choices=LAYERS, default="768", help="of the FID; that of the shipped card (default: 768)"
+    )
+    parser.add_argument("--guidance-scale", type=float, default=1.5, help="as chosen on the held-out images")
     options = parser.parse_args()
     with one_line_errors():
+        check(options)
         try:
             ship(train(options), options)
         except subprocess.CalledProcessError as error:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from results import RESULTS, ROOT, add_result, circumstances, read_results
-from small_images import COUNTS, SETS, load_images
+from small_images import COUNTS, SETS, check_files, load_images
 from small_vqvae import EPOCHS, Training, train
 from table_rows import ROWS, TABLES, Row
 
@@ -135,6 +135,8 @@ def main() -> None:
         print("\n".join(f"--row {row.name} --sets {images}" for row, images in options.jobs))
         return
     with one_line_errors():
+        for images in options.sets:
+            check_files(images, options.data)
         networks = load_networks(options)
         for row, images in options.jobs:
             training = training_of(images, options)

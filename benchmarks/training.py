@@ -50,7 +50,6 @@ from looc_ldm.training.objectives import Objective
 from looc_ldm.training.optimization import adamw, resolve_precision
 
 EMA_DECAY = 0.999
-SECONDS, TURNS = 20, 3  # of a turn of a bare loop; of each contestant
 NEVER = 10**12  # images
 
 
@@ -170,12 +169,12 @@ def trainer(config: str, settings: dict, batch_size: int, device: str) -> Callab
     return turn
 
 
-def compare(contestants: dict[str, Callable[[int], float]], batch_size: int) -> list[dict]:
+def compare(contestants: dict[str, Callable[[int], float]], batch_size: int, options: argparse.Namespace) -> list[dict]:
     """Let contestants take turns. The first one, a bare loop, decides how many steps a turn has."""
     first = next(iter(contestants))
-    steps = max(2, math.ceil(SECONDS / contestants[first](1)))
+    steps = max(2, math.ceil(options.seconds / contestants[first](1)))
     seconds = {name: [] for name in contestants}
-    for _ in range(TURNS):
+    for _ in range(options.turns):
         for name, turn in contestants.items():
             seconds[name].append(turn(steps))
             print(f"{name}: {steps * batch_size / seconds[name][-1]:.4g} images/s", flush=True)
@@ -191,7 +190,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with one folder of photographs per class")
     parser.add_argument("--config", default="imagenette", help="bundled configs with LPIPS and PatchGAN")
     parser.add_argument("--batch-size", type=int, default=16, help="images per step (default: 16)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of a bare loop's turn (default: 20)")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each contestant (default: 3)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=RESULTS / "training.jsonl")
     options = parser.parse_args()
     batch, device = options.batch_size, options.device
     shared = {"data.path": options.data.resolve(), "data.validation_split": "null", "data.validation_images": 16}
@@ -208,7 +210,7 @@ def main() -> None:
         "bits_per_pixel": vqvae.bits_per_image(side, side) / side**2,
         **circumstances(device, "accelerate"),
         "command": f"python benchmarks/training.py --data PHOTOGRAPHS --config {options.config} --batch-size {batch} "
-        f"--device {device}",
+        f"--seconds {options.seconds:g} --turns {options.turns} --device {device}",
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -229,8 +231,8 @@ def main() -> None:
             "trainer, latents in the loop": trainer(config, shared | own | {"cache_latents": "false"}, batch, device),
         }
         for stage, contestants in {"autoencoder": stage_1, "diffusion": stage_2}.items():
-            lines = [{"stage": stage, **line, **about} for line in compare(contestants, batch)]
-            replace_results(RESULTS / "training.jsonl", lines, ["contestant", "stage", "config", "device"])
+            lines = [{"stage": stage, **line, **about} for line in compare(contestants, batch, options)]
+            replace_results(options.output, lines, ["contestant", "stage", "config", "device"])
 
 
 if __name__ == "__main__":

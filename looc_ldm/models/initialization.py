@@ -21,7 +21,8 @@ def initialize(autoencoder: nn.Module) -> None:
             continue
         if name.endswith(".conv2"):  # of diffusers' ResnetBlock2D
             nn.init.zeros_(module.weight)
-        else:
-            nn.init.orthogonal_(module.weight)
-        if module.bias is not None:
             nn.init.zeros_(module.bias)
+        else:
+            # Biases stay: without them, the first codevectors, in [-1/K, 1/K], give the decoder's norms next to nothing
+            # to divide by.
+            nn.init.orthogonal_(module.weight)

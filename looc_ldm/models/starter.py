@@ -7,7 +7,7 @@ from pathlib import Path
 from looc_ldm.utils.errors import ModelError
 
 BUNDLED = Path(__file__).resolve().parents[1] / "data" / "models"
-DEFAULT = "fashion_mnist"
+DEFAULT = "flowers"
 
 
 def starter_model(name: str | None = None) -> str:
@@ -17,8 +17,8 @@ def starter_model(name: str | None = None) -> str:
     default. The `README.md` in the folder says how the model was made and gives its measured figures.
 
     Args:
-        name (`str`, *optional*): "fashion_mnist" (garments, 32x32 pixels, grey) or "flowers" (64x64, in colour). If not
-            given, "fashion_mnist".
+        name (`str`, *optional*): "flowers" (64x64 pixels, in colour), the default, or "fashion_mnist" (garments, 32x32,
+            grey).
 
     Raises:
         ModelError: There is no bundled model of this name.

@@ -180,6 +180,9 @@ class _Parser(ArgumentParser):
         restricted = re.match(r"(--[\w-]+: )Not of type \w+: (\S+) does not conform to restriction (.+)", message)
         if restricted:
             message = f"{restricted[1]}must be {restricted[3].replace('v', '')}, got {restricted[2]}"
+        names = re.match(r"(--[\w-]+: ).*?Literal\[([^]]+)\].* value: (.+)", message)
+        if names:
+            message = f"{names[1]}must be one of {names[2]}, got {names[3]}"
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def format_help(self) -> str:

@@ -103,7 +103,7 @@ def test_the_command_line_knows_them_by_name(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.usefixtures("in_an_empty_folder")
-@pytest.mark.parametrize("name", ["starter", "fashion_mnist"])
+@pytest.mark.parametrize("name", ["starter", "flowers"])
 def test_a_folder_of_that_name_comes_first_if_it_holds_a_model(name, pipeline, capsys):
     Path(name, "class").mkdir(parents=True)  # for example a data set
     assert model_folder(name).parent.name == "models"

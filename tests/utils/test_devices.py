@@ -41,9 +41,9 @@ def test_an_engine_is_accepted_or_refused_in_one_line_that_names_those_that_work
 @pytest.mark.parametrize(
     "command",
     [
-        ["evaluate", "reconstruction", "starter", "--data", "fashion_mnist"],
-        ["evaluate", "generation", "starter", "--data", "fashion_mnist", "--inception-weights", "WEIGHTS"],
-        ["cache-latents", "--config", "starter/diffusion", "--autoencoder", "starter"],
+        ["evaluate", "reconstruction", "fashion_mnist", "--data", "fashion_mnist"],
+        ["evaluate", "generation", "fashion_mnist", "--data", "fashion_mnist", "--inception-weights", "WEIGHTS"],
+        ["cache-latents", "--config", "starter/diffusion", "--autoencoder", "fashion_mnist"],
     ],
     ids=lambda command: command[0],
 )

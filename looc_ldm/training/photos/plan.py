@@ -74,7 +74,7 @@ class Photos:
 
     def lines(self) -> list[str]:
         """Return a few lines for the user."""
-        held_out = f"the {self.held_out} of the split {self.validation_split}" if self.validation_split else ""
+        held_out = f"{self.held_out} of the split {self.validation_split}" if self.validation_split else ""
         lines = [f"{len(self.source):,} images; held out: {held_out or f'{self.held_out:,} of them'}"]
         names = self.source.classes
         counts = np.bincount(self.source.labels() + 1, minlength=len(names) + 1)[1:]
@@ -89,7 +89,7 @@ class Photos:
         for problem in self.unreadable[:5]:
             lines.append(f"left out: {problem}")
         checked = len(self.sides) + len(self.unreadable)
-        lines.append(f"{len(self.unreadable)} of {checked:,} images that were decoded cannot be read")
+        lines.append(f"{checked:,} images were decoded to look at them: {len(self.unreadable)} cannot be read")
         return lines
 
 
@@ -298,14 +298,15 @@ def _images_per_second(train: Callable[[RunConfig], Path], config: RunConfig, se
     batch_size = max(1, config.batch_size // 4)
     config = replace(config, push_to_hub=None, tracker="none")
     trial = replace(config, batch_size=batch_size, gradient_accumulation_steps=1)
-    images = 3 * batch_size
+    images = 4 * batch_size
     while True:
         shutil.rmtree(config.output_dir, ignore_errors=True)
-        train(replace(trial, total_images=images, log_every_images=images))
+        # A line per batch, of which the median counts: the first steps of a process are many times slower.
+        train(replace(trial, total_images=images, log_every_images=trial.batch_size))
         speed = last_speed(Path(config.output_dir))
         if images / speed >= seconds / 2:
             return speed
-        trial, images = config, max(2 * config.batch_size, whole_batches(seconds * speed, config.batch_size))
+        trial, images = config, max(4 * config.batch_size, whole_batches(seconds * speed, config.batch_size))
 
 
 def last_speed(run: Path) -> float:

@@ -65,6 +65,7 @@ def train_photos(options: TrainPhotos, features: InceptionFeatures | None = None
 
 def make_plan(options: TrainPhotos, log: Log) -> Plan:
     """Look at the folder, choose the preset, measure both stages and divide the hours."""
+    log(f"looking at the images of {options.folder}")
     photos = planning.look_at(options.folder, options.classes == "auto")
     resolution = options.resolution or planning.choose_resolution(planning.accelerator_gib(), photos.side)
     weights = options.lpips_weights or cached_vgg()
