@@ -282,7 +282,7 @@ def test_the_held_out_images_of_a_model_are_the_validation_split_of_its_data(ima
         ("sample", "required: model"),
         ("sample MODEL --images 0", "--images: must be >0, got 0"),
         ("sample MODEL --seed 4294967296", "--seed: must be >=0 and <4294967296, got 4294967296"),
-        ("sample MODEL --dtype int8", "Literal['float32', 'bfloat16', 'float16']. Got value: int8"),
+        ("sample MODEL --dtype int8", "must be one of 'float32', 'bfloat16', 'float16', got int8"),
         ("sample MODEL --device cuda:99", "--device cuda:99"),
         ("sample MODEL --labels sqare", "unknown class name 'sqare'; did you mean square"),
         ("sample MODEL --labels 4", "class label must be in [0, 4)"),

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -301,12 +302,19 @@ def _images_per_second(train: Callable[[RunConfig], Path], config: RunConfig, se
     images = 4 * batch_size
     while True:
         shutil.rmtree(config.output_dir, ignore_errors=True)
-        # A line per batch, of which the median counts: the first steps of a process are many times slower.
         train(replace(trial, total_images=images, log_every_images=trial.batch_size))
-        speed = last_speed(Path(config.output_dir))
+        speed = _speed_after_the_first_step(Path(config.output_dir))
         if images / speed >= seconds / 2:
             return speed
         trial, images = config, max(4 * config.batch_size, whole_batches(seconds * speed, config.batch_size))
+
+
+def _speed_after_the_first_step(run: Path) -> float:
+    # The first step of a process can take many times as long as the others.
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "images_per_second" in line]
+    steps = [(line["images"] - before["images"], line["images_per_second"]) for before, line in pairwise(lines)]
+    return sum(images for images, _ in steps) / sum(images / speed for images, speed in steps)
 
 
 def last_speed(run: Path) -> float:

@@ -17,7 +17,7 @@ from looc_ldm.training.run import Run
 from looc_ldm.utils.arguments import TrainPhotos, parse_options
 from looc_ldm.utils.errors import UserError
 
-HOURS = 0.004  # 14 s: stage 1 sees 56 images, stage 2 184
+HOURS = 0.004  # 14 s: stage 1 sees 72 images, stage 2 152
 MORE_HOURS = 0.005
 AUTOENCODER = {
     "batch_size": 8,
@@ -88,7 +88,7 @@ def test_it_says_what_it_found_plans_and_offers_next(finished):
         "2 classes: day 19, night 18",
         "broken.png",
         "--lpips-weights FILE",
-        "stage 1 on 56 images",
+        "stage 1 on 72 images",
     ):
         assert part in text
     for command in ("train photos", "sample", "evaluate reconstruction", "evaluate generation", "push"):
@@ -112,7 +112,7 @@ def test_the_report_stands_on_its_own(finished):
     for part in (
         "<span>night</span>",
         "bits per pixel",
-        "after 56 images",
+        "after 72 images",
         "--inception-weights FILE",
         "looc-ldm push",
     ):
@@ -120,7 +120,7 @@ def test_the_report_stands_on_its_own(finished):
     assert not re.findall(r'(?:src|href)="(?!data:|#)', report)
     figures = json.loads((output / "figures.json").read_text())
     assert figures["reconstruction"]["images"] == 3
-    assert figures["plan"]["diffusion_images"] == [184]
+    assert figures["plan"]["diffusion_images"] == [152]
     assert set(figures["seconds"]) == {"stage 1", "stage 2", "samples and figures"}
 
 
