@@ -11,7 +11,6 @@ def initialize(autoencoder: nn.Module) -> None:
     Convolutions become orthogonal (Saxe et al. 2014, arXiv:1312.6120), and the last one of each residual block zero, so
     that the network starts as one without these blocks (Goyal et al. 2017, arXiv:1706.02677, section 5.1). PyTorch's
     own weights divide the signal's variance by three in each convolution, and little of the image reaches the latents.
-    UNets, whose input is noise, did not gain from it.
 
     Args:
         autoencoder (`torch.nn.Module`): A `LooCVQModel`, or an encoder or decoder of diffusers.
@@ -23,6 +22,6 @@ def initialize(autoencoder: nn.Module) -> None:
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
         else:
-            # Biases stay: without them, the first codevectors, in [-1/K, 1/K], give the decoder's norms next to nothing
-            # to divide by.
+            # Biases stay. The first codevectors are almost zero, within 1/K: without biases the decoder's norms would
+            # divide by almost zero.
             nn.init.orthogonal_(module.weight)

@@ -1,12 +1,14 @@
+"""The weights that new autoencoders are trained from."""
+
 import torch
 import torch.nn.functional as F
 
 from looc_ldm.models.initialization import initialize
-from tests.tiny import tiny_autoencoder
+from tiny import tiny_autoencoder
 
 
-def error_after_training(start, steps=60):
-    """The mean squared error of smooth colour images after a short training without the quantizer."""
+def error_after_training(start, steps=120):
+    """Return the mean squared error of smooth colour images after a short training without the quantizer."""
     model = tiny_autoencoder(blocks=3, block_out_channels=(8, 16, 32), vq_embed_dim=8, latent_channels=8).train()
     start(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
