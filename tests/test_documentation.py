@@ -38,8 +38,8 @@ def commands() -> list[list[str]]:
 # Checks of the variables that the last block of a page leaves behind
 RESULTS = {
     "README.md": lambda found: len(found["images"]) == 4 and found["indices"].shape == (16, 8, 8, 2),
-    "docs/index.md": lambda found: [image.size for image in found["images"]] == [(32, 32)] * 2,
-    "docs/sampling.md": lambda found: len(found["images"]) == 4 and found["bag"].size == (32, 32),
+    "docs/index.md": lambda found: [image.size for image in found["images"]] == [(64, 64)] * 2,
+    "docs/sampling.md": lambda found: len(found["images"]) == 4 and found["roses"].size == (64, 64),
     "docs/quantizer.md": lambda found: (
         found["indices"].shape == (16, 8, 8, 2)
         and found["reconstruction"].shape == (1, 3, 32, 32)

@@ -114,7 +114,7 @@ class Quickstart(InceptionOptions):
 class Sample(SamplingOptions, ComputeOptions):
     """Draw images, and a grid of them, from a trained model."""
 
-    model: str = option("Pipeline: folder, hub id or bundled name (flowers, fashion_mnist).", positional="MODEL")
+    model: str = option("Pipeline: folder, hub id or bundled name (flowers, ...).", positional="MODEL")
     labels: list[str] | None = option("Classes, by name or index. If not given, all.", None)
     images: PositiveInt = option("Images per class, or from a model without classes.", 4)
     output: Path = option("Folder of PNGs, one sub-folder per class; the grid is NAME.png.", Path("samples"))

@@ -49,7 +49,7 @@ class LooCQuantizer(RevivedCodebook):
             codevector is nearest; the output is always the codevector itself.
         commitment_weight (`float`, defaults to 0.25): beta, the weight of the commitment term. 8 learns much faster
             with the published settings, `codebook_update="gradient"` and `gradient="straight-through"`. With the
-            default settings, 8 gains at most 0.5 dB of PSNR (docs/tables.md).
+            default settings and cosine distance, 8 gains at most 0.5 dB of PSNR (docs/tables.md).
         anchor (`str`, defaults to `"closest"`): The feature a codevector is revived with: `"closest"`, `"random"`,
             `"probrandom"`, or `"none"` for no revival.
         usage_decay (`float`, defaults to 0.99): gamma, the decay of two moving averages: `usage` and, with `"ema"`, the
