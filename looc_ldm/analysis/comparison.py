@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_low
 
 import torch
 
@@ -15,7 +16,8 @@ from looc_ldm.analysis.style import PNG_DPI, WIDTH, Drawing, new_figure, picture
 GENERIC_NAMES = ("model", "pipeline", "vqvae")  # folders that trainings write
 CELL = 144, 256  # height of an image in pixels: smaller ones are magnified by a whole factor, larger ones reduced
 MARGIN, LABEL_CHARACTERS = 1.35, 20  # inches left of the images, and characters per line there
-DIFFERENCE_FACTOR = 4  # the differences shown are this many times as bright
+DIFFERENCE_FACTORS = (16, 8, 4, 2)
+CLIPPED_SHARE = 0.05  # largest share of a model's differences that may be too bright to show
 
 
 @dataclass
@@ -87,10 +89,28 @@ def markdown_table(models: Sequence[Compared]) -> str:
 # The pictures ---------------------------------------------------------------------------------------------------------
 
 
-def comparison_picture(originals: torch.Tensor, models: Sequence[Compared]) -> Drawing:
+def difference_factor(originals: torch.Tensor, models: Sequence[Compared]) -> int:
+    """Return the factor by which the differences of all models are amplified.
+
+    It is the median of the largest factors, at least 2, that clip little of each model's differences. So one model
+    that is far better or worse than the others does not hide their differences.
+    """
+    factors = []
+    for model in models:
+        difference = _difference(originals, model.reconstructions)
+        clips_little = (f for f in DIFFERENCE_FACTORS if (difference * f > 255).double().mean() <= CLIPPED_SHARE)
+        factors.append(next(clips_little, 2))
+    return median_low(factors)
+
+
+def _difference(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return (first.short() - second.short()).abs()
+
+
+def comparison_picture(originals: torch.Tensor, models: Sequence[Compared], factor: int) -> Drawing:
     """Draw the originals, uint8 `(n, C, H, W)`, one per column, and two rows of images per model.
 
-    These are its reconstructions and their absolute differences, multiplied by `DIFFERENCE_FACTOR` and clipped at 255.
+    These are its reconstructions and their absolute differences, multiplied by `factor` and clipped at 255.
     """
     from matplotlib.figure import Figure
 
@@ -98,9 +118,8 @@ def comparison_picture(originals: torch.Tensor, models: Sequence[Compared]) -> D
     for model in models:
         name = "\n".join(textwrap.wrap(model.name, LABEL_CHARACTERS, max_lines=3))
         facts = f"{model.figures['bits_per_pixel']:#.3g} bits/pixel\n{model.figures['psnr']:.2f} dB"
-        difference = (originals.short() - model.reconstructions.short()).abs() * DIFFERENCE_FACTOR
-        difference = difference.clamp(max=255).byte()
-        rows += [(model.reconstructions, name, facts), (difference, "", f"difference × {DIFFERENCE_FACTOR}")]
+        difference = (_difference(originals, model.reconstructions) * factor).clamp(max=255).byte()
+        rows += [(model.reconstructions, name, facts), (difference, "", f"difference × {factor}")]
     height, width = originals.shape[-2:]
     zoom = max(1, CELL[0] // height) * min(1, CELL[1] / height) / PNG_DPI  # inches per pixel
     figure_width, figure_height = MARGIN + len(originals) * width * zoom * 1.03, len(rows) * height * zoom * 1.03
@@ -116,8 +135,8 @@ def comparison_picture(originals: torch.Tensor, models: Sequence[Compared]) -> D
             line[0].text(-0.06, 0.5, bold, va="bottom", weight="bold", **label)
             line[0].text(-0.06, 0.5, plain, va="top", **label)
     caption = (
-        f"Below each model's reconstructions: absolute differences from the originals, {DIFFERENCE_FACTOR} times as "
-        "bright. Rates and PSNR are means over all images measured."
+        f"Below each model's reconstructions: absolute differences from the originals, {factor} times as bright. Rates "
+        "and PSNR are means over all images measured."
     )
     return Drawing("comparison", "Reconstructions", caption, figure)
 

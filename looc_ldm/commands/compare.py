@@ -16,6 +16,7 @@ from looc_ldm import __version__
 from looc_ldm.analysis.comparison import (
     Compared,
     comparison_picture,
+    difference_factor,
     distinguishing_names,
     markdown_table,
     rate_distortion_figure,
@@ -91,7 +92,8 @@ def compare(options: Compare) -> None:
 
     models = [model for _, model in compared]
     originals = centre_crop(shown, images.content_size)
-    drawings = [comparison_picture(originals, models), rate_distortion_figure(codecs, models, len(compressed))]
+    factor = difference_factor(originals, models)
+    drawings = [comparison_picture(originals, models, factor), rate_distortion_figure(codecs, models, len(compressed))]
     table = markdown_table(models)
     notes = _notes(candidates, images, len(chosen), options) + measures.notes(len(chosen))
     record = {
@@ -101,6 +103,7 @@ def compare(options: Compare) -> None:
         ],
         "codecs": {name: [asdict(point) for point in points] for name, points in codecs.items()},
         "codec_images": len(compressed),
+        "difference_factor": factor,
         **data_of(images),
         "resolution": side,
         "dtype": options.dtype,

@@ -13,6 +13,7 @@ from looc_ldm import LooCVQModel
 from looc_ldm.analysis.comparison import (
     Compared,
     comparison_picture,
+    difference_factor,
     distinguishing_names,
     markdown_table,
 )
@@ -202,12 +203,24 @@ def test_models_have_short_names_if_these_tell_them_apart(models, names, monkeyp
 def test_the_picture_holds_originals_reconstructions_and_amplified_differences(channels):
     originals, decoded = (noise(2, channels, 20, 28, seed) for seed in (0, 1))
     models = [Compared("a", {"bits_per_pixel": 1.0, "psnr": 20.0}, decoded)]
-    picture = comparison_picture(originals, models)
+    picture = comparison_picture(originals, models, factor=4)
     difference = ((originals.int() - decoded.int()).abs() * 4).clamp(max=255)
     shown = [axes.images[0].get_array() for axes in picture.figure.axes]
     for pixels, image in zip(shown, torch.cat([originals, decoded, difference]), strict=True):
         assert np.array_equal(pixels, image.expand(3, -1, -1).permute(1, 2, 0))
     assert b"difference \xc3\x97 4" in picture.svg()
+
+
+def test_differences_are_amplified_as_far_as_the_middle_model_is_clipped_little():
+    originals = torch.full((1, 1, 20, 20), 100, dtype=torch.uint8)
+    exact, near, far = (Compared("", {}, originals + difference) for difference in (0, 30, 120))
+    assert [difference_factor(originals, [model]) for model in (exact, near, far)] == [16, 8, 2]
+    assert difference_factor(originals, [exact, near, far]) == 8  # one factor for all
+    assert difference_factor(originals, [near, far]) == 2
+    far.reconstructions[..., 2:, :] = 100  # but for 10 %
+    assert difference_factor(originals, [far]) == 2
+    far.reconstructions[..., 4:] = 100  # but for 2 %
+    assert difference_factor(originals, [far]) == 16
 
 
 def test_all_files_are_there_and_the_same_comparison_gives_the_same_files(compared, runs, data):
