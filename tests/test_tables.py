@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from looc_ldm import LooCQuantizer
+from looc_ldm.analysis.style import new_figure
 from looc_ldm.baselines import FiniteScalarQuantizer, ResidualQuantizer
 from looc_ldm.utils.errors import UserError
 from tiny import noise as random_images
@@ -26,6 +27,7 @@ import small_images
 import small_vqvae
 import tables
 import tables_page
+import tables_plot
 from results import add_result, fill, read_results, replace_results
 from small_vqvae import Training, settings_of
 from table_rows import PAPER_ROWS, ROWS, TABLES
@@ -274,8 +276,9 @@ def test_images_are_read_packed_and_unpacked(tmp_path):
     content = b"".join(number.to_bytes(4) for number in (0x803, 12, 28, 28)) + pixels.numpy().tobytes()
     (folder / "train-images-idx3-ubyte").write_bytes(content)
     with pytest.raises(UserError, match=r"no t10k-images-idx3-ubyte or t10k-images-idx3-ubyte\.gz in"):
-        small_images.load_images("mnist", tmp_path, "test")
+        small_images.check_files("mnist", tmp_path)
     (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
+    small_images.check_files("mnist", tmp_path)
     for split in ("train", "test"):
         (file,) = small_images._files("mnist", folder, split)
         assert torch.equal(small_images._idx(file), pixels)
@@ -362,6 +365,19 @@ def test_methods_are_compared_at_equal_rates_after_equal_trainings_and_longer_on
     best = result_of("looc-256x4", 30.0, 16.0, images=600_000)
     others = [result_of("looc-256x4", 28.0, 16.0, images=600_000), result_of("looc-256x4", 31.0, 16.0)]
     assert tables_page.longer([best, *others]) == [best]
+
+
+def test_no_word_of_a_plots_legend_is_cut_off(monkeypatch):
+    figures = []
+    monkeypatch.setattr(tables_plot, "new_figure", lambda height: figures.append(new_figure(height)) or figures[0])
+    results = [result_of(row, 20.0, 1.0 + number) for number, row in enumerate(ROWS)]
+    assert tables_plot.draw_plot("mnist", results, [], load_paper()["tables"], "All rows").startswith(b"\x89PNG")
+    (figure,) = figures
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert figure.bbox.containsx(box.x0)
+    assert figure.bbox.containsx(box.x1)
+    assert box.y1 < min(axes.get_tightbbox().y0 for axes in figure.axes)
 
 
 def test_results_replace_those_of_the_same_keys(tmp_path):

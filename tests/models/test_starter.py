@@ -15,12 +15,13 @@ from looc_ldm.commands import main as cli
 from looc_ldm.images.config import DataConfig
 from looc_ldm.images.image_set import load_image_set
 from looc_ldm.metrics import evaluate_reconstruction
+from looc_ldm.metrics.lpips import load_lpips
 from looc_ldm.models.loading import load_autoencoder, model_folder
 from looc_ldm.models.starter import bundled_models, starter_model
 from looc_ldm.pipelines.sampling import sample_images
 from looc_ldm.training.data import float_batches
 from looc_ldm.utils.errors import ModelError
-from tiny import refusal
+from tiny import import_file, refusal
 
 PER_CLASS = 8
 GARMENTS = Path(starter_model("fashion_mnist"))
@@ -125,8 +126,44 @@ def test_its_card_says_how_it_was_made():
     assert json.loads((GARMENTS / "training.json").read_text())["data"]["path"] == "fashion-mnist"
 
 
-def test_a_new_card_keeps_the_prose_and_takes_metadata_and_tables(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
+def test_it_is_more_than_twice_as_good_as_the_quickstarts():
+    file = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "fid.jsonl"
+    models = {line["model"]: line for line in map(json.loads, file.read_text().splitlines())}
+    starter, quickstart = models["fashion_mnist"], models["quickstart"]
+    assert (starter["images_first"], starter["images_second"]) == (2000, 10000)
+    assert (quickstart["images_first"], quickstart["images_second"]) == (2000, 10000)
+    assert starter["fid@768"] < 0.5 * quickstart["fid@768"]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """benchmarks/starter.py as a module."""
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    return import_file(folder / "starter.py")
+
+
+def test_what_is_missing_is_named_before_the_training(script, tmp_path, monkeypatch, capsys):
+    names = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    monkeypatch.setattr(script, "train", lambda options: pytest.fail("it trains"))
+    for name in [*names, "nothing.pth"]:
+        monkeypatch.setattr("sys.argv", ["starter.py", str(tmp_path), "--inception-weights", "nothing.pth"])
+        with pytest.raises(SystemExit) as exit:
+            script.main()
+        assert exit.value.code == 2
+        assert name in capsys.readouterr().err
+        (tmp_path / name).touch()
+    for option in ("--lpips-weights", "--inception-weights"):  # files of something else
+        monkeypatch.setattr("sys.argv", ["starter.py", str(tmp_path), option, str(tmp_path / "nothing.pth")])
+        monkeypatch.setattr(script, "load_lpips", load_lpips if option == "--lpips-weights" else lambda *given: None)
+        with pytest.raises(SystemExit) as exit:
+            script.main()
+        assert exit.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "nothing.pth" in line
+
+
+def test_a_new_card_keeps_the_prose_and_takes_metadata_and_tables(script):
     from bundling import with_figures
 
     new = {heading: f"## {heading}\n\nnew {heading}\n\n" for heading in ("Measured", "Model", "Training")}
