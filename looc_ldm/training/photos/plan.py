@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -295,26 +294,20 @@ def measure_speeds(
 
 
 def _images_per_second(train: Callable[[RunConfig], Path], config: RunConfig, seconds: float) -> float:
-    # A few small batches: on a CPU they may be slow enough.
+    # A few small batches: on a CPU they may be slow enough. They only count if they take the whole time, because beside
+    # other processes a short trial can show a small part of the speed.
     batch_size = max(1, config.batch_size // 4)
     config = replace(config, push_to_hub=None, tracker="none")
     trial = replace(config, batch_size=batch_size, gradient_accumulation_steps=1)
-    images = 4 * batch_size
+    images, enough = 4 * batch_size, seconds
     while True:
         shutil.rmtree(config.output_dir, ignore_errors=True)
-        train(replace(trial, total_images=images, log_every_images=trial.batch_size))
-        speed = _speed_after_the_first_step(Path(config.output_dir))
-        if images / speed >= seconds / 2:
+        train(replace(trial, total_images=images, log_every_images=images))
+        speed = last_speed(Path(config.output_dir))
+        if images / speed >= enough:
             return speed
-        trial, images = config, max(4 * config.batch_size, whole_batches(seconds * speed, config.batch_size))
-
-
-def _speed_after_the_first_step(run: Path) -> float:
-    # The first step of a process can take many times as long as the others.
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "images_per_second" in line]
-    steps = [(line["images"] - before["images"], line["images_per_second"]) for before, line in pairwise(lines)]
-    return sum(images for images, _ in steps) / sum(images / speed for images, speed in steps)
+        trial, enough = config, seconds / 2
+        images = max(2 * config.batch_size, whole_batches(seconds * speed, config.batch_size))
 
 
 def last_speed(run: Path) -> float:

@@ -6,6 +6,7 @@ from PIL import Image
 
 from looc_ldm.images.source import FileSource
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
+from looc_ldm.training.photos import plan
 from looc_ldm.training.photos.plan import (
     Plan,
     choose_resolution,
@@ -20,9 +21,9 @@ SPEEDS = {"autoencoder": 10.0, "diffusion": 100.0}
 
 
 def plan_of(hours: float, training_images: int = 3000, **speeds) -> Plan:
-    plan = Plan(64, 3, "auto", True, None, 200, training_images, None, [], hours, "1.0", {**SPEEDS, **speeds})
-    split_hours(plan, (16, 64), 5000)
-    return plan
+    made = Plan(64, 3, "auto", True, None, 200, training_images, None, [], hours, "1.0", {**SPEEDS, **speeds})
+    split_hours(made, (16, 64), 5000)
+    return made
 
 
 def write_images(folder, count: int, mode: str = "RGB", size=(80, 70), subfolder: str = ""):
@@ -106,3 +107,16 @@ def test_both_trainers_are_measured_and_leave_nothing(tmp_path, autoencoder_conf
     assert speeds["autoencoder"] > 0
     assert speeds["diffusion"] > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_short_trial_beside_other_processes_does_not_decide_the_speed(
+    tmp_path, autoencoder_config, diffusion_config, images, monkeypatch
+):
+    """Small batches at 0.8 images/s take 10 of the 15 seconds; then 2 images/s are measured with whole batches."""
+    first = autoencoder_config(tmp_path / "unused", batch_size=8)
+    second = diffusion_config(tmp_path / "unused", batch_size=8)
+    source = FileSource([images.source.read(i).content for i in range(len(images))], images.labels(), images.classes)
+    measured = iter([0.8, 2.0, 0.1])
+    monkeypatch.setattr(plan, "last_speed", lambda run: next(measured))
+    speeds = measure_speeds(first, second, source, tmp_path / "measuring", seconds=15)
+    assert speeds == {"autoencoder": 2.0, "diffusion": 0.1}
