@@ -41,6 +41,7 @@ CHECKED_IMAGES, CHECK_SECONDS = 2000, 20  # limits of decoding images to find si
 MOST_UNREADABLE = 0.1  # share of the images
 
 STAGE_1, STAGE_2, REST = 0.45, 0.50, 0.05  # shares of the hours; the rest is latents, samples, figures
+MOST_REST = 0.5  # however short the hours are
 MEASURED_IMAGES = 64
 MOST_MEASURING_SECONDS = 15  # for each stage, without its start
 CHECKPOINT_SECONDS = 120  # between two checkpoints, at most
@@ -169,6 +170,7 @@ class Plan:
     images_per_second: dict[str, float] = field(default_factory=dict)  # each stage's, measured
     autoencoder_images: int = 0  # training images of stage 1, repeats counted
     diffusion_images: list[int] = field(default_factory=list)  # the same of each run of stage 2
+    rest_seconds: float = 0.0  # estimated, for latents, samples and figures
 
     @classmethod
     def read(cls, file: Path) -> Plan:
@@ -196,14 +198,20 @@ class Plan:
         second = part(sum(self.diffusion_images), self.images_per_second["diffusion"])
         return f"{self.hours:g} h: stage 1 on {first}; stage 2 on {second}"
 
-    def warning(self) -> str | None:
-        """Return a warning if the training images are too few for the hours."""
-        if self.repeats <= MEMORIZED:
-            return None
-        return (
-            f"stage 2 sees each of the {self.training_images:,} images {self.repeats:,.0f} times: it will know them by "
-            "heart and draw these rather than new ones. More photographs help, or fewer hours."
-        )
+    def warnings(self) -> list[str]:
+        """Return what does not fit: the hours are too few for the latents, or the images for the hours."""
+        warnings = []
+        if self.rest_seconds > MOST_REST * self.hours * 3600:
+            warnings.append(
+                f"latents, samples and figures alone take about {self.rest_seconds / 60:.0f} min, so the whole takes "
+                f"longer than {60 * self.hours:.3g} min. Give more hours, or a smaller --resolution."
+            )
+        if self.repeats > MEMORIZED:
+            warnings.append(
+                f"stage 2 sees each of the {self.training_images:,} images {self.repeats:,.0f} times: it will know "
+                "them by heart and draw these rather than new ones. More photographs help, or fewer hours."
+            )
+        return warnings
 
 
 def split_hours(plan: Plan, batch_sizes: tuple[int, int], evaluations: int) -> None:
@@ -219,8 +227,8 @@ def split_hours(plan: Plan, batch_sizes: tuple[int, int], evaluations: int) -> N
     # Latents, with mirrored ones, and the scaling factor. The encoder's forward pass is about a twelfth of a training
     # step, the UNet's a third.
     encoded = 2 * plan.training_images + min(plan.training_images, SCALING_IMAGES) + 2 * plan.held_out
-    rest = encoded / (12 * speed_1) + evaluations / (3 * speed_2)
-    training = seconds * (1 - min(max(REST, rest / seconds), 0.5))
+    plan.rest_seconds = rest = encoded / (12 * speed_1) + evaluations / (3 * speed_2)
+    training = seconds * (1 - min(max(REST, rest / seconds), MOST_REST))
     share = STAGE_1 / (STAGE_1 + STAGE_2)
     plan.autoencoder_images = whole_batches(training * share * speed_1, batch_sizes[0])
     plan.diffusion_images = [whole_batches(training * (1 - share) * speed_2, batch_sizes[1])]

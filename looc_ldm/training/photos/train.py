@@ -105,7 +105,7 @@ def make_plan(options: TrainPhotos, log: Log) -> Plan:
     evaluations = drawn * SAMPLING_STEPS * (2 if second.class_conditional else 1)
     planning.split_hours(plan, (first.batch_size, second.batch_size), evaluations)
     log(plan.line())
-    if warning := plan.warning():
+    for warning in plan.warnings():
         log(f"warning: {warning}")
     return plan
 
@@ -207,7 +207,7 @@ def write_report(plan: Plan, options: TrainPhotos, results: Results, log: Log) -
     report = Report(f"Photographs in {Path(options.folder).resolve().name}")
     report.text("<br>".join(map(escape, plan.found)))
     report.text(f"{plan.resolution}x{plan.resolution} pixels; {escape(plan.line())}.")
-    if warning := plan.warning():
+    for warning in plan.warnings():
         report.text(f"<b>Warning:</b> {escape(warning)}")
     results_sections(report, results, left_out)
     grids_section(report, results)

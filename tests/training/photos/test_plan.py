@@ -58,8 +58,13 @@ def test_short_trainings_leave_time_for_latents_and_samples_but_half_at_most():
 
 
 def test_few_images_for_the_hours_are_warned_of():
-    assert plan_of(2.0).warning() is None
-    assert "27 images 13,333 times" in plan_of(2.0, training_images=27).warning()
+    assert plan_of(2.0).warnings() == []
+    assert "27 images 13,333 times" in plan_of(2.0, training_images=27).warnings()[0]
+
+
+def test_hours_that_the_latents_alone_take_are_warned_of():
+    (warning,) = plan_of(0.17, autoencoder=0.6).warnings()
+    assert "alone take about 20 min, so the whole takes longer than 10.2 min" in warning
 
 
 def test_schedules_are_stretched_to_the_length_of_a_run():
