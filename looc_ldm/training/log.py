@@ -124,7 +124,7 @@ class RunLog:
         self.bar: tqdm | None = None
         self._written_at = (0, time.monotonic())  # images seen, and when
         self._started_at = self._shown_at = self._written_at
-        self._next_progress = 0.0
+        self._next_progress = math.inf  # until the first step, which says nothing about the speed, is over
         self._means: dict[str, float] = {}  # in the last line
         # Since the last line, of this process, in seconds:
         self.waited = 0.0  # for data, while training
@@ -137,12 +137,7 @@ class RunLog:
             cut_lines(self.file, images_seen)
         self.means.reset(means)
         self._start_tracker(images_seen)
-        self._written_at = (images_seen, time.monotonic())
-        self._start_timing(images_seen)
-
-    def _start_timing(self, images_seen: int) -> None:
-        self._started_at = self._shown_at = (images_seen, time.monotonic())
-        self._next_progress = time.monotonic() + FIRST_PROGRESS_SECONDS
+        self._written_at = self._started_at = (images_seen, time.monotonic())
 
     def _start_tracker(self, images_seen: int) -> None:
         if self.config.tracker == "tensorboard":
@@ -199,7 +194,8 @@ class RunLog:
             then = self._written_at[1]
             self._written_at = (images_seen, then)
             self.waited, self._other = 0.0, time.monotonic() - then
-        self._start_timing(images_seen)
+        self._started_at = self._shown_at = (images_seen, time.monotonic())
+        self._next_progress = time.monotonic() + FIRST_PROGRESS_SECONDS
 
     def show_progress(self, images_seen: int) -> None:
         """Print progress, speed and remaining time to stderr every 30 s. Main process only."""
