@@ -106,20 +106,19 @@ def training_costs(model: torch.nn.Module, inputs: tuple, images: int) -> dict:
 
 
 def quickstart_table() -> str:
-    (line,) = read_results(RESULTS / "quickstart.jsonl")
-    return markdown_table(
-        [
-            {
-                "PSNR": f"{line['psnr']:.2f} dB",
-                "SSIM": f"{line['ssim']:.4f}",
-                "bits per pixel": f"{line['bits_per_pixel']:.3g}",
-                "codebook use": f"{line['codebook_use']:.0%}",
-                "perplexity": f"{line['perplexity']:.0f}",
-                "minutes": f"{line['seconds'] / 60:.1f}",
-            }
-        ],
-        align_left=0,
-    )
+    rows = [
+        {
+            "machine": line["machine"],
+            "PSNR": f"{line['psnr']:.2f} dB",
+            "SSIM": f"{line['ssim']:.4f}",
+            "bits per pixel": f"{line['bits_per_pixel']:.3g}",
+            "codebook use": f"{line['codebook_use']:.0%}",
+            "perplexity": f"{line['perplexity']:.0f}",
+            "minutes": f"{line['seconds'] / 60:.1f}",
+        }
+        for line in read_results(RESULTS / "quickstart.jsonl")
+    ]
+    return markdown_table(rows)
 
 
 def fid_table() -> str:
@@ -221,25 +220,26 @@ def measured_tables() -> dict[str, str]:
 # Pictures -------------------------------------------------------------------------------------------------------------
 
 
-def take_quickstart(folder: Path) -> None:
-    """Take pictures and figures of a finished quickstart."""
+def take_quickstart(folder: Path, machine: str) -> None:
+    """Take pictures and figures of a finished quickstart on a machine, described in words."""
     for name in ("samples.png", "reconstructions.png"):
         with Image.open(folder / name) as image:
             image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(DOCS / name)
     figures = json.loads((folder / "figures.json").read_text())
     names = ("protocol", "images", "psnr", "ssim", "bits_per_pixel", "codebook_use", "perplexity")
-    line = {"command": "looc-ldm quickstart"} | {name: figures["reconstruction"][name] for name in names}
+    line = {"machine": machine} | {name: figures["reconstruction"][name] for name in names}
     line |= {name: figures[name] for name in ("seconds", "cpu_count")}
-    replace_results(RESULTS / "quickstart.jsonl", [line], ["command"])
+    replace_results(RESULTS / "quickstart.jsonl", [line], ["machine"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", type=Path, metavar="FOLDER", help="folder of a finished `looc-ldm quickstart`")
+    parser.add_argument("--machine", default="2 quiet CPU cores", help="of that quickstart")
     options = parser.parse_args()
     with one_line_errors():
         if options.quickstart is not None:
-            take_quickstart(options.quickstart)
+            take_quickstart(options.quickstart, options.machine)
         costs = {"autoencoder costs": autoencoder_costs(), "diffusion costs": diffusion_costs()}
         fill(DOCS / "benchmarks.md", measured_tables() | costs)
 

@@ -31,9 +31,11 @@ from looc_ldm.utils.errors import UserError, one_line_errors
 
 FILE = RESULTS / "equal_bits.jsonl"
 SETS = ("fashion_mnist", "cifar10")
-CODES = (1, 4, 8)  # per position, of about 8 bits: 0.5, 2 and 4 bits per pixel
-MAIN = [f"{kind}-{codes}" for codes in CODES for kind in ("fsq", "bsq", "rq")]
-MAIN += [f"{kind}-{codes}x256x{d}" for codes, d in zip(CODES, (8, 3, 3), strict=True) for kind in ("looc", "gsq")]
+MAIN = (  # 1, 4 and 8 codes of about 8 bits per position: 0.5, 2 and 4 bits per pixel
+    *("looc-1x256x8-st", "gsq-1x256x8", "fsq-1", "bsq-1", "rq-1"),
+    *("looc-4x256x3-st", "gsq-4x256x3", "fsq-4", "bsq-4", "rq-4"),
+    *("looc-8x256x3", "gsq-8x256x3", "fsq-8", "bsq-8", "rq-8"),
+)
 WIDTH = 128  # channels of the latents if the quantizer projects to fewer by itself
 
 
