@@ -203,6 +203,23 @@ def cpu_training_table() -> str:
     return markdown_table(rows, align_left=4)
 
 
+def threads_table() -> str:
+    """Return a table of drawing from the bundled model on a CPU, by threads, on a quiet machine and a busy one."""
+    lines = read_results(RESULTS / "sampling_threads.jsonl")
+    own = {line["busy"]: line["images_per_second"] for line in lines if "float32, PyTorch" in line["contestant"]}
+    rows = [
+        {
+            "contestant": line["contestant"],
+            "busy": "one core" if line["busy"] else "no",
+            "steps": line["steps"],
+            "images per second": f"{line['images_per_second']:.3g}",
+            "against ours, float32, PyTorch's threads": f"{line['images_per_second'] / own[line['busy']]:.2f}×",
+        }
+        for line in lines
+    ]
+    return markdown_table(rows, align_left=2)
+
+
 def measured_tables() -> dict[str, str]:
     """Return the tables of what was measured, by the names of their markers."""
     return {
@@ -214,6 +231,7 @@ def measured_tables() -> dict[str, str]:
         "sampling": speed_table("sampling.jsonl", "against `LDMPipeline`", "contestant"),
         "training": speed_table("training.jsonl", "against the bare loop", "stage", "contestant"),
         "cpu training": cpu_training_table(),
+        "sampling threads": threads_table(),
     }
 
 
