@@ -10,9 +10,9 @@ Set OMP_NUM_THREADS=1 for each of several processes.
 
 Names: looc-CxKxd is LooC with C codes of K codevectors of d channels per position (n_q = C d), euclidean distance and
 the rotation trick; looc-CxKxd-st passes gradients straight through, looc-CxKxd-cosine has cosine distance,
-looc-CxKxd-s2 has s = 2 and four times the rate; gsq-CxKxd; fsq-C and rfsq-C with levels (8, 5, 5); bsq-C and lfq-C with
-8 bits per code; rq-C, simvq-C, pq-C and factorized with 256 codevectors per code. A latent position stands for 16
-pixels.
+looc-CxKxd-s2 has s = 2 and four times the rate; gsq-CxKxd; fsq-C and rfsq-C have levels (8, 5, 5), fsq-Cx16x16 has
+levels (16, 16); bsq-C and lfq-C with 8 bits per code; rq-C, simvq-C, pq-C and factorized with 256 codevectors per code.
+A latent position stands for 16 pixels.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ SETS = ("fashion_mnist", "cifar10")
 MAIN = (  # 1, 4 and 8 codes of about 8 bits per position: 0.5, 2 and 4 bits per pixel
     *("looc-1x256x8-st", "gsq-1x256x8", "fsq-1", "bsq-1", "rq-1"),
     *("looc-4x256x3-st", "gsq-4x256x3", "fsq-4", "bsq-4", "rq-4"),
-    *("looc-8x256x3", "gsq-8x256x3", "fsq-8", "bsq-8", "rq-8"),
+    *("looc-8x256x2", "gsq-8x256x2", "fsq-8", "bsq-8", "rq-8"),
 )
 WIDTH = 128  # channels of the latents if the quantizer projects to fewer by itself
 
 
 def make_quantizer(name: str) -> torch.nn.Module:
     """Return the quantizer of a name. Raises UserError for an unknown one."""
+    if name == "factorized":
+        return baselines.FactorizedQuantizer(WIDTH, 256, 8)
     kind, *sizes = name.split("-")
     try:
         codes, *more = map(int, sizes[0].split("x"))
@@ -55,17 +57,26 @@ def make_quantizer(name: str) -> torch.nn.Module:
             )
         return {
             "gsq": lambda: baselines.GroupSphericalQuantizer(codes * more[1], *more),
-            "fsq": lambda: baselines.FiniteScalarQuantizer(WIDTH, (8, 5, 5), codes),
+            "fsq": lambda: baselines.FiniteScalarQuantizer(WIDTH, more or (8, 5, 5), codes),
             "rfsq": lambda: baselines.ResidualFiniteScalarQuantizer(WIDTH, (8, 5, 5), codes),
             "bsq": lambda: baselines.BinarySphericalQuantizer(WIDTH, 8, codes),
             "lfq": lambda: baselines.LookupFreeQuantizer(WIDTH, 8, codes),
             "rq": lambda: baselines.ResidualQuantizer(WIDTH, 256, codes, kmeans_init=True),
             "simvq": lambda: baselines.ResidualSimVQQuantizer(WIDTH, 256, codes),
             "pq": lambda: baselines.ProductQuantizer(4 * codes, 256, 4),
-            "factorized": lambda: baselines.FactorizedQuantizer(WIDTH, 256, 8),
         }[kind]()
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise UserError(f"no quantizer {name!r}, see --help ({error}).") from None
+
+
+def make_model(name: str, channels: int, side: int) -> LooCSmallVQModel:
+    """Return the autoencoder of images of `side` pixels with the quantizer of a name."""
+    quantizer = make_quantizer(name)
+    model = LooCSmallVQModel(
+        channels, channels, sample_size=side, vq_embed_dim=quantizer.vq_embed_dim, interpolation_factor=1
+    )
+    model.quantize = quantizer
+    return model
 
 
 def run(images: str, name: str, seed: int, options: argparse.Namespace) -> dict:
@@ -83,17 +94,9 @@ def run(images: str, name: str, seed: int, options: argparse.Namespace) -> dict:
         seed=seed,
     )
 
-    def make_model() -> LooCSmallVQModel:
-        quantizer = make_quantizer(name)
-        model = LooCSmallVQModel(
-            channels, channels, sample_size=side, vq_embed_dim=quantizer.vq_embed_dim, interpolation_factor=1
-        )
-        model.quantize = quantizer
-        return model
-
     checkpoint = options.work / f"{images}_{name}_{seed}_{options.images}.pt"
     model, outcome = train(
-        make_model,
+        lambda: make_model(name, channels, side),
         pixels,
         training,
         checkpoint,

@@ -1,4 +1,4 @@
-"""Write the table of docs/choosing_sizes.md and its plot from benchmarks/results/equal_bits.jsonl.
+"""Write the tables of docs/choosing_sizes.md and its plot from benchmarks/results/equal_bits.jsonl.
 
 python benchmarks/equal_bits_page.py
 """
@@ -9,31 +9,81 @@ from collections import defaultdict
 from collections.abc import Sequence
 from io import BytesIO
 
-from equal_bits import FILE, SETS
+from equal_bits import FILE, MAIN, SETS
 from results import DOCS, RESULTS, fill, markdown_table, read_results
-from tables_plot import METHODS
 
-from looc_ldm.analysis.style import new_figure, style
+from looc_ldm.analysis.style import BLUE, GREEN, ORANGE, RED, SKY, new_figure, style
 from looc_ldm.utils.files import replace_bytes
 
 TITLES = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+# Name and colour of each method; the last five are from Paul Tol's "muted" scheme (2021).
+METHODS = {
+    "looc": ("LooC", BLUE),
+    "pq": ("PQ", RED),
+    "rq": ("RQ", GREEN),
+    "factorized": ("ViT-VQGAN", SKY),
+    "rfsq": ("residual FSQ", ORANGE),
+    "fsq": ("FSQ", "#999933"),
+    "lfq": ("LFQ", "#882255"),
+    "gsq": ("GSQ", "#332288"),
+    "bsq": ("BSQ", "#ddcc77"),
+    "simvq": ("SimVQ", "#aa4499"),
+}
 CODECS = {"jpeg": ":", "webp": "--"}
 
 
 def main() -> None:
-    """Write table and plot."""
-    runs = defaultdict(dict)  # (bits per pixel, quantizer, n_q): PSNR of each seed, by set
-    for line in read_results(FILE):
-        row = runs[line["bits_per_pixel"], line["quantizer"], line["n_q"]]
-        row.setdefault(line["set"], []).append(line["psnr"])
+    """Write tables and plot."""
+    fill(DOCS / "choosing_sizes.md", tables())
+    replace_bytes(DOCS / "equal_bits.png", draw(compared(runs())))
+
+
+def runs() -> list[dict]:
+    """Return the results by rate, width and seed."""
+    return sorted(read_results(FILE), key=lambda line: (round(line["bits_per_pixel"]), line["n_q"], line["seed"]))
+
+
+def compared(lines: list[dict]) -> list[dict]:
+    """Return the results of LooC's chosen sizes and of the other quantizers."""
+    return [line for line in lines if line["quantizer"] in MAIN or not line["quantizer"].startswith("looc")]
+
+
+def tables() -> dict[str, str]:
+    """Return every table of the page by the name of its markers."""
+    return {"equal bits": equal_bits_table(compared(runs())), "sizes": sizes_table(runs())}
+
+
+def by_quantizer(lines: list[dict]) -> dict[tuple[float, str, int], dict[str, list[float]]]:
+    """Return PSNR of each seed by set, for each rate, quantizer and n_q."""
+    found = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        found[line["bits_per_pixel"], line["quantizer"], line["n_q"]][line["set"]].append(line["psnr"])
+    return found
+
+
+def equal_bits_table(lines: list[dict]) -> str:
+    """Return mean and range of the seeds of each quantizer on each set."""
     rows = []
-    for (rate, name, n_q), by_set in sorted(runs.items(), key=lambda item: (round(item[0][0]), *item[0])):
+    for (rate, name, n_q), by_set in by_quantizer(lines).items():
         row = {"quantizer": name, "n_q": n_q, "bits per pixel": f"{rate:.3g}"}
-        for images in SETS:
-            row[f"{TITLES[images]}, dB"] = mean_and_range(by_set.get(images, []))
-        rows.append(row)
-    fill(DOCS / "choosing_sizes.md", {"equal bits": markdown_table(rows)})
-    replace_bytes(DOCS / "equal_bits.png", draw(runs))
+        rows.append(row | {f"{TITLES[images]}, dB": mean_and_range(by_set[images]) for images in SETS})
+    return markdown_table(rows)
+
+
+def sizes_table(lines: list[dict]) -> str:
+    """Return LooC's sizes with the PSNR of held-out training images, which chose them."""
+    return markdown_table(
+        [
+            {
+                "quantizer": line["quantizer"],
+                "n_q": line["n_q"],
+                "bits per pixel": f"{line['bits_per_pixel']:.3g}",
+                "held-out images, dB": f"{line['validation_psnr']:.2f}",
+            }
+            for line in lines
+            if (line["set"], line["seed"]) == ("fashion_mnist", 1) and line["quantizer"].startswith("looc")
+        ]
+    )
 
 
 def mean_and_range(values: Sequence[float]) -> str | None:
@@ -44,10 +94,10 @@ def mean_and_range(values: Sequence[float]) -> str | None:
     return f"{mean} ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else mean
 
 
-def draw(runs: dict) -> bytes:
+def draw(lines: list[dict]) -> bytes:
     """Draw PSNR over bits per pixel: means, with bars from the lowest to the highest seed. Returns a PNG."""
-    codecs = read_results(RESULTS / "image_codecs.jsonl")
-    sets = [images for images in SETS if any(images in by_set for by_set in runs.values())]
+    codecs, found = read_results(RESULTS / "image_codecs.jsonl"), by_quantizer(lines)
+    sets = [images for images in SETS if any(images in by_set for by_set in found.values())]
     with style():
         figure = new_figure(3.0)
         for number, images in enumerate(sets):
@@ -60,7 +110,7 @@ def draw(runs: dict) -> bytes:
                 )
                 axes.plot(*zip(*points, strict=True), dashes, color="grey", linewidth=1, label=codec.upper())
             for method, (label, colour) in METHODS.items():
-                for (rate, name, _), by_set in runs.items():
+                for (rate, name, _), by_set in found.items():
                     if name.split("-")[0] == method and images in by_set:
                         values = by_set[images]
                         mean = sum(values) / len(values)

@@ -1,4 +1,4 @@
-"""The rows of the paper's small-image tables, and further rows at equal rates: which quantizer, with which sizes.
+"""The rows of the paper's small-image tables, and LooC with other rules of learning: which quantizer, which sizes.
 
 A row is trained once for each set of images, however many tables it stands in.
 """
@@ -11,16 +11,7 @@ from dataclasses import dataclass
 import torch.nn as nn
 
 from looc_ldm import LooCQuantizer, LooCSmallVQModel
-from looc_ldm.baselines import (
-    FactorizedQuantizer,
-    FiniteScalarQuantizer,
-    LookupFreeQuantizer,
-    ProductQuantizer,
-    ResidualFiniteScalarQuantizer,
-    ResidualQuantizer,
-    StochasticQuantizer,
-    gaussian_likelihood,
-)
+from looc_ldm.baselines import ProductQuantizer, StochasticQuantizer, gaussian_likelihood
 
 N_Q = 128  # channels of the latents in LooC's tables
 PUBLISHED = {"distance": "cosine", "codebook_update": "gradient", "gradient": "straight-through"}
@@ -86,43 +77,19 @@ def _rows() -> list[Row]:
     sizes_4 = [(256, 128), (512, 64), (1024, 32), (2048, 16), (4096, 8), (8192, 4)]
     sizes_5 = [(codevectors, 4) for codevectors in (16, 24, 32, 64, 128, 256, 512, 1024)]
     rows = [_looc(*size) for size in dict.fromkeys(sizes_3 + sizes_4 + sizes_5)]
-    rows += [_looc(*size, variant="-ema-rotation") for size in ((256, 16), (256, 64), (1024, 4), (8192, 4))]
     rows += [_looc(size, 4, variant=variant) for size in (32, 256) for variant in RECIPES[1:]]
     rows += [_looc(256, 4, factor) for factor in (2, 3, 4)]
     rows += [_looc(*size, variant="-no-revival") for size in ((256, 4), (1024, 4))]
     sq = lambda batches: StochasticQuantizer(64, 512, annealing=2 / batches)  # noqa: E731
-    pq = lambda size, **settings: lambda _: ProductQuantizer(N_Q, size, 4, **settings)  # noqa: E731
+    pq = lambda _: ProductQuantizer(N_Q, 8, 4, **PUBLISHED)  # noqa: E731
     # Other methods, at their published sizes.
     rows += [
         _cvq("vq-512x64", "VQ-VAE 512×64 (n_q = 64)", anchor="none", **{**PUBLISHED, "distance": "euclidean"}),
         Row("sq-512x64", "SQ-VAE 512×64 (n_q = 64)", sq, 64, gaussian_likelihood),
         _cvq("cvq-512x64", "CVQ-VAE 512×64 (n_q = 64)", **PUBLISHED),
         _cvq("cvq-512x64-s2", "LooC with m = 1, s=2: 512×64 (n_q = 64), published rule", 2, **PUBLISHED),
-        Row("pq-32x8x4", "PQ, 32 codebooks of 8×4", pq(8, **PUBLISHED)),
+        Row("pq-32x8x4", "PQ, 32 codebooks of 8×4", pq),
     ]
-    # LooC's default rule in CVQ-VAE and PQ.
-    words = "moving average, rotation trick"
-    rows += [
-        _cvq("cvq-512x64-ema-rotation", f"CVQ-VAE 512×64 (n_q = 64), {words}", **DEFAULT),
-        Row("pq-32x8x4-ema-rotation", f"PQ, 32 codebooks of 8×4, {words}", pq(8, **DEFAULT)),
-    ]
-    # PQ with the loss weight of LooC's codebook; 32 and 256 have the rates of LooC 32×4 and 256×4.
-    for size in (8, 32, 256):
-        method = f"PQ, 32 codebooks of {size}×4, mean of their losses"
-        rows.append(Row(f"pq-32x{size}x4-mean", method, pq(size, sum_losses=False, **PUBLISHED)))
-    for depth in (1, 8, 32):
-        rq = lambda _, depth=depth: ResidualQuantizer(N_Q, 256, depth, kmeans_init=True)  # noqa: E731
-        rows.append(Row(f"rq-256x128-depth{depth}", f"RQ 256×128, depth {depth}", rq))
-    rows.append(Row("factorized-256x8", "ViT-VQGAN's codes 256×8", lambda _: FactorizedQuantizer(N_Q, 256, 8)))
-    for codes in (1, 8, 32):  # (8, 5, 5): 200 values, 7.6 bits
-        fsq = lambda _, codes=codes: FiniteScalarQuantizer(N_Q, (8, 5, 5), codes)  # noqa: E731
-        lfq = lambda _, codes=codes: LookupFreeQuantizer(N_Q, 8, codes)  # noqa: E731
-        rfsq = lambda _, codes=codes: ResidualFiniteScalarQuantizer(N_Q, (8, 5, 5), codes)  # noqa: E731
-        rows += [
-            Row(f"fsq-{codes}x8-5-5", f"FSQ (8, 5, 5), {codes} per position", fsq),
-            Row(f"lfq-{codes}x8bits", f"LFQ, {codes} codes of 8 bits", lfq),
-            Row(f"rfsq-8-5-5-depth{codes}", f"residual FSQ (8, 5, 5), depth {codes}", rfsq),
-        ]
     return rows
 
 
@@ -135,7 +102,6 @@ TABLES: dict[str, list[str]] = {
     "6": ["cvq-512x64", "cvq-512x64-s2", "looc-256x4", "looc-256x4-s2", "looc-256x4-s3", "looc-256x4-s4"],
     "7": ["looc-256x4-no-revival", "looc-1024x4-no-revival", "looc-256x4", "looc-1024x4"],
     "recipes": [f"looc-{size}{variant}" for size in ("32x4", "256x4") for variant in RECIPES],
-    "rates": [name for name in ROWS if not name.endswith("-no-revival")],
     "all": list(ROWS),
 }
 TABLES["8"] = TABLES["1"]

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from looc_ldm import LooCQuantizer
-from looc_ldm.analysis.style import new_figure
+from looc_ldm import LooCQuantizer, LooCSmallVQModel
 from looc_ldm.baselines import FiniteScalarQuantizer, ResidualQuantizer
 from looc_ldm.utils.errors import UserError
 from tiny import noise as random_images
@@ -22,12 +21,13 @@ from tiny import noise as random_images
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import benchmarks_page
+import equal_bits
+import equal_bits_page
 import image_codecs
 import small_images
 import small_vqvae
 import tables
 import tables_page
-import tables_plot
 from results import add_result, fill, read_results, replace_results
 from small_vqvae import Training, settings_of
 from table_rows import PAPER_ROWS, ROWS, TABLES
@@ -47,8 +47,13 @@ def train(file: Path, row: str = "looc-32x4", pixels: torch.Tensor | None = None
     """Train a row for 12 steps with held-out errors after 5, 10 and 12."""
     training = Training(**{"images": 96, "batch_size": 8, **settings})
     pixels = noise(40) if pixels is None else pixels
-    make = lambda: ROWS[row].make_model(1, 28, training.steps)  # noqa: E731
-    return small_vqvae.train(make, pixels, training, file, CPU, ROWS[row].objective, log)
+    objective = ROWS[row].objective if row in ROWS else None
+    return small_vqvae.train(lambda: make_model(row, training.steps), pixels, training, file, CPU, objective, log)
+
+
+def make_model(row: str, steps: int) -> LooCSmallVQModel:
+    """Return the model of a row of the paper's tables, or of a name of the comparison at equal bits."""
+    return ROWS[row].make_model(1, 28, steps) if row in ROWS else equal_bits.make_model(row, 1, 28)
 
 
 def assert_equal_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
@@ -77,15 +82,17 @@ def test_every_row_stands_beside_a_row_of_the_paper():
         ("looc-8192x4", 416, 32768),
         ("cvq-512x64", 9, 32768),
         ("pq-32x8x4", 96, 1024),
-        ("rq-256x128-depth8", 64, 32768),
-        ("lfq-8x8bits", 64, 0),
+        ("rq-8", 64, 32768),
+        ("lfq-8", 64, 0),
         ("sq-512x64", 9, 32768),
-        ("factorized-256x8", 8, 2048),
-        ("rfsq-8-5-5-depth8", 8 * math.log2(200), 0),
+        ("factorized", 8, 2048),
+        ("rfsq-8", 8 * math.log2(200), 0),
+        ("fsq-8x16x16", 64, 0),
+        ("looc-8x256x2-st", 64, 512),
     ],
 )
 def test_rates_and_sizes_of_rows_are_those_of_the_tables(row, bits, scalars):
-    model = ROWS[row].make_model(1, 28, 100)
+    model = make_model(row, 100)
     assert model.quantize.bits_per_position == pytest.approx(bits)
     assert model.quantize.codebook_scalars == scalars
     assert model.bits_per_image(28, 28) == pytest.approx(49 * bits)
@@ -101,8 +108,8 @@ SCHEDULE = {"learning_rate": 1e-3, "warm_up_steps": 4, "decay_to": 0.0, "max_gra
     [
         ("looc-32x4", {}),
         ("looc-32x4", {**SCHEDULE, "bf16": True}),
-        ("rq-256x128-depth8", {}),
-        ("fsq-8x8-5-5", {}),
+        ("rq-8", {}),
+        ("fsq-8", {}),
         ("sq-512x64", {}),
     ],
 )
@@ -304,9 +311,7 @@ def result_of(row: str, psnr: float, rate: float, **training) -> dict:
         "method": ROWS[row].method,
         "set": "mnist",
         "training": asdict(settings),
-        "images_seen": settings.images,
-        "validation_mse": 4 / 10 ** (psnr / 10),
-        "clean": {"psnr": psnr, "ssim": 0.9, "bits_per_pixel": rate, "codebook_use": 1.0},
+        "clean": {"psnr": psnr, "bits_per_pixel": rate},
         "paper": {"psnr": psnr - 1},
     }
 
@@ -316,7 +321,11 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_the_tables_of_the_pages_are_those_of_the_results(tmp_path):
-    for file, filled in (("tables.md", tables_page.tables()), ("benchmarks.md", benchmarks_page.measured_tables())):
+    for file, filled in (
+        ("tables.md", tables_page.tables()),
+        ("benchmarks.md", benchmarks_page.measured_tables()),
+        ("choosing_sizes.md", equal_bits_page.tables()),
+    ):
         page = (ROOT / "docs" / file).read_text()
         (tmp_path / file).write_text(page)
         fill(tmp_path / file, filled)
@@ -348,36 +357,6 @@ def test_every_row_is_compared_with_the_papers_figure_of_its_size():
         ("60,000 images, batch size 16, learning rate 0.001", "31.00", "35.15", "-4.15"),
         ("60,000 images, batch size 16", "32.00", "35.15", "-3.15"),
     ]
-
-
-def test_methods_are_compared_at_equal_rates_after_equal_trainings_and_longer_ones_are_apart():
-    results = [
-        result_of("looc-256x16", 24.0, 4.0),
-        result_of("looc-256x16-ema-rotation", 26.0, 4.0),
-        result_of("fsq-8x8-5-5", 27.0, 3.9),
-        result_of("looc-256x4", 28.0, 16.0),
-        result_of("pq-32x256x4-mean", 30.0, 16.0, images=120_000),
-    ]
-    (line,) = cells(tables_page.equal_rates_table(results))
-    assert line[2:] == ["FSQ (8, 5, 5), 8 per position", "4", "26.00", "3.9", "27.00", "-1.00", "1"]
-    assert "the default" in line[1]
-    # Longer trainings are chosen by held-out images.
-    best = result_of("looc-256x4", 30.0, 16.0, images=600_000)
-    others = [result_of("looc-256x4", 28.0, 16.0, images=600_000), result_of("looc-256x4", 31.0, 16.0)]
-    assert tables_page.longer([best, *others]) == [best]
-
-
-def test_no_word_of_a_plots_legend_is_cut_off(monkeypatch):
-    figures = []
-    monkeypatch.setattr(tables_plot, "new_figure", lambda height: figures.append(new_figure(height)) or figures[0])
-    results = [result_of(row, 20.0, 1.0 + number) for number, row in enumerate(ROWS)]
-    assert tables_plot.draw_plot("mnist", results, [], load_paper()["tables"], "All rows").startswith(b"\x89PNG")
-    (figure,) = figures
-    (legend,) = figure.legends
-    box = legend.get_window_extent()
-    assert figure.bbox.containsx(box.x0)
-    assert figure.bbox.containsx(box.x1)
-    assert box.y1 < min(axes.get_tightbbox().y0 for axes in figure.axes)
 
 
 def test_results_replace_those_of_the_same_keys(tmp_path):
