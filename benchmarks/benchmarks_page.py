@@ -1,7 +1,7 @@
 """Write the tables between the markers of docs/benchmarks.md, from benchmarks/results and the bundled configs.
 
 python benchmarks/benchmarks_page.py                        all tables
-python benchmarks/benchmarks_page.py --quickstart FOLDER    and pictures and figures of a finished quickstart
+python benchmarks/benchmarks_page.py --quickstart FOLDER --machine "2 quiet CPU cores"    and a finished quickstart
 """
 
 from __future__ import annotations
@@ -206,14 +206,15 @@ def cpu_training_table() -> str:
 def threads_table() -> str:
     """Return a table of drawing from the bundled model on a CPU, by threads, on a quiet machine and a busy one."""
     lines = read_results(RESULTS / "sampling_threads.jsonl")
-    own = {line["busy"]: line["images_per_second"] for line in lines if "float32, PyTorch" in line["contestant"]}
+    setting = lambda line: (line["busy"], line["steps"])  # noqa: E731
+    own = {setting(line): line["images_per_second"] for line in lines if "float32, PyTorch" in line["contestant"]}
     rows = [
         {
             "contestant": line["contestant"],
             "busy": "one core" if line["busy"] else "no",
             "steps": line["steps"],
-            "images per second": f"{line['images_per_second']:.3g}",
-            "against ours, float32, PyTorch's threads": f"{line['images_per_second'] / own[line['busy']]:.2f}×",
+            "steps × images per second": f"{line['steps'] * line['images_per_second']:.3g}",
+            "against ours, float32, PyTorch's threads": f"{line['images_per_second'] / own[setting(line)]:.2f}×",
         }
         for line in lines
     ]
@@ -245,7 +246,8 @@ def take_quickstart(folder: Path, machine: str) -> None:
             image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(DOCS / name)
     figures = json.loads((folder / "figures.json").read_text())
     names = ("protocol", "images", "psnr", "ssim", "bits_per_pixel", "codebook_use", "perplexity")
-    line = {"machine": machine} | {name: figures["reconstruction"][name] for name in names}
+    line = {"command": "looc-ldm quickstart", "machine": machine}
+    line |= {name: figures["reconstruction"][name] for name in names}
     line |= {name: figures[name] for name in ("seconds", "cpu_count")}
     replace_results(RESULTS / "quickstart.jsonl", [line], ["machine"])
 
@@ -253,8 +255,10 @@ def take_quickstart(folder: Path, machine: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", type=Path, metavar="FOLDER", help="folder of a finished `looc-ldm quickstart`")
-    parser.add_argument("--machine", default="2 quiet CPU cores", help="of that quickstart")
+    parser.add_argument("--machine", help="of that quickstart, in words")
     options = parser.parse_args()
+    if (options.quickstart is None) != (options.machine is None):
+        parser.error("--quickstart and --machine go together")
     with one_line_errors():
         if options.quickstart is not None:
             take_quickstart(options.quickstart, options.machine)

@@ -1,4 +1,4 @@
-"""Compare quantizers at equal bits in the small VQ-VAE, each with the sizes that suit it, several seeds each.
+"""Compare quantizers at equal bits in the small VQ-VAE, several seeds each.
 
     python benchmarks/equal_bits.py --data FOLDER --sets fashion_mnist --quantizers looc-8x256x3 fsq-8 --seeds 1 2 3
     python benchmarks/equal_bits.py --data FOLDER --list | xargs -P 2 -L 1 python benchmarks/equal_bits.py --data FOLDER
@@ -19,64 +19,61 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from pathlib import Path
 
 import torch
 from results import RESULTS, add_result, circumstances, read_results
 from small_images import load_images
-from small_vqvae import Training, held_out_error, train
+from small_vqvae import Training, held_out_error, small_model, train
 
-from looc_ldm import LooCQuantizer, LooCSmallVQModel, baselines
+from looc_ldm import LooCQuantizer, baselines
 from looc_ldm.utils.errors import UserError, one_line_errors
 
 FILE = RESULTS / "equal_bits.jsonl"
 SETS = ("fashion_mnist", "cifar10")
+IMAGES, LEARNING_RATE = 120_000, 2e-3  # training images, with repeats, and the highest rate
 MAIN = (  # 1, 4 and 8 codes of about 8 bits per position: 0.5, 2 and 4 bits per pixel
     *("looc-1x256x8-st", "gsq-1x256x8", "fsq-1", "bsq-1", "rq-1"),
-    *("looc-4x256x3-st", "gsq-4x256x3", "fsq-4", "bsq-4", "rq-4"),
-    *("looc-8x256x2", "gsq-8x256x2", "fsq-8", "bsq-8", "rq-8"),
+    *("looc-4x256x3-st", "gsq-4x256x8", "fsq-4", "bsq-4", "rq-4"),
+    *("looc-8x256x2", "gsq-8x256x4", "fsq-8", "bsq-8", "rq-8"),
 )
+# What follows the method in a name, after a hyphen.
+NAMES = {
+    "looc": r"\d+x\d+x\d+(-cosine)?(-s2)?(-st)?",
+    "gsq": r"\d+x\d+x\d+",
+    "fsq": r"\d+(x\d+)*",
+    **dict.fromkeys(("rfsq", "bsq", "lfq", "rq", "simvq", "pq"), r"\d+"),
+    "factorized": "",
+}
 WIDTH = 128  # channels of the latents if the quantizer projects to fewer by itself
 
 
 def make_quantizer(name: str) -> torch.nn.Module:
     """Return the quantizer of a name. Raises UserError for an unknown one."""
-    if name == "factorized":
-        return baselines.FactorizedQuantizer(WIDTH, 256, 8)
-    kind, *sizes = name.split("-")
-    try:
-        codes, *more = map(int, sizes[0].split("x"))
-        if kind == "looc":
-            distance = "cosine" if "cosine" in sizes else "euclidean"
-            return LooCQuantizer(
-                codes * more[1],
-                *more,
-                interpolation_factor=1 + ("s2" in sizes),
-                distance=distance,
-                gradient="straight-through" if "st" in sizes else "rotation",
-            )
-        return {
-            "gsq": lambda: baselines.GroupSphericalQuantizer(codes * more[1], *more),
-            "fsq": lambda: baselines.FiniteScalarQuantizer(WIDTH, more or (8, 5, 5), codes),
-            "rfsq": lambda: baselines.ResidualFiniteScalarQuantizer(WIDTH, (8, 5, 5), codes),
-            "bsq": lambda: baselines.BinarySphericalQuantizer(WIDTH, 8, codes),
-            "lfq": lambda: baselines.LookupFreeQuantizer(WIDTH, 8, codes),
-            "rq": lambda: baselines.ResidualQuantizer(WIDTH, 256, codes, kmeans_init=True),
-            "simvq": lambda: baselines.ResidualSimVQQuantizer(WIDTH, 256, codes),
-            "pq": lambda: baselines.ProductQuantizer(4 * codes, 256, 4),
-        }[kind]()
-    except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise UserError(f"no quantizer {name!r}, see --help ({error}).") from None
-
-
-def make_model(name: str, channels: int, side: int) -> LooCSmallVQModel:
-    """Return the autoencoder of images of `side` pixels with the quantizer of a name."""
-    quantizer = make_quantizer(name)
-    model = LooCSmallVQModel(
-        channels, channels, sample_size=side, vq_embed_dim=quantizer.vq_embed_dim, interpolation_factor=1
-    )
-    model.quantize = quantizer
-    return model
+    kind, _, rest = name.partition("-")
+    if not re.fullmatch(NAMES.get(kind, "unknown"), rest):
+        raise UserError(f"no quantizer {name!r}, see --help.")
+    codes, *more = [int(size) for size in re.findall(r"\d+", rest.partition("-")[0])] or [1]
+    if kind == "looc":
+        return LooCQuantizer(
+            codes * more[1],
+            *more,
+            interpolation_factor=1 + ("-s2" in rest),
+            distance="cosine" if "-cosine" in rest else "euclidean",
+            gradient="straight-through" if "-st" in rest else "rotation",
+        )
+    return {
+        "gsq": lambda: baselines.GroupSphericalQuantizer(codes * more[1], *more),
+        "fsq": lambda: baselines.FiniteScalarQuantizer(WIDTH, more or (8, 5, 5), codes),
+        "rfsq": lambda: baselines.ResidualFiniteScalarQuantizer(WIDTH, (8, 5, 5), codes),
+        "bsq": lambda: baselines.BinarySphericalQuantizer(WIDTH, 8, codes),
+        "lfq": lambda: baselines.LookupFreeQuantizer(WIDTH, 8, codes),
+        "rq": lambda: baselines.ResidualQuantizer(WIDTH, 256, codes, kmeans_init=True),
+        "simvq": lambda: baselines.ResidualSimVQQuantizer(WIDTH, 256, codes),
+        "pq": lambda: baselines.ProductQuantizer(4 * codes, 256, 4),
+        "factorized": lambda: baselines.FactorizedQuantizer(WIDTH, 256, 8),
+    }[kind]()
 
 
 def run(images: str, name: str, seed: int, options: argparse.Namespace) -> dict:
@@ -86,7 +83,7 @@ def run(images: str, name: str, seed: int, options: argparse.Namespace) -> dict:
     training = Training(
         options.images,
         batch_size=16,
-        learning_rate=options.learning_rate,
+        learning_rate=LEARNING_RATE,
         warm_up_steps=1250,
         decay_to=0.0,
         max_grad_norm=1.0,
@@ -94,9 +91,10 @@ def run(images: str, name: str, seed: int, options: argparse.Namespace) -> dict:
         seed=seed,
     )
 
+    started_with = circumstances("cpu")  # a checkout may change during a training
     checkpoint = options.work / f"{images}_{name}_{seed}_{options.images}.pt"
     model, outcome = train(
-        lambda: make_model(name, channels, side),
+        lambda: small_model(make_quantizer(name), channels, side),
         pixels,
         training,
         checkpoint,
@@ -112,11 +110,11 @@ def run(images: str, name: str, seed: int, options: argparse.Namespace) -> dict:
         "seed": seed,
         "psnr": 10 * math.log10(4 / mse),
         "images": options.images,
-        "learning_rate": options.learning_rate,
+        "learning_rate": LEARNING_RATE,
         "validation_psnr": 10 * math.log10(4 / outcome["validation_mse"]),
         "chosen_at_images": outcome["chosen_at_images"],
         "minutes": outcome["seconds"] / 60,
-        **circumstances("cpu"),
+        **started_with,
     }
     checkpoint.unlink()
     return line
@@ -127,8 +125,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
     parser.add_argument("--quantizers", nargs="+", default=MAIN, metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=(1, 2, 3))
-    parser.add_argument("--images", type=int, default=120_000, help="training images, with repeats")
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="the highest one")
+    parser.add_argument("--images", type=int, default=IMAGES, help="training images, with repeats")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder with one folder per set")
     parser.add_argument("--work", type=Path, default=Path("runs/equal_bits"), help="folder of checkpoints")
     parser.add_argument("--results", type=Path, default=FILE)
@@ -138,11 +135,11 @@ def main() -> None:
     if options.list:
         print("\n".join(f"--sets {s} --quantizers {name} --seeds {seed}" for s, name, seed in jobs))
         return
-    keys = ("set", "quantizer", "seed", "images", "learning_rate")
+    keys = ("set", "quantizer", "seed", "images")
     with one_line_errors():
         done = {tuple(line[key] for key in keys) for line in read_results(options.results)}
         for images, name, seed in jobs:
-            if (images, name, seed, options.images, options.learning_rate) not in done:
+            if (images, name, seed, options.images) not in done:
                 add_result(options.results, run(images, name, seed, options))
 
 

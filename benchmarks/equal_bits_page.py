@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from io import BytesIO
 
-from equal_bits import FILE, MAIN, SETS
+from equal_bits import FILE, IMAGES, MAIN, SETS
 from results import DOCS, RESULTS, fill, markdown_table, read_results
 
 from looc_ldm.analysis.style import BLUE, GREEN, ORANGE, RED, SKY, new_figure, style
@@ -39,8 +39,10 @@ def main() -> None:
 
 
 def runs() -> list[dict]:
-    """Return the results by rate, width and seed."""
-    return sorted(read_results(FILE), key=lambda line: (round(line["bits_per_pixel"]), line["n_q"], line["seed"]))
+    """Return the results of the usual length by rate, width, name and seed."""
+    lines = [line for line in read_results(FILE) if line["images"] == IMAGES]
+    names = ("n_q", "quantizer", "seed")
+    return sorted(lines, key=lambda line: (round(line["bits_per_pixel"]), *(line[name] for name in names)))
 
 
 def compared(lines: list[dict]) -> list[dict]:
@@ -50,7 +52,8 @@ def compared(lines: list[dict]) -> list[dict]:
 
 def tables() -> dict[str, str]:
     """Return every table of the page by the name of its markers."""
-    return {"equal bits": equal_bits_table(compared(runs())), "sizes": sizes_table(runs())}
+    lines = runs()
+    return {"equal bits": equal_bits_table(compared(lines)), "sizes": sizes_table(lines)}
 
 
 def by_quantizer(lines: list[dict]) -> dict[tuple[float, str, int], dict[str, list[float]]]:

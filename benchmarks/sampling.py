@@ -96,7 +96,7 @@ def bundled_contestants(batch_size: int, steps: int) -> dict[str, Callable[[], t
 
 
 def stay_busy() -> None:
-    """Keep one core busy, as a program of another session does: Linux shares the cores between sessions first."""
+    """Keep one core busy, in a session of its own: Linux (autogroup) divides CPU time between sessions first."""
     os.setsid()
     parent = os.getppid()
     while os.getppid() == parent:

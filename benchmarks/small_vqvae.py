@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from looc_ldm import LooCSmallVQModel
 from looc_ldm.images.pixels import to_float
 from looc_ldm.utils.errors import UserError
 from looc_ldm.utils.files import renamed_when_complete
@@ -137,6 +138,15 @@ def train(
         "quantizer": settings["quantizer"],
     }
     return model.eval(), outcome
+
+
+def small_model(quantizer: torch.nn.Module, channels: int, side: int) -> LooCSmallVQModel:
+    """Return the network of images of `side` pixels, with a quantizer."""
+    model = LooCSmallVQModel(
+        channels, channels, sample_size=side, vq_embed_dim=quantizer.vq_embed_dim, interpolation_factor=1
+    )
+    model.quantize = quantizer
+    return model
 
 
 def settings_of(quantizer: torch.nn.Module) -> dict:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch.nn as nn
 
-from looc_ldm import LooCQuantizer, LooCSmallVQModel
+from looc_ldm import LooCQuantizer
 from looc_ldm.baselines import ProductQuantizer, StochasticQuantizer, gaussian_likelihood
 
 N_Q = 128  # channels of the latents in LooC's tables
@@ -41,21 +41,13 @@ class Row:
         name: Name on the command line and in the results.
         method: Name for readers.
         make_quantizer: Makes the quantizer, given the number of batches of the training.
-        n_q: Channels of the latents.
         objective: Loss of `small_vqvae.train` if it is not the published one.
     """
 
     name: str
     method: str
     make_quantizer: Callable[[int], nn.Module]
-    n_q: int = N_Q
     objective: Callable | None = None
-
-    def make_model(self, channels: int, side: int, batches: int) -> LooCSmallVQModel:
-        """Return the autoencoder of images of `side` pixels for a training of `batches`."""
-        model = LooCSmallVQModel(channels, channels, sample_size=side, vq_embed_dim=self.n_q, interpolation_factor=1)
-        model.quantize = self.make_quantizer(batches)
-        return model
 
 
 def _looc(codevectors: int, dim: int, factor: int = 1, variant: str = "") -> Row:
@@ -69,7 +61,7 @@ def _looc(codevectors: int, dim: int, factor: int = 1, variant: str = "") -> Row
 
 def _cvq(name: str, method: str, factor: int = 1, **settings) -> Row:
     """Return LooC with one segment of 64 channels."""
-    return Row(name, method, lambda _: LooCQuantizer(64, 512, 64, factor, **settings), n_q=64)
+    return Row(name, method, lambda _: LooCQuantizer(64, 512, 64, factor, **settings))
 
 
 def _rows() -> list[Row]:
@@ -85,7 +77,7 @@ def _rows() -> list[Row]:
     # Other methods, at their published sizes.
     rows += [
         _cvq("vq-512x64", "VQ-VAE 512×64 (n_q = 64)", anchor="none", **{**PUBLISHED, "distance": "euclidean"}),
-        Row("sq-512x64", "SQ-VAE 512×64 (n_q = 64)", sq, 64, gaussian_likelihood),
+        Row("sq-512x64", "SQ-VAE 512×64 (n_q = 64)", sq, gaussian_likelihood),
         _cvq("cvq-512x64", "CVQ-VAE 512×64 (n_q = 64)", **PUBLISHED),
         _cvq("cvq-512x64-s2", "LooC with m = 1, s=2: 512×64 (n_q = 64), published rule", 2, **PUBLISHED),
         Row("pq-32x8x4", "PQ, 32 codebooks of 8×4", pq),

@@ -1,11 +1,11 @@
-"""Train and measure rows of the paper's tables of small images, and other quantizers at equal rates.
+"""Train and measure rows of the paper's tables of small images.
 
     python benchmarks/tables.py 5 --data FOLDER                      a whole table on all three sets
     python benchmarks/tables.py 1 --row looc-32x4 --sets cifar10 --data FOLDER
     python benchmarks/tables.py 5 --data FOLDER --images 60000 --batch-size 16        one epoch, without a GPU
     python benchmarks/tables.py all --list | xargs -P 8 -L 1 python benchmarks/tables.py all --data FOLDER
                                                                      every row, eight at a time on one GPU
-    python benchmarks/tables_page.py                                 tables and plots of docs/tables.md
+    python benchmarks/tables_page.py                                 tables of docs/tables.md
 
 The result of a row on a set is one line of --results. Rows that have a line with the same training are skipped: remove
 the line to measure again. An interrupted training resumes from its last checkpoint in --work. Without a GPU, set
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from results import RESULTS, ROOT, add_result, circumstances, read_results
 from small_images import COUNTS, SETS, check_files, load_images
-from small_vqvae import EPOCHS, Training, train
+from small_vqvae import EPOCHS, Training, small_model, train
 from table_rows import ROWS, TABLES, Row
 
 from looc_ldm.images.pixels import to_float
@@ -66,7 +66,7 @@ def run_row(row: Row, images: str, training: Training, networks: dict, options: 
     channels, side = pixels.shape[1], pixels.shape[-1]
     started_with = circumstances(options.device, "torchvision")  # a checkout may change during a long training
     model, outcome = train(
-        lambda: row.make_model(channels, side, training.steps),
+        lambda: small_model(row.make_quantizer(training.steps), channels, side),
         pixels,
         training,
         options.work / f"{'_'.join([images, row.name, *flags_of(training)]).replace(' ', '')}.pt",

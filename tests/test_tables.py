@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from looc_ldm import LooCQuantizer, LooCSmallVQModel
+from looc_ldm.analysis.style import new_figure
 from looc_ldm.baselines import FiniteScalarQuantizer, ResidualQuantizer
 from looc_ldm.utils.errors import UserError
 from tiny import noise as random_images
@@ -29,7 +30,7 @@ import small_vqvae
 import tables
 import tables_page
 from results import add_result, fill, read_results, replace_results
-from small_vqvae import Training, settings_of
+from small_vqvae import Training, settings_of, small_model
 from table_rows import PAPER_ROWS, ROWS, TABLES
 from tables import load_paper
 
@@ -53,7 +54,8 @@ def train(file: Path, row: str = "looc-32x4", pixels: torch.Tensor | None = None
 
 def make_model(row: str, steps: int) -> LooCSmallVQModel:
     """Return the model of a row of the paper's tables, or of a name of the comparison at equal bits."""
-    return ROWS[row].make_model(1, 28, steps) if row in ROWS else equal_bits.make_model(row, 1, 28)
+    quantizer = ROWS[row].make_quantizer(steps) if row in ROWS else equal_bits.make_quantizer(row)
+    return small_model(quantizer, 1, 28)
 
 
 def assert_equal_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
@@ -96,6 +98,17 @@ def test_rates_and_sizes_of_rows_are_those_of_the_tables(row, bits, scalars):
     assert model.quantize.bits_per_position == pytest.approx(bits)
     assert model.quantize.codebook_scalars == scalars
     assert model.bits_per_image(28, 28) == pytest.approx(49 * bits)
+
+
+def test_quantizers_that_are_compared_by_default_have_about_equal_bits_three_by_three():
+    rates = [equal_bits.make_quantizer(name).bits_per_position / 16 for name in equal_bits.MAIN]
+    assert rates == pytest.approx([0.5] * 5 + [2.0] * 5 + [4.0] * 5, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["looc", "looc-8x256", "looc-8x256x2-sst", "rq-8x16", "fsq-4-st", "vq-4", ""])
+def test_an_unknown_name_of_a_quantizer_is_refused(name):
+    with pytest.raises(UserError, match=f"no quantizer '{name}'"):
+        equal_bits.make_quantizer(name)
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -151,7 +164,7 @@ def test_rates_clipping_and_precision_reach_the_optimizer(tmp_path, monkeypatch)
             dtypes.add(output.dtype)
 
     def make():
-        model = ROWS["looc-32x4"].make_model(1, 28, 12)
+        model = make_model("looc-32x4", 12)
         model.decoder.register_forward_hook(watch)
         return model
 
@@ -168,7 +181,7 @@ def test_rates_clipping_and_precision_reach_the_optimizer(tmp_path, monkeypatch)
 
 def test_the_weights_are_those_of_the_lowest_held_out_error(tmp_path):
     """The learning rate spoils them after a while."""
-    model, outcome = train(tmp_path / "a.pt", learning_rate=0.03)
+    model, outcome = train(tmp_path / "a.pt", learning_rate=0.2)
     errors = [error for _, error in outcome["curve"]]
     assert errors[-1] > min(errors)  # else this test says nothing
     assert small_vqvae.held_out_error(model, noise(40)[-8:]) == pytest.approx(min(errors), rel=1e-5)
@@ -357,6 +370,27 @@ def test_every_row_is_compared_with_the_papers_figure_of_its_size():
         ("60,000 images, batch size 16, learning rate 0.001", "31.00", "35.15", "-4.15"),
         ("60,000 images, batch size 16", "32.00", "35.15", "-3.15"),
     ]
+
+
+def test_seeds_are_averaged_and_longer_trainings_are_left_out(tmp_path, monkeypatch):
+    """And the plot has one panel for each set."""
+    line = {"quantizer": "fsq-8", "n_q": 128, "bits_per_pixel": 3.82, "images": equal_bits.IMAGES, "psnr": 30.0}
+    for change in (
+        {"set": "fashion_mnist", "seed": 1},
+        {"set": "fashion_mnist", "seed": 2, "psnr": 31.0},
+        {"set": "fashion_mnist", "seed": 1, "psnr": 40.0, "images": 5 * equal_bits.IMAGES},
+        {"set": "cifar10", "seed": 1, "psnr": 25.0},
+        {"set": "fashion_mnist", "seed": 1, "quantizer": "looc-8x256x5", "n_q": 40, "validation_psnr": 29.0},
+    ):
+        add_result(tmp_path / "results.jsonl", line | change)
+    monkeypatch.setattr(equal_bits_page, "FILE", tmp_path / "results.jsonl")
+    tables = equal_bits_page.tables()
+    assert cells(tables["equal bits"]) == [["fsq-8", "128", "3.82", "30.50 (30.00 to 31.00)", "25.00"]]
+    assert cells(tables["sizes"]) == [["looc-8x256x5", "40", "3.82", "29.00"]]
+    figures = []
+    monkeypatch.setattr(equal_bits_page, "new_figure", lambda height: figures.append(new_figure(height)) or figures[0])
+    assert equal_bits_page.draw(equal_bits_page.compared(equal_bits_page.runs())).startswith(b"\x89PNG")
+    assert [axes.get_title(loc="left") or axes.get_title() for axes in figures[0].axes] == ["Fashion-MNIST", "CIFAR-10"]
 
 
 def test_results_replace_those_of_the_same_keys(tmp_path):

@@ -12,21 +12,18 @@ from looc_ldm.quantizer.loocq import LooCQuantizer
 class ProductQuantizer(Quantizer):
     """m independent codebooks, one for each segment of a feature vector (Jégou et al. 2011; the "PQ" of LooC's tables).
 
-    Every segment has its own `LooCQuantizer`, so that, unlike in LooC, no codebook is shared.
+    Every segment has its own `LooCQuantizer`, so that, unlike in LooC, no codebook is shared. The loss is the sum of
+    their losses, as published.
 
     Args:
         vq_embed_dim (`int`): n_q, the channels of a feature vector.
         num_codevectors (`int`): K of *each* codebook. LooC's table has 256 in 32 codebooks: 8 each.
         codevector_dim (`int`): d; it must divide n_q, m = n_q / d.
-        sum_losses (`bool`, defaults to True): Add the losses of the segments, as the published comparison does. False
-            takes their mean, like the loss of a shared codebook.
         **settings: Settings of every `LooCQuantizer` (`distance`, `anchor`, `codebook_update`, `gradient`, ...), except
             that `interpolation_factor` is 1 and `input_layout` is "BCHW".
     """
 
-    def __init__(
-        self, vq_embed_dim: int, num_codevectors: int, codevector_dim: int, sum_losses: bool = True, **settings
-    ):
+    def __init__(self, vq_embed_dim: int, num_codevectors: int, codevector_dim: int, **settings):
         segments, rest = divmod(vq_embed_dim, codevector_dim)
         if rest:
             raise ValueError(f"codevector_dim={codevector_dim} does not divide vq_embed_dim={vq_embed_dim}.")
@@ -34,7 +31,6 @@ class ProductQuantizer(Quantizer):
         for name, value in {"interpolation_factor": 1, "input_layout": "BCHW"}.items():
             if settings.setdefault(name, value) != value:
                 raise ValueError(f"{name} of ProductQuantizer must be {value!r}, got {settings[name]!r}.")
-        self.sum_losses = sum_losses
         self.segments = nn.ModuleList(
             LooCQuantizer(codevector_dim, num_codevectors, codevector_dim, **settings) for _ in range(segments)
         )
@@ -51,8 +47,7 @@ class ProductQuantizer(Quantizer):
     def _quantize(self, z):
         parts = zip(self.segments, z.chunk(len(self.segments), dim=1), strict=True)
         quantized, losses, extras = zip(*(segment(part) for segment, part in parts), strict=True)
-        loss = torch.stack(losses).sum() if self.sum_losses else torch.stack(losses).mean()
-        return torch.cat(quantized, dim=1), loss, torch.cat([indices for *_, indices in extras], dim=-1)
+        return torch.cat(quantized, dim=1), sum(losses), torch.cat([indices for *_, indices in extras], dim=-1)
 
     def _lookup(self, indices):
         vectors = [segment.codebook[indices[..., i]] for i, segment in enumerate(self.segments)]

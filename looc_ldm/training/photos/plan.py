@@ -199,12 +199,13 @@ class Plan:
         return f"{self.hours:g} h: stage 1 on {first}; stage 2 on {second}"
 
     def warnings(self) -> list[str]:
-        """Return what does not fit: the hours are too few for the latents, or the images for the hours."""
+        """Return warnings: too few hours for the latents, or too few images for the hours."""
         warnings = []
-        if self.rest_seconds > MOST_REST * self.hours * 3600:
+        minutes, rest = 60 * self.hours, self.rest_seconds / 60
+        if rest > MOST_REST * minutes:
             warnings.append(
-                f"latents, samples and figures alone take about {self.rest_seconds / 60:.0f} min, so the whole takes "
-                f"longer than {60 * self.hours:.3g} min. Give more hours, or a smaller --resolution."
+                f"latents, samples and figures take about {rest:.0f} min. Training keeps half of the hours, so all "
+                f"takes about {(1 - MOST_REST) * minutes + rest:.0f} min. Give more hours or a smaller --resolution."
             )
         if self.repeats > MEMORIZED:
             warnings.append(

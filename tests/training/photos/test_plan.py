@@ -62,9 +62,10 @@ def test_few_images_for_the_hours_are_warned_of():
     assert "27 images 13,333 times" in plan_of(2.0, training_images=27).warnings()[0]
 
 
-def test_hours_that_the_latents_alone_take_are_warned_of():
-    (warning,) = plan_of(0.17, autoencoder=0.6).warnings()
-    assert "alone take about 20 min, so the whole takes longer than 10.2 min" in warning
+def test_latents_that_take_more_than_half_of_the_hours_are_warned_of():
+    (warning,) = plan_of(0.5, autoencoder=0.6).warnings()
+    assert "take about 20 min. Training keeps half of the hours, so all takes about 35 min" in warning
+    assert plan_of(0.7, autoencoder=0.6).warnings() == []
 
 
 def test_schedules_are_stretched_to_the_length_of_a_run():
