@@ -12,6 +12,7 @@ from io import BytesIO
 from equal_bits import FILE, IMAGES, MAIN, SETS
 from results import DOCS, RESULTS, fill, markdown_table, read_results
 
+from looc_ldm.analysis.rate_distortion import CODEC_NAMES
 from looc_ldm.analysis.style import BLUE, GREEN, ORANGE, RED, SKY, new_figure, style
 from looc_ldm.utils.files import replace_bytes
 
@@ -111,7 +112,7 @@ def draw(lines: list[dict]) -> bytes:
                     for line in codecs
                     if (line["set"], line["codec"]) == (images, codec)
                 )
-                axes.plot(*zip(*points, strict=True), dashes, color="grey", linewidth=1, label=codec.upper())
+                axes.plot(*zip(*points, strict=True), dashes, color="grey", linewidth=1, label=CODEC_NAMES[codec])
             for method, (label, colour) in METHODS.items():
                 for (rate, name, _), by_set in found.items():
                     if name.split("-")[0] == method and images in by_set:
