@@ -386,7 +386,7 @@ def test_seeds_are_averaged_and_longer_trainings_are_left_out(tmp_path, monkeypa
     monkeypatch.setattr(equal_bits_page, "FILE", tmp_path / "results.jsonl")
     tables = equal_bits_page.tables()
     assert cells(tables["equal bits"]) == [["fsq-8", "128", "3.82", "30.50 (30.00 to 31.00)", "25.00"]]
-    assert cells(tables["sizes"]) == [["looc-8x256x5", "40", "3.82", "29.00"]]
+    assert cells(tables["sizes"]) == [["looc-8x256x5", "40", "3.82", "29.00", ""]]
     figures = []
     monkeypatch.setattr(equal_bits_page, "new_figure", lambda height: figures.append(new_figure(height)) or figures[0])
     assert equal_bits_page.draw(equal_bits_page.compared(equal_bits_page.runs())).startswith(b"\x89PNG")
