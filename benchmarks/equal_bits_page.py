@@ -11,12 +11,12 @@ from io import BytesIO
 
 from equal_bits import FILE, IMAGES, MAIN, SETS
 from results import DOCS, RESULTS, fill, markdown_table, read_results
+from tables_page import SETS as TITLES
 
 from looc_ldm.analysis.rate_distortion import CODEC_NAMES
 from looc_ldm.analysis.style import BLUE, GREEN, ORANGE, RED, SKY, new_figure, style
 from looc_ldm.utils.files import replace_bytes
 
-TITLES = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 # Name and colour of each method; the last five are from Paul Tol's "muted" scheme (2021).
 METHODS = {
     "looc": ("LooC", BLUE),
@@ -82,7 +82,7 @@ def sizes_table(lines: list[dict]) -> str:
         if line["seed"] == 1 and name.startswith("looc"):
             rows[name] |= {"quantizer": name, "n_q": line["n_q"], "bits per pixel": f"{line['bits_per_pixel']:.3g}"}
             rows[name][line["set"]] = f"{line['validation_psnr']:.2f}"
-    sets = {images: f"{title}, held out, dB" for images, title in TITLES.items()}
+    sets = {images: f"{TITLES[images]}, held out, dB" for images in SETS}
     for row in rows.values():
         row |= {title: row.pop(images, None) for images, title in sets.items()}
     return markdown_table(list(rows.values()))
