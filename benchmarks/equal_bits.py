@@ -11,8 +11,8 @@ Set OMP_NUM_THREADS=1 for each of several processes.
 Names: looc-CxKxd is LooC with C codes of K codevectors of d channels per position (n_q = C d), euclidean distance and
 the rotation trick; looc-CxKxd-st passes gradients straight through, looc-CxKxd-cosine has cosine distance,
 looc-CxKxd-s2 has s = 2 and four times the rate; gsq-CxKxd; fsq-C and rfsq-C have levels (8, 5, 5), fsq-Cx16x16 has
-levels (16, 16); bsq-C and lfq-C with 8 bits per code; rq-C, simvq-C, pq-C and factorized with 256 codevectors per code.
-A latent position stands for 16 pixels.
+levels (16, 16); bsq-C and lfq-C with 8 bits per code; rq-C, simvq-C, pq-C, factorized and cvq with 256 codevectors per
+code. A latent position stands for 16 pixels.
 """
 
 from __future__ import annotations
@@ -25,72 +25,76 @@ from pathlib import Path
 import torch
 from results import RESULTS, add_result, circumstances, read_results
 from small_images import load_images
-from small_vqvae import Training, held_out_error, small_model, train
+from small_vqvae import annealed, held_out_error, small_model, train
 
 from looc_ldm import LooCQuantizer, baselines
 from looc_ldm.utils.errors import UserError, one_line_errors
 
 FILE = RESULTS / "equal_bits.jsonl"
 SETS = ("fashion_mnist", "cifar10")
-IMAGES, LEARNING_RATE = 120_000, 2e-3  # training images, with repeats, and the highest rate
+IMAGES = 120_000  # training images, with repeats
 MAIN = (  # 1, 4 and 8 codes of about 8 bits per position: 0.5, 2 and 4 bits per pixel
     *("looc-1x256x8-st", "gsq-1x256x8", "fsq-1", "bsq-1", "rq-1"),
     *("looc-4x256x3-st", "gsq-4x256x8", "fsq-4", "bsq-4", "rq-4"),
     *("looc-8x256x2", "gsq-8x256x4", "fsq-8", "bsq-8", "rq-8"),
 )
-# What follows the method in a name, after a hyphen.
-NAMES = {
-    "looc": r"\d+x\d+x\d+(-cosine)?(-s2)?(-st)?",
-    "gsq": r"\d+x\d+x\d+",
-    "fsq": r"\d+(x\d+)*",
-    **dict.fromkeys(("rfsq", "bsq", "lfq", "rq", "simvq", "pq"), r"\d+"),
-    "factorized": "",
-}
 WIDTH = 128  # channels of the latents if the quantizer projects to fewer by itself
+
+
+def looc(codes: int, codevectors: int, dim: int, *flags: str) -> LooCQuantizer:
+    return LooCQuantizer(
+        codes * dim,
+        codevectors,
+        dim,
+        interpolation_factor=2 if "s2" in flags else 1,
+        distance="cosine" if "cosine" in flags else "euclidean",
+        gradient="straight-through" if "st" in flags else "rotation",
+    )
+
+
+def gsq(codes: int, codevectors: int, dim: int) -> baselines.GroupSphericalQuantizer:
+    return baselines.GroupSphericalQuantizer(codes * dim, codevectors, dim)
+
+
+def fsq(codes: int, *levels: int) -> baselines.FiniteScalarQuantizer:
+    return baselines.FiniteScalarQuantizer(WIDTH, levels or (8, 5, 5), codes)
+
+
+def cvq() -> LooCQuantizer:
+    return LooCQuantizer(64, 256, 64, distance="cosine", codebook_update="gradient", gradient="straight-through")
+
+
+# By method: what follows it in a name, after a hyphen, and the quantizer of these numbers and flags.
+METHODS = {
+    "looc": (r"\d+x\d+x\d+(-cosine)?(-s2)?(-st)?", looc),
+    "gsq": (r"\d+x\d+x\d+", gsq),
+    "fsq": (r"\d+(x\d+)*", fsq),
+    "rfsq": (r"\d+", lambda codes: baselines.ResidualFiniteScalarQuantizer(WIDTH, (8, 5, 5), codes)),
+    "bsq": (r"\d+", lambda codes: baselines.BinarySphericalQuantizer(WIDTH, 8, codes)),
+    "lfq": (r"\d+", lambda codes: baselines.LookupFreeQuantizer(WIDTH, 8, codes)),
+    "rq": (r"\d+", lambda codes: baselines.ResidualQuantizer(WIDTH, 256, codes, kmeans_init=True)),
+    "simvq": (r"\d+", lambda codes: baselines.ResidualSimVQQuantizer(WIDTH, 256, codes)),
+    "pq": (r"\d+", lambda codes: baselines.ProductQuantizer(4 * codes, 256, 4)),
+    "factorized": ("", lambda: baselines.FactorizedQuantizer(WIDTH, 256, 8)),
+    "cvq": ("", cvq),
+}
 
 
 def make_quantizer(name: str) -> torch.nn.Module:
     """Return the quantizer of a name. Raises UserError for an unknown one."""
-    kind, _, rest = name.partition("-")
-    if not re.fullmatch(NAMES.get(kind, "unknown"), rest):
+    method, _, rest = name.partition("-")
+    pattern, make = METHODS.get(method, (None, None))
+    if pattern is None or not re.fullmatch(pattern, rest):
         raise UserError(f"no quantizer {name!r}, see --help.")
-    codes, *more = [int(size) for size in re.findall(r"\d+", rest.partition("-")[0])] or [1]
-    if kind == "looc":
-        return LooCQuantizer(
-            codes * more[1],
-            *more,
-            interpolation_factor=1 + ("-s2" in rest),
-            distance="cosine" if "-cosine" in rest else "euclidean",
-            gradient="straight-through" if "-st" in rest else "rotation",
-        )
-    return {
-        "gsq": lambda: baselines.GroupSphericalQuantizer(codes * more[1], *more),
-        "fsq": lambda: baselines.FiniteScalarQuantizer(WIDTH, more or (8, 5, 5), codes),
-        "rfsq": lambda: baselines.ResidualFiniteScalarQuantizer(WIDTH, (8, 5, 5), codes),
-        "bsq": lambda: baselines.BinarySphericalQuantizer(WIDTH, 8, codes),
-        "lfq": lambda: baselines.LookupFreeQuantizer(WIDTH, 8, codes),
-        "rq": lambda: baselines.ResidualQuantizer(WIDTH, 256, codes, kmeans_init=True),
-        "simvq": lambda: baselines.ResidualSimVQQuantizer(WIDTH, 256, codes),
-        "pq": lambda: baselines.ProductQuantizer(4 * codes, 256, 4),
-        "factorized": lambda: baselines.FactorizedQuantizer(WIDTH, 256, 8),
-    }[kind]()
+    sizes, *flags = rest.split("-")
+    return make(*map(int, re.findall(r"\d+", sizes)), *flags)
 
 
 def run(images: str, name: str, seed: int, options: argparse.Namespace) -> dict:
     """Train and measure one quantizer, and return its line."""
     pixels = load_images(images, options.data, "train")
     channels, side = pixels.shape[1], pixels.shape[-1]
-    training = Training(
-        options.images,
-        batch_size=16,
-        learning_rate=LEARNING_RATE,
-        warm_up_steps=1250,
-        decay_to=0.0,
-        max_grad_norm=1.0,
-        bf16=True,
-        seed=seed,
-    )
-
+    training = annealed(options.images, seed)
     started_with = circumstances("cpu")  # a checkout may change during a training
     checkpoint = options.work / f"{images}_{name}_{seed}_{options.images}.pt"
     model, outcome = train(
@@ -110,7 +114,7 @@ def run(images: str, name: str, seed: int, options: argparse.Namespace) -> dict:
         "seed": seed,
         "psnr": 10 * math.log10(4 / mse),
         "images": options.images,
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": training.learning_rate,
         "validation_psnr": 10 * math.log10(4 / outcome["validation_mse"]),
         "chosen_at_images": outcome["chosen_at_images"],
         "minutes": outcome["seconds"] / 60,

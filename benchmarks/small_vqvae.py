@@ -44,10 +44,19 @@ class Training:
     def steps(self) -> int:
         return math.ceil(self.images / self.batch_size)
 
+    @property
+    def is_annealed(self) -> bool:
+        return self.decay_to < 1
+
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 1."""
         warm_up = min(1.0, step / self.warm_up_steps) if self.warm_up_steps else 1.0
         return self.learning_rate * warm_up * (1 - (1 - self.decay_to) * (step / self.steps))
+
+
+def annealed(images: int, seed: int = Training.seed) -> Training:
+    """Return a training that reaches more with few images: small batches, and a high rate that falls to 0."""
+    return Training(images, 16, 2e-3, warm_up_steps=1250, decay_to=0.0, max_grad_norm=1.0, bf16=True, seed=seed)
 
 
 def train(

@@ -15,18 +15,19 @@ from looc_ldm.baselines import ProductQuantizer, StochasticQuantizer, gaussian_l
 
 N_Q = 128  # channels of the latents in LooC's tables
 PUBLISHED = {"distance": "cosine", "codebook_update": "gradient", "gradient": "straight-through"}
-DEFAULT = {"distance": "cosine", "codebook_update": "ema", "gradient": "rotation"}  # see docs/quantizer_recipes.md
+EMA = {"codebook_update": "ema", "gradient": "rotation"}
 # Suffix of a LooC row's name: settings that differ from the published ones, and their name for readers.
 VARIANTS = {
     "": ({}, "published rule"),
     "-no-revival": ({"anchor": "none"}, "published rule without revival"),
     "-rotation": ({"gradient": "rotation"}, "published rule, rotation trick"),
     "-ema": ({"codebook_update": "ema"}, "moving average"),
-    "-ema-rotation": (DEFAULT, "moving average, rotation trick (the default)"),
+    "-ema-rotation": (EMA, "moving average, rotation trick"),
+    "-default": ({**EMA, "distance": "euclidean"}, "the package's defaults"),  # see docs/quantizer_recipes.md
     # 32 times 0.25: the weight that PQ's encoder sees, because the published loss of PQ is a sum over 32 codebooks.
     "-commitment8": ({"commitment_weight": 8.0}, "published rule, commitment 8"),
     "-ema-rotation-commitment8": (
-        {**DEFAULT, "commitment_weight": 8.0},
+        {**EMA, "commitment_weight": 8.0},
         "moving average, rotation trick, commitment 8",
     ),
 }

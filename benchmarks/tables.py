@@ -3,6 +3,7 @@
     python benchmarks/tables.py 5 --data FOLDER                      a whole table on all three sets
     python benchmarks/tables.py 1 --row looc-32x4 --sets cifar10 --data FOLDER
     python benchmarks/tables.py 5 --data FOLDER --images 60000 --batch-size 16        one epoch, without a GPU
+    python benchmarks/tables.py 5 --data FOLDER --images 600000 --annealed            as equal_bits.py trains
     python benchmarks/tables.py all --list | xargs -P 8 -L 1 python benchmarks/tables.py all --data FOLDER
                                                                      every row, eight at a time on one GPU
     python benchmarks/tables_page.py                                 tables of docs/tables.md
@@ -27,7 +28,7 @@ from pathlib import Path
 import torch
 from results import RESULTS, ROOT, add_result, circumstances, read_results
 from small_images import COUNTS, SETS, check_files, load_images
-from small_vqvae import EPOCHS, Training, small_model, train
+from small_vqvae import EPOCHS, Training, annealed, small_model, train
 from table_rows import ROWS, TABLES, Row
 
 from looc_ldm.images.pixels import to_float
@@ -57,7 +58,8 @@ def load_networks(options: argparse.Namespace) -> dict:
 
 def training_of(images: str, options: argparse.Namespace) -> Training:
     """Return the settings of the command line for a set of images."""
-    return Training(options.images or EPOCHS * COUNTS[images], options.batch_size, seed=options.seed)
+    count = options.images or EPOCHS * COUNTS[images]
+    return annealed(count, options.seed) if options.annealed else Training(count, options.batch_size, seed=options.seed)
 
 
 def run_row(row: Row, images: str, training: Training, networks: dict, options: argparse.Namespace) -> dict:
@@ -95,8 +97,9 @@ def run_row(row: Row, images: str, training: Training, networks: dict, options: 
 
 def flags_of(training: Training) -> list[str]:
     """Return the settings that are not the published ones as options of the command line."""
-    changed = {name: value for name, value in asdict(training).items() if value != getattr(Training(1), name)}
-    return [f"--{name.replace('_', '-')} {value}" for name, value in changed.items()]
+    kind, flags = (annealed(1), ["--annealed"]) if training.is_annealed else (Training(1), [])
+    changed = {name: value for name, value in asdict(training).items() if value != getattr(kind, name)}
+    return flags + [f"--{name.replace('_', '-')} {value}" for name, value in changed.items()]
 
 
 def parse() -> argparse.Namespace:
@@ -116,15 +119,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--inception-weights", type=Path, help="torch-fidelity's file; without it no rFID")
     group = parser.add_argument_group("training", "The defaults are the published settings.")
     group.add_argument("--images", type=int, help=f"training images to see; None: {EPOCHS} epochs")
-    group.add_argument("--batch-size", type=int, default=Training.batch_size, help="images per step")
+    kind = group.add_mutually_exclusive_group()
+    kind.add_argument("--batch-size", type=int, default=Training.batch_size, help="images per step")
+    kind.add_argument("--annealed", action="store_true", help="train as equal_bits.py does, in batches of 16")
     group.add_argument("--seed", type=int, default=Training.seed, help="of weights and order")
     options = parser.parse_args()
     rows = dict.fromkeys(options.row or TABLES[options.table])
     outside = [row for row in rows if row not in TABLES[options.table]]
     if outside:
         parser.error(f"table {options.table} has the rows {', '.join(TABLES[options.table])}, not {outside[0]!r}")
-    if options.batch_size < 1 or (options.images is not None and options.images < options.batch_size):
-        parser.error(f"--images {options.images} must be at least one batch of --batch-size {options.batch_size}")
+    batch = annealed(1).batch_size if options.annealed else options.batch_size
+    if batch < 1 or (options.images is not None and options.images < batch):
+        parser.error(f"--images {options.images} must be at least one batch of --batch-size {batch}")
     options.jobs = [(ROWS[row], images) for images in dict.fromkeys(options.sets) for row in rows]
     return options
 

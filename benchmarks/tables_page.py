@@ -10,22 +10,22 @@ from collections import defaultdict
 from dataclasses import asdict
 
 from results import DOCS, RESULTS, fill, markdown_table, read_results
-from small_vqvae import Training
+from small_vqvae import Training, annealed
 from table_rows import PAPER_ROWS, TABLES
 from tables import load_paper
 
 SETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+FIGURES = {"psnr": ("PSNR, dB", ".2f"), "lpips_vgg": ("LPIPS", ".4f"), "ssim": ("SSIM", ".4f"), "l1": ("L1", ".4f")}
 
 
 def paper_table(results: list[dict], paper: dict) -> str:
     """Return PSNR of the paper's rows under its protocol: ours, the paper's, and the difference."""
-    published = {row: paper[table][name] for table in PAPER_ROWS for row, name in PAPER_ROWS[table].items()}
-    recipes = {row: published["-".join(row.split("-")[:2])] for row in TABLES["recipes"]}
+    published, recipes = of_the_paper(paper)
     ffhq = {row: {} for table in ("6", "7") for row in TABLES[table]}  # the paper measured these on other images
     stated = ffhq | recipes | published
     groups = defaultdict(dict)
     for result in results:
-        if result["row"] in stated and "seed" not in words(result):
+        if result["row"] in stated and "seed" not in words(result) and "annealed" not in words(result):
             groups[result["row"], words(result)][result["set"]] = result
     order = [*published, *recipes, *ffhq]
     lines = []
@@ -40,6 +40,30 @@ def paper_table(results: list[dict], paper: dict) -> str:
             line[f"{title}, difference"] = None if None in (ours, theirs) else f"{ours - theirs:+.2f}"
         lines.append(line)
     return markdown_table(lines, align_left=2)
+
+
+def of_the_paper(paper: dict) -> tuple[dict, dict]:
+    """Return the paper's figures by our rows: of its own rows, and of the same sizes with rules that it has not."""
+    published = {row: paper[table][name] for table in PAPER_ROWS for row, name in PAPER_ROWS[table].items()}
+    return published, {row: published["-".join(row.split("-")[:2])] for row in TABLES["recipes"]}
+
+
+def level_table(results: list[dict], paper: dict) -> str:
+    """Return all figures of the annealed trainings beside the paper's, under its protocol."""
+    published, recipes = of_the_paper(paper)
+    stated, lines = published | recipes, []
+    for result in sorted(results, key=lambda result: (list(SETS).index(result["set"]), result["row"])):
+        if "annealed" not in words(result):
+            continue
+        theirs = stated[result["row"]][result["set"]]
+        line = {"images": SETS[result["set"]], "row": result["method"], "training": words(result)}
+        line["bits per pixel"] = rate(result)
+        for name, (title, digits) in FIGURES.items():
+            ours = result["paper"].get(name)  # no LPIPS without its weights
+            line[f"{title}, ours"] = None if ours is None else format(ours, digits)
+            line[f"{title}, the paper's"] = format(theirs[name], digits)
+        lines.append(line)
+    return markdown_table(lines, align_left=3)
 
 
 def seeds_table(results: list[dict]) -> str:
@@ -69,10 +93,12 @@ def codecs_table(codecs: list[dict]) -> str:
 
 
 def words(result: dict) -> str:
-    """Return the training of a result, without settings that are published."""
-    training, published = result["training"], asdict(Training(1))
-    changed = [name for name in training if name != "images" and training[name] != published[name]]
-    return ", ".join([f"{training['images']:,} images", *(f"{n.replace('_', ' ')} {training[n]}" for n in changed)])
+    """Return the training of a result, without settings that are published, or those of the annealed training."""
+    training = result["training"]
+    is_annealed = Training(**training).is_annealed
+    usual = asdict(annealed(1) if is_annealed else Training(1))
+    changed = [f"{n.replace('_', ' ')} {training[n]}" for n in usual if n != "images" and training[n] != usual[n]]
+    return ", ".join([f"{training['images']:,} images", *["annealed"] * is_annealed, *changed])
 
 
 def rate(result: dict) -> str:

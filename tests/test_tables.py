@@ -256,9 +256,11 @@ def test_a_row_leaves_a_result_once_and_its_command_repeats_it(run, tmp_path, mo
     printed = capsys.readouterr().out
     assert f"{result['clean']['psnr']:.2f} clean, {result['paper']['psnr']:.2f} protocol paper" in printed
     assert run(*arguments, "--seed", "43") == ["train", "test"]
-    _, second = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert run(*arguments[:5], "--annealed", "--device", "cpu") == ["train", "test"]
+    _, second, annealed = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert second["curve"] != result["curve"]
-    for found in (result, second):
+    assert annealed["training"] == asdict(small_vqvae.annealed(32))
+    for found in (result, second, annealed):
         monkeypatch.setattr("sys.argv", shlex.split(found["command"])[1:])
         options = tables.parse()
         assert [(row.name, images) for row, images in options.jobs] == [("looc-32x4", "mnist")]
@@ -269,6 +271,7 @@ def test_a_row_leaves_a_result_once_and_its_command_repeats_it(run, tmp_path, mo
     ("arguments", "message"),
     [
         (["--row", "vq-512x64"], "table 5 has the rows looc-16x4, looc-24x4,"),
+        (["--annealed"], "not allowed with argument"),
         (["--batch-size", "64"], "--images 16 must be at least one batch of --batch-size 64"),
         (["--data", "nowhere"], "no train-images-idx3-ubyte or train-images-idx3-ubyte.gz in 'nowhere/mnist'"),
         (["--lpips-vgg-weights", "nowhere.pth", "--data", "images"], "nowhere.pth"),
@@ -287,6 +290,29 @@ def test_bad_input_is_refused_before_a_training(tmp_path, monkeypatch, capsys, a
     assert exit.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_equal_bits_measures_the_test_images_once_per_quantizer_set_and_seed(tmp_path, monkeypatch):
+    read = []
+
+    def load_images(name, root, split):
+        read.append(split)
+        return noise(40) if split == "train" else noise(20, seed=1)
+
+    monkeypatch.setattr(equal_bits, "load_images", load_images)
+    arguments = "--sets fashion_mnist --quantizers fsq-1 --seeds 3 --images 32 --results a.jsonl --work checkpoints"
+    monkeypatch.setattr("sys.argv", ["equal_bits.py", *arguments.split()])
+    monkeypatch.chdir(tmp_path)
+    errors = iter([0.04, 0.01])  # of the held-out and of the test images
+    monkeypatch.setattr(small_vqvae, "held_out_error", lambda model, pixels: next(errors))
+    monkeypatch.setattr(equal_bits, "held_out_error", lambda model, pixels: next(errors) if len(pixels) == 20 else None)
+    for _ in range(2):
+        equal_bits.main()
+    assert read == ["train", "test"]
+    (line,) = read_results(tmp_path / "a.jsonl")
+    assert (line["set"], line["quantizer"], line["seed"], line["images"]) == ("fashion_mnist", "fsq-1", 3, 32)
+    assert line["bits_per_pixel"] == pytest.approx(math.log2(200) / 16)
+    assert (line["validation_psnr"], line["psnr"]) == pytest.approx((20, 10 * math.log10(400)))
 
 
 def test_images_are_read_packed_and_unpacked(tmp_path):
@@ -325,7 +351,7 @@ def result_of(row: str, psnr: float, rate: float, **training) -> dict:
         "set": "mnist",
         "training": asdict(settings),
         "clean": {"psnr": psnr, "bits_per_pixel": rate},
-        "paper": {"psnr": psnr - 1},
+        "paper": {"psnr": psnr - 1, "ssim": 0.9, "l1": 0.1},
     }
 
 
@@ -370,6 +396,19 @@ def test_every_row_is_compared_with_the_papers_figure_of_its_size():
         ("60,000 images, batch size 16, learning rate 0.001", "31.00", "35.15", "-4.15"),
         ("60,000 images, batch size 16", "32.00", "35.15", "-3.15"),
     ]
+
+
+def test_annealed_trainings_have_a_table_of_their_own():
+    paper = load_paper()["tables"]
+    results = [result_of("looc-32x4", 30.0, 10.0), result_of("looc-32x4-default", 36.0, 10.0, decay_to=0.0)]
+    (line,) = cells(tables_page.level_table(results, paper))
+    assert line[:3] == [
+        "MNIST",
+        "LooC 32×4, s=1, the package's defaults",
+        "60,000 images, annealed, learning rate 0.0003, warm up steps 0, max grad norm None, bf16 False",
+    ]
+    assert line[3:] == ["10", "35.00", "35.15", "", "0.0083", "0.9000", "0.9961", "0.1000", "0.0082"]
+    assert len(cells(tables_page.paper_table(results, paper))) == 1
 
 
 def test_seeds_are_averaged_and_longer_trainings_are_left_out(tmp_path, monkeypatch):
