@@ -79,7 +79,7 @@ class ReconstructionMetricOptions(InceptionOptions):
     """
 
     metrics: list[str] | None = option("Any of psnr, ssim, l1, lpips_vgg, lpips_alex, rfid and kid; or all.", None)
-    protocol: str = option("clean: usual SSIM and FID of floats; paper: as in the LooC paper, of JPEGs.", "clean")
+    protocol: str = option("clean: usual SSIM and FID; paper: as in the LooC paper, of JPEGs.", "clean")
     lpips_vgg_weights: Path | None = option("torchvision's VGG16, .safetensors or .pth.", None)
     lpips_alex_weights: Path | None = option("torchvision's AlexNet, .safetensors or .pth.", None)
 

@@ -154,7 +154,7 @@ class _Tabs:
             alphas = [layer.getchannel("A").resize(image.size, Image.Resampling.BOX) for layer in painted["layers"]]
             mask = functools.reduce(ImageChops.lighter, alphas, Image.new("L", image.size))
             if mask.getbbox() is None:
-                raise UserError("Nothing is painted: paint over the part that is to be drawn anew.")
+                raise UserError("Nothing is painted: paint over the part to redraw.")
             mask = mask.point(lambda share: 255 if share else 0)
             pipe = LooCLDMInpaintPipeline.from_pipe(self.pipe)
             return enlarge(pipe(image, mask, **self._call(name, scale, steps, seed, 1, progress)).images[0])

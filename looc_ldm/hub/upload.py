@@ -182,7 +182,7 @@ def repository_files(folder: Path, repo_id: str, **card_options) -> dict[str, Pa
     contents = _records_and_code(folder)
     for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         path = file.relative_to(folder)
-        if path.as_posix() in contents or file.name == CODE_FILE:  # made anew
+        if path.as_posix() in contents or file.name == CODE_FILE:  # made again
             continue
         if any(part.startswith(".") or part in NOT_PUSHED for part in path.parts):
             continue

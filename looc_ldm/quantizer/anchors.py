@@ -89,7 +89,7 @@ def draw_by_similarity(
             break
     score = torch.where(found, math.log(len(vectors)) + highest - time.log(), -torch.inf)
     if on_cpu and not found.all():
-        # The clock has no memory: what has not rung yet starts anew at the time that has passed.
+        # The clock has no memory: what has not rung yet starts over at the time that has passed.
         missing = (~found).nonzero()[:, 0]
         later, rows = _draw_from_all(vectors, codebook[missing], distance)
         passed = time[missing].log() - math.log(len(vectors)) - highest

@@ -58,7 +58,7 @@ class Query(NamedTuple):
 
 
 def nearest_codevectors(
-    vectors: torch.Tensor, codebook: torch.Tensor, distance: str = "cosine", anchor: str = "none"
+    vectors: torch.Tensor, codebook: torch.Tensor, distance: str, anchor: str = "none"
 ) -> SearchResult:
     """Return the index of the nearest codevector for each vector, and the anchors that revival asks for.
 

@@ -76,7 +76,7 @@ class RunConfig:
         output_dir: Folder of checkpoints, logs, grids and the final model.
         init_from: Folder or hub id of a finished model of this stage to start from, instead of random weights; or the
             folder of a run, whose newest checkpoint has live and averaged weights. The networks are taken from it.
-            Optimizers and the PatchGAN start anew.
+            Optimizers and the PatchGAN start over.
         seed: Seed of initial weights and of all randomness in training.
         total_images: Images to train on, repeats counted.
         batch_size: Images per optimizer step, over all processes and accumulation steps.

@@ -76,7 +76,7 @@ class CacheLatents(DeviceOptions):
 class InceptionOptions(Options):
     """Inception network"""
 
-    inception_weights: Path | None = option("torch-fidelity's file. If not given and needed, downloaded.", None)
+    inception_weights: Path | None = option("torch-fidelity's file.", None)
     feature_layer: Literal["64", "192", "768", "2048"] = option("Layer; only 2048 is the published FID.", "2048")
 
 

@@ -29,7 +29,7 @@ class DataError(UserError):
 class UnreadableImage(DataError):
     """One image, called `name`, cannot be decoded."""
 
-    def __init__(self, message: str, name: str = ""):  # a loader raises errors of its workers anew from the message
+    def __init__(self, message: str, name: str = ""):  # a loader raises errors of its workers again, from the message
         super().__init__(message)
         self.name = name
 

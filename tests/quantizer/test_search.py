@@ -288,6 +288,6 @@ def test_the_precision_the_user_chose_comes_back_after_an_error():
     torch.set_float32_matmul_precision("medium")
     chosen = precisions()
     with pytest.raises(RuntimeError, match="shapes"):
-        nearest_codevectors(torch.randn(10, 39), torch.randn(5, 40))
+        nearest_codevectors(torch.randn(10, 39), torch.randn(5, 40), "euclidean")
     assert precisions() == chosen
     assert torch.get_float32_matmul_precision() == "medium"
