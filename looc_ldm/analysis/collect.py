@@ -124,7 +124,7 @@ def collect(
             if size is None:
                 size = tuple(batch.shape[-2:])
                 sampled, vectors_each = _draw(images, batch[0].numel(), indices[0].numel(), random)
-            counter.update(indices, segments)
+            counter.update(indices)
             original, reconstruction = (
                 (centre_crop(x.to(model.device), content_size).clamp(-1, 1) + 1) / 2 for x in (batch, decoded)
             )

@@ -36,7 +36,7 @@ def compared_with_codecs(findings: Findings) -> dict:
     }
 
 
-def draw_rate(findings: Findings, compared: dict) -> Drawing:
+def draw_rate(compared: dict) -> Drawing:
     """Draw rate and distortion of the model, of each image, and of codecs."""
     with style():
         figure = new_figure(3.7)

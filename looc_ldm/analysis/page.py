@@ -36,7 +36,7 @@ def analyze(findings: Findings, seed: int = 0) -> tuple[list[Drawing], dict]:
     compared = compared_with_codecs(findings)
     of_segments = [draw_segment_use, draw_sharing] if len(findings.statistics.counts) > 1 else []
     drawings = [draw(findings) for draw in (draw_use, *of_segments)]
-    drawings += [draw_embedding(findings, seed), draw_rate(findings, compared)]
+    drawings += [draw_embedding(findings, seed), draw_rate(compared)]
     drawings += [draw_error_map(findings), draw_examples(findings)]
     return drawings, numbers(findings, compared)
 

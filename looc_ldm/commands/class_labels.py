@@ -34,7 +34,8 @@ def class_folders(names: Mapping[int, str]) -> dict[int, str]:
 def labels_to_draw(pipe, reference, count: int) -> tuple[list[int | None], torch.Tensor | None]:
     """Return a class for each of `count` samples.
 
-    If the reference has the model's classes, each gets its share of the reference, else all get equal shares.
+    If all images of the reference have one of the model's classes, each class gets its share of the reference, else all
+    get equal shares.
 
     Returns:
         The pipeline's labels, None for no class; and, if they come from the reference, their numbers there.
@@ -42,7 +43,8 @@ def labels_to_draw(pipe, reference, count: int) -> tuple[list[int | None], torch
     if not pipe.num_class_embeds:
         return [None] * count, None
     own = [label for label in range(pipe.num_class_embeds) if label != pipe.config.null_class_label]
-    label_of = None if reference.labels is None else _labels_of_pipe(pipe, own, reference)
+    all_have_one = reference.labels is not None and bool((reference.labels >= 0).all())
+    label_of = _labels_of_pipe(pipe, own, reference) if all_have_one else None
     if label_of is None:
         return [own[i * len(own) // count] for i in range(count)], None
     # From places at even distances: samples and reference then have the same share of each class.
@@ -73,6 +75,8 @@ def compared_labels(samples, reference, drawn_from: torch.Tensor | None) -> tupl
     for images, side in ((samples, "samples have"), (reference, "reference has")):
         if images.labels is None:
             raise UserError(f"class_fid: the {side} no classes: give it one sub-folder per class.")
+        if (images.labels < 0).any():
+            raise UserError(f"class_fid: the {side} images without a class.")
     if drawn_from is not None:
         return drawn_from, reference.labels
     if isinstance(samples, DrawnImages):

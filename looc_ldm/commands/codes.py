@@ -113,7 +113,7 @@ def _encode_data_set(options: Encode) -> None:
         if own_size:
             found = read_pixels(stored.content, stored.name, model.config.in_channels)
         else:
-            found = images[index][0].permute(1, 2, 0).numpy()
+            found = images.to_item(stored)[0].permute(1, 2, 0).numpy()
         name = f"{images.config.split}/{index:08d}.png"
         if isinstance(stored.content, str) and Path(stored.content).is_relative_to(folder):
             name = Path(stored.content).relative_to(folder).as_posix()

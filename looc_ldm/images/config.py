@@ -36,7 +36,7 @@ class DataConfig:
             box filters while the shorter side is at least twice the resolution, resized (bicubic), cropped at the
             centre.
             `pad`: an image that is smaller than the resolution is put in the centre of a black one.
-        flip: Mirror every second image, at random. Training only.
+        flip: Mirror each image with probability 1/2. Training only.
         num_workers: Processes that load images, for each training process.
         max_unreadable_share: Share of the images that may be unreadable. A warning names each, and the next
             readable image takes its place; when there are more, the run stops.

@@ -89,7 +89,7 @@ class ImageReader:
             DataError: `fit` is `pad`, and the image differs in size from the other images.
         """
         if self.needs_labels and stored.label < 0:
-            raise UnreadableImage(f"{stored.name} has no label", stored.name)
+            raise UnreadableImage(f"{stored.name} has no label")
         image = self.decode(stored)
         if self.content_size not in (None, image.size[::-1]):
             height, width = self.content_size

@@ -76,7 +76,7 @@ def read_bytes(content: bytes | str | Path | None, name: str) -> bytes:
         DataError: The machine or the network fails: a broken disk, too many open files, no permission.
     """
     if content is None:
-        raise UnreadableImage(f"{name} is missing.", name)
+        raise UnreadableImage(f"{name} is missing.")
     if isinstance(content, bytes):
         return content
     try:
@@ -85,7 +85,7 @@ def read_bytes(content: bytes | str | Path | None, name: str) -> bytes:
                 return file.read()
         return Path(content).read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise UnreadableImage(f"cannot read {name}: {one_line(error)}", name) from None
+        raise UnreadableImage(f"cannot read {name}: {one_line(error)}") from None
     except MemoryError:
         raise
     except Exception as error:  # network errors have no common base
@@ -116,7 +116,7 @@ def read_image(content: bytes | str | Path | None, mode: str, name: str) -> Imag
         raise
     except Exception as error:  # errors of decoders on damaged files have no common base
         reason = one_line(error)
-    raise UnreadableImage(f"cannot read {name}: {reason}", name)
+    raise UnreadableImage(f"cannot read {name}: {reason}")
 
 
 def as_shown(image: Image.Image, mode: str, background: str = "white") -> Image.Image:

@@ -73,13 +73,8 @@ class InceptionFeatures:
         return int(self.layer)
 
     def check(self) -> None:
-        """Load the network and run it once. Raises ValueError also if `layer` or the logits are not finite."""
-        found = self.load("cpu")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-        source = self.weights if self.weights is not None else "The downloaded file"
-        for name, values in found.items():
-            if not values.isfinite().all():
-                missing = f"layer {self.layer}: its features" if name == "features" else "the logits: they"
-                raise ValueError(f"{source} does not hold {missing} are not finite.")
+        """Load the network."""
+        self.load("cpu")
 
     def identity(self) -> dict[str, str | int | bool | None]:
         """Return the facts that identify the features, for results and stored statistics.
@@ -100,7 +95,11 @@ class InceptionFeatures:
         }
 
     def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
-        """Return the function of images to "features" `(B, dim)` and, if `logits`, "logits" `(B, 1008)`."""
+        """Return the function of images to "features" `(B, dim)` and, if `logits`, "logits" `(B, 1008)`.
+
+        Raises:
+            FileNotFoundError, ValueError: There are no such weights, or they lack `layer` or the logits.
+        """
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         layers = [self.layer, "logits_unbiased"] if self.logits else [self.layer]
@@ -122,6 +121,11 @@ class InceptionFeatures:
                         found = network(images.to(device))
                 return dict(zip(names, found, strict=True))
 
+        source = self.weights if self.weights is not None else "The downloaded file"
+        for name, values in features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).items():
+            if not values.isfinite().all():
+                missing = f"layer {self.layer}: its features" if name == "features" else "the logits: they"
+                raise ValueError(f"{source} does not hold {missing} are not finite.")
         return features
 
 

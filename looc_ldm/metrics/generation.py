@@ -41,9 +41,7 @@ class Metric:
     # value per figure.
     measure: Callable[[Features, Features | None, Mapping[int, str] | None, Features | None], tuple]
     vectors: bool = False  # whether it needs the features themselves, not only their moments
-    labels: bool = False  # whether it needs the classes of both sides
     logits: bool = False  # whether it needs the logits of the generated images, and no reference
-    training: bool = False  # whether it needs the model's training images
     least: int = 2  # smallest number of images on each side
 
 
@@ -83,10 +81,8 @@ METRICS = {
     "kid": Metric("inception", ("kid@{}", "kid_std@{}"), _between_vectors(kid), vectors=True),
     "is": Metric("inception", ("is", "is_std"), lambda x, *_: inception_score(x.logits), logits=True, least=SPLITS),
     "precision_recall": Metric("inception", ("precision@{}", "recall@{}"), **_precision_recall),
-    "class_fid": Metric("inception", ("class_fid@{}", "class_fid_classes", "class_fid"), _class_fid, True, True),
-    "memorization": Metric(
-        "inception", ("copies@{}", "copies_held_out@{}", "memorization"), _memorization, vectors=True, training=True
-    ),
+    "class_fid": Metric("inception", ("class_fid@{}", "class_fid_classes", "class_fid"), _class_fid, True),
+    "memorization": Metric("inception", ("copies@{}", "copies_held_out@{}", "memorization"), _memorization, True),
     "fd@dinov2": Metric("dinov2", ("fd@{}",), _frechet),
     "kd@dinov2": Metric("dinov2", ("kd@{}", "kd_std@{}"), _between_vectors(kid), vectors=True),
     "precision_recall@dinov2": Metric("dinov2", ("precision@{}", "recall@{}"), **_precision_recall),
@@ -220,7 +216,6 @@ def evaluate_generation(
     for name in needed:
         if name not in networks:
             raise ValueError(f"networks must hold {name!r}, which {', '.join(metrics)} need.")
-        networks[name].check()
     if "is" in metrics and not networks["inception"].logits:
         raise ValueError("is needs InceptionFeatures(..., logits=True).")
     if "memorization" in metrics and training is None:

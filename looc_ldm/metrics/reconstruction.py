@@ -96,7 +96,6 @@ def evaluate_reconstruction(
     }
     collectors = []
     if features is not None:
-        features.check()
         network = features.load(model.device)
         collectors = [FeatureCollector(keep_vectors="kid" in chosen) for _ in ("originals", "reconstructions")]
     totals = _Totals()

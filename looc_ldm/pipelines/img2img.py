@@ -89,7 +89,7 @@ class LooCLDMImg2ImgPipeline(LooCLDMPipeline):
         """Raise ValueError for arguments of `__call__` that do not fit the model."""
         super().check_inputs(**call)
         steps = call["num_inference_steps"]
-        if not 1 <= int(steps * strength) <= steps:
+        if strength > 1 or int(steps * strength) < 1:
             raise ValueError(f"strength must be at most 1 and leave one of {steps} steps, got {strength!r}.")
         if isinstance(self.scheduler, NOT_MIDWAY):
             raise ValueError(

@@ -399,9 +399,7 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
 
     def finish(self, images: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         """Convert images `(n, C, H, W)` in [-1, 1], or latents, to `output_type`; release offloaded models."""
-        if output_type == "latent":
-            images = images.to(self.unet.dtype)
-        else:
+        if output_type != "latent":
             images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

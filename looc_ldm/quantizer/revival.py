@@ -211,7 +211,7 @@ class RevivedCodebook(nn.Module):
             # Saved by a different vector quantizer: its codevectors must not count as unused.
             state_dict[f"{prefix}usage"] = torch.full_like(codebook[:, 0], 1 / len(codebook))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._collected = None
+        self.discard()
 
     def _apply(self, fn, recurse: bool = True):
         """Follow `.to(device)`, but not `.half()` or `.to(dtype)`: codebook and usage stay float32."""
@@ -222,5 +222,6 @@ class RevivedCodebook(nn.Module):
 
         super()._apply(move, recurse)
         if self._collected is not None and self._collected.counts.device != self.usage.device:
-            self._collected = self._nonfinite = None  # collected on the previous device
+            self.discard()  # collected on the previous device
+            self._nonfinite = None
         return self

@@ -103,7 +103,7 @@ class Checkpoints:
                 continue
             for name, now in self.fixed_settings.items():
                 if state[name] != now:
-                    raise ConfigError(f"checkpoint '{path}' has {name}={state[name]}, this start {now}: keep to one.")
+                    raise ConfigError(f"checkpoint '{path}' has {name}={state[name]}, not {now}: resume as before.")
             if mismatch := provenance_mismatch(state["made_from"], self.provenance):
                 raise ConfigError(f"checkpoint {str(path)!r} {mismatch}.")
             return path, state

@@ -87,10 +87,9 @@ def train(config: DiffusionConfig) -> Path:
     else:
         denoiser = Denoiser.from_config(config, vqvae, len(classes))
     scheduler = make_scheduler(config.scheduler)
-    if config.preview_steps > scheduler.config.num_train_timesteps:
-        timesteps = scheduler.config.num_train_timesteps
-        raise ConfigError(f"preview_steps must be in [1, {timesteps}], got {config.preview_steps}.")
     objective = Objective.from_config(config, scheduler)
+    if config.preview_steps > objective.num_timesteps:
+        raise ConfigError(f"preview_steps must be in [1, {objective.num_timesteps}], got {config.preview_steps}.")
 
     # 2. Devices, processes, precision; latents; the newest checkpoint
     run = Run(config, result="pipeline")

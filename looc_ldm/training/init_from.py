@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors.torch import load_file
 
 from looc_ldm.models.autoencoder import LooCVQModel
@@ -22,8 +23,9 @@ from looc_ldm.pipelines.loading import load_pipeline
 from looc_ldm.training.checkpoints import EMA_FILE, checkpoints_in, images_of, read_state
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import construct, load_config
-from looc_ldm.training.denoiser import Denoiser
+from looc_ldm.training.denoiser import Denoiser, make_scheduler
 from looc_ldm.training.latent_fingerprint import class_names_digest
+from looc_ldm.training.objectives import Objective
 from looc_ldm.utils.errors import ConfigError, ModelError, one_line
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ class Start:
 
     Attributes:
         settings: The config of that run.
-        live, averaged: Weights by name. FSDP checkpoints hold sharded live weights; there, `live` equals `averaged`.
+        live, averaged: Weights by name.
         images: Images that these were trained on.
         class_names: Digest of the names of its classes; None for streamed data.
     """
@@ -74,12 +76,12 @@ def newest_weights(config: AutoencoderConfig | DiffusionConfig) -> Start | None:
         raise ModelError(f"init_from={config.init_from!r} is a run without checkpoints.")
     newest = max(checkpoints, key=images_of)
     state = read_state(newest)
-    averaged, file = load_file(newest / EMA_FILE), newest / "model.safetensors"
-    live = load_file(file) if file.is_file() else averaged
+    file, of_fsdp = newest / "model.safetensors", newest / f"{FSDP_MODEL_NAME}.bin"
+    live = load_file(file) if file.is_file() else torch.load(of_fsdp, map_location="cpu", weights_only=True)
     return Start(
         settings=load_config(type(config), str(run / "config.yaml")),
         live={name.removeprefix("module."): tensor for name, tensor in live.items()},  # DDP's prefix
-        averaged=averaged,
+        averaged=load_file(newest / EMA_FILE),
         images=state["images_seen"] + state.get("earlier_images", 0),
         class_names=(state["made_from"] or {}).get("data", {}).get("names of classes"),
     )
@@ -152,8 +154,12 @@ def _of_run(start: Start, vqvae: LooCVQModel, classes: list[str]) -> _Trained:
         denoiser.load_state_dict(start.live)
     except RuntimeError as error:  # latents of other channels
         raise ModelError(f"the weights of the run do not fit the autoencoder: {one_line(error)[:300]}") from None
-    prediction = settings.scheduler.get("prediction_type", "epsilon")
-    return _Trained(denoiser.unet, denoiser.class_embedding, prediction, before, denoiser.null_label)
+    return _Trained(denoiser.unet, denoiser.class_embedding, _target(settings), before, denoiser.null_label)
+
+
+def _target(config: DiffusionConfig) -> str:
+    """Return what the UNets of a config predict."""
+    return Objective.from_config(config, make_scheduler(config.scheduler)).prediction_type
 
 
 def denoiser_from(
@@ -190,9 +196,11 @@ def denoiser_from(
             f"init_from={config.init_from!r} denoises latents of {channels} channels, but the autoencoder's latents "
             f"have {denoiser.unet.config.in_channels}."
         )
-    predicts, asked = trained.prediction_type, config.scheduler.get("prediction_type", "epsilon")
-    if predicts != asked:
-        raise ConfigError(f"scheduler.prediction_type is {asked} in the config and {predicts} in init_from.")
+    if trained.prediction_type != _target(config):
+        raise ConfigError(
+            f"the scheduler is for {_target(config)}, but init_from={config.init_from!r} was trained for "
+            f"{trained.prediction_type}."
+        )
 
     # The trained weights, except for embeddings of other classes
     weights = {f"unet.{name}": tensor for name, tensor in trained.unet.state_dict().items()}

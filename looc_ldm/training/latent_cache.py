@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from looc_ldm.training.moments import Moments
 from looc_ldm.utils.errors import ConfigError
@@ -23,6 +23,14 @@ from looc_ldm.utils.files import read_json
 
 FORMAT = 3  # raised when the files change, or when the same images would give different latents
 DESCRIPTION = "description.json"
+
+
+def open_shard(file: Path) -> safe_open:
+    """Open a shard for reading. Raises ConfigError if it is damaged."""
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ConfigError(f"{str(file)!r} is damaged ({error}): delete it, and its images are encoded again.") from None
 
 
 class LatentCache:
@@ -79,7 +87,7 @@ class LatentCache:
     def _shard(self, number: int) -> dict[str, torch.Tensor | np.ndarray]:
         if number not in self._opened:
             # Mapped, not read; no file stays open, however many shards there are.
-            with safe_open(self._files[number], framework="pt") as file:
+            with open_shard(self._files[number]) as file:
                 shard = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self._opened[number] = shard | {"labels": shard["labels"].numpy()}  # NumPy reads one number faster
         return self._opened[number]

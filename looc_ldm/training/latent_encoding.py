@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,7 +26,7 @@ from looc_ldm.images.unreadable import too_many
 from looc_ldm.models.autoencoder import LooCVQModel
 from looc_ldm.models.scaling import encode_latents
 from looc_ldm.training.checks import check_cacheable, latent_side
-from looc_ldm.training.latent_cache import DESCRIPTION, FORMAT, LatentCache
+from looc_ldm.training.latent_cache import DESCRIPTION, FORMAT, LatentCache, open_shard
 from looc_ldm.training.latent_fingerprint import cache_fingerprint, differences
 from looc_ldm.training.log import progress
 from looc_ldm.training.moments import Moments
@@ -119,7 +118,7 @@ def _refuse_other_latents(folder: Path, found: dict, wanted: dict) -> None:
 
 
 def _metadata(file: Path) -> dict:
-    with safe_open(file, framework="pt") as shard:
+    with open_shard(file) as shard:
         metadata = json.loads(shard.metadata()[METADATA])
     if metadata["format"] != FORMAT:
         raise ConfigError(f"{str(file)!r} is from another version of looc-ldm: give a new folder, or delete this one.")

@@ -266,10 +266,6 @@ class RunLog:
 
     # Grids -----------------------------------------------------------------------------------------------------------
 
-    def preview_file(self, images_seen: int) -> Path:
-        """Return the file of the image grid after `images_seen` images."""
-        return self.folder / "previews" / f"{images_seen:09d}.png"
-
     def first_preview_due(self) -> bool:
         """Whether training has run for 45 s and the run's folder has no image grid yet."""
         waited = time.monotonic() - self._started_at[1] > FIRST_PREVIEW_SECONDS
@@ -277,7 +273,7 @@ class RunLog:
 
     def write_preview(self, images_seen: int, image: Image.Image, caption: str) -> None:
         """Write an image grid with its caption and hand it to the tracker. Main process only."""
-        file = self.preview_file(images_seen)
+        file = self.folder / "previews" / f"{images_seen:09d}.png"
         file.parent.mkdir(exist_ok=True)
         image = with_caption(image, caption)
         write_image(image, file)

@@ -4,9 +4,9 @@ A run is resumed by repeating its command. It owns its output folder, which all 
 
     config.yaml           the resolved settings
     run.lock              locked by the process that runs, which it names
-    checkpoints/000123/   Accelerate's state after that many images; see `training/checkpoints.py`
+    checkpoints/*/        Accelerate's state, by the number of images; see `training/checkpoints.py`
     metrics.jsonl         one line per log interval, cut back to the checkpoint on resuming
-    previews/000123.png   image grids
+    previews/*.png        image grids, by the number of images
     upload.partial/       the model that is being uploaded, with `push_to_hub`
     logs/, wandb/         the tracker's files; wandb_id.txt names the W&B run to resume
     model/ or pipeline/   the result, written at the end; training.json has its number of images

@@ -51,7 +51,7 @@ class StopSignals:
             if is_first_process():
                 # Not `print`, in the middle of which the signal may have come.
                 with suppress(OSError):  # the terminal may be closed
-                    os.write(2, b"\nstopping after what is under way, with a checkpoint; once more: at once, without\n")
+                    os.write(2, b"\nending this step and writing a checkpoint; once more stops at once, without one\n")
         elif time.monotonic() - self._received_at > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

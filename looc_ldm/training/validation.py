@@ -35,7 +35,6 @@ from looc_ldm.training.checks import features_of_config
 from looc_ldm.training.config import DiffusionConfig, EvaluationConfig
 from looc_ldm.training.data import float_batches
 from looc_ldm.utils.distributed import on_main
-from looc_ldm.utils.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ def reconstruction_figures(
     num_workers: int,
     lpips: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, float | int]:
-    """Measure reconstructions of `evaluation.images` images of a set, at even distances, without unreadable ones.
+    """Measure reconstructions of `evaluation.images` images of a set, at even distances.
 
     On one process: not a collective.
 
@@ -136,9 +135,6 @@ def generation_figures(
     Returns:
         `dict`: for instance `fid@2048` and `kid@2048` (2048 features), and `samples`, `reference_images`, `steps` and
         `guidance_scale`.
-
-    Raises:
-        DataError: Fewer than 2 of the images can be read.
     """
     count = config.evaluation.images
     guidance = config.preview_guidance_scale if pipe.config.null_class_label is not None else 1.0
@@ -164,8 +160,6 @@ def generation_figures(
         drawn = features_of_share(network, draw, count, accelerator)
 
     def measure() -> dict[str, float | int]:
-        if reference.moments.count < 2:
-            raise DataError(f"FID needs at least 2 images that can be read, got {reference.moments.count}.")
         sides = {"inception": drawn}, {"inception": reference}
         figures = generation_figures_of(("fid", "kid"), *sides, {"inception": features.name})
         return {name: value for name, value in figures.items() if not name.startswith("kid_std")} | {
@@ -210,8 +204,7 @@ def features_of_share(
     """
     shares = share_of_batches(count, FEATURE_BATCH, accelerator)
     images = iter(images_at([place for share in shares for place in share]))
-    # Fewer at the end if some cannot be read.
-    batches = (torch.stack(batch) for share in shares if (batch := list(islice(images, len(share)))))
+    batches = (torch.stack(list(islice(images, len(share)))) for share in shares)
     networks = {"inception": network}
     return collect_features(batches, networks, {"inception"}, accelerator, device=accelerator.device)["inception"]
 

@@ -54,7 +54,7 @@ class DeviceOptions(Options):
     """Device"""
 
     device: str | None = option("cpu, cuda, cuda:1, mps, ... If not given, the best there is.", None)
-    threads: PositiveInt | None = option("CPU threads. If not given, the fastest number in a short test.", None)
+    threads: PositiveInt | None = option("CPU threads. If not given, PyTorch's, or the fastest in a short test.", None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,11 +27,7 @@ class DataError(UserError):
 
 
 class UnreadableImage(DataError):
-    """One image, called `name`, cannot be decoded."""
-
-    def __init__(self, message: str, name: str = ""):  # a loader raises errors of its workers again, from the message
-        super().__init__(message)
-        self.name = name
+    """One image cannot be decoded."""
 
 
 class ModelError(UserError):

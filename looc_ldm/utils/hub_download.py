@@ -145,7 +145,7 @@ def _verify(repo_id: str, folder: Path, files: list[str], token: str | None) -> 
     wrong = [mismatch for mismatch in verification.mismatches if mismatch["path"] in files]
     for mismatch in wrong:
         (folder / mismatch["path"]).resolve().unlink()
-        (folder / mismatch["path"]).unlink()
+        (folder / mismatch["path"]).unlink(missing_ok=True)  # without symbolic links, that was the file itself
     for first in wrong:
         raise ModelError(
             f"{first['path']} of {repo_id} is damaged: its {first['algorithm']} is {first['actual'][:12]}..., the hub "

@@ -131,6 +131,14 @@ def test_sample_writes_each_image_and_a_grid_with_a_row_a_class(pipeline, capsys
     assert second_of_class_1.tobytes() == PIL.Image.open("new/samples/square/00003.png").tobytes()
 
 
+def test_without_names_all_classes_are_drawn(pipeline, capsys):
+    nameless = LooCLDMPipeline.from_pretrained(pipeline)
+    nameless.register_to_config(id2label=None)
+    nameless.save_pretrained("nameless")
+    assert "3 images in samples" in run(capsys, "sample", "nameless", "--steps", 1, "--images", 1)
+    assert sorted(path.name for path in Path("samples").iterdir()) == ["0", "1", "2"]
+
+
 def test_class_names_decide_nothing_but_the_name_of_a_folder(pipeline, capsys):
     hostile = LooCLDMPipeline.from_pretrained(pipeline)
     hostile.register_to_config(id2label={0: "..", 1: "n" * 300, 2: "/a\0b"})

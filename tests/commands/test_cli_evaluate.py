@@ -312,6 +312,8 @@ def test_the_real_images_that_are_read_are_counted_and_can_be_fewer(network, cap
         ("generation flat --data DATA INCEPTION --metrics class_fid", "samples have no classes"),
         ("generation DATA --data flat INCEPTION --metrics class_fid", "reference has no classes"),
         ("generation zoo --data DATA INCEPTION --metrics class_fid", "has no class 'ape'"),
+        ("generation partly.npz --data DATA INCEPTION --metrics class_fid", "samples have images without a class"),
+        ("generation MODEL --data partly.npz INCEPTION --metrics class_fid", "reference has images without a class"),
         ("generation MODEL --data zoo INCEPTION --metrics class_fid", "different classes"),
         ("generation MODEL --data DATA INCEPTION --metrics memorization", "memorization needs --training-data"),
         ("generation flat --data DATA INCEPTION --metrics memorization", "memorization needs --training-data"),
@@ -326,6 +328,7 @@ def test_bad_input_ends_in_one_line_and_status_2_with_nothing_written(
     Path("text.npz").write_text("not a zip")
     Path("empty").mkdir()
     np.savez("statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez("partly.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8), arr_1=[0, 1, 2, -1])
     write_images("flat", {"": 2})
     write_images("zoo", {"ape": 2, "bee": 2, "cat": 2, "dog": 2})
     for name, value in (("MODEL", pipeline), ("DATA", image_folder), ("INCEPTION", " ".join(network))):

@@ -245,7 +245,7 @@ def test_a_latent_is_drawn_anew_if_any_of_its_pixels_is(pipelines):
     ("inputs", "arguments", "message"),
     [
         ((image(), 0.0), {}, "strength must be at most 1 and leave one of 4 steps, got 0.0"),
-        ((image(), 1.5), {}, "strength must be at most 1 and leave one of 4 steps, got 1.5"),
+        ((image(), 1.2), {}, "strength must be at most 1 and leave one of 4 steps, got 1.2"),
         ((image(), 0.2), {}, "strength must be at most 1 and leave one of 4 steps, got 0.2"),
         ((torch.rand(1, 2, 16, 16),), {}, "image must have 3 channels, got 2"),
         ((np.zeros((1, 16, 16, 3), np.uint8),), {}, r"image arrays must be floats in \[0, 1\], got uint8"),

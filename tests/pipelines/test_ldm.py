@@ -310,7 +310,7 @@ def test_in_bfloat16_it_draws_and_its_quantizer_stays_in_float32(kind, make_pipe
         LooCLDMPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16),
         make_pipeline(kind).to(torch.bfloat16),
     ):
-        assert draw(pipe, "latent").dtype == torch.bfloat16
+        assert draw(pipe, "latent").dtype == torch.float32  # rounded ones would have other codes
         assert draw(pipe).isfinite().all()
         assert pipe.vqvae.quantize.embedding.weight.dtype == torch.float32
         assert pipe.vqvae.encoder.conv_in.weight.dtype == torch.bfloat16

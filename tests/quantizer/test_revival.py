@@ -308,6 +308,17 @@ def test_activation_checkpointing_changes_no_gradient_and_counts_no_batch_twice(
     assert plain.sum() > 0
 
 
+def test_weights_that_are_loaded_in_between_cost_no_batch():
+    loaded, expected = small_quantizer(), small_quantizer()
+    loaded(torch.randn(2, 8, 3, 3, requires_grad=True))
+    loaded.load_state_dict(expected.state_dict())
+    z = torch.randn(2, 8, 3, 3)
+    for quantizer in (loaded, expected):
+        checkpoint(lambda z, of=quantizer: of(z)[0].sum(), z.clone().requires_grad_(), use_reentrant=True).backward()
+        quantizer.revive()
+    assert torch.equal(codebook_of(loaded), codebook_of(expected))
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_codebook_that_changes_under_activation_checkpointing_is_refused(reentrant):
     quantizer = small_quantizer()

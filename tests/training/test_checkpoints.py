@@ -203,7 +203,7 @@ def restart():
 def test_another_precision_is_refused(half, restart):
     settings = (half / "config.yaml").read_text()
     restart()
-    with pytest.raises(ConfigError, match=r"has mixed_precision=no, this start bf16: keep to one"):
+    with pytest.raises(ConfigError, match=r"has mixed_precision=no, not bf16: resume as before"):
         train(config_of(half, keep_last=3, mixed_precision="bf16"))
     assert (half / "config.yaml").read_text() == settings
     assert names(half) == ["000000024", "000000048", "000000072"]

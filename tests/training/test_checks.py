@@ -55,6 +55,7 @@ def test_an_autoencoder_that_does_not_return_the_channels_it_takes_is_refused(au
         ({"num_train_timesteps": "many"}, "^scheduler: "),
         ({"type": 3}, "^scheduler.type must be the name of a diffusers scheduler, got 3"),
         ({"num_train_timesteps": 1}, r"^preview_steps must be in \[1, 1\], got 2"),
+        ({"type": "KarrasVeScheduler"}, "^scheduler: KarrasVeScheduler is for another kind of model"),
     ],
 )
 def test_arguments_that_a_scheduler_refuses_are_one_line(diffusion_config, tmp_path, settings, message):

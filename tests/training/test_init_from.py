@@ -1,5 +1,6 @@
 """A training that starts from a finished model has its networks and weights, and says so where it cannot."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from looc_ldm import LooCLDMPipeline, LooCVQModel
-from looc_ldm.training import autoencoder, diffusion
+from looc_ldm.training import autoencoder, diffusion, init_from
 from looc_ldm.training.checkpoints import read_state
 from looc_ldm.training.config import AutoencoderConfig, OptimizerConfig
 from looc_ldm.training.config_parsing import parse_config
@@ -170,6 +171,21 @@ def test_a_run_of_stage_2_gives_its_newest_live_and_averaged_weights(diffusion_c
     torch.testing.assert_close(trained["conv_in.weight"], live["unet.conv_in.weight"], rtol=0, atol=1e-7)
 
 
+def test_live_weights_of_fsdp_are_found_where_accelerate_stores_them(
+    diffusion_config, pipeline_run, tmp_path, monkeypatch
+):
+    newest = pipeline_run.parent / "checkpoints" / "000000008"
+    live, state = load_file(newest / "model.safetensors"), read_state(newest)
+    shutil.copytree(pipeline_run.parent, tmp_path / "fsdp")
+    weights = tmp_path / "fsdp" / "checkpoints" / "000000008" / "model.safetensors"
+    torch.save(live, weights.with_name("pytorch_model_fsdp.bin"))
+    weights.unlink()
+    monkeypatch.setattr(init_from, "read_state", lambda _: state)  # the checksums are not those of FSDP
+    found = newest_weights(diffusion_config(tmp_path, init_from=str(tmp_path / "fsdp"))).live
+    assert all(torch.equal(tensor, live[name]) for name, tensor in found.items())
+    assert found.keys() == live.keys()
+
+
 def test_the_first_stage_of_the_pipeline_is_used_where_no_other_is_given(diffusion_config, pipeline_run, tmp_path):
     config = diffusion_config(
         tmp_path, class_conditional=True, init_from=str(pipeline_run), autoencoder="", total_images=8
@@ -193,6 +209,21 @@ def test_another_unet_in_the_config_is_refused(settings, message, diffusion_conf
     with pytest.raises(ConfigError, match=message):
         diffusion.train(replace(config, unet={**config.unet, **settings}))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_unet_goes_on_with_what_it_was_trained_to_predict(
+    diffusion_config, autoencoder_run, pipeline_run, classes, tmp_path
+):
+    flow = {"type": "FlowMatchEulerDiscreteScheduler"}
+    config = diffusion_config(tmp_path / "flow", class_conditional=True, scheduler=flow, total_images=8)
+    trained = diffusion.train(config)
+    again = replace(config, output_dir=str(tmp_path / "again"))
+    vqvae = LooCVQModel.from_pretrained(autoencoder_run / "model")
+    for source in (trained, trained.parent):  # the pipeline, and the run
+        config = replace(again, init_from=str(source))
+        denoiser_from(config, vqvae, classes, newest_weights(config))
+    with pytest.raises(ConfigError, match=r"the scheduler is for flow_prediction, but init_from=.* for epsilon"):
+        diffusion.train(replace(again, init_from=str(pipeline_run)))
 
 
 def test_latents_of_other_channels_are_refused(diffusion_config, autoencoder_config, pipeline_run, tmp_path):

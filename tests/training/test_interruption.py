@@ -232,7 +232,7 @@ def test_a_signal_to_all_processes_ends_in_a_checkpoint_and_one_line_and_the_sam
     assert last == f"stopped at {images} images; run the same command again to resume from checkpoint {images}"
     assert 16 <= images < 128
     assert [line for line in before if line and " INFO " not in line] == [
-        "stopping after what is under way, with a checkpoint; once more: at once, without"
+        "ending this step and writing a checkpoint; once more stops at once, without one"
     ]
     again = start(config)
     assert again.join() == [0]
@@ -409,7 +409,7 @@ def test_a_checkpoint_of_fsdp_is_refused_under_ddp_by_all_processes_in_one_line(
     write_state(checkpoint, {**state, "distributed": "FSDP"})
     processes = start(config_of(folder), ranks=2)
     assert processes.join() == [2, 2]
-    assert "has distributed=FSDP, this start DDP" in processes.printed()
+    assert "has distributed=FSDP, not DDP" in processes.printed()
     assert "Traceback" not in processes.printed() + processes.printed(1)
 
 

@@ -272,6 +272,17 @@ def test_a_shard_that_was_lost_or_cut_off_is_an_error_that_names_it(cache, model
             cache_latents(model, images, cache.folder, accelerator)
 
 
+def test_a_damaged_shard_is_an_error_that_names_it(cache, model, images, accelerator):
+    shard = cache.folder / "latents-00004-of-00007.safetensors"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    message = r"latents-00004-of-00007.safetensors' is damaged"
+    with pytest.raises(ConfigError, match=message):
+        everything(cache)
+    (cache.folder / "description.json").unlink()
+    with pytest.raises(ConfigError, match=message):
+        cache_latents(model, images, cache.folder, accelerator)
+
+
 # Reading ----------------------------------------------------------------------------------------------------------
 
 

@@ -74,7 +74,7 @@ class Results:
     """A finished chain."""
 
     first: AutoencoderConfig
-    seconds: list[DiffusionConfig]
+    stage_2_runs: list[DiffusionConfig]
     validation: ImageSet  # the held-out images
     classes: list[str]  # names of all classes; empty without
     samples: list[tuple[str, list[torch.Tensor]]]  # name of a row, and its images, uint8 (C, H, W)
@@ -87,7 +87,7 @@ class Results:
 
 def run_chain(
     first: AutoencoderConfig,
-    seconds: list[DiffusionConfig],
+    stage_2_runs: list[DiffusionConfig],
     spent: TimeSpent,
     log: Log,
     features: InceptionFeatures | None = None,
@@ -98,7 +98,7 @@ def run_chain(
 
     Args:
         first: Stage 1.
-        seconds: The runs of stage 2, each of which may start from the one before.
+        stage_2_runs: The runs of stage 2, each of which may start from the one before.
         spent: Counts the time.
         log: Takes lines about the progress.
         features: The Inception network of FID and KID, which are left out without it.
@@ -108,7 +108,7 @@ def run_chain(
     log("1/4 training the autoencoder: images to codes, and back")
     with spent.counting("stage 1"):
         model_folder = autoencoder.train(first)
-    for config in seconds:
+    for config in stage_2_runs:
         kind = "class-conditional UNet" if config.class_conditional else "UNet"
         log(f"2/4 training the {kind} on the autoencoder's latents")
         with spent.counting("stage 2"):
@@ -138,7 +138,7 @@ def run_chain(
         reconstructions = reconstruction_grid([model], validation, shown_reconstructions)
     classes = list((pipe.config.id2label or {}).values())
     found = (classes, samples, reconstructions, reconstruction, generation)
-    return Results(first, seconds, validation, *found, pipeline_folder, spent.seconds)
+    return Results(first, stage_2_runs, validation, *found, pipeline_folder, spent.seconds)
 
 
 def labelled_samples(pipe: LooCLDMPipeline, settings: dict) -> list[tuple[str, list[torch.Tensor]]]:

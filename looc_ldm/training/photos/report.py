@@ -43,7 +43,7 @@ def results_sections(report: Report, results: Results, left_out: dict[str, str])
         report.text(f"{name} was left out: {how}")
     report.heading("Loss")
     report.curves("autoencoder", _curves(results.first.output_dir, ("loss_pixel", "loss_lpips", "loss_quantizer")))
-    for config in results.seconds:
+    for config in results.stage_2_runs:
         report.curves(Path(config.output_dir).name, _curves(config.output_dir, ("loss",)))
 
 
@@ -51,7 +51,7 @@ def grids_section(report: Report, results: Results) -> None:
     """Add image grids over time, of each run."""
     report.heading("While it was trained")
     side = results.first.data.resolution
-    for run in (results.first, *results.seconds):
+    for run in (results.first, *results.stage_2_runs):
         files = sorted((Path(run.output_dir) / "previews").glob("*.png"))
         if run is results.first:
             rows = "held-out photographs, reconstructions by the averaged weights, and by the latest weights"

@@ -55,11 +55,13 @@ def train_photos(options: TrainPhotos, features: InceptionFeatures | None = None
                 raise UserError(f"--{stage}.{name}: FOLDER, --output and --resolution say this.")
     file = options.output / PLAN_FILE
     plan = go_on(options, Plan.read(file), log) if file.is_file() else make_plan(options, log)
+    first, stage_2_runs = configs_of(plan, options)
+    for config in (first, *stage_2_runs):  # with their final intervals
+        check_config(config)
     plan.write(file)
-    first, seconds = configs_of(plan, options)
     lpips_file = options.lpips_weights or plan.lpips_weights
     lpips = load_lpips("vgg", Path(lpips_file)) if lpips_file else None
-    results = run_chain(first, seconds, TimeSpent(options.output / TIME_FILE), log, features, lpips)
+    results = run_chain(first, stage_2_runs, TimeSpent(options.output / TIME_FILE), log, features, lpips)
     return write_report(plan, options, results, log)
 
 
@@ -171,7 +173,7 @@ def configs_of(plan: Plan, options: TrainPhotos) -> tuple[AutoencoderConfig, lis
         settings["loss.lpips_weights"] = options.lpips_weights or plan.lpips_weights
     first = parse(AutoencoderConfig, "autoencoder", settings, options.autoencoder, plan.autoencoder_images)
 
-    seconds = []
+    stage_2_runs = []
     for number, images in enumerate(plan.diffusion_images or [0]):
         settings = {
             "output_dir": output / run_name(number),
@@ -180,8 +182,8 @@ def configs_of(plan: Plan, options: TrainPhotos) -> tuple[AutoencoderConfig, lis
             "class_conditional": str(plan.conditional).lower(),
         }
         further = [f"--init_from={output / run_name(number - 1)}"] if number else []
-        seconds.append(parse(DiffusionConfig, "diffusion", settings, [*options.diffusion, *further], images))
-    return first, seconds
+        stage_2_runs.append(parse(DiffusionConfig, "diffusion", settings, [*options.diffusion, *further], images))
+    return first, stage_2_runs
 
 
 def cached_vgg() -> Path | None:
