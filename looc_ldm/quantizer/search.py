@@ -28,12 +28,7 @@ DISTANCES = ("cosine", "euclidean")
 # then differ in the last bit. Padding the codebook to a multiple of this lets ties go to the lowest index.
 TILE = 16
 
-# Measured on 2 CPU cores. The fused loop is fastest up to so many dimensions, then a matrix product. In few dimensions
-# the tree is faster than both from so many codevectors on.
-FUSED_DIMENSIONS = 16
-TREE_DIMENSIONS = 4
-TREE_CODEVECTORS = 2**15
-TREE_CODEVECTORS_WITHOUT_NUMBA = 2**9
+FUSED_DIMENSIONS = 16  # up to so many the fused loop is faster than a matrix product; measured on 2 CPU cores
 
 
 class SearchResult(NamedTuple):
@@ -110,12 +105,9 @@ def _search(
     else:
         on_cpu = vectors.device.type == "cpu"
         fused = on_cpu and dim <= FUSED_DIMENSIONS and search_cpu.numba_available()
-        tree_from = TREE_CODEVECTORS if fused else TREE_CODEVECTORS_WITHOUT_NUMBA
         arrays = [tensor.detach().numpy() for tensor in (vectors, *query)] if on_cpu else []
         threads = torch.get_num_threads()
-        if on_cpu and dim <= TREE_DIMENSIONS and num_codevectors >= tree_from:
-            indices = torch.from_numpy(search_cpu.search_tree(arrays[0], arrays[1], arrays[3], cosine, threads))
-        elif fused:
+        if fused:
             indices = torch.from_numpy(search_cpu.search_fused(*arrays, threads))
         else:
             indices = _search_chunks(vectors, query, cosine)

@@ -1,8 +1,8 @@
-"""Nearest-codevector search on CPUs: a fused loop compiled by numba, and scipy's k-d tree for very large codebooks.
+"""Nearest-codevector search on CPUs: a fused loop compiled by numba.
 
-The first search in a process compiles the loop, in about half a second for each number of dimensions.
-The functions take and return NumPy arrays; `looc_ldm.quantizer.search` chooses among them and explains the
-arguments. Rows are indices of vectors.
+The first search in a process compiles the loop, in about half a second for each number of dimensions. The functions take
+and return NumPy arrays; `looc_ldm.quantizer.search` chooses among them and explains the arguments. Rows are indices of
+vectors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ LANES = 256
 SIMD_LANES = 16
 # Vectors times codevectors from which further threads pay for their start.
 PARALLEL_PAIRS = 2**21
-TREE_ROWS = 2**16  # vectors a k-d tree is asked for at a time: its float64 copies are small
 
 
 @cache
@@ -63,42 +62,6 @@ def closest_fused(
         better = other_score > score
         score, row = np.where(better, other_score, score), np.where(better, other_row, row)
     return score, row
-
-
-def search_tree(vectors: np.ndarray, keys: np.ndarray, offset: np.ndarray, cosine: bool, threads: int) -> np.ndarray:
-    """Return the index `(N,)` of the nearest key by a k-d tree: O(log K) per vector, for few dimensions."""
-    from scipy.spatial import cKDTree
-
-    if cosine:
-        # A codevector of zeros is at the cosine 0 of all: a further coordinate gives all keys one length, so that the
-        # nearest is the one with the largest product.
-        rest = np.sqrt(np.maximum(0, 1 - np.square(keys).sum(1, keepdims=True))) * (~keys.any(1, keepdims=True))
-        keys, offset = np.hstack([keys, rest.astype(np.float32)]), np.append(offset, np.float32(0))
-    # The tree breaks ties as it likes: it gets each key once, and is asked for the runner-up as well.
-    distinct, first = np.unique(keys, axis=0, return_index=True)
-    tree = cKDTree(distinct)
-    neighbours = min(2, len(distinct))
-    indices = np.empty(len(vectors), np.int64)
-    for start in range(0, len(vectors), TREE_ROWS):
-        queries = vectors[start : start + TREE_ROWS]
-        if cosine:
-            queries = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
-            queries = np.pad(queries, ((0, 0), (0, 1)))
-        queries = queries - offset
-        finite = np.isfinite(queries).all(1)
-        queries[~finite] = 0  # any index will do
-        apart, nearest = tree.query(queries, k=range(1, neighbours + 1), workers=threads)
-        chosen = first[nearest[:, 0]]
-        tied = (apart[:, 0] == apart[:, -1]) & finite
-        if cosine:
-            tied &= queries.any(1)
-        for i in np.flatnonzero(tied) if neighbours == 2 else ():
-            exact = np.square(queries[i].astype(np.float64) - keys).sum(1)
-            chosen[i] = exact.argmin()
-        if cosine:
-            chosen[~queries.any(1)] = 0  # all are equally near
-        indices[start : start + TREE_ROWS] = chosen
-    return indices
 
 
 def _in_threads(work: Callable, num_vectors: int, num_codevectors: int, threads: int) -> list:

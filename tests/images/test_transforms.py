@@ -198,7 +198,6 @@ def test_damaged_content_is_named_in_one_line(kind):
     assert str(caught.value).startswith("cannot read photos/7.jpg: ")
     assert "\n" not in str(caught.value)
     assert "0x" not in str(caught.value)  # the address of an object says nothing
-    assert "photos/7.jpg" in str(caught.value)
 
 
 def test_missing_images_are_named(tmp_path):

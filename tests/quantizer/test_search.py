@@ -62,7 +62,7 @@ SHAPES = [
     *((100, k, 4) for k in (2, 3, 5, 64, 65, 5000, 65_536)),
     *((300, k, d) for k, d in ((7, 1), (640, 1), (50, 2), (513, 2), (33, 5), (1023, 16), (33, 17), (700, 40))),
 ]
-SEARCHES = ("fused", "tree", "chunks", "blocks")
+SEARCHES = ("fused", "chunks", "blocks")
 
 
 def run_search(name: str, vectors: torch.Tensor, codebook: torch.Tensor, distance: str, threads: int = 1):
@@ -73,8 +73,6 @@ def run_search(name: str, vectors: torch.Tensor, codebook: torch.Tensor, distanc
     if name == "chunks":
         return search._search_chunks(vectors, query, cosine)
     z, keys, bias, offset = (tensor.numpy() for tensor in (vectors, *query))
-    if name == "tree":
-        return torch.from_numpy(search_cpu.search_tree(z, keys, offset, cosine, threads))
     return torch.from_numpy(search_cpu.search_fused(z, keys, bias, offset, threads))
 
 
@@ -183,10 +181,9 @@ def test_the_number_of_threads_changes_nothing(distance, d, monkeypatch):
     codebook = torch.randint(-9, 10, (60, d)).float()
     for n in (1, 255, 256, 257, 486, 712, 2049):
         vectors = torch.randint(-9, 10, (n, d)).float()  # full of ties
-        for name in ("fused", "tree"):
-            alone = run_search(name, vectors, codebook, distance)
-            for threads in (2, 3, 8, 25):
-                assert torch.equal(run_search(name, vectors, codebook, distance, threads), alone)
+        alone = run_search("fused", vectors, codebook, distance)
+        for threads in (2, 3, 8, 25):
+            assert torch.equal(run_search("fused", vectors, codebook, distance, threads), alone)
         score, row = run_closest("fused", vectors, codebook, distance)
         for threads in (2, 3, 8):
             several = run_closest("fused", vectors, codebook, distance, threads)
@@ -288,6 +285,6 @@ def test_the_precision_the_user_chose_comes_back_after_an_error():
     torch.set_float32_matmul_precision("medium")
     chosen = precisions()
     with pytest.raises(RuntimeError, match="shapes"):
-        nearest_codevectors(torch.randn(10, 39), torch.randn(5, 40), "euclidean")
+        nearest_codevectors(torch.randn(10, 39), torch.randn(5, 40), "cosine")
     assert precisions() == chosen
     assert torch.get_float32_matmul_precision() == "medium"
