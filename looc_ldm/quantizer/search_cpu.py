@@ -1,8 +1,8 @@
 """Nearest-codevector search on CPUs: a fused loop compiled by numba.
 
-The first search in a process compiles the loop, in about half a second for each number of dimensions. The functions take
-and return NumPy arrays; `looc_ldm.quantizer.search` chooses among them and explains the arguments. Rows are indices of
-vectors.
+The first search in a process compiles the loop, in about half a second for each number of dimensions. The functions
+take and return NumPy arrays; `looc_ldm.quantizer.search` chooses among them and explains the arguments. Rows are
+indices of vectors.
 """
 
 from __future__ import annotations
