@@ -23,7 +23,7 @@ VARIANTS = {
     "-rotation": ({"gradient": "rotation"}, "published rule, rotation trick"),
     "-ema": ({"codebook_update": "ema"}, "moving average"),
     "-ema-rotation": (EMA, "moving average, rotation trick"),
-    "-default": ({**EMA, "distance": "euclidean"}, "the package's defaults"),  # see docs/quantizer_recipes.md
+    "-ema-euclidean": ({"codebook_update": "ema", "distance": "euclidean"}, "moving average, euclidean distance"),
     # 32 times 0.25: the weight that PQ's encoder sees, because the published loss of PQ is a sum over 32 codebooks.
     "-commitment8": ({"commitment_weight": 8.0}, "published rule, commitment 8"),
     "-ema-rotation-commitment8": (
