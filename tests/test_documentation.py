@@ -41,7 +41,7 @@ RESULTS = {
     "docs/index.md": lambda found: [image.size for image in found["images"]] == [(64, 64)] * 2,
     "docs/sampling.md": lambda found: len(found["images"]) == 4 and found["roses"].size == (64, 64),
     "docs/quantizer.md": lambda found: (
-        found["indices"].shape == (16, 8, 8, 2)
+        found["indices"].shape == (1, 8, 8, 2)
         and found["reconstruction"].shape == (1, 3, 32, 32)
         and found["tokens"].shape == (2, 100, 16)
         and found["bits"] == 1024
