@@ -23,7 +23,6 @@ FINGERPRINT_BYTES = 16  # the first half of the model's fingerprint of 32 bytes:
 _FIELDS = struct.Struct("<4sB6I16s")
 _CHECKSUM = struct.Struct("<I")
 HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
-_CODES_AT_ONCE = 2**16  # packed at a time: a multiple of 8, so that their bits fill whole bytes
 
 
 class CodesError(UserError):
@@ -140,24 +139,12 @@ def index_dtype(num_codevectors: int) -> np.dtype:
 
 def pack(indices: np.ndarray, bits: int) -> bytes:
     """Pack codes in [0, 2**bits), of any shape, in row-major order at `bits` bits each, the highest bit first."""
-    flat = np.ascontiguousarray(indices, dtype=">u4").reshape(-1)
-    parts = []
-    for start in range(0, flat.size, _CODES_AT_ONCE):
-        part = flat[start : start + _CODES_AT_ONCE]
-        as_bits = np.unpackbits(part.view(np.uint8).reshape(-1, 4), axis=1)  # (codes, 32)
-        parts.append(np.packbits(as_bits[:, 32 - bits :]).tobytes())
-    return b"".join(parts)
+    as_bits = np.unpackbits(np.ascontiguousarray(indices, dtype=">u4").view(np.uint8).reshape(-1, 4), axis=1)
+    return np.packbits(as_bits[:, 32 - bits :]).tobytes()
 
 
 def unpack(data: bytes | memoryview, count: int, bits: int) -> np.ndarray:
     """Invert `pack`: return codes `(count,)` in the smallest unsigned dtype that holds `bits` bits."""
-    flat = np.empty(count, index_dtype(2**bits))
-    packed = np.frombuffer(data, np.uint8)
-    for start in range(0, count, _CODES_AT_ONCE):
-        size = min(_CODES_AT_ONCE, count - start)
-        first = start * bits // 8
-        as_bits = np.unpackbits(packed[first : first + packed_bytes(size, bits)], count=size * bits)
-        padded = np.zeros((size, 32), np.uint8)
-        padded[:, 32 - bits :] = as_bits.reshape(size, bits)
-        flat[start : start + size] = np.packbits(padded, axis=1).view(">u4")[:, 0]
-    return flat
+    as_bits = np.zeros((count, 32), np.uint8)
+    as_bits[:, 32 - bits :] = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits).reshape(count, bits)
+    return np.packbits(as_bits, axis=1).view(">u4")[:, 0].astype(index_dtype(2**bits))

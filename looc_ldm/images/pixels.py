@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fsspec
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from looc_ldm.utils.errors import DataError, UnreadableImage, one_line
 
@@ -21,16 +22,6 @@ if TYPE_CHECKING:
 
 CENTRE = (0.5, 0.5)
 MODES = {1: "L", 3: "RGB"}  # PIL modes, by number of channels
-# The transposition that turns an image upright, by its EXIF orientation.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def to_float(image: torch.Tensor) -> torch.Tensor:
@@ -130,10 +121,8 @@ def as_shown(image: Image.Image, mode: str, background: str = "white") -> Image.
         DataError: 32-bit pixels, whose range is not known.
     """
     image.load()  # finds truncated data; turns a TIFF upright, and takes its EXIF orientation away
-    try:
-        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # Pillow's errors on damaged EXIF data have no common base
-        turn = None
+    with suppress(Exception):  # Pillow's errors on damaged EXIF data have no common base
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise DataError(f"its pixels have 32 bits (mode {image.mode}), whose range is not known; 8 or 16 are read.")
     if image.mode.startswith("I;16"):  # which convert() would clip at 255
@@ -141,8 +130,7 @@ def as_shown(image: Image.Image, mode: str, background: str = "white") -> Image.
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    image = image if image.mode == mode else image.convert(mode)
-    return image if turn is None else image.transpose(turn)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def to_square(

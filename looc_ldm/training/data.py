@@ -170,9 +170,6 @@ class StreamBatches:
             for first in range(step + self.offset, step + self.batch_size, self.stride):
                 yield list(range(first, first + self.per_forward))
 
-    def __len__(self) -> int:
-        return -(-(self.total - self.start) // self.batch_size) * (self.batch_size // self.stride)
-
 
 def make_stream(
     images: ImageSet | StreamedSet,

@@ -6,7 +6,6 @@ import fcntl
 import logging
 import os
 import shlex
-import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from looc_ldm.training.checkpoints import checkpoints_in
 from looc_ldm.training.config import RunConfig
 from looc_ldm.training.config_parsing import config_text, flatten, read_settings, to_dict
 from looc_ldm.utils.errors import ConfigError
-from looc_ldm.utils.files import check_folder, read_json, replace_folder, replace_text
+from looc_ldm.utils.files import check_folder, folder_when_complete, read_json, replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -120,14 +119,11 @@ class RunFolder:
     @contextmanager
     def writing_result(self) -> Iterator[Path]:
         """Yield a folder to write the finished model to, and rename it into its place. Main process only."""
-        partial = self.result.with_name(self.result.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        usual = (partial / "training.json").stat().st_mode
-        for file in partial.rglob("*.safetensors"):
-            file.chmod(usual)  # safetensors 0.8 keeps what it writes from other users
-        replace_folder(partial, self.result)
+        with folder_when_complete(self.result) as partial:
+            yield partial
+            usual = (partial / "training.json").stat().st_mode
+            for file in partial.rglob("*.safetensors"):
+                file.chmod(usual)  # safetensors 0.8 keeps what it writes from other users
 
 
 def differences(old: dict, new: dict) -> list[str]:
