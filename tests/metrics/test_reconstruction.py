@@ -213,8 +213,8 @@ def test_bad_batches_and_reconstructions_that_are_not_finite_are_refused():
         evaluate_reconstruction(model, [photos()], measured_size=(64, 28))
 
 
-def test_rfid_compares_what_is_measured_with_the_originals(inception_weights):
-    features, images = InceptionFeatures("64", inception_weights), photos(4)
+def test_rfid_compares_what_is_measured_with_the_originals(untrained_inception):
+    features, images = InceptionFeatures("64", untrained_inception), photos(4)
 
     def spoil(x):
         return (x * 0.8).round(decimals=1)

@@ -204,9 +204,15 @@ def test_values_that_are_not_finite_are_refused(value, training):
 
 
 @pytest.mark.parametrize("codebook_update", ["ema", "gradient"])
-@pytest.mark.parametrize("anchor", ["closest", "random", "probrandom", "none"])
-@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    ("anchor", "distance", "value"),
+    [
+        ("closest", "cosine", torch.nan),
+        ("random", "euclidean", torch.inf),
+        ("probrandom", "euclidean", torch.nan),
+        ("none", "cosine", torch.inf),
+    ],
+)
 def test_where_training_does_not_wait_for_the_device_a_bad_step_changes_nothing_and_is_told_later(
     anchor, distance, value, codebook_update
 ):
@@ -263,19 +269,10 @@ def test_what_was_applied_or_discarded_is_not_applied_again():
         assert torch.equal(tensor, before[name])
 
 
-def test_a_bad_step_of_a_large_codebook_is_told_later_as_well():
-    torch.compiler.reset()
-    quantizer = LooCQuantizer(2, 2**15, 2, interpolation_factor=1, distance="euclidean")
-    quantizer.revive()
-    torch.compile(quantizer, backend="eager")(torch.full((1, 2, 2, 2), torch.nan))
-    quantizer.revive()
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        quantizer.check_finite()
-
-
-@pytest.mark.parametrize("owner_revives", [True, False])
-@pytest.mark.parametrize("codebook_update", ["ema", "gradient"])
-@pytest.mark.parametrize("anchor", ["closest", "probrandom"])
+@pytest.mark.parametrize(
+    ("anchor", "codebook_update", "owner_revives"),
+    [("closest", "ema", True), ("probrandom", "ema", False), ("probrandom", "gradient", True)],
+)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_changes_no_gradient_and_counts_no_batch_twice(
     reentrant, anchor, codebook_update, owner_revives

@@ -59,7 +59,7 @@ EPS = torch.finfo(torch.float32).eps
 # fused loop's limit of 16.
 SHAPES = [
     *((n, 37, 4) for n in (1, 2, 255, 256, 257, 511, 513, 3000)),
-    *((100, k, 4) for k in (2, 3, 5, 64, 65, 5000, 65_536)),
+    *((100, k, 4) for k in (2, 3, 5, 64, 65, 5000)),
     *((300, k, d) for k, d in ((7, 1), (640, 1), (50, 2), (513, 2), (33, 5), (1023, 16), (33, 17), (700, 40))),
 ]
 SEARCHES = ("fused", "chunks", "blocks")
@@ -134,7 +134,7 @@ def test_every_index_that_float32_can_tell_is_that_of_brute_force_whatever_the_s
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_every_back_end_alone_finds_the_indices_of_brute_force(name, distance):
     for kind, (n, k, d) in [("1", shape) for shape in SHAPES[:-2]] + [("far", (257, 300, 4)), ("1e3", (257, 300, 2))]:
-        if (name, k) == ("blocks", 65_536) or (distance == "cosine" and (d == 1 or kind == "far")):
+        if distance == "cosine" and (d == 1 or kind == "far"):
             continue
         vectors, codebook = random_problem(kind, n, k, d)
         expected, certain = exact_search(vectors, codebook, distance)

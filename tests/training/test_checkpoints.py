@@ -158,7 +158,7 @@ class Harmful:
         return os.mkdir, (str(self.folder),)
 
 
-@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"])
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
 def test_no_code_of_a_checkpoint_is_executed(half, name):
     for checkpoint in checkpoints_in(half / "checkpoints"):
         state = read_state(checkpoint)

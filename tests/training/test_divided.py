@@ -113,12 +113,6 @@ def test_two_processes_end_with_the_weights_of_one(runs, name, result):
         assert apart(one, before) > 1e-3
 
 
-def test_going_on_with_another_number_of_processes_keeps_count_and_schedule(runs):
-    for count in "12":
-        checkpoints = sorted((runs / count / "revival" / "checkpoints").iterdir())
-        assert [int(path.name) for path in checkpoints] == [5 * BATCH, 6 * BATCH]
-
-
 def train_all(place: Path) -> None:
     """Train all configs of a folder; save which images this process saw, and the codebook after each step."""
     positions, codebooks = [], []

@@ -159,27 +159,6 @@ def test_figures_of_an_evaluation_get_their_prefix_and_no_place_if_they_are_not_
     assert log_lines(tmp_path)[0] == {"images": 8, "val_psnr": 20.5, "val_protocol": "clean"}
 
 
-def test_wandb_goes_on_with_the_run_that_it_has_in_the_folder_of_the_run(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    started = []
-
-    def look(run, loss):
-        started.append(run.accelerator.get_tracker("wandb", unwrap=True))
-        return loss
-
-    for images in (24, 48):
-        train(config_of(tmp_path / "mine", total_images=images, tracker="wandb"), at_step=look)
-    first, second = started[0], started[-1]
-    assert first is not second
-    assert first.id == second.id == (tmp_path / "mine" / "wandb_id.txt").read_text().strip()
-    for run in (first, second):
-        assert (run.project, run.name) == ("looc-ldm", "mine")
-        assert run.config["optimizer"]["learning_rate"] == 1e-2
-        assert Path(run.dir).is_relative_to(tmp_path / "mine" / "wandb")
-
-
 # Steps that are not finite ---------------------------------------------------------------------------------------
 
 

@@ -146,11 +146,11 @@ class Distance(nn.Module):
         return (first - second).square().mean(dim=(1, 2, 3), keepdim=True)
 
 
-def test_reconstructions_are_measured_as_the_metrics_do_and_leave_no_trace(sets, inception_weights):
+def test_reconstructions_are_measured_as_the_metrics_do_and_leave_no_trace(sets, untrained_inception):
     _, validation = sets
     model = small_autoencoder()
     model.encoder.train()
-    evaluation = EvaluationConfig(images=6, fid=True, feature_layer=64, inception_weights=str(inception_weights))
+    evaluation = EvaluationConfig(images=6, fid=True, feature_layer=64, inception_weights=str(untrained_inception))
     state = torch.get_rng_state()
     figures = reconstruction_figures(model, validation, evaluation, batch_size=4, num_workers=0, lpips=Distance())
     assert torch.equal(torch.get_rng_state(), state)
@@ -158,7 +158,7 @@ def test_reconstructions_are_measured_as_the_metrics_do_and_leave_no_trace(sets,
     assert not model.decoder.training
     chosen = spread(len(validation), 6)
     pixels = to_float(torch.stack([validation[int(i)][0] for i in chosen]))
-    features = InceptionFeatures("64", inception_weights)
+    features = InceptionFeatures("64", untrained_inception)
     expected = evaluate_reconstruction(model, [pixels], validation.content_size, features)
     for name in ("psnr", "ssim", "l1", "codebook_use", "perplexity", "bits_per_pixel", "images", "rfid@64"):
         assert figures.pop(name) == pytest.approx(expected[name], rel=1e-4)
@@ -201,10 +201,10 @@ def test_processes_that_draw_their_shares_draw_the_set_of_one():
 
 @pytest.mark.parametrize("classes", [0, 10])
 def test_generation_figures_are_those_of_the_metrics_for_samples_of_each_class(
-    sets, small_data, inception_weights, alone, tmp_path, classes
+    sets, small_data, untrained_inception, alone, tmp_path, classes
 ):
     train, _ = sets
-    config = small_config(tmp_path, inception_weights, small_data)
+    config = small_config(tmp_path, untrained_inception, small_data)
     pipe = small_pipeline(classes)
     state = torch.get_rng_state()
     figures = generation_figures(pipe, train, config, alone)
@@ -213,7 +213,7 @@ def test_generation_figures_are_those_of_the_metrics_for_samples_of_each_class(
     labels = [0, 0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8, 9] if classes else [None] * 15
     samples = list(sample_images(pipe, labels, seed=config.seed, num_inference_steps=2, progress=False))
     known = [train[int(i)][0] for i in spread(len(train), 15)]
-    expected = fid_and_kid(samples, known, InceptionFeatures("64", inception_weights))
+    expected = fid_and_kid(samples, known, InceptionFeatures("64", untrained_inception))
     assert figures["fid@64"] == pytest.approx(expected["fid@64"], rel=1e-3)
     assert figures["kid@64"] == pytest.approx(expected["kid@64"], rel=1e-3)
     said = {"samples": 15, "reference_images": 15, "steps": 2, "guidance_scale": 1.0}
@@ -221,10 +221,10 @@ def test_generation_figures_are_those_of_the_metrics_for_samples_of_each_class(
 
 
 def test_the_reference_is_read_once_and_anew_where_something_else_is_asked(
-    sets, small_data, inception_weights, alone, tmp_path
+    sets, small_data, untrained_inception, alone, tmp_path
 ):
     train, _ = sets
-    config, pipe = small_config(tmp_path, inception_weights, small_data), small_pipeline()
+    config, pipe = small_config(tmp_path, untrained_inception, small_data), small_pipeline()
     figures = generation_figures(pipe, train, config, alone)
     gone = Gone(train)
     assert generation_figures(pipe, gone, config, alone) == figures
@@ -234,11 +234,11 @@ def test_the_reference_is_read_once_and_anew_where_something_else_is_asked(
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_figures_of_one(sets, small_data, inception_weights, alone, tmp_path):
+def test_two_processes_have_the_figures_of_one(sets, small_data, untrained_inception, alone, tmp_path):
     train, _ = sets
-    launch(__file__, tmp_path / "two", inception_weights, small_data.path)
+    launch(__file__, tmp_path / "two", untrained_inception, small_data.path)
     expected = generation_figures(
-        small_pipeline(), train, small_config(tmp_path / "one", inception_weights, small_data), alone
+        small_pipeline(), train, small_config(tmp_path / "one", untrained_inception, small_data), alone
     )
     for process in range(2):
         found = json.loads((tmp_path / "two" / f"{process}.json").read_text())
