@@ -9,16 +9,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 
 from looc_ldm.commands.main import COMMANDS, parse_command
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import parse_config
+from looc_ldm.utils.arguments import CacheLatents, parse_options
 from tiny import blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TESTED_ELSEWHERE = {"training.md"}  # its commands
+CLUSTER = [file for file in sorted((ROOT / "docs" / "cluster").iterdir()) if file.suffix in (".yaml", ".slurm")]
 STAGES = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig}
 
 
@@ -27,12 +30,14 @@ def name_of(page: Path) -> str:
 
 
 def commands() -> list[list[str]]:
-    """Return the commands of all pages, without assignments of environment variables."""
-    texts = [block for page in PAGES if page.name not in TESTED_ELSEWHERE for block in blocks(page, "bash")]
-    parts = [part.strip() for line in "".join(texts).replace("\\\n", " ").splitlines() for part in line.split("&&")]
-    parts = [re.sub(r"^[A-Z_]+=\S+ ", "", part).partition(" > ")[0] for part in parts]
-    unique = dict.fromkeys(part for part in parts if part.startswith(("looc-ldm", "accelerate", "torchrun")))
-    return [shlex.split(part) for part in unique]
+    """Return the commands of all pages and of the heads of the cluster's files, without environment variables."""
+    texts = [block for page in PAGES for block in blocks(page, "bash")]
+    texts += ["\n".join(re.findall(r"^#   (.*)$", file.read_text(), re.MULTILINE)) for file in CLUSTER]
+    lines = "\n".join(texts).replace("\\\n", " ").splitlines()
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    parts = [re.sub(r"^([A-Z_]+=\S+ +)+", "", part).partition(" > ")[0] for part in parts]
+    unique = dict.fromkeys(part for part in parts if part.startswith(("looc-ldm", "accelerate", "torchrun", "sbatch")))
+    return [shlex.split(part, comments=True) for part in unique]
 
 
 # Checks of the variables that the last block of a page leaves behind
@@ -67,11 +72,20 @@ def test_python_examples_run_one_after_the_other(page, quickstart_folder, tmp_pa
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_command_examples_parse(command):
     if command[0] in ("accelerate", "torchrun"):
-        module, arguments = command[command.index("-m") + 1], command[command.index("-m") + 2 :]
-        if module == "looc_ldm.cli":
-            parse_command(arguments)
+        launcher = launch_command_parser() if command[:2] == ["accelerate", "launch"] else get_args_parser()
+        parsed = launcher.parse_args(command[2:] if command[0] == "accelerate" else command[1:])
+        assert parsed.module
+        assert (ROOT / (getattr(parsed, "config_file", None) or "README.md")).is_file()
+        if parsed.training_script == "looc_ldm.cli":
+            parse_command(parsed.training_script_args)
+        elif parsed.training_script == "looc_ldm.training.latents":
+            parse_options(CacheLatents, parsed.training_script_args, command[0])
         else:
-            parse_config(STAGES[module.rpartition(".")[2]], arguments, command[0])
+            stage = parsed.training_script.removeprefix("looc_ldm.training.")
+            parse_config(STAGES[stage], parsed.training_script_args, command[0])
+    elif command[0] == "sbatch":
+        assert ROOT / command[1] in CLUSTER
+        parse_config(STAGES[command[2]], command[3:], "sbatch")
     elif command[1] == "train" and command[2] in STAGES:
         if "--print_config" not in command:
             parse_config(STAGES[command[2]], command[3:], "looc-ldm")
@@ -81,7 +95,7 @@ def test_command_examples_parse(command):
 
 def test_every_command_has_an_example():
     shown = {" ".join(command[1:3]) for command in commands()}
-    for name in COMMANDS.keys() - {"cache-latents"}:  # in training.md
+    for name in COMMANDS:
         assert any(f"{words} ".startswith(f"{name} ") for words in shown), name
 
 

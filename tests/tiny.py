@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from looc_ldm import ClassEmbedding, LooCLDMPipeline, LooCQuantizer, LooCVQModel
@@ -136,6 +137,12 @@ def noise(count: int, channels: int = 1, height: int = 16, width: int | None = N
     return torch.randint(0, 256, (count, channels, height, width or height), dtype=torch.uint8, generator=generator)
 
 
+def write_image(file: Path, color=(200, 100, 50), size: tuple[int, int] = (40, 20)) -> None:
+    """Write an image of one color, and the folders above it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(file)
+
+
 def write_tar(file: Path, examples: Iterable[dict[str, bytes]], first: int = 0) -> None:
     """Write a shard as WebDataset has it: the fields of each example, `00001.jpg`, `00001.cls`, next to each other."""
     with tarfile.open(file, "w") as tar:
@@ -156,6 +163,17 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Return every tensor of the safetensors below a folder, by file and name."""
     files = sorted(folder.rglob("*.safetensors"))
     return {f"{file.relative_to(folder)}/{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def assert_equal_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Check that two state dicts have the same names, and equal tensors to the last bit."""
+    assert found.keys() == expected.keys()
+    assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
+
+
+def sgd(model: torch.nn.Module, settings) -> torch.optim.SGD:
+    """Stand in for AdamW, whose normalization turns rounding errors of vanishing gradients into whole steps."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=settings.learning_rate)
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:

@@ -11,7 +11,6 @@ from looc_ldm.analysis import collect as module
 from looc_ldm.analysis.collect import Findings, collect
 from looc_ldm.images.pixels import to_float, to_uint8
 from looc_ldm.metrics import psnr
-from looc_ldm.quantizer.loocq import SEGMENT_LAYOUTS
 from tiny import noise, tiny_autoencoder
 
 # f = 2, grey, four segments of two channels.
@@ -40,17 +39,6 @@ def test_use_by_segment_is_what_the_quantizer_was_constructed_for():
     assert findings.statistics.segments_per_codevector.tolist() == [sharing.get(code, 0) for code in range(32)]
     assert findings.entropy == pytest.approx(1.5)  # shares of 1/2, 1/4 and 1/4
     assert findings.entropy_by_segment == pytest.approx(0)  # who knows the segment knows the code
-
-
-@pytest.mark.parametrize("layout", SEGMENT_LAYOUTS)
-@pytest.mark.parametrize("s", [1, 2])
-def test_counts_are_of_the_codes_that_the_model_gives(layout, s):
-    model, images = model_with(interpolation_factor=s, segment_layout=layout), noise(6)
-    findings = found_in(model, images)
-    codes = model.encode_indices(to_float(images))
-    assert torch.equal(findings.statistics.counts.sum(0), torch.bincount(codes.flatten(), minlength=32))
-    assert findings.codes_per_image == codes[0].numel()
-    assert len(findings.statistics.counts) == (4 if layout == "channel" else 4 * s**2)
 
 
 def test_what_images_cost_under_an_entropy_coder_is_the_entropy_in_the_mean():
@@ -135,14 +123,6 @@ def test_what_is_kept_is_a_sample_whose_size_does_not_grow_with_the_data(monkeyp
     assert torch.equal(findings.sample.originals, again.sample.originals)
     assert torch.equal(findings.sample.vectors, again.sample.vectors)
     assert not torch.equal(findings.sample.originals, other.sample.originals)
-
-
-def test_nothing_of_vectors_times_codevectors_is_allocated(largest_tensor):
-    model, images = model_with(num_vq_embeddings=8192, interpolation_factor=2), noise(8, height=32)
-    with largest_tensor() as largest:
-        found_in(model, images, batch_size=8)
-    vectors = 8 * 16 * 16 * 16
-    assert largest.elements <= max(vectors * 64, 8192 * 512)  # instead of 268 million
 
 
 def test_images_that_are_missing_or_of_several_sizes_are_refused():

@@ -13,7 +13,7 @@ from PIL import Image
 from looc_ldm import LooCVQModel
 from looc_ldm.analysis import collect as module
 from looc_ldm.analysis import image_figures
-from looc_ldm.analysis.codebook_figures import draw_embedding, draw_segment_use, draw_sharing, draw_use, in_the_plane
+from looc_ldm.analysis.codebook_figures import draw_embedding, draw_segment_use, draw_sharing, in_the_plane
 from looc_ldm.analysis.collect import Findings, collect
 from looc_ldm.analysis.image_figures import draw_error_map, draw_rate
 from looc_ldm.analysis.page import analyze, page
@@ -46,10 +46,7 @@ def words(svg: bytes) -> list[str]:
     ("count", "channels", "settings"),
     [
         (3, 3, {"interpolation_factor": 2, "segment_layout": "patch"}),
-        (1, 1, {"num_vq_embeddings": 2}),  # one image
         (2, 1, {"codevector_dim": 8}),  # one segment
-        (2, 3, {"codevector_dim": 2, "interpolation_factor": 2}),
-        (2, 1, {"codevector_dim": 1, "distance": "euclidean"}),
         (1, 1, {"vq_embed_dim": 512, "codevector_dim": 1, "distance": "euclidean", "num_vq_embeddings": 1100}),
     ],
 )
@@ -78,15 +75,6 @@ def test_a_dead_codebook_and_images_of_one_grey_are_drawn_as_what_they_are():
 
 
 # Contents --------------------------------------------------------------------------------------------------------
-
-
-def test_the_curve_of_use_is_the_sorted_shares():
-    findings = found_in(model_with(), noise(2))
-    counts = findings.statistics.counts.sum(0)
-    (axes,) = draw_use(findings).figure.axes
-    heights = axes.patches[0].get_data().values
-    assert heights.tolist() == sorted((counts[counts > 0] / counts.sum().double()).tolist(), reverse=True)
-    assert axes.get_xlim() == (0.5, 16.5)
 
 
 def test_bars_are_the_use_of_segments_and_the_sharing_of_codevectors_and_errors_lie_at_their_pixels():

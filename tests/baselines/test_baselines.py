@@ -235,10 +235,3 @@ def test_gsq_is_looc_with_cosine_distance_on_a_unit_sphere():
     assert torch.equal(gsq.encode_indices(feature_map()), looc.encode_indices(feature_map()))
     quantized = gsq(feature_map())[0].unflatten(1, (-1, 4))
     torch.testing.assert_close(quantized.norm(dim=2), torch.ones(4, 4, 5, 6))
-
-
-def test_bsq_places_codes_on_a_unit_sphere_and_lfq_on_a_cube():
-    for kind, length in ((BinarySphericalQuantizer, 1.0), (LookupFreeQuantizer, math.sqrt(6))):
-        inner = kind(N_Q, 6, codes_per_position=2).eval().inner
-        codes = inner.indices_to_codes(torch.arange(64)[None, :, None].expand(1, 64, 2), project_out=False)
-        torch.testing.assert_close(codes.unflatten(-1, (2, 6)).norm(dim=-1), torch.full((1, 64, 2), length))

@@ -4,10 +4,8 @@ import json
 
 import pytest
 
-import looc_ldm
 from looc_ldm.commands.options import EvaluateGeneration
 from looc_ldm.commands.record import bias_note, make_record, markdown_table, write_and_print
-from looc_ldm.hub.card import title
 from looc_ldm.utils.errors import UserError
 
 FIGURES = {"protocol": "clean", "images_first": 40, "images_second": 1000, "fid@2048": 12.25, "kid@2048": 0.000331}
@@ -20,17 +18,6 @@ def options() -> EvaluateGeneration:
     return EvaluateGeneration(
         samples="ada/pets", data="ada/animals", command_line="looc-ldm evaluate generation ada/pets"
     )
-
-
-def test_it_holds_the_figures_flat_and_all_that_was_used(options):
-    record = make_record(
-        FIGURES, options, options.samples, weights={"inception": {"sha256": "0"}}, seeds={"samples": 0}
-    )
-    assert record.items() >= FIGURES.items()
-    assert (record["command"], record["version"]) == (options.command_line, looc_ldm.__version__)
-    assert record["dtype"] == "float32"
-    assert {"python", "torch", "diffusers", "torch-fidelity"} <= record["versions"].keys()
-    assert record["weights"]["inception"]["sha256"] == "0"
 
 
 def test_the_table_has_the_figures_beside_the_rate(options):
@@ -70,21 +57,3 @@ def test_a_figure_that_is_no_number_is_not_written(options, tmp_path):
 def test_fewer_images_than_features_are_warned_of():
     assert bias_note(2048, 2048, "fid@2048") == []
     assert "fid@2048 is measured on 2,047 images, fewer than its 2,048 features" in bias_note(2047, 2048, "fid@2048")[0]
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("lpips_vgg", "LPIPS (VGG)"),
-        ("rfid@2048", "rFID (2048 features)"),
-        ("fd@dinov2-large", "FD-DINOv2 (dinov2-large features)"),
-        ("cmmd@clip-vit-large-patch14-336", "CMMD (clip-vit-large-patch14-336 features)"),
-        ("is", "Inception score"),
-        ("precision@vgg16", "precision (vgg16 features)"),
-        ("class_fid@2048", "FID within each class, mean over classes (2048 features)"),
-        ("dead_codes", "codevectors that are never used"),
-        ("code_entropy", "entropy of the codes (bits per code)"),
-    ],
-)
-def test_figures_have_titles_for_readers_of_a_card(name, expected):
-    assert title(name) == expected

@@ -3,7 +3,6 @@
 import os
 
 import pytest
-import torch
 
 from looc_ldm.commands import shared
 from looc_ldm.commands.main import main
@@ -28,19 +27,6 @@ def test_the_work_of_sampling_and_of_reconstructing_is_timed(measured, kind):
     shared.use_fastest_threads_to_sample(tiny_pipeline(kind), 2)
     shared.use_fastest_threads_to_reconstruct(tiny_autoencoder())
     assert len(measured) == 2
-
-
-def test_loading_a_model_times_nothing(measured, tmp_path):
-    """`compare` loads all its models on the CPU, and computes on another device."""
-    tiny_autoencoder().save_pretrained(tmp_path)
-    shared.load_model(str(tmp_path), torch.device("cpu"))
-    assert not measured
-
-
-def test_one_of_several_processes_times_nothing(measured, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    shared.use_fastest_threads_to_reconstruct(tiny_autoencoder())
-    assert not measured
 
 
 def test_threads_given_at_the_command_line_decide(tmp_path, monkeypatch):

@@ -93,16 +93,10 @@ def test_the_small_model_is_an_autoencoder_like_the_others(tmp_path):
     assert codes.shape == (2, 7, 7, 2)
     assert torch.equal(again.decode_indices(codes).sample, model.eval()(images).sample)
     assert again.bits_per_image(28, 28) == 7 * 7 * 2 * 4
-    with pytest.raises(NotImplementedError, match="LooCSmallVQModel"):
-        again.enable_tiling()
     with pytest.raises(ValueError, match="does not support gradient checkpointing"):
         again.enable_gradient_checkpointing()
     with pytest.raises(ValueError, match="divisible by 4"):
         again.encode(torch.rand(1, 1, 30, 30))
-    model.train()
-    output = model(images)
-    (output.sample.square().mean() + output.commit_loss).backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if "quantize" not in name)
 
 
 @pytest.mark.parametrize(

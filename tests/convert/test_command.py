@@ -222,15 +222,10 @@ def test_a_number_that_yaml_takes_for_text_is_a_number(diffusion, capsys):
     assert Path("ours/model_index.json").is_file()
 
 
-SMALL_KEYS = ["_pre_vq_conv.weight", "_vq_vae.embedding.weight", "_encoder._conv_1.weight"]
-SMALL_KEYS += ["_decoder._conv_trans_2.weight", "_encoder._residual_stack._layers.0._block.1.weight"]
-
-
-@pytest.mark.parametrize("wrong", [torch.ones(()), torch.ones(3), torch.ones(0, 1, 1, 1), torch.ones(2, 2, 2)])
-@pytest.mark.parametrize("key", SMALL_KEYS)
-def test_weights_of_another_rank_in_a_small_model_are_named(small, key, wrong, capsys):
-    torch.save({**small, key: wrong}, "bad.pt")
-    assert f"mis-shaped: {key} is {tuple(wrong.shape)}" in error_of(f"convert bad.pt --output ours {FLAGS}", capsys)
+@pytest.mark.parametrize("key", ["_vq_vae.embedding.weight", "_encoder._residual_stack._layers.0._block.1.weight"])
+def test_weights_of_another_rank_in_a_small_model_are_named(small, key, capsys):
+    torch.save({**small, key: torch.ones(2, 2, 2)}, "bad.pt")
+    assert f"mis-shaped: {key} is (2, 2, 2)" in error_of(f"convert bad.pt --output ours {FLAGS}", capsys)
 
 
 FIRST, NET = "first_stage_model.", "model.diffusion_model."
@@ -241,25 +236,15 @@ FIRST, NET = "first_stage_model.", "model.diffusion_model."
     [
         "betas",
         "scale_factor",
-        f"{FIRST}quant_conv.weight",
         f"{FIRST}quantize.embedding.weight",
-        f"{FIRST}encoder.conv_in.weight",
-        f"{FIRST}encoder.down.1.block.0.conv1.weight",
-        f"{FIRST}decoder.conv_out.weight",
-        f"{NET}input_blocks.0.0.weight",
-        f"{NET}input_blocks.1.0.out_layers.3.weight",
-        f"{NET}input_blocks.1.0.emb_layers.1.weight",
         f"{NET}middle_block.1.transformer_blocks.0.attn2.to_k.weight",
-        f"{NET}middle_block.1.qkv.weight",
-        f"{NET}out.2.weight",
     ],
 )
-@pytest.mark.parametrize("wrong", [torch.ones(2, 2, 2), torch.ones(0)])
-def test_weights_of_another_rank_in_an_ldm_are_named(diffusion, key, wrong, capsys):
-    torch.save({**diffusion, key: wrong}, "bad.ckpt")
+def test_weights_of_another_rank_in_an_ldm_are_named(diffusion, key, capsys):
+    torch.save({**diffusion, key: torch.ones(2, 2, 2)}, "bad.ckpt")
     flags = LDM_FLAGS.replace("--scaling-factor 1", "") if key == "scale_factor" else LDM_FLAGS
     error = error_of(f"convert bad.ckpt --output ours {flags}", capsys)
-    assert f"mis-shaped: {key.removeprefix(NET).removeprefix(FIRST)} is {tuple(wrong.shape)}" in error
+    assert f"mis-shaped: {key.removeprefix(NET).removeprefix(FIRST)} is (2, 2, 2)" in error
 
 
 def test_an_output_that_is_a_dangling_link_is_refused_before_any_work(small, capsys):

@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from looc_ldm import LooCLDMPipeline, LooCVQModel
+from looc_ldm.hub.upload import push
 from tiny import import_file, tiny_autoencoder, tiny_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -121,6 +122,13 @@ def pipeline_folder(tmp_path) -> Path:
     live = UNet2DModel.from_config(pipe.unet.config)
     live.save_pretrained(folder / "unet", variant="non_ema")
     return folder
+
+
+@pytest.fixture
+def pushed(hub, pipeline_folder):
+    """The hub with that pipeline as `ada/pets`."""
+    push(pipeline_folder, "ada/pets")
+    return hub
 
 
 @pytest.fixture

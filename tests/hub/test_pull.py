@@ -7,19 +7,12 @@ import torch
 from huggingface_hub import constants
 
 from looc_ldm import LooCLDMPipeline
-from looc_ldm.hub.upload import push
 from looc_ldm.models.loading import load_autoencoder
 from looc_ldm.utils.errors import ModelError
 from looc_ldm.utils.hub_download import download, wanted_files
 
 ID = "ada/pets"
 UNET = "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture
-def pushed(hub, pipeline_folder):
-    push(pipeline_folder, ID)
-    return hub
 
 
 def files_in(folder: Path) -> set[str]:

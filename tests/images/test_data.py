@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from looc_ldm.images.config import DataConfig
 from looc_ldm.images.image_set import Report, load_image_set
@@ -263,19 +263,6 @@ def test_batches_are_tensors_and_one_report(small_data):
     assert report == Report(unreadable=[], cursor=None)
 
 
-def test_a_worker_computes_on_one_thread(small_data):
-    batches = StreamBatches(0, 4, 2, 1, 0, 1)
-    loader = stream_loader(ThreadCounts(), batches, 1, False)
-    assert [counts.tolist() for counts, _ in loader] == [[1, 1], [1, 1]]
-
-
-class ThreadCounts(Dataset):
-    """A stream of the number of threads that PyTorch may use where it is read."""
-
-    def __getitem__(self, position):
-        return torch.get_num_threads(), Report()
-
-
 class Unsendable:
     """Ends like a tensor when /dev/shm is full: in the thread of a worker that sends batches."""
 
@@ -293,11 +280,3 @@ def test_a_batch_that_a_worker_cannot_send_ends_in_one_line(capsys):
     assert message.count("\n") == 1
     assert "/dev/shm" in message
     assert "--data.num_workers 0" in message
-
-
-def test_workers_send_bytes_of_which_the_process_that_asked_makes_numbers():
-    rows = [(torch.full((1, 2, 2), value, dtype=torch.uint8), 0) for value in (0, 255)]
-    loader = float_batches(rows, batch_size=2)
-    assert loader.collate_fn(rows).dtype == torch.uint8
-    (batch,) = loader
-    assert batch.unique().tolist() == [-1, 1]

@@ -1,7 +1,6 @@
 """LSUN as it is distributed: LMDBs of encoded images, opened by each process that reads."""
 
 import hashlib
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from looc_ldm.images import lsun
 from looc_ldm.images.config import DataConfig
@@ -84,28 +83,6 @@ def test_the_validation_split_is_its_own_database(church):
     assert (len(train), len(validation)) == (40, 6)
 
 
-class Owners(Dataset):
-    """Each item is the process that reads it and the process that opened the database."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        self.source.read(index)
-        return os.getpid(), lsun._open[self.source.folder][0]
-
-
-def test_a_forked_worker_does_not_use_the_database_of_its_parent(church):
-    source = LmdbSource(church / "church_outdoor_train_lmdb")
-    source.read(0)  # opened here
-    for reads, opened in DataLoader(Owners(source), batch_size=2, num_workers=2, multiprocessing_context="fork"):
-        assert os.getpid() not in reads
-        assert torch.equal(reads, opened)
-
-
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_and_their_parent_read_the_same(church, context):
     images = load_image_set(config_of(church, split="train"), channels=1)
@@ -121,19 +98,6 @@ def test_a_pickled_source_reads_the_same(church):
     assert len(packed) < 1000  # the keys are not sent along
     copied = pickle.loads(packed)
     assert [copied.read(index) for index in range(6)] == [source.read(index) for index in range(6)]
-
-
-def test_keys_are_listed_once_for_each_state_of_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    write_lmdb(tmp_path / "a", [b"one", b"two"])
-    assert len(LmdbSource(tmp_path / "a")) == 2
-    (listed,) = (tmp_path / "cache" / "lsun").iterdir()
-    written = listed.stat().st_mtime_ns
-    assert len(LmdbSource(tmp_path / "a")) == 2
-    assert listed.stat().st_mtime_ns == written
-    os.utime(tmp_path / "a" / "data.mdb", ns=(written, written + 1))
-    assert len(LmdbSource(tmp_path / "a")) == 2
-    assert len(list((tmp_path / "cache" / "lsun").iterdir())) == 2
 
 
 def test_an_empty_database_has_no_images(tmp_path):

@@ -26,14 +26,9 @@ from looc_ldm.images.image_set import load_image_set
 from looc_ldm.images.open import open_sources
 from looc_ldm.training.data import load_image_sets
 from looc_ldm.utils.errors import DataError, UnreadableImage
-from tiny import write_tar
+from tiny import write_image, write_tar
 
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-
-
-def write_image(file, color=(200, 100, 50), size=(40, 20)):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, color).save(file)
 
 
 # Bundled, folders ------------------------------------------------------------------------------------------------

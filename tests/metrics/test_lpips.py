@@ -50,6 +50,9 @@ def test_it_is_the_packages_distance_of_each_pair_in_float32_whatever_surrounds_
     assert (distance(x, x) == 0).all()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(distance(x, y), expected)
+        fast = distance(x, y, autocast=True)  # as a loss
+    assert not torch.equal(fast, expected)
+    torch.testing.assert_close(fast, expected, rtol=0.03, atol=0)
     assert distance(x.bfloat16(), y.bfloat16()).dtype == torch.float32
 
 

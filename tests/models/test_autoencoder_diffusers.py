@@ -76,9 +76,15 @@ def test_each_variant_comes_back_as_it_was_saved(variant, max_shard_size, tmp_pa
         LooCVQModel.from_pretrained(tmp_path, variant="bf16")
 
 
-@pytest.mark.parametrize("keyword", ["dtype", "torch_dtype"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("max_shard_size", ["10GB", "20KB"], ids=["one file", "shards"])
+@pytest.mark.parametrize(
+    ("keyword", "dtype", "max_shard_size"),
+    [
+        ("dtype", torch.float16, "10GB"),
+        ("dtype", torch.bfloat16, "20KB"),
+        ("torch_dtype", torch.bfloat16, "10GB"),
+        ("torch_dtype", torch.float32, "20KB"),
+    ],
+)
 def test_weights_are_loaded_in_the_dtype_asked_for_and_the_quantizer_in_float32(
     keyword, dtype, max_shard_size, tmp_path
 ):
@@ -283,8 +289,16 @@ def forget_what_is_not_loaded(model: LooCVQModel) -> None:
         tensor.data.fill_(torch.nan)
 
 
-@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
-@pytest.mark.parametrize("entry", ["encode", "decode", "encode_indices", "decode_indices", "forward"])
+@pytest.mark.parametrize(
+    ("entry", "offload_type"),
+    [
+        ("encode", "block_level"),
+        ("decode", "leaf_level"),
+        ("encode_indices", "leaf_level"),
+        ("decode_indices", "block_level"),
+        ("forward", "block_level"),
+    ],
+)
 def test_group_offloading_loads_what_each_entry_needs(offload_type, entry, tmp_path):
     model, x = tiny_model(), images()
     given = {"decode": torch.randn(2, 4, 4, 6), "decode_indices": torch.randint(16, (2, 4, 6, 8))}.get(entry, x)
@@ -349,11 +363,10 @@ PARTS = ("encoder", "quant_conv", "quantize", "post_quant_conv", "decoder")
 
 
 @pytest.mark.parametrize(
-    "device_map",
-    ["auto", "cpu", {"": "cpu"}, {**dict.fromkeys(PARTS, "disk"), "encoder": "cpu"}],
-    ids=["auto", "cpu", "all", "disk"],
+    ("device_map", "max_shard_size"),
+    [("auto", "20KB"), ({"": "cpu"}, "10GB"), ({**dict.fromkeys(PARTS, "disk"), "encoder": "cpu"}, "20KB")],
+    ids=["auto", "all", "disk"],
 )
-@pytest.mark.parametrize("max_shard_size", ["10GB", "20KB"], ids=["one file", "shards"])
 def test_a_device_map_places_the_parts(device_map, max_shard_size, tmp_path):
     model, x = tiny_model(), images()
     model.save_pretrained(tmp_path / "model", max_shard_size=max_shard_size)
@@ -366,42 +379,13 @@ def test_a_device_map_places_the_parts(device_map, max_shard_size, tmp_path):
     assert_equal(everything(loaded, x), everything(model, x))
 
 
-def test_maps_by_size_cut_neither_layers_nor_quantizer():
-    with accelerate.init_empty_weights():
-        model = tiny_model(num_vq_embeddings=4096)
-    whole = {"ResnetBlock2D", "Attention", "LooCQuantizer"}
-    names = [name for name, module in model.named_modules() if type(module).__name__ in whole]
-    total = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
-    for limit in range(0, total, total // 50):
-        device_map = accelerate.infer_auto_device_map(
-            model,
-            {0: limit, "cpu": 10 * total},
-            no_split_module_classes=model._no_split_modules,
-            offload_buffers=True,
-        )
-        cut = [key for key in device_map if any(key.startswith(f"{name}.") for name in names)]
-        assert not cut, limit
-
-
 # Attention
 
 
-def test_attention_processors_are_listed_and_replaced():
+def test_the_plain_attention_processor_is_set_everywhere_and_computes_the_same():
     model, x = tiny_model(), images()
-    names = {
-        f"{part}.{place}.attentions.0.processor"
-        for part, place in [
-            ("encoder", "mid_block"),
-            ("encoder", "down_blocks.1"),
-            ("decoder", "mid_block"),
-            ("decoder", "up_blocks.0"),
-        ]
-    } | {"decoder.up_blocks.0.attentions.1.processor"}
-    assert set(model.attn_processors) == names
     expected = model(x).sample
     assert all(type(processor) is AttnProcessor2_0 for processor in model.attn_processors.values())
     model.set_default_attn_processor()
     assert all(type(processor) is AttnProcessor for processor in model.attn_processors.values())
     torch.testing.assert_close(model(x).sample, expected, rtol=0, atol=1e-5)
-    model.set_attn_processor({name: AttnProcessor2_0() for name in names})
-    assert torch.equal(model(x).sample, expected)

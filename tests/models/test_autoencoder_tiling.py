@@ -125,17 +125,6 @@ def test_tiles_need_not_divide_the_image(height, width, tile):
     assert_same(everything(model, x), expected, TILES)
 
 
-def test_codes_loss_and_perplexity_of_given_latents_are_the_same_to_the_last_bit():
-    model, x = model_with(), uneven_images(2, 48, 48)
-    latents = model.encode(x).latents
-    expected = model.decode(latents)
-    model.enable_tiling(16)
-    model.enable_slicing()
-    found = model.decode(latents)
-    for name in ("indices", "perplexity", "commit_loss"):
-        assert torch.equal(found[name], expected[name])
-
-
 def test_in_bfloat16_tiles_are_as_near_to_float32_as_the_whole_image_is():
     x = uneven_images(1, 64, 64)
     latents = model_with().encode(x).latents

@@ -1,11 +1,18 @@
 """Tiny pipelines of every kind, with random weights: what they draw is noise, but it is drawn as it should be."""
 
 import pytest
+from diffusers import DiffusionPipeline
 
 from looc_ldm import LooCLDMPipeline
 from tiny import tiny_autoencoder, tiny_pipeline
 
 CLASSES = ["T-shirt", "sandal, flip-flop", "ankle boot"]  # 3 is the null class
+
+
+@pytest.fixture(autouse=True)
+def _no_progress_bars(monkeypatch):
+    """No pipeline shows a bar, unless it is told to."""
+    monkeypatch.setattr(DiffusionPipeline, "_progress_bar_config", {"disable": True}, raising=False)
 
 
 @pytest.fixture

@@ -6,16 +6,12 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import ExifTags
 
 from looc_ldm import LooCLDMImg2ImgPipeline, LooCLDMInpaintPipeline, LooCLDMPipeline
 from looc_ldm.pipelines import schedulers
 
 NOT_MIDWAY = {kind.__name__ for kind in schedulers.NOT_MIDWAY}
-SCHEDULERS = sorted(
-    {kind.name for kind in KarrasDiffusionSchedulers} - NOT_MIDWAY - {"EDMEulerScheduler"} | {"LCMScheduler"}
-)
 SIDE = 16
 
 
@@ -43,10 +39,7 @@ def pipelines(make_pipeline):
 
     def make(kind: str = "num_class_embeds", **arguments):
         pipe = make_pipeline(kind, **arguments)
-        made = LooCLDMImg2ImgPipeline.from_pipe(pipe), LooCLDMInpaintPipeline.from_pipe(pipe)
-        for one in made:
-            one.set_progress_bar_config(disable=True)
-        return made
+        return LooCLDMImg2ImgPipeline.from_pipe(pipe), LooCLDMInpaintPipeline.from_pipe(pipe)
 
     return make
 
@@ -64,7 +57,6 @@ def test_they_are_made_from_a_pipeline_and_load_from_its_folder(kind, make_pipel
         inputs = (image(), left_half()) if one is LooCLDMInpaintPipeline else (image(),)
         made, loaded = one.from_pipe(pipe), one.from_pretrained(tmp_path)
         for other in (made, loaded):
-            other.set_progress_bar_config(disable=True)
             assert other.config.id2label == pipe.config.id2label
             assert other.config.null_class_label == pipe.config.null_class_label
         assert made.unet is pipe.unet
@@ -104,7 +96,6 @@ def test_the_latents_it_starts_from_are_those_of_the_image_with_the_noise_of_the
 def test_flow_matching_starts_on_the_line_between_image_and_noise(make_pipeline):
     tiny = make_pipeline("unconditional")
     pipe = LooCLDMImg2ImgPipeline(tiny.vqvae, tiny.unet, FlowMatchEulerDiscreteScheduler())
-    pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 4, 8, 8)
     inputs = []
     pipe.unet.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
@@ -204,13 +195,12 @@ def test_one_image_is_varied_for_every_label_and_several_images_go_with_their_la
     torch.testing.assert_close(masked[1, ..., SIDE // 2 :], two[1, ..., SIDE // 2 :])
 
 
-@pytest.mark.parametrize("name", [*SCHEDULERS, "FlowMatchEulerDiscreteScheduler"])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "FlowMatchEulerDiscreteScheduler"])
 def test_inpainting_keeps_the_known_pixels_and_latents_and_draws_the_others(name, make_pipeline):
     tiny = make_pipeline("unconditional")
     kind = getattr(diffusers, name)
     scheduler = kind() if name.startswith("FlowMatch") else kind.from_config(tiny.scheduler.config)
     pipe = LooCLDMInpaintPipeline(tiny.vqvae, tiny.unet, scheduler)
-    pipe.set_progress_bar_config(disable=True)
     drawn = run(pipe, image(), left_half(), steps=8)
     assert torch.allclose(drawn[..., SIDE // 2 :], image()[..., SIDE // 2 :], atol=1e-6)
     assert (drawn[..., : SIDE // 2] - image()[..., : SIDE // 2]).abs().mean() > 0.02
@@ -252,9 +242,6 @@ def test_a_latent_is_drawn_anew_if_any_of_its_pixels_is(pipelines):
         ((image() * 255,), {}, r"image arrays must be in \[0, 1\], got values up to"),
         (([],), {}, "image must not be an empty list"),
         ((image().expand(2, -1, -1, -1),), {"class_labels": [0, 1, 2]}, "3 class_labels do not fit 2 images"),
-        ((image(),), {"class_labels": "trouser"}, "unknown class name 'trouser'"),
-        ((image(),), {"latents": torch.zeros(1, 4, 8, 9)}, "latents must have the shape"),
-        ((image(),), {"generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -306,7 +293,6 @@ def test_a_mask_is_resized_to_the_size_of_the_image_whatever_that_is(make_pipeli
     tiny = make_pipeline("unconditional")
     tiny.unet.register_to_config(sample_size=10)
     pipe = LooCLDMInpaintPipeline.from_pipe(tiny)
-    pipe.set_progress_bar_config(disable=True)
     assert run(pipe, image(), left_half()).shape == (1, 3, 20, 20)
 
 
@@ -376,7 +362,6 @@ def test_a_pipeline_made_from_another_leaves_its_dtypes_alone(make_pipeline):
     cast = LooCLDMImg2ImgPipeline.from_pipe(pipe, dtype=torch.bfloat16)
     assert cast.vqvae.dtype == torch.bfloat16
     half = LooCLDMImg2ImgPipeline.from_pipe(cast)
-    half.set_progress_bar_config(disable=True)
     assert half.unet.dtype == half.vqvae.dtype == torch.bfloat16
     assert half.vqvae.quantize.embedding.weight.dtype == torch.float32
     assert run(half, image(), 0.5, class_labels=0).isfinite().all()

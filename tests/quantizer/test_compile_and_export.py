@@ -154,29 +154,6 @@ def test_compiled_evaluation_returns_nan_where_it_cannot_refuse():
         assert torch.compile(quantizer, backend="eager", fullgraph=True)(z.clamp(-1, 1))[0].isfinite().all()
 
 
-class Part(nn.Module):
-    """One method of a quantizer as a module's forward."""
-
-    def __init__(self, quantizer: LooCQuantizer, method: str):
-        super().__init__()
-        self.quantizer, self.method = quantizer, method
-
-    def forward(self, x):
-        return getattr(self.quantizer, self.method)(x)
-
-
-@pytest.mark.parametrize("method", ["forward", "encode_indices", "decode_indices"])
-def test_an_exported_method_comes_back_from_its_file(method, tmp_path):
-    quantizer = LooCQuantizer(8, 16, 4).eval()
-    x = torch.randn(2, 8, 4, 4)
-    x = quantizer.encode_indices(x) if method == "decode_indices" else x
-    torch.export.save(torch.export.export(Part(quantizer, method), (x,)), tmp_path / "part.pt2")
-    loaded, expected = torch.export.load(tmp_path / "part.pt2").module()(x), getattr(quantizer, method)(x)
-    if method == "forward":
-        loaded, expected = loaded[0], expected[0]
-    assert torch.equal(loaded, expected)
-
-
 MODEL_METHODS = {
     "forward": lambda model, x: model(x).sample,
     "encode_indices": lambda model, x: model.encode_indices(x),

@@ -230,8 +230,7 @@ def test_where_training_does_not_wait_for_the_device_a_bad_step_changes_nothing_
     forward(good + 1)
     forward(bad)  # in the same optimizer step
     quantizer.revive()
-    for name, tensor in quantizer.state_dict().items():
-        assert torch.equal(tensor, before[name])
+    tiny.assert_equal_tensors(quantizer.state_dict(), before)
     forward(good)
     quantizer.revive()
     with pytest.raises(ValueError, match="NaN or infinite"):
@@ -265,8 +264,7 @@ def test_what_was_applied_or_discarded_is_not_applied_again():
     quantizer(torch.randn(2, 8, 4, 4))
     quantizer.discard()  # from a step that was skipped
     quantizer.revive()
-    for name, tensor in quantizer.state_dict().items():
-        assert torch.equal(tensor, before[name])
+    tiny.assert_equal_tensors(quantizer.state_dict(), before)
 
 
 @pytest.mark.parametrize(

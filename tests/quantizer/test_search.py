@@ -22,15 +22,6 @@ def test_closest_anchor_of_each_codevector_is_the_most_similar_raw_vector(distan
     torch.testing.assert_close(anchors.score, score.float(), rtol=0, atol=1e-5)
 
 
-def test_equally_similar_vectors_lose_to_the_first_of_them(monkeypatch):
-    codebook = torch.tensor([[1.0, 2.0], [-3.0, 1.0]])
-    vectors = torch.cat([codebook, 2 * codebook, 4 * codebook])  # the same two directions
-    for rows in (1, 2, 100):
-        monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", rows * len(codebook))
-        anchors = nearest_codevectors(vectors, codebook, "cosine", "closest").anchors
-        assert torch.equal(anchors.vector, codebook)
-
-
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_the_result_does_not_depend_on_the_chunk_size(distance, monkeypatch):
     torch.manual_seed(0)
@@ -115,7 +106,7 @@ def random_problem(kind: str, n: int, k: int, d: int):
 @pytest.mark.parametrize(
     ("distance", "kind"), [*((d, kind) for d in DISTANCES for kind in ("1e-3", "1", "1e3")), ("euclidean", "far")]
 )
-def test_every_index_that_float32_can_tell_is_that_of_brute_force_whatever_the_sizes(distance, kind):
+def test_every_index_that_float32_can_tell_is_that_of_brute_force_on_every_back_end(distance, kind):
     certain_ones = total = 0
     for n, k, d in SHAPES if kind in ("1", "far") else SHAPES[5:18:4]:
         vectors, codebook = random_problem(kind, n, k, d)
@@ -126,21 +117,11 @@ def test_every_index_that_float32_can_tell_is_that_of_brute_force_whatever_the_s
             indices, counts, _ = nearest_codevectors(vectors, codebook, distance, anchor)
             assert torch.equal(indices[certain], expected[certain]), (n, k, d)
             assert torch.equal(counts, torch.bincount(indices, minlength=k)), (n, k, d)
+        for name in SEARCHES if d <= 16 else SEARCHES[1:]:
+            indices = run_search(name, vectors, codebook, distance)
+            assert torch.equal(indices[certain], expected[certain]), (name, n, k, d)
         certain_ones, total = certain_ones + certain.sum(), total + n
     assert certain_ones > 0.95 * total
-
-
-@pytest.mark.parametrize("name", SEARCHES)
-@pytest.mark.parametrize("distance", DISTANCES)
-def test_every_back_end_alone_finds_the_indices_of_brute_force(name, distance):
-    for kind, (n, k, d) in [("1", shape) for shape in SHAPES[:-2]] + [("far", (257, 300, 4)), ("1e3", (257, 300, 2))]:
-        if distance == "cosine" and (d == 1 or kind == "far"):
-            continue
-        vectors, codebook = random_problem(kind, n, k, d)
-        expected, certain = exact_search(vectors, codebook, distance)
-        indices = run_search(name, vectors, codebook, distance)
-        assert torch.equal(indices[certain], expected[certain]), (n, k, d)
-        assert 0 <= indices.min() <= indices.max() < k
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -279,12 +260,6 @@ def test_codes_do_not_depend_on_the_precision_the_user_chose_which_stays(distanc
     assert torch.equal(found.indices, expected.indices)
     assert torch.equal(found.anchors.vector, expected.anchors.vector)
     assert precisions() == chosen
-
-
-def test_the_precision_the_user_chose_comes_back_after_an_error():
-    torch.set_float32_matmul_precision("medium")
-    chosen = precisions()
     with pytest.raises(RuntimeError, match="shapes"):
-        nearest_codevectors(torch.randn(10, 39), torch.randn(5, 40), "cosine")
+        nearest_codevectors(vectors[:, 1:], codebook, "cosine")
     assert precisions() == chosen
-    assert torch.get_float32_matmul_precision() == "medium"

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +13,10 @@ import torch.nn.functional as F
 
 from looc_ldm.quantizer import search
 from looc_ldm.quantizer import search_triton as triton_module
-from looc_ldm.quantizer.search_triton import BLOCK_K, REPLICAS, block_rows, search_triton, triton_usable
+from looc_ldm.quantizer.search_triton import search_triton, triton_usable
 
-DIMS = (1, 2, 3, 4, 5, 8, 16, 33, 64)
-CODEBOOK_SIZES = (2, 3, 16, 17, 100, 256, 1000)
+DIMS = (1, 4, 5, 33, 64)
+CODEBOOK_SIZES = (2, 17, 1000)
 SIZES = sorted({*product(DIMS, (17, 256)), *product((1, 4), CODEBOOK_SIZES)})  # (d, K)
 NORMALIZE = (False, True)
 REPEATED_CODES = (2, 21, 24)  # in tiles of 8: equal ones in one tile; in several; in the same place of several
@@ -83,7 +82,7 @@ def cases() -> dict[tuple, dict]:
             found["random", d, size, normalize] = random_problem(d, size, normalize)
         for d in DIMS:
             found["default", d, normalize] = random_problem(d, 20, normalize, num_vectors=33, block=None)
-        found["indices only", normalize] = random_problem(4, 100, normalize, closest=False)
+        found["indices only", normalize] = random_problem(4, 256, normalize, closest=False)
         # In float32, the squares of numbers near 1e4 are 8 apart; the codes are about 1 apart.
         found["far", normalize] = random_problem(4, 100, normalize, offset=1e4)
         found["away", normalize] = vectors_away_from_codes(normalize)  # all scores are negative
@@ -152,7 +151,7 @@ def test_indices_and_anchors_are_those_of_brute_force_in_float64(results, name):
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_without_anchors_the_indices_are_the_same(results, normalize):
     indices, score, row = results["indices only", normalize]
-    assert torch.equal(indices, results["random", 4, 100, normalize][0])
+    assert torch.equal(indices, results["random", 4, 256, normalize][0])
     assert score is None
     assert row is None
 
@@ -201,38 +200,6 @@ def test_codes_that_no_finite_vector_competes_for_keep_the_lowest_score(results,
     assert torch.equal(indices, torch.zeros(40, dtype=torch.int64))
     assert torch.equal(score, torch.full((4,), -torch.inf))
     assert torch.equal(row, torch.zeros(4, dtype=torch.int64))
-
-
-@needs_triton
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
-@pytest.mark.parametrize("d", [4, 16, 32])
-def test_tiles_fit_the_registers_of_an_h200(d, tmp_path, monkeypatch):
-    """Compiles for compute capability 9.0, which needs no GPU: registers spilled to memory would show as a stack."""
-    import triton
-    from triton.backends import backends
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if "nvidia" not in backends or not cuobjdump.exists():
-        pytest.skip("this Triton cannot compile for CUDA")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tensors = dict.fromkeys(("vectors", "table", "offset"), "*fp32") | dict.fromkeys(("indices", "packed"), "*i64")
-    sizes = {"D": d, "BLOCK_N": block_rows(d), "BLOCK_K": BLOCK_K, "REPLICAS": REPLICAS}
-    kernel = triton_module._search_kernel
-    for normalize in NORMALIZE:
-        constants = {**sizes, "NUM_BLOCKS": 32, "NORMALIZE": normalize, "CLOSEST": True}
-        signature = tensors | {"num_vectors": "i32"} | dict.fromkeys(constants, "constexpr")
-        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        compiled = triton.compile(
-            ASTSource(kernel, signature, places),
-            target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": 1, "enable_fp_fusion": False},
-        )
-        cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-        assert "STACK:0 " in usage
 
 
 def test_the_module_is_importable_without_triton():

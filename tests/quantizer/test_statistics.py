@@ -27,24 +27,16 @@ def test_counts_are_those_of_a_slow_loop_over_segments(s, input_layout, layout):
     assert found.counts.sum() == sum(z.numel() for z in maps) * samples // 4
 
 
-def test_in_the_channel_layout_a_segment_is_a_group_of_channels():
-    quantizer = small_quantizer(interpolation_factor=2, segment_layout="channel")
+@pytest.mark.parametrize(
+    ("layout", "channels", "counts"),
+    [("channel", [1] * 4 + [-1] * 4, [[36, 0], [0, 36]]), ("patch", [1, -1, 1], [[9, 0], [0, 9], [9, 0]])],
+)
+def test_a_segment_is_a_group_of_channels_or_the_patch_of_a_channel(layout, channels, counts):
+    quantizer = small_quantizer(vq_embed_dim=len(channels), interpolation_factor=2, segment_layout=layout)
     with torch.no_grad():
-        quantizer.embedding.weight[:2] = torch.tensor([[1.0, 1, 1, 1], [-1.0, -1, -1, -1]])
-    z = torch.cat([torch.ones(1, 4, 3, 3), -torch.ones(1, 4, 3, 3)], dim=1)
-    counts = codebook_statistics(quantizer, [z]).counts
-    assert counts[0, 0] == counts[1, 1] == 3 * 3 * 4
-    assert counts.sum() == 2 * 3 * 3 * 4
-
-
-def test_in_the_patch_layout_a_segment_is_the_patch_of_a_channel():
-    quantizer = small_quantizer(vq_embed_dim=3, interpolation_factor=2, segment_layout="patch")
-    with torch.no_grad():
-        quantizer.embedding.weight[:2] = torch.tensor([[1.0, 1, 1, 1], [-1.0, -1, -1, -1]])
-    z = torch.ones(1, 3, 3, 3)
-    z[:, 1] = -1
-    counts = codebook_statistics(quantizer, [z]).counts
-    assert counts[:, :2].tolist() == [[9, 0], [0, 9], [9, 0]]
+        quantizer.embedding.weight[:2] = torch.tensor([[1.0], [-1.0]])
+    z = torch.tensor(channels).float().view(1, -1, 1, 1).expand(-1, -1, 3, 3)
+    assert codebook_statistics(quantizer, [z]).counts[:, :2].tolist() == counts
 
 
 def test_what_is_said_of_hand_made_counts():

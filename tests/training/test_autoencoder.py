@@ -20,7 +20,7 @@ from looc_ldm.training.losses import PatchDiscriminator
 from looc_ldm.training.run import Run
 from looc_ldm.training.run_folder import RunFolder
 from looc_ldm.utils.errors import ConfigError
-from tiny import contents, log_lines, weights
+from tiny import contents, log_lines, sgd, weights
 
 # A PatchGAN with few layers, whose start falls into the run.
 ADVERSARIAL = {
@@ -34,11 +34,6 @@ ADVERSARIAL = {
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
     return max((one[name] - other[name]).abs().max().item() for name in one)
-
-
-def sgd(model, settings):
-    """In place of AdamW, whose normalization turns rounding errors of vanishing gradients into whole steps."""
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=settings.learning_rate)
 
 
 class PowerCut(Exception):

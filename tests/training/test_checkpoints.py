@@ -36,11 +36,6 @@ def result(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "model" / "weights.pt")
 
 
-def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """An uninterrupted run of 128 images, with dropout. To be read only."""
@@ -134,7 +129,7 @@ def test_a_damaged_checkpoint_is_named_in_a_warning_and_the_run_goes_on_from_the
     assert reason in warning
     assert names(half) == ["000000056", "000000072"]  # it does not take the place of a good one
     train(config_of(half, keep_last=3))
-    assert_equal(result(half), result(whole))
+    tiny.assert_equal_tensors(result(half), result(whole))
     assert log_lines(half) == log_lines(whole)
 
 
@@ -184,9 +179,8 @@ def test_averaged_weights_are_saved_as_safetensors_and_loaded(tmp_path, layout):
     run.save_checkpoint()
     stored = load_file(tmp_path / "checkpoints" / "000000008" / "ema.safetensors")
     _, _, loaded = run_with_average()
-    for name, value in ema.model.state_dict().items():
-        assert torch.equal(stored[name], value)
-        assert torch.equal(loaded.model.state_dict()[name], value)
+    tiny.assert_equal_tensors(stored, ema.model.state_dict())
+    tiny.assert_equal_tensors(loaded.model.state_dict(), ema.model.state_dict())
 
 
 # Precision -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from looc_ldm.training.denoiser import Denoiser, make_scheduler
 from looc_ldm.training.latents import LatentCache, LatentStream
 from looc_ldm.training.run import Run
 from looc_ldm.utils.errors import ConfigError, ModelError
-from tiny import contents, log_lines, weights
+from tiny import assert_equal_tensors, contents, log_lines, weights
 
 UNET = {
     "type": "UNet2DModel",
@@ -195,9 +195,9 @@ def test_a_step_whose_gradients_are_not_finite_changes_nothing_and_is_counted(di
     config = diffusion_config(tmp_path, preview_every_images=10**6, checkpoint_every_images=8, keep_last=9)
     diffusion.train(config)
     averages = [load_file(tmp_path / "checkpoints" / f"{i:09d}" / "ema.safetensors") for i in (16, 24, 32)]
-    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+    assert_equal_tensors(averages[0], averages[1])
     assert not all(torch.equal(averages[1][name], averages[2][name]) for name in averages[0])
-    assert all(torch.equal(steps[2][name], steps[3][name]) for name in steps[2])
+    assert_equal_tensors(steps[2], steps[3])
     assert not all(torch.equal(steps[3][name], steps[4][name]) for name in steps[2])
     assert [line["skipped_steps"] for line in log_lines(tmp_path)] == [0, 0, 1, 1, 1, 1]
     assert json.loads((tmp_path / "pipeline" / "training.json").read_text())["skipped_steps"] == 1
@@ -209,8 +209,7 @@ def test_measuring_while_it_runs_changes_nothing(diffusion_config, tmp_path, unt
     )
     with_it = diffusion.train(diffusion_config(tmp_path / "measured", evaluation=measured))
     without = diffusion.train(diffusion_config(tmp_path / "plain"))
-    one, other = weights(with_it), weights(without)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_equal_tensors(weights(with_it), weights(without))
     lines = [line for line in log_lines(tmp_path / "measured") if "val_fid@64" in line]
     assert [line["images"] for line in lines] == [24, 48]
 
@@ -300,7 +299,7 @@ def test_the_averaged_weights_have_the_plain_name_and_the_live_ones_the_variant(
 def test_the_first_stage_in_the_pipeline_is_the_one_trained_on(conditional_run, autoencoder_run):
     ours = load_file(conditional_run / "pipeline" / "vqvae" / "diffusion_pytorch_model.safetensors")
     theirs = load_file(autoencoder_run / "model" / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_equal_tensors(ours, theirs)
     described, first_stage = (
         json.loads(file.read_text())
         for file in (conditional_run / "pipeline" / "training.json", autoencoder_run / "model" / "training.json")
@@ -350,9 +349,7 @@ def test_interrupted_and_resumed_is_uninterrupted(diffusion_config, tmp_path, mo
         patch.setattr(Run, "stop_if_asked", stop_if_asked)
         with pytest.raises(PowerCut):
             diffusion.train(config("interrupted"))
-    resumed, whole = (weights(diffusion.train(config(name))) for name in ("interrupted", "whole"))
-    assert resumed.keys() == whole.keys()
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert_equal_tensors(*(weights(diffusion.train(config(name))) for name in ("interrupted", "whole")))
     assert [line["images"] for line in log_lines(tmp_path / "interrupted")] == list(range(8, 65, 8))
 
 

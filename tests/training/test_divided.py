@@ -19,7 +19,7 @@ from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import config_text, load_config
 from looc_ldm.training.data import ImageStream
 from looc_ldm.training.ema import EMA
-from tiny import launch, weights
+from tiny import launch, sgd, weights
 
 STEPS, BATCH = 12, 8
 GAN = {
@@ -27,10 +27,6 @@ GAN = {
     "discriminator_channels": 8,
     "discriminator_layers": 1,
 }
-
-
-def sgd(model, settings):
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=settings.learning_rate)
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -73,7 +69,9 @@ def runs(autoencoder_config, diffusion_config, tmp_path_factory) -> Path:
             "gan": settings(autoencoder_config, place / "gan", loss=GAN),
             "revival": replace(started, output_dir=str(place / "revival"), total_images=6 * BATCH),
         }
-        second = diffusion_config(place / "second", total_images=STEPS * BATCH, class_conditional=True)
+        second = diffusion_config(
+            place / "second", total_images=STEPS * BATCH, class_conditional=True, gradient_accumulation_steps=2
+        )
         for name, config in {**first, "second": second}.items():
             (place / f"{name}.yaml").write_text(config_text(config))
     train_all(folder / "1")

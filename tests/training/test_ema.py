@@ -6,6 +6,7 @@ import torch.nn as nn
 
 from looc_ldm import LooCVQModel
 from looc_ldm.training.ema import EMA
+from tiny import assert_equal_tensors
 
 LATE = 10**9  # images seen, so many that the half-life has reached its full length
 
@@ -48,14 +49,6 @@ def test_codebook_and_usage_are_the_live_ones_and_weights_are_between(live):
     assert torch.equal(ema.model.quantize.usage, live.quantize.usage)
 
 
-def test_buffers_are_the_live_ones():
-    live = nn.BatchNorm1d(2)
-    ema = EMA(live, halflife_images=100)
-    live(torch.randn(8, 2))
-    ema.update(live, LATE, batch_size=8)
-    assert torch.equal(ema.model.running_mean, live.running_mean)
-
-
 def test_the_average_does_not_train_and_leaves_the_live_model_alone(live):
     trained = [parameter.requires_grad for parameter in live.parameters()]
     assert any(trained)
@@ -75,5 +68,4 @@ def test_a_saved_average_reloads_equal(live, tmp_path):
     torch.save(ema.state_dict(), tmp_path / "ema.pt")
     reloaded = EMA(live, halflife_images=100)
     reloaded.load_state_dict(torch.load(tmp_path / "ema.pt"))
-    for name, value in ema.model.state_dict().items():
-        assert torch.equal(reloaded.model.state_dict()[name], value), name
+    assert_equal_tensors(reloaded.model.state_dict(), ema.model.state_dict())

@@ -4,7 +4,6 @@ This file is also the script that each of two processes runs.
 """
 
 import multiprocessing
-import os
 import resource
 import shutil
 import sys
@@ -103,25 +102,6 @@ def test_killed_at_any_moment_nothing_looks_finished_that_is_not_and_the_next_go
     assert contents(folder) == whole
 
 
-def test_an_interruption_costs_the_shard_under_way(model, images, accelerator, tmp_path, monkeypatch):
-    encode, sizes = model.encode, []
-
-    def interrupted(batch):
-        sizes.append(len(batch))
-        if len(sizes) == 7:
-            raise KeyboardInterrupt
-        return encode(batch)
-
-    monkeypatch.setattr(model, "encode", interrupted)
-    arguments = (model, images, tmp_path / "latents", accelerator, 10, 20 * IMAGE_BYTES)
-    with pytest.raises(KeyboardInterrupt):
-        cache_latents(*arguments)
-    assert list(contents(tmp_path / "latents")) == ["latents-00000-of-00004.safetensors"]
-    cache_latents(*arguments)
-    assert sizes == [10, 10, 10, 10, 10, 10, 10, *[10] * 8, 4, 4]
-    assert sorted(os.listdir(tmp_path)) == ["latents"]
-
-
 def test_the_beginning_of_other_latents_is_refused_and_kept(model, images, accelerator, tmp_path):
     folder = tmp_path / "latents"
     cache_latents(model, images, folder, accelerator, shard_bytes=20 * IMAGE_BYTES)
@@ -198,20 +178,6 @@ def test_more_than_are_allowed_stop_the_encoding_until_they_are_repaired(
     cache = cache_latents(model, images, folder, accelerator, shard_bytes=40 * IMAGE_BYTES)
     assert (len(cache), cache.unreadable) == (78, 0)
     assert sum(images_encoded) == 2 * 78  # each of the two shards lacked one
-
-
-def test_one_may_be_unreadable_however_few_images_there_are_unless_the_share_is_0(
-    garments_with_broken_ones, model, accelerator, tmp_path
-):
-    broken = sorted(Path(garments_with_broken_ones.path).rglob("*.png"))[-1]
-    broken.unlink()
-    for share in (0.0, 0.001):
-        images, _ = load_image_sets(replace(garments_with_broken_ones, max_unreadable_share=share), channels=1)
-        if share:
-            assert len(cache_latents(model, images, tmp_path / "latents", accelerator)) == 76
-        else:
-            with pytest.raises(DataError, match=r"^1 of 77 images cannot be read, more than data\.max_un"):
-                cache_latents(model, images, tmp_path / "latents", accelerator)
 
 
 def test_where_no_image_can_be_read_there_is_no_cache(garments, model, accelerator, tmp_path):

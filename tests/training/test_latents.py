@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,30 +113,12 @@ def test_an_encoder_whose_output_is_channels_last_is_cached_all_the_same(model, 
     torch.testing.assert_close(cache.read(5, False)[0].float(), encoded(model, images, 5), atol=1e-2, rtol=0)
 
 
-def test_only_the_encoder_runs(model, images, accelerator, tmp_path):
-    def refuse(*_):
-        raise AssertionError("not needed for latents")
-
-    for part in (model.decoder, model.quantize, model.post_quant_conv):
-        part.register_forward_pre_hook(refuse)
-    assert len(cache_latents(model, images, tmp_path, accelerator)) == 64
-
-
 def test_mean_and_standard_deviation_are_those_of_all_cached_latents(cache):
     latents, moments = everything(cache), cache.moments
     assert moments.standard_deviation == pytest.approx(latents.std(correction=0).item(), rel=1e-9)
     assert moments.channel_mean == pytest.approx(latents.mean((0, 2, 3)).tolist(), rel=1e-9)
     assert moments.channel_std == pytest.approx(latents.std((0, 2, 3), correction=0).tolist(), rel=1e-9)
     assert moments.count == 2 * 64 * 16 * 16
-
-
-def test_whitened_latents_have_zero_mean_and_unit_deviation_in_each_channel(cache, model):
-    mean, std = cache.moments.channel_mean, cache.moments.channel_std
-    model.register_to_config(scaling_factor=1.0, latents_mean=mean, latents_std=std)
-    stream = LatentStream(cache, model, seed=0)
-    latents = torch.stack([stream[position][0] for position in range(64)])
-    assert latents.mean((0, 2, 3)).abs().max() < 0.1
-    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=0.1, rtol=0)
 
 
 def test_the_scaling_factor_is_one_over_the_standard_deviation(model, images):
@@ -256,14 +237,6 @@ def test_images_in_parquet_files_have_a_fingerprint_too(garments, model, acceler
         )
 
 
-def test_the_format_of_an_older_version_is_refused_with_the_way_out(model, images, accelerator, tmp_path):
-    np.save(tmp_path / "latents.npy", np.zeros((64, 4, 16, 16), np.float16))
-    (tmp_path / "description.json").write_text(json.dumps({"fingerprint": "12ab", "classes": []}))
-    with pytest.raises(ConfigError, match=r"is from another version of looc-ldm: give a new folder, or delete this"):
-        cache_latents(model, images, tmp_path, accelerator)
-    assert names(tmp_path) == ["description.json", "latents.npy"]
-
-
 def test_a_shard_that_was_lost_or_cut_off_is_an_error_that_names_it(cache, model, images, accelerator):
     shard = cache.folder / "latents-00004-of-00007.safetensors"
     for damage in (lambda: os.truncate(shard, 1000), shard.unlink):
@@ -284,20 +257,6 @@ def test_a_damaged_shard_is_an_error_that_names_it(cache, model, images, acceler
 
 
 # Reading ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_cache_that_is_sent_to_another_process_is_its_folder(cache):
-    cache.read(5)
-    sent = pickle.dumps(cache)
-    assert len(sent) < 1000
-    assert torch.equal(everything(pickle.loads(sent)), everything(cache))
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="lists the open files of a process as Linux does")
-def test_no_file_stays_open_however_many_shards_there_are(cache):
-    before = len(os.listdir("/proc/self/fd"))
-    everything(cache)
-    assert len(os.listdir("/proc/self/fd")) == before
 
 
 # The stream -------------------------------------------------------------------------------------------------------

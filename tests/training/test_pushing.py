@@ -124,28 +124,6 @@ def test_a_checkpoint_that_comes_while_an_upload_runs_is_left_out(silent_hub, au
 
 
 @pytest.mark.slow
-def test_a_token_that_is_refused_is_one_line(hub, client, pusher, folder, capfd):
-    client(hub.url, "hf_bad")
-    pusher.push(folder, "after 16 images")
-    assert not pusher.wait()
-    printed = capfd.readouterr().err
-    assert printed.startswith("error: ada/garments at ")
-    assert printed.count("\n") == 1
-    assert ID not in hub.repositories
-
-
-@pytest.mark.slow
-def test_a_hub_that_is_gone_in_the_middle_of_an_upload_and_then_back_gets_the_next_one(hub, pusher, folder):
-    hub.failing_upload = 1
-    pusher.push(folder, "after 16 images")
-    assert not pusher.wait()
-    hub.failing_upload = None
-    pusher.push(folder, "after 32 images")
-    assert pusher.wait()
-    assert hub.messages == ["after 32 images"]
-
-
-@pytest.mark.slow
 def test_without_a_network_the_run_goes_on(client, autoencoder_config, tmp_path, caplog, capfd):
     with socket.create_server(("127.0.0.1", 0)) as free:
         client(f"http://127.0.0.1:{free.getsockname()[1]}")  # nobody listens there in a moment

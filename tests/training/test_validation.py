@@ -188,17 +188,6 @@ def test_the_grid_shows_originals_averaged_and_live_reconstructions_and_changes_
 # Stage 2 --------------------------------------------------------------------------------------------------------------
 
 
-def test_processes_that_draw_their_shares_draw_the_set_of_one():
-    pipe, labels = small_pipeline(), [i % 3 for i in range(7)]
-    whole = list(sample_images(pipe, labels, seed=5, num_inference_steps=2, progress=False))
-    for process in range(2):
-        indices = range(process, 7, 2)
-        share = list(sample_images(pipe, labels, seed=5, indices=indices, num_inference_steps=2, progress=False))
-        assert len(share) == len(indices)
-        for i, image in zip(indices, share, strict=True):
-            assert (image.int() - whole[i].int()).abs().max() <= 1
-
-
 @pytest.mark.parametrize("classes", [0, 10])
 def test_generation_figures_are_those_of_the_metrics_for_samples_of_each_class(
     sets, small_data, untrained_inception, alone, tmp_path, classes

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from looc_ldm.utils.cpu import SpeedWatch, attention_kernel, use_fastest_threads
+from looc_ldm.utils.cpu import SpeedWatch, use_fastest_threads
 
 
 @pytest.fixture
@@ -50,17 +50,3 @@ def test_a_collapse_of_the_speed_is_noticed_and_the_loss_of_half_a_core_is_none(
 
     assert not noticed(300, 0.1)
     assert noticed(300, 0.1 * times_slower) == collapsed
-
-
-def test_attention_over_short_sequences_trains_by_matrix_products_in_bfloat16_on_cpus():
-    """Equal to the fused kernel within bfloat16's rounding."""
-    latents = torch.randn(2, 8, 8, 8)
-    query = torch.randn(2, 4, 64, 16, dtype=torch.bfloat16)
-    attention = torch.nn.functional.scaled_dot_product_attention
-    with torch.autocast("cpu", torch.bfloat16), attention_kernel(latents):
-        assert not torch.backends.cuda.flash_sdp_enabled()
-        ours = attention(query, query, query)
-    assert torch.backends.cuda.flash_sdp_enabled()
-    torch.testing.assert_close(ours, attention(query, query, query), atol=2e-2, rtol=2e-2)
-    with attention_kernel(latents):
-        assert torch.backends.cuda.flash_sdp_enabled()
