@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention
 
-from looc_ldm import FixedHeadsUNet2DModel, LooCVQModel, configs
+from looc_ldm import FixedHeadsUNet2DModel, LooCLDMPipeline, LooCVQModel, configs
 from looc_ldm.training.config import AutoencoderConfig, DiffusionConfig
 from looc_ldm.training.config_parsing import construct, load_config
 from looc_ldm.training.data import with_stage_1_images
 from looc_ldm.training.denoiser import Denoiser, make_scheduler
+from tiny import tiny_autoencoder
 
 AUTOENCODERS = [name for name in configs.names() if name.split("/")[1].startswith("autoencoder")]
 DIFFUSIONS = [name for name in configs.names() if name.split("/")[1].startswith("diffusion")]
@@ -274,3 +275,10 @@ def test_is_unet2dmodel_where_that_can_say_the_same(small_unet):
 def test_heads_that_do_not_divide_the_channels_are_refused():
     with pytest.raises(ValueError, match="num_attention_heads=7 must divide the 24 channels"):
         FixedHeadsUNet2DModel(block_out_channels=(24, 48), num_attention_heads=7, **SMALL)
+
+
+def test_unet_comes_back_inside_a_pipeline(small_unet, tmp_path):
+    LooCLDMPipeline(tiny_autoencoder(), small_unet, DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path)
+    loaded = LooCLDMPipeline.from_pretrained(tmp_path).unet
+    assert type(loaded) is FixedHeadsUNet2DModel
+    assert torch.equal(predict(loaded), predict(small_unet))

@@ -555,3 +555,14 @@ def test_two_processes_measure_what_one_does_on_the_same_samples(pipeline, image
     one, two = (np.load(f"{name}.npz") for name in ("one", "two"))
     assert np.array_equal(one["arr_0"], two["arr_0"])
     assert np.array_equal(one["arr_1"], two["arr_1"])
+
+
+def test_two_processes_measure_the_reconstructions_of_one(pipeline, network, monkeypatch, capsys):
+    monkeypatch.setattr("looc_ldm.commands.evaluate_reconstruction.READ_BATCH", 4)
+    write_images("many", {"": 10})
+    command = ["evaluate", "reconstruction", pipeline, "--data", "many", *network]
+    run(capsys, *command, "--output", "one.json")
+    on_two_processes(*command, "--output", "two.json")
+    one, two = (json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two"))
+    assert two["images"] == 10
+    assert figures_of(two) == pytest.approx(figures_of(one), rel=1e-6)

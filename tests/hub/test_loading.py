@@ -198,6 +198,16 @@ def test_what_a_repository_runs_with_trust_is_nothing_but_imports_of_what_is_ins
     assert looc_ldm.hub.upload.remote_code(json.loads(files["model_index.json"])) == code
 
 
+@pytest.mark.parametrize("loader", [LooCLDMPipeline.from_pretrained, load_autoencoder])
+def test_a_pickle_instead_of_safetensors_is_refused(loader, pushed, tmp_path):
+    files = pushed.repositories[ID].files()
+    ruined = {path.replace(".safetensors", ".bin"): content for path, content in files.items()}
+    pushed.add("eve/pets", ruined)
+    with pytest.raises((OSError, ModelError), match=r"(?i)safetensors|pickle"):
+        loader("eve/pets")
+    assert not list((tmp_path / "cache").rglob("*.bin"))
+
+
 def test_an_autoencoder_is_loaded_from_pickles_only_where_that_is_asked_for(autoencoder_folder):
     model = LooCVQModel.from_pretrained(autoencoder_folder)
     for file in autoencoder_folder.glob("*.safetensors"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tiny import small_quantizer
+from tiny import assert_equal_tensors, small_quantizer
 
 
 def padded(layout: str, lengths=(5, 2, 9), padding: float = 0.0):
@@ -45,8 +45,7 @@ def test_a_masked_batch_trains_as_its_positions_alone_do(layout, padding, update
     assert (by_position(z.grad, layout)[~mask] == 0).all()
     for quantizer in (masked, plain):
         quantizer.revive()
-    for name, value in plain.state_dict().items():
-        assert torch.equal(masked.state_dict()[name], value)
+    assert_equal_tensors(masked.state_dict(), plain.state_dict())
 
 
 @pytest.mark.parametrize("layout", ["BCL", "BLC"])

@@ -14,6 +14,7 @@ from looc_ldm.training.config import AutoencoderConfig, OptimizerConfig
 from looc_ldm.training.config_parsing import parse_config
 from looc_ldm.training.init_from import autoencoder_from, denoiser_from, newest_weights
 from looc_ldm.utils.errors import ConfigError, ModelError
+from tiny import assert_equal_tensors
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +161,8 @@ def test_a_run_of_stage_2_gives_its_newest_live_and_averaged_weights(diffusion_c
     start_of_run = newest_weights(config)
     vqvae = LooCLDMPipeline.from_pretrained(pipeline_run).vqvae
     denoiser = denoiser_from(replace(config, unet={}), vqvae, classes, start_of_run)
-    assert all(torch.equal(tensor, live[name]) for name, tensor in denoiser.state_dict().items())
-    assert all(torch.equal(tensor, averaged[name]) for name, tensor in start_of_run.averaged.items())
+    assert_equal_tensors(denoiser.state_dict(), live)
+    assert_equal_tensors(start_of_run.averaged, averaged)
     other = denoiser_from(config, vqvae, ["cat", "dog"], start_of_run)
     assert other.unet.class_embedding.weight.shape[0] == 3
     assert torch.equal(other.unet.conv_in.weight, live["unet.conv_in.weight"])
@@ -182,8 +183,7 @@ def test_live_weights_of_fsdp_are_found_where_accelerate_stores_them(
     weights.unlink()
     monkeypatch.setattr(init_from, "read_state", lambda _: state)  # the checksums are not those of FSDP
     found = newest_weights(diffusion_config(tmp_path, init_from=str(tmp_path / "fsdp"))).live
-    assert all(torch.equal(tensor, live[name]) for name, tensor in found.items())
-    assert found.keys() == live.keys()
+    assert_equal_tensors(found, live)
 
 
 def test_the_first_stage_of_the_pipeline_is_used_where_no_other_is_given(diffusion_config, pipeline_run, tmp_path):

@@ -256,9 +256,6 @@ def test_a_damaged_shard_is_an_error_that_names_it(cache, model, images, acceler
         cache_latents(model, images, cache.folder, accelerator)
 
 
-# Reading ----------------------------------------------------------------------------------------------------------
-
-
 # The stream -------------------------------------------------------------------------------------------------------
 
 
