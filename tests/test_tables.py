@@ -144,6 +144,14 @@ def test_the_learning_rate_is_constant_unless_the_schedule_says_otherwise():
     assert rates == pytest.approx([0.5 * 0.95, 0.9, 0.5, 0])
 
 
+def test_the_optimizer_gets_the_learning_rate_of_each_step(tmp_path):
+    torch.manual_seed(Training.seed)
+    before = make_model("fsq-8", 12)
+    after, _ = train(tmp_path / "a.pt", "fsq-8", warm_up_steps=1_000_000)
+    moved = [(a - b).abs().max() for a, b in zip(after.parameters(), before.parameters(), strict=True)]
+    assert 0 < max(moved) < 1e-6
+
+
 def test_the_weights_are_those_of_the_lowest_held_out_error(tmp_path):
     """The learning rate spoils them after a while."""
     model, outcome = train(tmp_path / "a.pt", learning_rate=0.2)
