@@ -5,6 +5,7 @@ python benchmarks/equal_bits_page.py
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from io import BytesIO
@@ -66,9 +67,14 @@ def by_quantizer(lines: list[dict]) -> dict[tuple[float, str, int], dict[str, li
 
 
 def equal_bits_table(lines: list[dict]) -> str:
-    """Return mean and range of the seeds of each quantizer on each set."""
+    """Return mean and range of the seeds of each quantizer on each set, the best first at each rate."""
     rows = []
-    for (rate, name, n_q), by_set in by_quantizer(lines).items():
+
+    def place(item: tuple) -> tuple:
+        (rate, *_), by_set = item
+        return round(rate), -max(map(statistics.mean, by_set.values()))
+
+    for (rate, name, n_q), by_set in sorted(by_quantizer(lines).items(), key=place):
         row = {"quantizer": name, "n_q": n_q, "bits per pixel": f"{rate:.3g}"}
         rows.append(row | {f"{TITLES[images]}, dB": mean_and_range(by_set[images]) for images in SETS})
     return markdown_table(rows)
@@ -92,7 +98,7 @@ def mean_and_range(values: Sequence[float]) -> str | None:
     """Return the mean, with the lowest and the highest value if there are several."""
     if not values:
         return None
-    mean = f"{sum(values) / len(values):.2f}"
+    mean = f"{statistics.mean(values):.2f}"
     return f"{mean} ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else mean
 
 
@@ -115,7 +121,7 @@ def draw(lines: list[dict]) -> bytes:
                 for (rate, name, _), by_set in found.items():
                     if name.split("-")[0] == method and images in by_set:
                         values = by_set[images]
-                        mean = sum(values) / len(values)
+                        mean = statistics.mean(values)
                         bar = [[mean - min(values)], [max(values) - mean]]
                         axes.errorbar(rate, mean, bar, fmt="o", color=colour, markersize=4, capsize=2, label=label)
                         label = None  # one entry of the legend for each method
