@@ -25,7 +25,7 @@ def paper_table(results: list[dict], paper: dict) -> str:
     stated = ffhq | recipes | published
     groups = defaultdict(dict)
     for result in results:
-        if result["row"] in stated and "seed" not in words(result) and "annealed" not in words(result):
+        if result["row"] in stated and "seed" not in words(result) and not is_annealed(result):
             groups[result["row"], words(result)][result["set"]] = result
     order = [*published, *recipes, *ffhq]
     lines = []
@@ -53,7 +53,7 @@ def level_table(results: list[dict], paper: dict) -> str:
     published, recipes = of_the_paper(paper)
     stated, lines = published | recipes, []
     for result in sorted(results, key=lambda result: (list(SETS).index(result["set"]), result["row"])):
-        if "annealed" not in words(result):
+        if not is_annealed(result):
             continue
         theirs = stated[result["row"]][result["set"]]
         line = {"images": SETS[result["set"]], "row": result["method"], "training": words(result)}
@@ -95,10 +95,13 @@ def codecs_table(codecs: list[dict]) -> str:
 def words(result: dict) -> str:
     """Return the training of a result, without settings that are published, or those of the annealed training."""
     training = result["training"]
-    is_annealed = Training(**training).is_annealed
-    usual = asdict(annealed(1) if is_annealed else Training(1))
+    usual = asdict(annealed(1) if is_annealed(result) else Training(1))
     changed = [f"{n.replace('_', ' ')} {training[n]}" for n in usual if n != "images" and training[n] != usual[n]]
-    return ", ".join([f"{training['images']:,} images", *["annealed"] * is_annealed, *changed])
+    return ", ".join([f"{training['images']:,} images", *["annealed"] * is_annealed(result), *changed])
+
+
+def is_annealed(result: dict) -> bool:
+    return Training(**result["training"]).is_annealed
 
 
 def rate(result: dict) -> str:
@@ -108,11 +111,12 @@ def rate(result: dict) -> str:
 def tables() -> dict[str, str]:
     """Return every table of the page by the name of its markers."""
     results, paper = read_results(RESULTS / "tables.jsonl"), load_paper()["tables"]
-    return {
+    found = {
         "paper": paper_table(results, paper),
         "seeds": seeds_table(results),
         "codecs": codecs_table(read_results(RESULTS / "image_codecs.jsonl")),
     }
+    return found | {"level": level_table(results, paper)} if any(map(is_annealed, results)) else found
 
 
 def main() -> None:

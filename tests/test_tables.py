@@ -192,15 +192,22 @@ def test_settings_tell_the_librarys_quantizers_apart():
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Run the command on a set of 40 images to train on and 20 to test on. Returns the splits that were read."""
-    read = []
+def read(monkeypatch) -> list[str]:
+    """The splits that were read of a set of 40 images to train on and 20 to test on."""
+    splits = []
 
     def load_images(name, root, split):
-        read.append(split)
+        splits.append(split)
         return noise(40) if split == "train" else noise(20, seed=1)
 
-    monkeypatch.setattr(tables, "load_images", load_images)
+    for script in (tables, equal_bits):
+        monkeypatch.setattr(script, "load_images", load_images)
+    return splits
+
+
+@pytest.fixture
+def run(read, tmp_path, monkeypatch):
+    """Run the command on these images. Returns the splits that were read."""
     monkeypatch.setattr(tables, "check_files", lambda name, root: None)
     monkeypatch.chdir(tmp_path)
 
@@ -265,14 +272,7 @@ def test_bad_input_is_refused_before_a_training(tmp_path, monkeypatch, capsys, a
     assert not (tmp_path / "new.jsonl").exists()
 
 
-def test_equal_bits_measures_the_test_images_once_per_quantizer_set_and_seed(tmp_path, monkeypatch):
-    read = []
-
-    def load_images(name, root, split):
-        read.append(split)
-        return noise(40) if split == "train" else noise(20, seed=1)
-
-    monkeypatch.setattr(equal_bits, "load_images", load_images)
+def test_equal_bits_measures_the_test_images_once_per_quantizer_set_and_seed(read, tmp_path, monkeypatch):
     arguments = "--sets fashion_mnist --quantizers fsq-1 --seeds 3 --images 32 --results a.jsonl --work checkpoints"
     monkeypatch.setattr("sys.argv", ["equal_bits.py", *arguments.split()])
     monkeypatch.chdir(tmp_path)
@@ -338,7 +338,7 @@ def test_every_row_is_compared_with_the_papers_figure_of_its_size():
     ]
 
 
-def test_annealed_trainings_have_a_table_of_their_own():
+def test_annealed_trainings_have_a_table_of_their_own(monkeypatch):
     paper = load_paper()["tables"]
     results = [result_of("looc-32x4", 30.0, 10.0), result_of("looc-32x4-ema-euclidean", 36.0, 10.0, decay_to=0.0)]
     (line,) = cells(tables_page.level_table(results, paper))
@@ -349,6 +349,14 @@ def test_annealed_trainings_have_a_table_of_their_own():
     ]
     assert line[3:] == ["10", "35.00", "35.15", "", "0.0083", "0.9000", "0.9961", "0.1000", "0.0082"]
     assert len(cells(tables_page.paper_table(results, paper))) == 1
+    seeds = [results[0], result_of("looc-32x4", 31.0, 10.0, seed=1)]
+    for found, has_level in ((seeds + results[1:], True), (seeds, False)):
+        monkeypatch.setattr(
+            tables_page,
+            "read_results",
+            lambda file, found=found: found if "tables" in file.name else read_results(file),
+        )
+        assert ("level" in tables_page.tables()) == has_level
 
 
 def test_seeds_are_averaged_and_longer_trainings_are_left_out(tmp_path, monkeypatch):

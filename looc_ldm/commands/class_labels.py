@@ -42,7 +42,7 @@ def labels_to_draw(pipe, reference, count: int) -> tuple[list[int | None], torch
     """
     if not pipe.num_class_embeds:
         return [None] * count, None
-    own = [label for label in range(pipe.num_class_embeds) if label != pipe.config.null_class_label]
+    own = pipe.class_ids
     all_have_one = reference.labels is not None and bool((reference.labels >= 0).all())
     label_of = _labels_of_pipe(pipe, own, reference) if all_have_one else None
     if label_of is None:

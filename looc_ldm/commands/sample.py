@@ -29,8 +29,7 @@ def sample(options: Sample) -> None:
     if options.labels and not pipe.num_class_embeds:
         raise UserError("--labels: this model is unconditional.")
     names = pipe.config.id2label or {}
-    every = [label for label in range(pipe.num_class_embeds) if label != pipe.config.null_class_label] or [None]
-    classes = [_label_id(label, pipe) for label in options.labels or ()] or every
+    classes = [_label_id(label, pipe) for label in options.labels or ()] or pipe.class_ids or [None]
     folders = class_folders({label: names.get(label, str(label)) for label in range(pipe.num_class_embeds)})
     labels = [label for label in classes for _ in range(options.images)]
     columns, rows = min(options.images, GRID_COLUMNS), min(len(classes), GRID_ROWS)

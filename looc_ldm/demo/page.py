@@ -76,10 +76,9 @@ class _Tabs:
         self.mode = MODES[pipe.vqvae.config.in_channels]
         self.side = pipe.latent_shape[1] * pipe.downsampling_factor
         self.classes: dict[str, int | None] = {}
-        for label in range(pipe.num_class_embeds):
-            if label != pipe.config.null_class_label:
-                known = (pipe.config.id2label or {}).get(label, str(label))
-                self.classes[f"{known} ({label})" if known in self.classes else known] = label
+        for label in pipe.class_ids:
+            known = (pipe.config.id2label or {}).get(label, str(label))
+            self.classes[f"{known} ({label})" if known in self.classes else known] = label
         self.named = list(self.classes)
         if pipe.config.null_class_label is not None:
             self.classes[NO_CLASS] = None

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import io
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fsspec
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from looc_ldm.utils.errors import DataError, UnreadableImage, one_line
 
@@ -22,6 +21,17 @@ if TYPE_CHECKING:
 
 CENTRE = (0.5, 0.5)
 MODES = {1: "L", 3: "RGB"}  # PIL modes, by number of channels
+# The transposition that turns an image upright, by its EXIF orientation. ImageOps.exif_transpose would copy every image
+# that is upright already, and fails on other damage in the EXIF data.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def to_float(image: torch.Tensor) -> torch.Tensor:
@@ -121,8 +131,10 @@ def as_shown(image: Image.Image, mode: str, background: str = "white") -> Image.
         DataError: 32-bit pixels, whose range is not known.
     """
     image.load()  # finds truncated data; turns a TIFF upright, and takes its EXIF orientation away
-    with suppress(Exception):  # Pillow's errors on damaged EXIF data have no common base
-        image = ImageOps.exif_transpose(image)
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow's errors on damaged EXIF data have no common base
+        turn = None
     if image.mode in ("I", "F"):
         raise DataError(f"its pixels have 32 bits (mode {image.mode}), whose range is not known; 8 or 16 are read.")
     if image.mode.startswith("I;16"):  # which convert() would clip at 255
@@ -130,7 +142,8 @@ def as_shown(image: Image.Image, mode: str, background: str = "white") -> Image.
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    return image if image.mode == mode else image.convert(mode)
+    image = image if image.mode == mode else image.convert(mode)
+    return image if turn is None else image.transpose(turn)
 
 
 def to_square(

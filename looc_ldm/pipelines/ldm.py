@@ -464,6 +464,11 @@ class LooCLDMPipeline(HubMixin, DiffusionPipeline):
         return self.unet.config.num_class_embeds or 0
 
     @property
+    def class_ids(self) -> list[int]:
+        """Labels that stand for a class: all but the null class; empty if the model is unconditional."""
+        return [label for label in range(self.num_class_embeds) if label != self.config.null_class_label]
+
+    @property
     def labels(self) -> dict[str, list[int]]:
         """Class names in lower case, each with the labels that have it (ImageNet has two classes named crane)."""
         known = {}

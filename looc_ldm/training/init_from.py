@@ -196,9 +196,10 @@ def denoiser_from(
             f"init_from={config.init_from!r} denoises latents of {channels} channels, but the autoencoder's latents "
             f"have {denoiser.unet.config.in_channels}."
         )
-    if trained.prediction_type != _target(config):
+    target = _target(config)
+    if trained.prediction_type != target:
         raise ConfigError(
-            f"the scheduler is for {_target(config)}, but init_from={config.init_from!r} was trained for "
+            f"the scheduler is for {target}, but init_from={config.init_from!r} was trained for "
             f"{trained.prediction_type}."
         )
 

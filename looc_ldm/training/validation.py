@@ -139,7 +139,7 @@ def generation_figures(
     count = config.evaluation.images
     guidance = config.preview_guidance_scale if pipe.config.null_class_label is not None else 1.0
     features = features_of_config(config.evaluation)
-    classes = [label for label in range(pipe.num_class_embeds) if label != pipe.config.null_class_label]
+    classes = pipe.class_ids
     labels = [classes[i * len(classes) // count] if classes else None for i in range(count)]
 
     def draw(indices: list[int]) -> Iterator[torch.Tensor]:
