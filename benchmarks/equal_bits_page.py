@@ -1,4 +1,4 @@
-"""Write the tables of docs/choosing_sizes.md and its plot from benchmarks/results/equal_bits.jsonl.
+"""Write the tables and plot of docs/choosing_sizes.md, and README's table of results, from results/equal_bits.jsonl.
 
 python benchmarks/equal_bits_page.py
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 
 from equal_bits import FILE, IMAGES, MAIN, SETS
-from results import DOCS, RESULTS, fill, markdown_table, read_results
+from results import DOCS, RESULTS, ROOT, fill, markdown_table, read_results
 from tables_page import SETS as TITLES
 
 from looc_ldm.analysis.rate_distortion import CODEC_NAMES
@@ -37,6 +37,7 @@ CODECS = {"jpeg": ":", "webp": "--"}
 def main() -> None:
     """Write tables and plot."""
     fill(DOCS / "choosing_sizes.md", tables())
+    fill(ROOT / "README.md", {"equal bits": summary_table(runs())})
     replace_bytes(DOCS / "equal_bits.png", draw(compared(runs())))
 
 
@@ -58,7 +59,7 @@ def tables() -> dict[str, str]:
     return {"equal bits": equal_bits_table(compared(lines)), "sizes": sizes_table(lines)}
 
 
-def by_quantizer(lines: list[dict]) -> dict[tuple[float, str, int], dict[str, list[float]]]:
+def by_quantizer(lines: Iterable[dict]) -> dict[tuple[float, str, int], dict[str, list[float]]]:
     """Return PSNR of each seed by set, for each rate, quantizer and n_q."""
     found = defaultdict(lambda: defaultdict(list))
     for line in lines:
@@ -77,6 +78,22 @@ def equal_bits_table(lines: list[dict]) -> str:
     for (rate, name, n_q), by_set in sorted(by_quantizer(lines).items(), key=place):
         row = {"quantizer": name, "n_q": n_q, "bits per pixel": f"{rate:.3g}"}
         rows.append(row | {f"{TITLES[images]}, dB": mean_and_range(by_set[images]) for images in SETS})
+    return markdown_table(rows)
+
+
+def summary_table(lines: list[dict]) -> str:
+    """Return the mean of the seeds of each quantizer of the comparison, the highest in bold: a row per set and rate."""
+    means = defaultdict(dict)
+    for (rate, name, _), by_set in by_quantizer(line for line in lines if line["quantizer"] in MAIN).items():
+        for images, values in by_set.items():
+            means[images, rate][METHODS[name.split("-")[0]][0]] = f"{statistics.mean(values):.1f}"
+    rows = []
+    for images, rate in sorted(means, key=lambda key: (SETS.index(key[0]), key[1])):
+        of_row = means[images, rate]
+        best = max(of_row.values(), key=float)
+        row = {"images": TITLES[images], "bits per pixel": f"{rate:.3g}"}
+        shown = {method: f"**{mean}**" if mean == best else mean for method, mean in of_row.items()}
+        rows.append(row | {method: shown.get(method) for method in ("LooC", "FSQ", "RQ", "GSQ", "BSQ")})
     return markdown_table(rows)
 
 
