@@ -35,8 +35,8 @@ SETS = ("fashion_mnist", "cifar10")
 IMAGES = 120_000  # training images, with repeats
 MAIN = (  # 1, 4 and 8 codes of about 8 bits per position: 0.5, 2 and 4 bits per pixel
     *("looc-1x256x8-st", "gsq-1x256x8", "fsq-1x16x16", "bsq-1", "rq-1"),
-    *("looc-4x256x3-st", "gsq-4x256x8", "fsq-4x16x16", "bsq-4", "rq-4"),
-    *("looc-8x256x2", "gsq-8x256x4", "fsq-8x16x16", "bsq-8", "rq-8"),
+    *("looc-4x256x3-st", "gsq-4x256x4", "fsq-4x16x16", "bsq-4", "rq-4"),
+    *("looc-8x256x2", "gsq-8x256x3", "fsq-8x16x16", "bsq-8", "rq-8"),
 )
 WIDTH = 128  # channels of the latents if the quantizer projects to fewer by itself
 

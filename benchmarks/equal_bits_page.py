@@ -31,6 +31,7 @@ METHODS = {
     "bsq": ("BSQ", "#ddcc77"),
     "simvq": ("SimVQ", "#aa4499"),
 }
+LONGER = 5 * IMAGES  # training images of the longer trainings
 CODECS = {"jpeg": ":", "webp": "--"}
 
 
@@ -41,9 +42,9 @@ def main() -> None:
     replace_bytes(DOCS / "equal_bits.png", draw(compared(runs())))
 
 
-def runs() -> list[dict]:
-    """Return the results of the usual length by rate, width, name and seed."""
-    lines = [line for line in read_results(FILE) if line["images"] == IMAGES]
+def runs(images: int = IMAGES) -> list[dict]:
+    """Return the results after so many training images, by rate, width, name and seed."""
+    lines = [line for line in read_results(FILE) if line["images"] == images]
     names = ("n_q", "quantizer", "seed")
     return sorted(lines, key=lambda line: (round(line["bits_per_pixel"]), *(line[name] for name in names)))
 
@@ -56,7 +57,11 @@ def compared(lines: list[dict]) -> list[dict]:
 def tables() -> dict[str, str]:
     """Return every table of the page by the name of its markers."""
     lines = runs()
-    return {"equal bits": equal_bits_table(compared(lines)), "sizes": sizes_table(lines)}
+    return {
+        "equal bits": equal_bits_table(compared(lines)),
+        "longer": equal_bits_table(runs(LONGER)),
+        "sizes": sizes_table(lines),
+    }
 
 
 def by_quantizer(lines: Iterable[dict]) -> dict[tuple[float, str, int], dict[str, list[float]]]:

@@ -360,7 +360,7 @@ def test_annealed_trainings_have_a_table_of_their_own(monkeypatch):
         assert ("level" in tables_page.tables()) == has_level
 
 
-def test_seeds_are_averaged_and_longer_trainings_are_left_out(tmp_path, monkeypatch):
+def test_seeds_are_averaged_and_longer_trainings_have_a_table_of_their_own(tmp_path, monkeypatch):
     """And the plot has one panel for each set."""
     line = {"quantizer": "fsq-8", "n_q": 128, "bits_per_pixel": 3.82, "images": equal_bits.IMAGES, "psnr": 30.0}
     for change in (
@@ -374,6 +374,7 @@ def test_seeds_are_averaged_and_longer_trainings_are_left_out(tmp_path, monkeypa
     monkeypatch.setattr(equal_bits_page, "FILE", tmp_path / "results.jsonl")
     tables = equal_bits_page.tables()
     assert cells(tables["equal bits"]) == [["fsq-8", "128", "3.82", "30.50 (30.00 to 31.00)", "25.00"]]
+    assert cells(tables["longer"]) == [["fsq-8", "128", "3.82", "40.00", ""]]
     assert cells(tables["sizes"]) == [["looc-8x256x5", "40", "3.82", "29.00", ""]]
     figures = []
     monkeypatch.setattr(equal_bits_page, "new_figure", lambda height: figures.append(new_figure(height)) or figures[0])
