@@ -380,3 +380,17 @@ def test_seeds_are_averaged_and_longer_trainings_have_a_table_of_their_own(tmp_p
     monkeypatch.setattr(equal_bits_page, "new_figure", lambda height: figures.append(new_figure(height)) or figures[0])
     assert equal_bits_page.draw(equal_bits_page.compared(equal_bits_page.runs())).startswith(b"\x89PNG")
     assert [axes.get_title(loc="left") or axes.get_title() for axes in figures[0].axes] == ["Fashion-MNIST", "CIFAR-10"]
+
+
+def test_the_readme_shows_means_of_the_compared_sizes_with_the_best_in_bold():
+    line = {"set": "cifar10", "n_q": 16, "bits_per_pixel": 4.0, "psnr": 30.0}
+    lines = [
+        line | change
+        for change in (
+            {"quantizer": "looc-8x256x2"},
+            {"quantizer": "looc-8x256x2", "psnr": 31.0},
+            {"quantizer": "fsq-8x16x16", "psnr": 30.2},
+            {"quantizer": "looc-8x256x3", "psnr": 40.0},
+        )
+    ]
+    assert cells(equal_bits_page.summary_table(lines)) == [["CIFAR-10", "4", "**30.5**", "30.2", "", "", ""]]
