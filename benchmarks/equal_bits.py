@@ -10,8 +10,8 @@ Set OMP_NUM_THREADS=1 for each of several processes.
 
 Names: looc-CxKxd is LooC with C codes of K codevectors of d channels per position (n_q = C d), euclidean distance and
 the rotation trick; looc-CxKxd-st passes gradients straight through, looc-CxKxd-cosine has cosine distance,
-looc-CxKxd-s2 has s = 2 and four times the rate; gsq-CxKxd; fsq-C and rfsq-C have levels (8, 5, 5), fsq-Cx16x16 has
-levels (16, 16); bsq-C and lfq-C with 8 bits per code; rq-C, simvq-C, pq-C, factorized and cvq with 256 codevectors per
+looc-CxKxd-s2 has s = 2 and four times the rate; gsq-CxKxd; fsq-C has levels (8, 5, 5), fsq-Cx16x16 has levels
+(16, 16); bsq-C and lfq-C with 8 bits per code; rq-C, simvq-C, pq-C, factorized and cvq with 256 codevectors per
 code. A latent position stands for 16 pixels.
 """
 
@@ -69,7 +69,6 @@ METHODS = {
     "looc": (r"\d+x\d+x\d+(-cosine)?(-s2)?(-st)?", looc),
     "gsq": (r"\d+x\d+x\d+", gsq),
     "fsq": (r"\d+(x\d+)*", fsq),
-    "rfsq": (r"\d+", lambda codes: baselines.ResidualFiniteScalarQuantizer(WIDTH, (8, 5, 5), codes)),
     "bsq": (r"\d+", lambda codes: baselines.BinarySphericalQuantizer(WIDTH, 8, codes)),
     "lfq": (r"\d+", lambda codes: baselines.LookupFreeQuantizer(WIDTH, 8, codes)),
     "rq": (r"\d+", lambda codes: baselines.ResidualQuantizer(WIDTH, 256, codes, kmeans_init=True)),
@@ -90,8 +89,8 @@ def make_quantizer(name: str) -> torch.nn.Module:
     return make(*map(int, re.findall(r"\d+", sizes)), *flags)
 
 
-def run(images: str, name: str, seed: int, options: argparse.Namespace) -> dict:
-    """Train and measure one quantizer, and return its line."""
+def run(images: str, name: str, seed: int, options: argparse.Namespace) -> None:
+    """Train and measure one quantizer, and add its line to the results."""
     pixels = load_images(images, options.data, "train")
     channels, side = pixels.shape[1], pixels.shape[-1]
     training = annealed(options.images, seed)
@@ -120,8 +119,8 @@ def run(images: str, name: str, seed: int, options: argparse.Namespace) -> dict:
         "minutes": outcome["seconds"] / 60,
         **started_with,
     }
+    add_result(options.results, line)
     checkpoint.unlink()
-    return line
 
 
 def main() -> None:
@@ -144,7 +143,7 @@ def main() -> None:
         done = {tuple(line[key] for key in keys) for line in read_results(options.results)}
         for images, name, seed in jobs:
             if (images, name, seed, options.images) not in done:
-                add_result(options.results, run(images, name, seed, options))
+                run(images, name, seed, options)
 
 
 if __name__ == "__main__":

@@ -18,19 +18,21 @@ from looc_ldm.analysis.rate_distortion import CODEC_NAMES
 from looc_ldm.analysis.style import BLUE, GREEN, ORANGE, RED, SKY, new_figure, style
 from looc_ldm.utils.files import replace_bytes
 
-# Name and colour of each method; the last five are from Paul Tol's "muted" scheme (2021).
+# Name and colour of each method.
+# The first five are compared at every rate; the colours of the others are from Paul Tol's "muted" scheme (2021).
 METHODS = {
     "looc": ("LooC", BLUE),
-    "pq": ("PQ", RED),
+    "fsq": ("FSQ", RED),
     "rq": ("RQ", GREEN),
-    "factorized": ("ViT-VQGAN", SKY),
-    "rfsq": ("residual FSQ", ORANGE),
-    "fsq": ("FSQ", "#999933"),
-    "lfq": ("LFQ", "#882255"),
-    "gsq": ("GSQ", "#332288"),
-    "bsq": ("BSQ", "#ddcc77"),
+    "gsq": ("GSQ", ORANGE),
+    "bsq": ("BSQ", SKY),
     "simvq": ("SimVQ", "#aa4499"),
+    "pq": ("PQ", "#332288"),
+    "lfq": ("LFQ", "#882255"),
+    "factorized": ("ViT-VQGAN", "#999933"),
+    "cvq": ("CVQ", "#ddcc77"),
 }
+TUNED = ("looc", "fsq", "gsq")  # methods of which several sizes were tried
 LONGER = 5 * IMAGES  # training images of the longer trainings
 CODECS = {"jpeg": ":", "webp": "--"}
 
@@ -49,9 +51,14 @@ def runs(images: int = IMAGES) -> list[dict]:
     return sorted(lines, key=lambda line: (round(line["bits_per_pixel"]), *(line[name] for name in names)))
 
 
+def method(name: str) -> str:
+    """Return the method of a quantizer's name: "fsq" of "fsq-8x16x16"."""
+    return name.split("-")[0]
+
+
 def compared(lines: list[dict]) -> list[dict]:
-    """Return the results of LooC's chosen sizes and of the other quantizers."""
-    return [line for line in lines if line["quantizer"] in MAIN or not line["quantizer"].startswith("looc")]
+    """Return the results of the chosen sizes, and of the methods of which one size was tried."""
+    return [line for line in lines if line["quantizer"] in MAIN or method(line["quantizer"]) not in TUNED]
 
 
 def tables() -> dict[str, str]:
@@ -91,25 +98,25 @@ def summary_table(lines: list[dict]) -> str:
     means = defaultdict(dict)
     for (rate, name, _), by_set in by_quantizer(line for line in lines if line["quantizer"] in MAIN).items():
         for images, values in by_set.items():
-            means[images, rate][METHODS[name.split("-")[0]][0]] = f"{statistics.mean(values):.1f}"
+            means[images, rate][METHODS[method(name)][0]] = f"{statistics.mean(values):.1f}"
     rows = []
     for images, rate in sorted(means, key=lambda key: (SETS.index(key[0]), key[1])):
         of_row = means[images, rate]
         best = max(of_row.values(), key=float)
         row = {"images": TITLES[images], "bits per pixel": f"{rate:.3g}"}
-        shown = {method: f"**{mean}**" if mean == best else mean for method, mean in of_row.items()}
-        rows.append(row | {method: shown.get(method) for method in ("LooC", "FSQ", "RQ", "GSQ", "BSQ")})
+        shown = {title: f"**{mean}**" if mean == best else mean for title, mean in of_row.items()}
+        rows.append(row | {title: shown.get(title) for title in ("LooC", "FSQ", "RQ", "GSQ", "BSQ")})
     return markdown_table(rows)
 
 
 def sizes_table(lines: list[dict]) -> str:
-    """Return LooC's sizes with the PSNR of held-out training images, which chose them; seed 1."""
+    """Return the sizes that were tried, with the PSNR of held-out training images, which chose; seed 1."""
     rows = defaultdict(dict)
-    for line in lines:
+    tried = [line for line in lines if line["seed"] == 1 and method(line["quantizer"]) in TUNED]
+    for line in sorted(tried, key=lambda line: (round(line["bits_per_pixel"]), TUNED.index(method(line["quantizer"])))):
         name = line["quantizer"]
-        if line["seed"] == 1 and name.startswith("looc"):
-            rows[name] |= {"quantizer": name, "n_q": line["n_q"], "bits per pixel": f"{line['bits_per_pixel']:.3g}"}
-            rows[name][line["set"]] = f"{line['validation_psnr']:.2f}"
+        rows[name] |= {"quantizer": name, "n_q": line["n_q"], "bits per pixel": f"{line['bits_per_pixel']:.3g}"}
+        rows[name][line["set"]] = f"{line['validation_psnr']:.2f}"
     sets = {images: f"{TITLES[images]}, held out, dB" for images in SETS}
     for row in rows.values():
         row |= {title: row.pop(images, None) for images, title in sets.items()}
@@ -139,20 +146,21 @@ def draw(lines: list[dict]) -> bytes:
                     if (line["set"], line["codec"]) == (images, codec)
                 )
                 axes.plot(*zip(*points, strict=True), dashes, color="grey", linewidth=1, label=CODEC_NAMES[codec])
-            for method, (label, colour) in METHODS.items():
+            best = 0.0
+            for key, (label, colour) in METHODS.items():
                 for (rate, name, _), by_set in found.items():
-                    if name.split("-")[0] == method and images in by_set:
+                    if method(name) == key and images in by_set:
                         values = by_set[images]
-                        mean = statistics.mean(values)
+                        mean, best = statistics.mean(values), max(best, *values)
                         bar = [[mean - min(values)], [max(values) - mean]]
-                        axes.errorbar(rate, mean, bar, fmt="o", color=colour, markersize=4, capsize=2, label=label)
+                        axes.errorbar(rate, mean, bar, fmt="_", color=colour, markersize=14, mew=2, label=label)
                         label = None  # one entry of the legend for each method
-            axes.set(xscale="log", xlim=(0.3, 10), xlabel="bits per pixel", title=TITLES[images])
+            axes.set(xscale="log", xlim=(0.3, 10), ylim=(18, best + 6), xlabel="bits per pixel", title=TITLES[images])
             axes.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
             axes.minorticks_off()
             if not number:
                 axes.set_ylabel("PSNR, dB")
-                axes.legend(fontsize="small")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize="small")
         file = BytesIO()
         figure.savefig(file, format="png")
     return file.getvalue()

@@ -111,12 +111,12 @@ def rate(result: dict) -> str:
 def tables() -> dict[str, str]:
     """Return every table of the page by the name of its markers."""
     results, paper = read_results(RESULTS / "tables.jsonl"), load_paper()["tables"]
-    found = {
+    return {
         "paper": paper_table(results, paper),
+        "level": level_table(results, paper),
         "seeds": seeds_table(results),
         "codecs": codecs_table(read_results(RESULTS / "image_codecs.jsonl")),
     }
-    return found | {"level": level_table(results, paper)} if any(map(is_annealed, results)) else found
 
 
 def main() -> None:
