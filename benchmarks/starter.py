@@ -85,7 +85,7 @@ def check(options: argparse.Namespace) -> None:
         if not file.is_file():
             raise UserError(f"no file {str(file)!r}.")
     load_lpips("alex", options.lpips_weights)
-    InceptionFeatures(options.feature_layer, options.inception_weights).check()
+    InceptionFeatures(options.feature_layer, options.inception_weights).load("cpu")
 
 
 def main() -> None:

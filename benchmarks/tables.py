@@ -52,7 +52,7 @@ def load_networks(options: argparse.Namespace) -> dict:
     if options.inception_weights is not None:
         for protocol, resize in (("clean", None), ("paper", 229)):
             networks[protocol] = InceptionFeatures("2048", options.inception_weights, pil_resize=resize)
-            networks[protocol].check()
+            networks[protocol].load("cpu")
     return networks
 
 

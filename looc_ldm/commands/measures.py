@@ -152,7 +152,7 @@ def _load(network: str, make: Callable[[], T]) -> T:
     try:
         made = make()
         if not isinstance(made, nn.Module):  # LPIPS is loaded already
-            made.check()
+            made.load("cpu")
         return made
     except UserError:
         raise

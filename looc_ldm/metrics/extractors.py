@@ -4,13 +4,12 @@ Each is a small frozen dataclass that states network, layer and weights, and has
 
 - `name`: the suffix of the figures, for instance `fid@2048`;
 - `dim`: the number of features;
-- `check()`: loads the network, downloading it if no weights were given, so that an error comes before hours of
-  sampling. It raises FileNotFoundError (no such file), ValueError (a different network, or a pickle of more than
-  tensors) or ConnectionError (no download), with one line that says how to give the weights;
 - `identity()`: network, weights and their SHA-256, ready for JSON; equal identities give equal features;
-- `load(device)`: raises what `check()` raises, and returns a function of uint8 images `(B, 1 or 3, H, W)` in 0..255
-  (grey ones count as RGB). It gives `{"features": (B, dim)}`, float32 on that device, and `"logits"` if the dataclass
-  says so. It computes in float32 under any autocast.
+- `load(device)`: loads the network, downloading it if no weights were given, and returns a function of uint8 images
+  `(B, 1 or 3, H, W)` in 0..255 (grey ones count as RGB). It gives `{"features": (B, dim)}`, float32 on that device, and
+  `"logits"` if the dataclass says so. It computes in float32 under any autocast. `load` raises FileNotFoundError (no
+  such file), ValueError (a different network, or a pickle of more than tensors) or ConnectionError (no download), with
+  one line that says how to give the weights.
 
 torch-fidelity, torchvision and transformers are imported when a network is first needed.
 """
@@ -72,10 +71,6 @@ class InceptionFeatures:
     def dim(self) -> int:
         return int(self.layer)
 
-    def check(self) -> None:
-        """Load the network."""
-        self.load("cpu")
-
     def identity(self) -> dict[str, str | int | bool | None]:
         """Return the facts that identify the features, for results and stored statistics.
 
@@ -84,7 +79,7 @@ class InceptionFeatures:
         """
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-        file = Path(self.weights or downloaded_weights(URL_INCEPTION_V3, self.check))
+        file = Path(self.weights or downloaded_weights(URL_INCEPTION_V3, lambda: self.load("cpu")))
         return {
             "network": "inception-v3-compat",
             "layer": self.layer,
@@ -143,15 +138,11 @@ class VGG16Features:
     name: ClassVar[str] = "vgg16"
     dim: ClassVar[int] = 4096
 
-    def check(self) -> None:
-        """Load the network."""
-        self.load("cpu")
-
     def identity(self) -> dict[str, str]:
         """Return network, layer, weights and their SHA-256. Downloads the network if need be."""
         from torchvision.models import VGG16_Weights
 
-        file = Path(self.weights or downloaded_weights(VGG16_Weights.IMAGENET1K_V1.url, self.check))
+        file = Path(self.weights or downloaded_weights(VGG16_Weights.IMAGENET1K_V1.url, lambda: self.load("cpu")))
         return {"network": "vgg16", "layer": "fc2_relu", "weights": str(file), "sha256": file_sha256(file)}
 
     def load(self, device: torch.device | str) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:

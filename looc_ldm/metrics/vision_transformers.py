@@ -43,10 +43,6 @@ class _TransformersFeatures:
     def dim(self) -> int:
         return _read_config(str(self.model), self.kind)[self.dim_setting]
 
-    def check(self) -> None:
-        """Load the model. Raises ValueError also for pickles and missing weights."""
-        _load(str(self.model), self.kind)
-
     def identity(self) -> dict[str, str]:
         """Return the network, its hub id or folder, and the SHA-256 of weights and config. May download the model."""
         model = str(self.model)
@@ -153,7 +149,7 @@ def _interpolate_positions(network: nn.Module, side: int) -> None:
 
 
 def _load(model: str, kind: str) -> nn.Module:
-    """Return the model on the CPU, in float32 and eval mode. Raises what `DINOv2Features.check` raises."""
+    """Return the model on the CPU, in float32 and eval mode. Raises ValueError also for pickles and missing weights."""
     from transformers import AutoModel
 
     _read_config(model, kind)

@@ -101,7 +101,7 @@ def check_evaluation(config: AutoencoderConfig | DiffusionConfig) -> None:
     if isinstance(config, AutoencoderConfig) and config.data.validation_images < 2:
         raise ConfigError("evaluation.fid=true needs data.validation_images of at least 2, got 1.")
     try:
-        features_of_config(evaluation).check()
+        features_of_config(evaluation).load("cpu")
     except (ValueError, FileNotFoundError, ConnectionError) as error:
         raise ConfigError(
             f"evaluation.inception_weights: {one_line(error)} (evaluation.feature_layer={evaluation.feature_layer})"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -52,7 +53,7 @@ def test_features_of_vgg16_are_those_of_torch_fidelity(tmp_path):
     file = tmp_path / "vgg16.pth"
     torch.save(torchvision.models.vgg16().state_dict(), file)
     extractor = VGG16Features(file)
-    extractor.check()
+    extractor.load("cpu")
     found = extractor.load("cpu")(noise())["features"]
     network = FeatureExtractorVGG16("vgg16", ["fc2_relu"], feature_extractor_weights_path=str(file), verbose=False)
     assert torch.equal(found, network(noise())[0])
@@ -112,9 +113,9 @@ def test_images_and_layers_of_another_kind_and_missing_logits_are_refused(untrai
     state = torch.load(untrained_inception, weights_only=True)
     state["fc.weight"].fill_(torch.nan)
     torch.save(state, tmp_path / "no_logits.pth")
-    InceptionFeatures("2048", tmp_path / "no_logits.pth").check()
+    InceptionFeatures("2048", tmp_path / "no_logits.pth").load("cpu")
     with pytest.raises(ValueError, match="does not hold the logits: they are not finite"):
-        InceptionFeatures("2048", tmp_path / "no_logits.pth", logits=True).check()
+        InceptionFeatures("2048", tmp_path / "no_logits.pth", logits=True).load("cpu")
 
 
 def test_the_identity_tells_apart_whatever_gives_other_features(untrained_inception, tmp_path):
@@ -149,11 +150,11 @@ def test_files_of_other_networks_are_refused_and_not_executed(extractor, title, 
     (tmp_path / "text.pth").write_text("hello world, not a network")
     for name in ("other.pth", "payload.pth", "text.pth"):
         with pytest.raises(ValueError, match=f"{name} is not a state dict of torch-fidelity's {title}") as error:
-            extractor(tmp_path / name).check()
+            extractor(tmp_path / name).load("cpu")
         assert "\n" not in str(error.value)
     assert not (tmp_path / "touched").exists()
     with pytest.raises(FileNotFoundError, match=rf"No {title} weights at .*nowhere\.pth"):
-        extractor(tmp_path / "nowhere.pth").check()
+        extractor(tmp_path / "nowhere.pth").load("cpu")
 
 
 def test_a_download_that_fails_is_one_line_that_says_to_give_a_path(monkeypatch, tmp_path):
@@ -164,7 +165,7 @@ def test_a_download_that_fails_is_one_line_that_says_to_give_a_path(monkeypatch,
     monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", no_network)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
     for extractor in (InceptionFeatures(), VGG16Features()):
-        for ask in (extractor.check, extractor.identity):
+        for ask in (partial(extractor.load, "cpu"), extractor.identity):
             with pytest.raises(ConnectionError, match=r"no network.*give a path") as error:
                 ask()
             assert "\n" not in str(error.value)

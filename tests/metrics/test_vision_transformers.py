@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,7 @@ def test_a_grey_image_counts_as_its_rgb_copy_and_all_is_float32(folders, kind, t
 def test_name_dimension_and_identity_are_the_models(folders, tmp_path):
     for kind, dim in (("dinov2", 32), ("clip", 24)):
         features = KINDS[kind](folders[kind])
-        features.check()
+        features.load("cpu")
         assert (features.name, features.dim) == (kind, dim)
     copy, other_config, other_weights = (
         shutil.copytree(folders["clip"], tmp_path / name) for name in ("clip-tiny", "config", "weights")
@@ -154,7 +155,7 @@ def test_a_folder_that_is_not_such_a_model_is_refused_in_one_line(folders, kind,
         damaged: f"cannot be loaded as a {kind} model",
     }.items():
         with pytest.raises(ValueError, match=reason) as error:
-            KINDS[kind](folder).check()
+            KINDS[kind](folder).load("cpu")
         assert "\n" not in str(error.value)
         assert str(folder) in str(error.value)
 
@@ -168,14 +169,14 @@ def test_weights_that_are_missing_are_not_made_up(folders, tmp_path):
     del weights["layernorm.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"incomplete' does not hold layernorm\.weight of a dinov2 model"):
-        DINOv2Features(folder).check()
+        DINOv2Features(folder).load("cpu")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_cannot_be_found_or_downloaded_is_one_line_that_says_what_to_give(offline, kind):
     for model in (f"somebody/{kind}-offline", "./nowhere", "networks/of/mine"):
         features = KINDS[kind](model)
-        for ask in (features.check, features.identity, lambda features=features: features.dim):
+        for ask in (partial(features.load, "cpu"), features.identity, lambda features=features: features.dim):
             with pytest.raises(ValueError, match=r"give a hub id, or a folder with config\.json") as error:
                 ask()
             assert repr(model) in str(error.value)
