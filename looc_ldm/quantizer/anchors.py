@@ -61,9 +61,8 @@ def draw_by_similarity(
         no other, the score is -inf.
     """
     on_cpu = vectors.device.type == "cpu"
-    if (
-        distance == "euclidean" and not on_cpu
-    ):  # the number of proposals needed is not known, and asking the device for it is a sync
+    # The number of proposals needed is not known by distance, and asking an accelerator for it would be a sync.
+    if distance == "euclidean" and not on_cpu:
         return _draw_from_all(vectors, codebook, distance)
     queries, keys, highest = vectors, codebook, 0.0
     if distance == "cosine":
