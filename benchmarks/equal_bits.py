@@ -73,7 +73,7 @@ METHODS = {
     "lfq": (r"\d+", lambda codes: baselines.LookupFreeQuantizer(WIDTH, 8, codes)),
     "rq": (r"\d+", lambda codes: baselines.ResidualQuantizer(WIDTH, 256, codes, kmeans_init=True)),
     "simvq": (r"\d+", lambda codes: baselines.ResidualSimVQQuantizer(WIDTH, 256, codes)),
-    "pq": (r"\d+", lambda codes: baselines.ProductQuantizer(4 * codes, 256, 4)),
+    "pq": (r"\d+", lambda codes: baselines.ProductQuantizer(4 * codes, 256, 4, gradient="straight-through")),
     "factorized": ("", lambda: baselines.FactorizedQuantizer(WIDTH, 256, 8)),
     "cvq": ("", cvq),
 }
