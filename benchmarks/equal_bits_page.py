@@ -18,19 +18,13 @@ from looc_ldm.analysis.rate_distortion import CODEC_NAMES
 from looc_ldm.analysis.style import BLUE, GREEN, ORANGE, RED, SKY, new_figure, style
 from looc_ldm.utils.files import replace_bytes
 
-# Name and colour of each method.
-# The first five are compared at every rate; the colours of the others are from Paul Tol's "muted" scheme (2021).
+# Name and colour of the methods that are compared at every rate.
 METHODS = {
     "looc": ("LooC", BLUE),
     "fsq": ("FSQ", RED),
     "rq": ("RQ", GREEN),
     "gsq": ("GSQ", ORANGE),
     "bsq": ("BSQ", SKY),
-    "simvq": ("SimVQ", "#aa4499"),
-    "pq": ("PQ", "#332288"),
-    "lfq": ("LFQ", "#882255"),
-    "factorized": ("ViT-VQGAN", "#999933"),
-    "cvq": ("CVQ", "#ddcc77"),
 }
 TUNED = ("looc", "fsq", "gsq")  # methods of which several sizes were tried
 LONGER = 5 * IMAGES  # training images of the longer trainings
@@ -41,14 +35,19 @@ def main() -> None:
     """Write tables and plot."""
     fill(DOCS / "choosing_sizes.md", tables())
     fill(ROOT / "README.md", {"equal bits": summary_table(runs())})
-    replace_bytes(DOCS / "equal_bits.png", draw(compared(runs())))
+    replace_bytes(DOCS / "equal_bits.png", draw(runs()))
 
 
 def runs(images: int = IMAGES) -> list[dict]:
     """Return the results after so many training images, by rate, width, name and seed."""
     lines = [line for line in read_results(FILE) if line["images"] == images]
     names = ("n_q", "quantizer", "seed")
-    return sorted(lines, key=lambda line: (round(line["bits_per_pixel"]), *(line[name] for name in names)))
+    return sorted(lines, key=lambda line: (near(line["bits_per_pixel"]), *(line[name] for name in names)))
+
+
+def near(rate: float) -> float:
+    """Return the rate rounded to halves, to group rates that are about equal."""
+    return round(2 * rate) / 2
 
 
 def method(name: str) -> str:
@@ -71,11 +70,11 @@ def tables() -> dict[str, str]:
     }
 
 
-def by_quantizer(lines: Iterable[dict]) -> dict[tuple[float, str, int], dict[str, list[float]]]:
-    """Return PSNR of each seed by set, for each rate, quantizer and n_q."""
+def by_quantizer(lines: Iterable[dict]) -> dict[tuple[float, str], dict[str, list[float]]]:
+    """Return PSNR of each seed by set, for each rate and quantizer."""
     found = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        found[line["bits_per_pixel"], line["quantizer"], line["n_q"]][line["set"]].append(line["psnr"])
+        found[line["bits_per_pixel"], line["quantizer"]][line["set"]].append(line["psnr"])
     return found
 
 
@@ -85,10 +84,10 @@ def equal_bits_table(lines: list[dict]) -> str:
 
     def place(item: tuple) -> tuple:
         (rate, *_), by_set = item
-        return round(rate), -max(map(statistics.mean, by_set.values()))
+        return near(rate), -max(map(statistics.mean, by_set.values()))
 
-    for (rate, name, n_q), by_set in sorted(by_quantizer(lines).items(), key=place):
-        row = {"quantizer": name, "n_q": n_q, "bits per pixel": f"{rate:.3g}"}
+    for (rate, name), by_set in sorted(by_quantizer(lines).items(), key=place):
+        row = {"quantizer": name, "bits per pixel": f"{rate:.3g}"}
         rows.append(row | {f"{TITLES[images]}, dB": mean_and_range(by_set[images]) for images in SETS})
     return markdown_table(rows)
 
@@ -96,7 +95,7 @@ def equal_bits_table(lines: list[dict]) -> str:
 def summary_table(lines: list[dict]) -> str:
     """Return the mean of the seeds of each quantizer of the comparison, the highest in bold: a row per set and rate."""
     means = defaultdict(dict)
-    for (rate, name, _), by_set in by_quantizer(line for line in lines if line["quantizer"] in MAIN).items():
+    for (rate, name), by_set in by_quantizer(line for line in lines if line["quantizer"] in MAIN).items():
         for images, values in by_set.items():
             means[images, rate][METHODS[method(name)][0]] = f"{statistics.mean(values):.1f}"
     rows = []
@@ -113,9 +112,9 @@ def sizes_table(lines: list[dict]) -> str:
     """Return the sizes that were tried, with the PSNR of held-out training images, which chose; seed 1."""
     rows = defaultdict(dict)
     tried = [line for line in lines if line["seed"] == 1 and method(line["quantizer"]) in TUNED]
-    for line in sorted(tried, key=lambda line: (round(line["bits_per_pixel"]), TUNED.index(method(line["quantizer"])))):
+    for line in sorted(tried, key=lambda line: (near(line["bits_per_pixel"]), TUNED.index(method(line["quantizer"])))):
         name = line["quantizer"]
-        rows[name] |= {"quantizer": name, "n_q": line["n_q"], "bits per pixel": f"{line['bits_per_pixel']:.3g}"}
+        rows[name] |= {"quantizer": name, "bits per pixel": f"{line['bits_per_pixel']:.3g}"}
         rows[name][line["set"]] = f"{line['validation_psnr']:.2f}"
     sets = {images: f"{TITLES[images]}, held out, dB" for images in SETS}
     for row in rows.values():
@@ -133,10 +132,11 @@ def mean_and_range(values: Sequence[float]) -> str | None:
 
 def draw(lines: list[dict]) -> bytes:
     """Draw PSNR over bits per pixel: means, with bars from the lowest to the highest seed. Returns a PNG."""
-    codecs, found = read_results(RESULTS / "image_codecs.jsonl"), by_quantizer(lines)
+    codecs = read_results(RESULTS / "image_codecs.jsonl")
+    found = by_quantizer(line for line in lines if line["quantizer"] in MAIN)
     sets = [images for images in SETS if any(images in by_set for by_set in found.values())]
     with style():
-        figure = new_figure(3.0)
+        figure = new_figure(3.6)
         for number, images in enumerate(sets):
             axes = figure.add_subplot(1, len(sets), number + 1)
             for codec, dashes in CODECS.items():
@@ -148,7 +148,7 @@ def draw(lines: list[dict]) -> bytes:
                 axes.plot(*zip(*points, strict=True), dashes, color="grey", linewidth=1, label=CODEC_NAMES[codec])
             best = 0.0
             for key, (label, colour) in METHODS.items():
-                for (rate, name, _), by_set in found.items():
+                for (rate, name), by_set in found.items():
                     if method(name) == key and images in by_set:
                         values = by_set[images]
                         mean, best = statistics.mean(values), max(best, *values)

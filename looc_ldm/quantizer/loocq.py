@@ -67,8 +67,8 @@ class LooCQuantizer(RevivedCodebook):
             `"rotation"`: the gradient goes through the rotation and scaling that map z to c, both treated as
             constants ("Restructuring vector quantization with the rotation trick", ICLR 2025). It passes straight
             through if c is more than 32 times longer than z, and at d = 1, where there is nothing to rotate.
-            `"straight-through"`: the gradient of the output reaches z unchanged, as published. It is better with up to
-            four codes per position (docs/choosing_sizes.md), and learns more slowly with many (docs/tables.md).
+            `"straight-through"`: the gradient of the output reaches z unchanged, as published. At K = 256 it is
+            better with up to four codes per position, and rotation with eight (docs/choosing_sizes.md).
         input_layout (`str`, defaults to `"BCHW"`): The axes of `z`: `"BCHW"` for feature maps, `"BCL"` (convolutions)
             or `"BLC"` (transformers) for sequences. A sequence is interpolated along L: in shapes and formulas, read s
             instead of s**2 and (L) instead of (H, W).
