@@ -61,7 +61,8 @@ def fsq(codes: int, *levels: int) -> baselines.FiniteScalarQuantizer:
 
 
 def cvq() -> LooCQuantizer:
-    return LooCQuantizer(64, 256, 64, distance="cosine", codebook_update="gradient", gradient="straight-through")
+    learning = {"codebook_update": "gradient", "gradient": "straight-through"}
+    return LooCQuantizer(64, 256, 64, interpolation_factor=1, distance="cosine", **learning)
 
 
 # By method: what follows it in a name, after a hyphen, and the quantizer of these numbers and flags.

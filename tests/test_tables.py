@@ -84,6 +84,7 @@ def test_every_row_stands_beside_a_row_of_the_paper():
         ("fsq-8", 8 * math.log2(200), 0),
         ("fsq-8x16x16", 64, 0),
         ("looc-8x256x2-st", 64, 512),
+        ("cvq", 8, 16384),
     ],
 )
 def test_rates_and_sizes_of_rows_are_those_of_the_tables(row, bits, scalars):
