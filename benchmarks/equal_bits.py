@@ -61,8 +61,15 @@ def fsq(codes: int, *levels: int) -> baselines.FiniteScalarQuantizer:
 
 
 def cvq() -> LooCQuantizer:
-    learning = {"codebook_update": "gradient", "gradient": "straight-through"}
-    return LooCQuantizer(64, 256, 64, interpolation_factor=1, distance="cosine", **learning)
+    return LooCQuantizer(
+        64,
+        256,
+        64,
+        interpolation_factor=1,
+        distance="cosine",
+        codebook_update="gradient",
+        gradient="straight-through",
+    )
 
 
 # By method: what follows it in a name, after a hyphen, and the quantizer of these numbers and flags.

@@ -83,7 +83,7 @@ def equal_bits_table(lines: list[dict]) -> str:
     rows = []
 
     def place(item: tuple) -> tuple:
-        (rate, *_), by_set = item
+        (rate, _), by_set = item
         return near(rate), -max(map(statistics.mean, by_set.values()))
 
     for (rate, name), by_set in sorted(by_quantizer(lines).items(), key=place):
@@ -104,7 +104,7 @@ def summary_table(lines: list[dict]) -> str:
         best = max(of_row.values(), key=float)
         row = {"images": TITLES[images], "bits per pixel": f"{rate:.3g}"}
         shown = {title: f"**{mean}**" if mean == best else mean for title, mean in of_row.items()}
-        rows.append(row | {title: shown.get(title) for title in ("LooC", "FSQ", "RQ", "GSQ", "BSQ")})
+        rows.append(row | {title: shown.get(title) for title, _ in METHODS.values()})
     return markdown_table(rows)
 
 

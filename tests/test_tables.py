@@ -99,6 +99,13 @@ def test_quantizers_that_are_compared_by_default_have_about_equal_bits_three_by_
     assert rates == pytest.approx([0.5] * 5 + [2.0] * 5 + [4.0] * 5)
 
 
+@pytest.mark.parametrize("name", ["pq-4", "cvq", "rq-4", "simvq-4", "gsq-4x256x4", "factorized", "looc-4x256x3-st"])
+def test_only_looc_has_the_rotation_trick_and_not_with_st(name):
+    for module in equal_bits.make_quantizer(name).modules():
+        assert getattr(module, "gradient", "straight-through") == "straight-through"
+        assert not getattr(module, "rotation_trick", False)
+
+
 @pytest.mark.parametrize("name", ["looc", "looc-8x256", "looc-8x256x2-sst", "rq-8x16", "fsq-4-st", "vq-4", ""])
 def test_an_unknown_name_of_a_quantizer_is_refused(name):
     with pytest.raises(UserError, match=f"no quantizer '{name}'"):

@@ -149,7 +149,7 @@ def _interpolate_positions(network: nn.Module, side: int) -> None:
 
 
 def _load(model: str, kind: str) -> nn.Module:
-    """Return the model on the CPU, in float32 and eval mode. Raises ValueError also for pickles and missing weights."""
+    """Return the model on the CPU, in float32 and eval mode. Raises ValueError for pickles and missing weights, too."""
     from transformers import AutoModel
 
     _read_config(model, kind)

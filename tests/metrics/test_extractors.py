@@ -53,7 +53,6 @@ def test_features_of_vgg16_are_those_of_torch_fidelity(tmp_path):
     file = tmp_path / "vgg16.pth"
     torch.save(torchvision.models.vgg16().state_dict(), file)
     extractor = VGG16Features(file)
-    extractor.load("cpu")
     found = extractor.load("cpu")(noise())["features"]
     network = FeatureExtractorVGG16("vgg16", ["fc2_relu"], feature_extractor_weights_path=str(file), verbose=False)
     assert torch.equal(found, network(noise())[0])
